@@ -1,0 +1,84 @@
+/* What `memslot bench` measures with: a guest's writes and reads without Python's cost, and the least that a reset can be,
+ * timed where it happens. */
+#include "memslot.h"
+#include "pagemap.h"
+
+#include <errno.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <time.h>
+
+static int64_t now(void)
+{
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
+}
+
+/* Somewhere in the page, as a guest would: where is the same each time and another for each page, so that not all of them
+ * compete for one set of the processor's caches. */
+static size_t place(size_t offset, size_t page)
+{
+    return (offset / page * 2654435761u) % page & ~(size_t)7;
+}
+
+void ms_bench_write(uintptr_t base, const size_t *offsets, size_t count, uint64_t value)
+{
+    size_t page = ms_page_size();
+    for (size_t i = 0; i < count; i++)
+        memcpy((uint8_t *)base + offsets[i] + place(offsets[i], page), &value, sizeof value);
+}
+
+uint64_t ms_bench_read(uintptr_t base, size_t length)
+{
+    size_t page = ms_page_size();
+    uint64_t sum = 0;
+    for (size_t at = 0; at < length; at += page)
+        sum += *(volatile const uint8_t *)(base + at + place(at, page));
+    return sum;
+}
+
+int64_t ms_bench_floor_pagemap(int pagemap, const ms_memory *memory, const size_t *offsets, size_t count)
+{
+    size_t page = ms_page_size();
+    struct page_region regions[REGIONS];
+    struct pm_scan_arg scan = scan_for_private(memory->base, memory->accessible, 1, regions);
+    int64_t started = now();
+    for (; scan.start < scan.end; scan.start = scan.walk_end)
+        if (ioctl(pagemap, MS_PAGEMAP_SCAN_IOCTL, &scan) < 0)
+            return -errno;
+    for (size_t i = 0; i < count; i++)
+        memcpy((uint8_t *)memory->base + offsets[i], memory->extents->bytes + offsets[i], page);
+    return now() - started;
+}
+
+int64_t ms_bench_floor_copy(const ms_memory *memory, const size_t *offsets, size_t count)
+{
+    size_t page = ms_page_size();
+    int64_t started = now();
+    int differ = 0;
+    for (size_t at = 0; at < memory->extents->length; at += page)
+        differ |= memcmp((uint8_t *)memory->base + at, memory->extents->bytes + at, page);
+    __asm__ volatile("" : : "r"(differ)); /* or else the compiler compares nothing */
+    for (size_t i = 0; i < count; i++)
+        memcpy((uint8_t *)memory->base + offsets[i], memory->extents->bytes + offsets[i], page);
+    return now() - started;
+}
+
+uint64_t ms_bench_spin(int64_t nanoseconds)
+{
+    int64_t ends = now() + nanoseconds;
+    uint64_t turns = 0;
+    for (volatile uint64_t value = 1; now() < ends; turns++)
+        for (unsigned i = 0; i < 10000; i++)
+            value = value * 31 + i;
+    return turns;
+}
+
+int64_t ms_bench_floor_discard(const ms_memory *memory)
+{
+    int64_t started = now();
+    if (madvise((void *)memory->base, memory->accessible, MADV_DONTNEED))
+        return -errno;
+    return now() - started;
+}

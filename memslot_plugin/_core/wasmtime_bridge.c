@@ -1,0 +1,818 @@
+/* The C half of the wasmtime adapter: memory for its engines, and calls into its instances; wasmtime.h says who owns what. */
+#include "wasmtime.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* ---- wasmtime's functions ---- */
+
+static struct {
+#define X(name, symbol, result, parameters) result(*name) parameters;
+    WT_SYMBOLS(X)
+#undef X
+} api;
+
+const char *ms_wt_symbol(size_t index)
+{
+    static const char *const symbols[] = {
+#define X(name, symbol, result, parameters) symbol,
+        WT_SYMBOLS(X)
+#undef X
+    };
+    return index < sizeof symbols / sizeof *symbols ? symbols[index] : NULL;
+}
+
+void ms_wt_bind(const uintptr_t *addresses)
+{
+    /* Function pointers and addresses convert as they do for dlsym(3). */
+#define X(name, symbol, result, parameters) api.name = (result(*) parameters) * addresses++;
+    WT_SYMBOLS(X)
+#undef X
+}
+
+size_t ms_wt_layout(size_t *layout, size_t capacity)
+{
+    static const size_t known[] = {
+        sizeof(wt_instance),      sizeof(wt_func),
+        sizeof(wt_global),        sizeof(wt_memory),
+        sizeof(wt_extern),        offsetof(wt_extern, of),
+        sizeof(wt_raw),           sizeof(wt_val),
+        offsetof(wt_val, of),     sizeof(wt_ref),
+        sizeof(wt_linear_memory), offsetof(wt_linear_memory, get_memory),
+        offsetof(wt_linear_memory, grow_memory), offsetof(wt_linear_memory, finalizer),
+        sizeof(wt_memory_creator), offsetof(wt_memory_creator, new_memory),
+        offsetof(wt_memory_creator, finalizer),
+    };
+    const size_t count = sizeof known / sizeof *known;
+    memcpy(layout, known, (count < capacity ? count : capacity) * sizeof *known);
+    return count;
+}
+
+/* ---- what this thread is in the middle of ---- */
+
+static _Thread_local struct {
+    unsigned depth;
+    int64_t raised;   /* by a host function, within the innermost entry */
+    int64_t deferred; /* by Python in a growth, within the innermost entry */
+    const ms_wt_guest *guest; /* whose memories are offered; NULL for none */
+    const uintptr_t *bases;
+    size_t next;
+    struct group *group;
+} frame;
+
+/* Our address differs from any other thread's. */
+static uintptr_t this_thread(void) { return (uintptr_t)&frame; }
+
+unsigned ms_wt_depth(void) { return frame.depth; }
+
+void ms_wt_raise(int64_t exception) { frame.raised = exception; }
+
+static uintptr_t outcome_of(unsigned flags, wt_trap *trap, wt_error *error, int64_t raised, int64_t deferred)
+{
+    static ms_wt_outcome lost = {.flags = MS_WT_LOST};
+    ms_wt_outcome *outcome = malloc(sizeof *outcome);
+    if (!outcome)
+        return (uintptr_t)&lost;
+    *outcome = (ms_wt_outcome){flags, (uintptr_t)trap, (uintptr_t)error, raised, deferred};
+    return (uintptr_t)outcome;
+}
+
+void ms_wt_outcome_free(uintptr_t outcome)
+{
+    if (!(((ms_wt_outcome *)outcome)->flags & MS_WT_LOST))
+        free((ms_wt_outcome *)outcome);
+}
+
+/* ---- lists that finalizers push on: many may push, one takes all ---- */
+
+struct node {
+    struct node *next;
+    uint64_t name;
+};
+
+static void push(struct node **list, struct node *node)
+{
+    node->next = __atomic_load_n(list, __ATOMIC_RELAXED);
+    while (!__atomic_compare_exchange_n(list, &node->next, node, 1, __ATOMIC_RELEASE, __ATOMIC_RELAXED))
+        continue;
+}
+
+static size_t drain(struct node **list, uint64_t *names, size_t capacity)
+{
+    size_t count = 0;
+    struct node *node = __atomic_exchange_n(list, NULL, __ATOMIC_ACQUIRE);
+    while (node) {
+        struct node *next = node->next;
+        if (count < capacity) {
+            names[count++] = node->name;
+            free(node);
+        } else {
+            push(list, node);
+        }
+        node = next;
+    }
+    return count;
+}
+
+/* ---- creators and groups ---- */
+
+struct ms_wt_creator {
+    uint64_t identity;
+    size_t heap_limit;
+    unsigned references;
+    struct node *finished; /* groups, by token */
+};
+
+struct group {
+    struct node node; /* first: the list frees a group as its node */
+    ms_wt_creator *creator;
+    unsigned references;
+};
+
+struct memory {
+    struct group *group; /* NULL for a heap of the garbage collector */
+    size_t index;
+    uintptr_t base;
+    size_t byte_size;
+    size_t capacity;
+    size_t mapped; /* what is ours to unmap */
+    size_t limit;
+    struct memory *next; /* in the list of those that could not be unmapped */
+};
+
+static struct memory *still_mapped;
+
+static void keep_mapped(struct memory *memory)
+{
+    memory->next = __atomic_load_n(&still_mapped, __ATOMIC_RELAXED);
+    while (!__atomic_compare_exchange_n(&still_mapped, &memory->next, memory, 1, __ATOMIC_RELEASE, __ATOMIC_RELAXED))
+        continue;
+}
+
+/* Tries again to unmap what a finalizer, which nobody can be told from, could not. */
+static void unmap_again(void)
+{
+    struct memory *memory = __atomic_exchange_n(&still_mapped, NULL, __ATOMIC_ACQUIRE);
+    while (memory) {
+        struct memory *next = memory->next;
+        if (ms_unmap(memory->base, memory->mapped) < 0)
+            keep_mapped(memory);
+        else
+            free(memory);
+        memory = next;
+    }
+}
+
+ms_wt_creator *ms_wt_creator_new(uint64_t identity, size_t heap_limit)
+{
+    ms_wt_creator *creator = calloc(1, sizeof *creator);
+    if (creator)
+        *creator = (ms_wt_creator){.identity = identity, .heap_limit = heap_limit, .references = 1};
+    return creator;
+}
+
+void ms_wt_creator_release(ms_wt_creator *creator)
+{
+    unmap_again();
+    if (__atomic_sub_fetch(&creator->references, 1, __ATOMIC_ACQ_REL) == 0) {
+        uint64_t ignored;
+        while (drain(&creator->finished, &ignored, 1))
+            continue;
+        free(creator);
+    }
+}
+
+size_t ms_wt_drain(ms_wt_creator *creator, uint64_t *tokens, size_t capacity)
+{
+    unmap_again();
+    return drain(&creator->finished, tokens, capacity);
+}
+
+static struct group *group_new(ms_wt_creator *creator, uint64_t token)
+{
+    struct group *group = malloc(sizeof *group);
+    if (group)
+        *group = (struct group){{NULL, token}, creator, 1};
+    return group;
+}
+
+/* Drops a reference; true for the last one, whose group is then the caller's. */
+static int group_drop(struct group *group)
+{
+    return __atomic_sub_fetch(&group->references, 1, __ATOMIC_ACQ_REL) == 0;
+}
+
+/* ---- linear memories, as wasmtime asks for them ---- */
+
+static uint8_t *get_memory(void *env, size_t *byte_size, size_t *byte_capacity)
+{
+    const struct memory *memory = env;
+    *byte_size = memory->byte_size;
+    *byte_capacity = memory->capacity;
+    return (uint8_t *)memory->base;
+}
+
+static wt_error *grow_memory(void *env, size_t byte_size)
+{
+    struct memory *memory = env;
+    if (byte_size <= memory->byte_size)
+        return NULL;
+    if (byte_size > memory->limit)
+        return api.error_new("memslot: the memory is at its limit");
+    if (memory->group) {
+        struct group *group = memory->group;
+        int64_t answer = ms_wt_python_grow(group->creator->identity, group->node.name, memory->index, byte_size);
+        if (answer < 0 && !frame.deferred)
+            frame.deferred = -answer;
+        if (answer != 1)
+            return api.error_new("memslot: the growth was refused");
+    } else {
+        size_t page = ms_page_size();
+        size_t from = (memory->byte_size + page - 1) / page * page, to = (byte_size + page - 1) / page * page;
+        if (to > from && ms_allow(memory->base + from, to - from) < 0)
+            return api.error_new("memslot: the kernel refused to grow the heap of the garbage collector");
+    }
+    memory->byte_size = byte_size;
+    return NULL;
+}
+
+static void finalize_memory(void *env)
+{
+    struct memory *memory = env;
+    struct group *group = memory->group;
+    if (group) {
+        ms_wt_creator *creator = group->creator;
+        if (group_drop(group))
+            push(&creator->finished, &group->node);
+    } else if (ms_unmap(memory->base, memory->mapped) < 0) {
+        keep_mapped(memory);
+        return;
+    }
+    free(memory);
+}
+
+static wt_error *out_of_memory(void) { return api.error_new("memslot: out of memory"); }
+
+static wt_error *new_heap(struct memory *memory, const ms_wt_creator *creator, size_t reserved, size_t guard)
+{
+    size_t page = ms_page_size();
+    memory->capacity = (reserved + page - 1) / page * page;
+    memory->mapped = memory->capacity + (guard + page - 1) / page * page;
+    memory->limit = creator->heap_limit < memory->capacity ? creator->heap_limit : memory->capacity;
+    if (ms_reserve(memory->mapped, &memory->base) < 0)
+        return api.error_new("memslot: the kernel refused address space for the heap of the garbage collector");
+    return NULL;
+}
+
+static wt_error *lease(struct memory *memory, ms_wt_creator *creator, size_t minimum, size_t maximum)
+{
+    char message[512] = "";
+    struct group *group = group_new(creator, 0);
+    if (!group)
+        return out_of_memory();
+    int64_t leased = ms_wt_python_lease(creator->identity, minimum, maximum, &group->node.name, &memory->base,
+                                        &memory->capacity, message, sizeof message);
+    if (leased != 1) {
+        free(group);
+        message[sizeof message - 1] = 0;
+        return api.error_new(*message ? message : "memslot: no memory could be leased");
+    }
+    memory->group = group;
+    memory->limit = memory->capacity;
+    return NULL;
+}
+
+static wt_error *new_memory(void *env, const void *type, size_t minimum, size_t maximum, size_t reserved, size_t guard,
+                            wt_linear_memory *out)
+{
+    (void)type;
+    ms_wt_creator *creator = env;
+    const ms_wt_guest *guest = frame.guest;
+    wt_error *error = NULL;
+    struct memory *memory = calloc(1, sizeof *memory);
+    if (!memory)
+        return out_of_memory();
+    memory->byte_size = minimum;
+    int offered = guest && guest->creator == creator && frame.next < guest->count;
+    if (offered && minimum == guest->byte_sizes[frame.next] && reserved <= guest->capacities[frame.next]) {
+        memory->group = frame.group;
+        memory->base = frame.bases[frame.next];
+        memory->capacity = memory->limit = guest->capacities[frame.next];
+        memory->index = frame.next++;
+        __atomic_add_fetch(&frame.group->references, 1, __ATOMIC_RELAXED);
+    } else if (minimum == 0 && maximum >= (size_t)UINT32_MAX) {
+        error = new_heap(memory, creator, reserved, guard);
+    } else if (offered) {
+        error = api.error_new("memslot: the memory that was asked for is not the one that was leased");
+    } else {
+        error = lease(memory, creator, minimum, maximum);
+    }
+    if (error) {
+        free(memory);
+        return error;
+    }
+    *out = (wt_linear_memory){memory, get_memory, grow_memory, finalize_memory};
+    return NULL;
+}
+
+static void finalize_creator(void *env) { ms_wt_creator_release(env); }
+
+void ms_wt_creator_install(ms_wt_creator *creator, uintptr_t config)
+{
+    wt_memory_creator ours = {creator, new_memory, finalize_creator};
+    __atomic_add_fetch(&creator->references, 1, __ATOMIC_RELAXED);
+    api.creator_set((wt_config *)config, &ours);
+}
+
+/* ---- being inside an instance: one thread at a time, which may nest ---- */
+
+struct entry {
+    int64_t raised, deferred;
+};
+
+static unsigned take(ms_wt_cell *cell)
+{
+    uintptr_t expected = 0, me = this_thread();
+    if (!__atomic_compare_exchange_n(&cell->owner, &expected, me, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST) && expected != me)
+        return MS_WT_BUSY;
+    cell->depth++;
+    return 0;
+}
+
+int ms_wt_elsewhere(ms_wt_cell *cell)
+{
+    uintptr_t owner = __atomic_load_n(&cell->owner, __ATOMIC_SEQ_CST);
+    return owner != 0 && owner != this_thread();
+}
+
+static unsigned give(ms_wt_cell *cell)
+{
+    if (--cell->depth)
+        return 0;
+    __atomic_store_n(&cell->owner, 0, __ATOMIC_SEQ_CST);
+    return __atomic_load_n(&cell->closing, __ATOMIC_SEQ_CST) ? MS_WT_CLOSING : 0;
+}
+
+static unsigned enter(ms_wt_cell *cell, struct entry *entry)
+{
+    if (take(cell))
+        return MS_WT_BUSY;
+    if (!cell->context) {
+        give(cell);
+        return MS_WT_CLOSED;
+    }
+    *entry = (struct entry){frame.raised, frame.deferred};
+    frame.raised = frame.deferred = 0;
+    frame.depth++;
+    return 0;
+}
+
+static uintptr_t leave(ms_wt_cell *cell, const struct entry *entry, unsigned flags, wt_trap *trap, wt_error *error)
+{
+    int64_t raised = frame.raised, deferred = frame.deferred;
+    frame.depth--;
+    frame.raised = entry->raised;
+    frame.deferred = entry->deferred;
+    flags |= give(cell) | (trap ? MS_WT_TRAPPED : 0) | (error ? MS_WT_FAILED : 0) | (raised ? MS_WT_RAISED : 0) |
+             (deferred ? MS_WT_DEFERRED : 0);
+    return flags ? outcome_of(flags, trap, error, raised, deferred) : 0;
+}
+
+static uintptr_t refuse(unsigned flags) { return outcome_of(flags, NULL, NULL, 0, 0); }
+
+uintptr_t ms_wt_enter(ms_wt_cell *cell, int64_t *saved)
+{
+    struct entry entry;
+    unsigned refused = enter(cell, &entry);
+    if (refused)
+        return refuse(refused);
+    saved[0] = entry.raised;
+    saved[1] = entry.deferred;
+    saved[2] = 1;
+    return 0;
+}
+
+uintptr_t ms_wt_hold(ms_wt_cell *cell, int64_t *saved)
+{
+    if (__atomic_load_n(&cell->owner, __ATOMIC_SEQ_CST) == this_thread())
+        return refuse(MS_WT_BUSY);
+    return ms_wt_enter(cell, saved);
+}
+
+uintptr_t ms_wt_leave(ms_wt_cell *cell, int64_t *saved)
+{
+    struct entry entry = {saved[0], saved[1]};
+    if (!saved[2] || __atomic_load_n(&cell->owner, __ATOMIC_SEQ_CST) != this_thread())
+        return 0;
+    saved[2] = 0;
+    return leave(cell, &entry, 0, NULL, NULL);
+}
+
+/* ---- an instance's life ---- */
+
+void ms_wt_open(ms_wt_cell *cell, uintptr_t engine)
+{
+    wt_store *store = api.store_new((wt_engine *)engine, NULL, NULL);
+    cell->store = (uintptr_t)store;
+    cell->context = (uintptr_t)api.store_context(store);
+}
+
+/* wasmtime makes the heap of its garbage collector before or after an instance's memories.  Where it looks like the first of
+ * them, it is made here. */
+static void make_heap(wt_context *context)
+{
+    wt_ref ref;
+    if (api.externref_new(context, NULL, NULL, &ref))
+        api.externref_unroot(&ref);
+}
+
+uintptr_t ms_wt_instantiate(ms_wt_cell *cell, const ms_wt_guest *guest, uint64_t token, const uintptr_t *bases)
+{
+    struct entry entry;
+    unsigned flags = enter(cell, &entry);
+    if (flags)
+        return refuse(flags);
+    wt_context *context = (wt_context *)cell->context;
+    struct group *group = NULL;
+    if (guest->count && !(group = group_new(guest->creator, token)))
+        return leave(cell, &entry, 0, NULL, out_of_memory());
+    cell->group = (uintptr_t)group;
+    if (guest->heap_first)
+        make_heap(context);
+
+    const ms_wt_guest *outer_guest = frame.guest;
+    const uintptr_t *outer_bases = frame.bases;
+    size_t outer_next = frame.next;
+    struct group *outer_group = frame.group;
+    frame.guest = guest;
+    frame.bases = bases;
+    frame.next = 0;
+    frame.group = group;
+    wt_trap *trap = NULL;
+    wt_error *error =
+        api.instantiate((wt_instance_pre *)guest->prepared, context, (wt_instance *)cell->instance, &trap);
+    if (!error && !trap && frame.next < guest->count)
+        flags |= MS_WT_UNASKED;
+    frame.guest = outer_guest;
+    frame.bases = outer_bases;
+    frame.next = outer_next;
+    frame.group = outer_group;
+    return leave(cell, &entry, flags, trap, error);
+}
+
+uintptr_t ms_wt_start(ms_wt_cell *cell, const ms_wt_guest *guest, uint64_t token, const uintptr_t *bases)
+{
+    ms_wt_open(cell, guest->engine);
+    return ms_wt_instantiate(cell, guest, token, bases);
+}
+
+static int take_alone(ms_wt_cell *cell)
+{
+    uintptr_t nobody = 0;
+    return __atomic_compare_exchange_n(&cell->owner, &nobody, this_thread(), 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+}
+
+int ms_wt_close(ms_wt_cell *cell)
+{
+    if (!take_alone(cell)) {
+        /* Whoever is inside looks at `closing` after it has left: one of us two gets in now. */
+        __atomic_store_n(&cell->closing, 1, __ATOMIC_SEQ_CST);
+        if (!take_alone(cell))
+            return 2;
+    }
+    wt_store *store = (wt_store *)cell->store;
+    struct group *group = (struct group *)cell->group;
+    cell->store = cell->context = cell->group = 0;
+    __atomic_store_n(&cell->closing, 0, __ATOMIC_SEQ_CST);
+    if (store)
+        api.store_delete(store);
+    __atomic_store_n(&cell->owner, 0, __ATOMIC_SEQ_CST);
+    if (!group)
+        return 0;
+    if (!group_drop(group)) {
+        cell->lingering = 1;
+        return 1;
+    }
+    free(group);
+    return 0;
+}
+
+/* ---- calls ---- */
+
+static int get_export(ms_wt_cell *cell, const char *name, size_t length, wt_extern *found)
+{
+    return api.export_get((wt_context *)cell->context, (wt_instance *)cell->instance, name, length, found);
+}
+
+_Static_assert(sizeof(wt_func) <= sizeof ((ms_wt_callee *)0)->function, "a function has room");
+
+static int find_function(ms_wt_callee *callee)
+{
+    wt_extern found;
+    if (!get_export(callee->cell, callee->name, callee->length, &found))
+        return 0;
+    callee->found = found.kind == WT_EXTERN_FUNC;
+    if (callee->found)
+        memcpy(callee->function, &found.of.func, sizeof found.of.func);
+    else
+        api.extern_delete(&found);
+    return callee->found;
+}
+
+uintptr_t ms_wt_call(ms_wt_callee *callee)
+{
+    struct entry entry;
+    ms_wt_cell *cell = callee->cell;
+    unsigned refused = enter(cell, &entry);
+    if (refused)
+        return refuse(refused);
+    if (!callee->found && !find_function(callee))
+        return leave(cell, &entry, MS_WT_MISSING, NULL, NULL);
+    wt_trap *trap = NULL;
+    wt_error *error = api.call((wt_context *)cell->context, (const wt_func *)callee->function, (wt_raw *)callee->values,
+                               callee->count, &trap);
+    return leave(cell, &entry, 0, trap, error);
+}
+
+/* ---- globals and memories by name ---- */
+
+static uintptr_t enter_export(ms_wt_cell *cell, struct entry *entry, const char *name, size_t length, wt_extern *found)
+{
+    unsigned refused = enter(cell, entry);
+    if (refused)
+        return refuse(refused);
+    if (!get_export(cell, name, length, found))
+        return leave(cell, entry, MS_WT_MISSING, NULL, NULL);
+    return 0;
+}
+
+static uintptr_t leave_wrong_kind(ms_wt_cell *cell, struct entry *entry, wt_extern *found)
+{
+    api.extern_delete(found);
+    return leave(cell, entry, MS_WT_MISSING, NULL, NULL);
+}
+
+uintptr_t ms_wt_global_get(ms_wt_cell *cell, const char *name, size_t length, uint8_t *value, uint8_t *kind)
+{
+    struct entry entry;
+    wt_extern found;
+    uintptr_t refused = enter_export(cell, &entry, name, length, &found);
+    if (refused)
+        return refused;
+    if (found.kind != WT_EXTERN_GLOBAL)
+        return leave_wrong_kind(cell, &entry, &found);
+    wt_val val;
+    memset(&val, 0, sizeof val);
+    api.global_get((wt_context *)cell->context, &found.of.global, &val);
+    memcpy(value, &val.of, 16);
+    *kind = val.kind;
+    api.val_unroot(&val);
+    return leave(cell, &entry, 0, NULL, NULL);
+}
+
+uintptr_t ms_wt_global_set(ms_wt_cell *cell, const char *name, size_t length, const uint8_t *value, uint8_t kind)
+{
+    struct entry entry;
+    wt_extern found;
+    uintptr_t refused = enter_export(cell, &entry, name, length, &found);
+    if (refused)
+        return refused;
+    if (found.kind != WT_EXTERN_GLOBAL)
+        return leave_wrong_kind(cell, &entry, &found);
+    wt_val val;
+    memset(&val, 0, sizeof val);
+    val.kind = kind;
+    memcpy(&val.of, value, 16);
+    wt_error *error = api.global_set((wt_context *)cell->context, &found.of.global, &val);
+    return leave(cell, &entry, 0, NULL, error);
+}
+
+_Static_assert(sizeof(wt_global) <= sizeof ((ms_wt_saved *)0)->place, "a global's place has room");
+
+uintptr_t ms_wt_globals_find(ms_wt_cell *cell, ms_wt_saved *saved, size_t count)
+{
+    struct entry entry;
+    unsigned refused = enter(cell, &entry);
+    if (refused)
+        return refuse(refused);
+    for (size_t i = 0; i < count; i++) {
+        wt_extern found;
+        if (!get_export(cell, saved[i].name, saved[i].length, &found))
+            return leave(cell, &entry, MS_WT_MISSING, NULL, NULL);
+        if (found.kind != WT_EXTERN_GLOBAL)
+            return leave_wrong_kind(cell, &entry, &found);
+        memcpy(saved[i].place, &found.of.global, sizeof found.of.global);
+    }
+    return leave(cell, &entry, 0, NULL, NULL);
+}
+
+uintptr_t ms_wt_globals_read(ms_wt_cell *cell, ms_wt_saved *saved, size_t count)
+{
+    struct entry entry;
+    unsigned refused = enter(cell, &entry);
+    if (refused)
+        return refuse(refused);
+    for (size_t i = 0; i < count; i++) {
+        wt_val val;
+        memset(&val, 0, sizeof val);
+        api.global_get((wt_context *)cell->context, (const wt_global *)saved[i].place, &val);
+        saved[i].kind = val.kind;
+        memcpy(saved[i].value, &val.of, sizeof saved[i].value);
+        api.val_unroot(&val);
+    }
+    return leave(cell, &entry, 0, NULL, NULL);
+}
+
+uintptr_t ms_wt_restore(ms_wt_cell *cell, const ms_wt_saved *saved, size_t count, int64_t *entered)
+{
+    struct entry entry = {entered[0], entered[1]};
+    wt_error *error = NULL;
+    if (!entered[2])
+        return refuse(MS_WT_BUSY);
+    entered[2] = 0;
+    for (size_t i = 0; i < count && !error; i++) {
+        wt_val val;
+        memset(&val, 0, sizeof val);
+        val.kind = saved[i].kind;
+        memcpy(&val.of, saved[i].value, sizeof saved[i].value);
+        error = api.global_set((wt_context *)cell->context, (const wt_global *)saved[i].place, &val);
+    }
+    return leave(cell, &entry, 0, NULL, error);
+}
+
+uintptr_t ms_wt_memory_locate(ms_wt_cell *cell, const char *name, size_t length, uintptr_t *base, size_t *byte_size)
+{
+    struct entry entry;
+    wt_extern found;
+    uintptr_t refused = enter_export(cell, &entry, name, length, &found);
+    if (refused)
+        return refused;
+    if (found.kind == WT_EXTERN_MEMORY) {
+        *base = (uintptr_t)api.memory_data((wt_context *)cell->context, &found.of.memory);
+        *byte_size = api.memory_size((wt_context *)cell->context, &found.of.memory);
+    } else if (found.kind == WT_EXTERN_SHAREDMEMORY) {
+        /* The store holds the memory too, so it stays after this handle goes. */
+        *base = (uintptr_t)api.shared_data(found.of.sharedmemory);
+        *byte_size = api.shared_size(found.of.sharedmemory);
+        api.extern_delete(&found);
+    } else {
+        return leave_wrong_kind(cell, &entry, &found);
+    }
+    return leave(cell, &entry, 0, NULL, NULL);
+}
+
+uintptr_t ms_wt_memory_grow(ms_wt_cell *cell, const char *name, size_t length, uint64_t pages, uint64_t *before)
+{
+    struct entry entry;
+    wt_extern found;
+    wt_error *error;
+    uintptr_t refused = enter_export(cell, &entry, name, length, &found);
+    if (refused)
+        return refused;
+    if (found.kind == WT_EXTERN_MEMORY) {
+        error = api.memory_grow((wt_context *)cell->context, &found.of.memory, pages, before);
+    } else if (found.kind == WT_EXTERN_SHAREDMEMORY) {
+        error = api.shared_grow(found.of.sharedmemory, pages, before);
+        api.extern_delete(&found);
+    } else {
+        return leave_wrong_kind(cell, &entry, &found);
+    }
+    return leave(cell, &entry, 0, NULL, error);
+}
+
+/* ---- host functions ---- */
+
+static struct node *dropped_functions;
+
+static wt_trap *call_python(void *env, wt_caller *caller, wt_raw *values, size_t count)
+{
+    static const char message[] = "a host function raised";
+    (void)caller;
+    int64_t exception = ms_wt_python_call(((struct node *)env)->name, (uint8_t *)values, count);
+    if (!exception)
+        return NULL;
+    frame.raised = exception;
+    return api.trap_new(message, sizeof message - 1);
+}
+
+static void finalize_function(void *env) { push(&dropped_functions, env); }
+
+uintptr_t ms_wt_define(uintptr_t linker, const char *module, size_t module_length, const char *name, size_t name_length,
+                       uintptr_t type, uint64_t identity)
+{
+    struct node *node = malloc(sizeof *node);
+    if (!node)
+        return (uintptr_t)out_of_memory();
+    node->name = identity;
+    return (uintptr_t)api.define_func((wt_linker *)linker, module, module_length, name, name_length,
+                                      (const wt_functype *)type, call_python, node, finalize_function);
+}
+
+size_t ms_wt_drain_functions(uint64_t *identities, size_t capacity)
+{
+    return drain(&dropped_functions, identities, capacity);
+}
+
+/* ---- captured streams: wasmtime may write from a thread of its own ---- */
+
+struct ms_wt_output {
+    unsigned references;
+    int busy;
+    uint8_t *bytes;
+    size_t length, room, limit;
+};
+
+static void lock(ms_wt_output *output)
+{
+    while (__atomic_exchange_n(&output->busy, 1, __ATOMIC_ACQUIRE))
+        continue;
+}
+
+static void unlock(ms_wt_output *output) { __atomic_store_n(&output->busy, 0, __ATOMIC_RELEASE); }
+
+ms_wt_output *ms_wt_output_new(size_t limit)
+{
+    ms_wt_output *output = calloc(1, sizeof *output);
+    if (output) {
+        output->references = 1;
+        output->limit = limit;
+    }
+    return output;
+}
+
+void ms_wt_output_release(ms_wt_output *output)
+{
+    if (__atomic_sub_fetch(&output->references, 1, __ATOMIC_ACQ_REL) == 0) {
+        free(output->bytes);
+        free(output);
+    }
+}
+
+static ptrdiff_t write_output(void *env, const unsigned char *bytes, size_t length)
+{
+    ms_wt_output *output = env;
+    ptrdiff_t written = (ptrdiff_t)length;
+    lock(output);
+    /* What passes the limit is taken from the guest and dropped: a hostile one may not fill this process. */
+    length = length < output->limit - output->length ? length : output->limit - output->length;
+    if (output->room - output->length < length) {
+        size_t room = output->length + length < 2 * output->room ? 2 * output->room : output->length + length;
+        uint8_t *moved = realloc(output->bytes, room);
+        if (moved) {
+            output->bytes = moved;
+            output->room = room;
+        } else {
+            written = -12; /* ENOMEM */
+        }
+    }
+    if (written >= 0 && length) {
+        memcpy(output->bytes + output->length, bytes, length);
+        output->length += length;
+    }
+    unlock(output);
+    return written;
+}
+
+static void finalize_output(void *env) { ms_wt_output_release(env); }
+
+static ms_wt_output *share(ms_wt_output *output)
+{
+    __atomic_add_fetch(&output->references, 1, __ATOMIC_RELAXED);
+    return output;
+}
+
+size_t ms_wt_wasi_give(ms_wt_cell *cell, const ms_wt_wasi *wasi, ms_wt_output *out, ms_wt_output *err)
+{
+    wt_wasi_config *config = api.wasi_new();
+    size_t refused = 0;
+    if (out)
+        api.stdout_custom(config, write_output, share(out), finalize_output);
+    else if (wasi->inherit_stdout)
+        api.wasi_stdout(config);
+    if (err)
+        api.stderr_custom(config, write_output, share(err), finalize_output);
+    else if (wasi->inherit_stderr)
+        api.wasi_stderr(config);
+    if (!api.wasi_argv(config, wasi->argument_count, wasi->arguments))
+        refused = MS_WT_ARGUMENTS;
+    else if (wasi->variable_count && !api.wasi_env(config, wasi->variable_count, wasi->names, wasi->values))
+        refused = MS_WT_ENVIRONMENT;
+    for (size_t i = 0; i < wasi->folder_count && !refused; i++)
+        if (!api.wasi_folder(config, wasi->folders[i], wasi->known_as[i], 1))
+            refused = MS_WT_FOLDER + i;
+    if (refused)
+        api.wasi_delete(config);
+    else if ((cell->error = (uintptr_t)api.context_set_wasi((wt_context *)cell->context, config)))
+        refused = MS_WT_SET;
+    return refused;
+}
+
+size_t ms_wt_output_read(ms_wt_output *output, uint8_t *bytes, size_t capacity)
+{
+    lock(output);
+    size_t length = output->length;
+    if (capacity && length) /* before anything was written there are no bytes to copy from */
+        memcpy(bytes, output->bytes, length < capacity ? length : capacity);
+    unlock(output);
+    return length;
+}

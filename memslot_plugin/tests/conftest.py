@@ -1,0 +1,258 @@
+"""What the unit tests share: counted system calls, and proof that nothing was left behind."""
+
+from __future__ import annotations
+
+import collections
+import ctypes
+import gc
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memslot_plugin import BytesImage, Image, MemfdImage, Pool, Slot, _core, probe
+from memslot_plugin._core import PAGE_SIZE, ffi, lib
+from memslot_plugin.reset import choose, madvise
+from memslot_plugin.tests import profiles
+from memslot_plugin.tests.slots import RESERVED
+
+profiles.load()
+
+with_one_arena = getattr(ctypes.CDLL(None), "mallopt", None)
+if with_one_arena is not None:
+    # M_ARENA_MAX (mallopt(3)): the C library reserves address space per thread, which would look like a lost slot.
+    with_one_arena(-8, 1)
+
+OF_A_SANITIZER = range(0x5000_0000_0000, 0x6400_0000_0000)
+"""Where AddressSanitizer's allocator (and libubsan's) has its heap, which grows and shrinks by itself."""
+
+Counted = Callable[[], AbstractContextManager["dict[str, int]"]]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What this process holds that a slot, image or pool could have left behind."""
+
+    descriptors: dict[str, int]
+    image_mappings: int
+    reserved_bytes: int
+
+    @classmethod
+    def now(cls) -> Resources:
+        gc.collect()
+        descriptors: collections.Counter[str] = collections.Counter()
+        for entry in Path("/proc/self/fd").iterdir():
+            try:
+                descriptors[str(entry.readlink())] += 1
+            except FileNotFoundError:  # the descriptor by which the folder is being listed
+                continue
+        image_mappings = reserved = 0
+        with Path("/proc/self/maps").open(encoding="ascii", errors="surrogateescape") as maps:
+            for line in maps:
+                addresses, permissions, _, _, inode, *path = line.split(maxsplit=5)
+                low, high = (int(part, 16) for part in addresses.split("-"))
+                image_mappings += bool(path) and "memslot:" in path[0]
+                if permissions == "---p" and inode == "0" and low not in OF_A_SANITIZER:
+                    reserved += high - low
+        return cls(dict(descriptors), image_mappings, reserved)
+
+    def assert_left_nothing(self, before: Resources) -> None:
+        assert self.descriptors == before.descriptors
+        assert self.image_mappings == before.image_mappings
+        # Stacks of threads come and go with a guard page each; a lost slot is larger.
+        assert abs(self.reserved_bytes - before.reserved_bytes) < 256 * 1024
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _probed() -> None:
+    """The probe keeps one descriptor for as long as the process lives."""
+    probe()
+    gc.collect()
+    gc.freeze()  # what was imported stays: later collections look at what tests made
+
+
+@pytest.fixture
+def resources() -> Callable[[], Resources]:
+    """Reads what this process holds now."""
+    return Resources.now
+
+
+@pytest.fixture
+def no_leaks() -> Iterator[None]:
+    """The test has to give back every descriptor, image mapping and reservation."""
+    before = Resources.now()
+    yield
+    Resources.now().assert_left_nothing(before)
+
+
+@pytest.fixture
+def calls() -> Counted:
+    """`with calls() as made:` fills `made`, when the block ends, with the core's system calls by name."""
+
+    @contextmanager
+    def counted() -> Iterator[dict[str, int]]:
+        made: dict[str, int] = {}
+        before = _core.counters()
+        yield made
+        after = _core.counters()
+        made.update({name: n - before[name] for name, n in after.items() if n != before[name]})
+
+    return counted
+
+
+@pytest.fixture
+def inject() -> Iterator[Callable[..., None]]:
+    """`_core.inject`, disarmed when the test ends."""
+    yield _core.inject
+    for call in _core.CALLS:
+        _core.inject(call, error=0)
+
+
+@pytest.fixture
+def child() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs Python source in a process of its own and returns it, ended well; its warnings are errors too."""
+
+    def run(source: str, *prefix: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        command = [*prefix, sys.executable, "-W", "error", "-c", source]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=120, check=False, **options
+        )
+        assert done.returncode == 0, done.stderr
+        return done
+
+    return run
+
+
+@dataclass(frozen=True)
+class Traced:
+    """One system call as strace saw it; `address` and `length` are 0 where the call has none."""
+
+    name: str
+    address: int
+    length: int
+    line: str
+
+    @classmethod
+    def parse(cls, line: str) -> Traced | None:
+        found = re.match(r"(\w+)\((0x[0-9a-f]+|NULL)?(?:, (\d+))?", line)
+        if found is None:
+            return None
+        address = int(found[2], 16) if found[2] and found[2] != "NULL" else 0
+        if found[2] == "NULL" and (answer := re.search(r"= (0x[0-9a-f]+)$", line)):
+            address = int(answer[1], 16)
+        return cls(found[1], address, int(found[3] or 0), line)
+
+
+Sections = tuple[str, dict[str, list[Traced]]]
+
+
+@pytest.fixture(scope="session")
+def _strace_works(tmp_path_factory: pytest.TempPathFactory) -> None:
+    if shutil.which("strace") is None:
+        pytest.skip("impossible: strace is not installed")
+    command = ["strace", "-o", os.devnull, "true"]
+    tried = subprocess.run(command, capture_output=True, text=True, check=False)
+    if tried.returncode:
+        pytest.skip(f"impossible: strace may not trace here: {tried.stderr.strip()}")
+
+
+@pytest.fixture
+def strace(
+    _strace_works: None, child: Callable[..., Any], tmp_path: Path
+) -> Callable[..., Sections]:
+    """Runs Python source under strace: what it printed, and its system calls by section.
+
+    In the source, `mark(name)` begins a section.
+    """
+
+    def run(source: str, *traced: str) -> Sections:
+        log = tmp_path / "strace"
+        preamble = (
+            "import os\n"
+            "def mark(name):\n"
+            "    try: os.write(-1, b'MARK ' + name.encode())\n"
+            "    except OSError: pass\n"
+        )
+        command = ["strace", "-f", "-o", str(log), "-e", "trace=" + ",".join([*traced, "write"])]
+        done = child(preamble + source, *command)
+        sections: dict[str, list[Traced]] = {}
+        section: list[Traced] = []
+        for line in log.read_text(errors="replace").splitlines():
+            _, _, text = line.partition(" ")
+            if (marked := re.search(r'write\(-1, "MARK ([^"]*)"', text)) is not None:
+                section = sections.setdefault(marked[1], [])
+            elif (call := Traced.parse(text.strip())) is not None and call.name != "write":
+                section.append(call)
+        return done.stdout, sections
+
+    return run
+
+
+@pytest.fixture(params=[MemfdImage, BytesImage], ids=lambda kind: kind.kind)
+def make_image(request: pytest.FixtureRequest) -> Iterator[Callable[..., Image]]:
+    """Makes an image of (page, bytes) runs."""
+    made: list[Image] = []
+
+    def make(*runs: tuple[int, bytes], pages: int = 64) -> Image:
+        content = bytearray(pages * PAGE_SIZE)
+        for page, data in runs:
+            content[page * PAGE_SIZE : page * PAGE_SIZE + len(data)] = data
+        made.append(request.param(f"image {len(made)}", content))
+        return made[-1]
+
+    yield make
+    for image in made:
+        image.close()
+
+
+@pytest.fixture(params=["madvise", "pagemap", "copy", "auto"])
+def reset(request: pytest.FixtureRequest) -> Any:
+    if request.param == "pagemap" and not probe().pagemap.works:
+        pytest.skip(f"impossible: PAGEMAP_SCAN: {probe().pagemap.detail}")
+    return choose(request.param, 8 * PAGE_SIZE)
+
+
+@pytest.fixture
+def reservation() -> Iterator[int]:
+    """Three ranges of RESERVED bytes, as a pool has; the address of the middle one."""
+    base = ffi.new("uintptr_t *")
+    _core.check(lib.ms_reserve(3 * RESERVED, base), "reserving")
+    yield base[0] + RESERVED
+    _core.check(lib.ms_unmap(base[0], 3 * RESERVED), "unmapping")
+
+
+@pytest.fixture
+def slot(reservation: int) -> Iterator[Slot]:
+    """A slot inside a larger reservation."""
+    made = Slot(reservation, RESERVED)
+    yield made
+    made.destroy()
+
+
+@pytest.fixture
+def make_pool() -> Iterator[Callable[..., Pool]]:
+    made: list[Pool] = []
+
+    def make(slots: int = 4, **changes: Any) -> Pool:
+        options: dict[str, Any] = {"reserved": 2 * RESERVED, "guard": PAGE_SIZE, "reset": madvise}
+        made.append(Pool(slots=slots, **{**options, **changes}))
+        return made[-1]
+
+    yield make
+    for pool in made:
+        pool.check()
+        pool.close()
+
+
+@pytest.fixture(params=[MemfdImage, BytesImage], ids=lambda kind: kind.kind)
+def image(request: pytest.FixtureRequest) -> Iterator[Image]:
+    with request.param("guest", b"x" * 2 * PAGE_SIZE) as made:
+        yield made
