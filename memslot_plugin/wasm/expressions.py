@@ -1,0 +1,154 @@
+"""Constant expressions: the initial values of globals and tables and the offsets of segments.
+
+They are read to find where they end, and evaluated as far as that needs nothing but the module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from memslot_plugin.wasm.binary import NotUnderstood, Reader
+from memslot_plugin.wasm.types import GlobalType, read_heap_type
+
+
+@dataclass(frozen=True, slots=True)
+class Expression:
+    """One constant expression: its bytes with the final `end`, and its integer value.
+
+    `value` is unsigned, below 2**32 or 2**64 as `type` says, and None where it is not known before
+    instantiation or is no integer; then `reason` completes "the offset ...".  `functions` are those
+    that it refers to.
+    """
+
+    encoded: bytes
+    type: str | None = None
+    value: int | None = None
+    reason: str | None = None
+    functions: tuple[int, ...] = ()
+
+
+class InitialisedGlobal(Protocol):
+    """What an expression needs to know of a global in front of it."""
+
+    @property
+    def type(self) -> GlobalType:
+        """What the global holds."""
+
+    @property
+    def initializer(self) -> Expression | None:
+        """Its initial value; None where it is imported."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Operand:
+    type: str | None
+    value: int | None
+    reason: str | None
+
+
+_BITS = {"i32": 32, "i64": 64}
+_ARITHMETIC: dict[int, tuple[str, Callable[[int, int], int]]] = {
+    0x6A: ("i32", int.__add__),
+    0x6B: ("i32", int.__sub__),
+    0x6C: ("i32", int.__mul__),
+    0x7C: ("i64", int.__add__),
+    0x7D: ("i64", int.__sub__),
+    0x7E: ("i64", int.__mul__),
+}
+_GC_OPERATORS = {
+    0: "struct.new",
+    1: "struct.new_default",
+    6: "array.new",
+    7: "array.new_default",
+    8: "array.new_fixed",
+    26: "any.convert_extern",
+    27: "extern.convert_any",
+    28: "ref.i31",
+}
+
+_INVALID = _Operand(None, None, "is not a valid constant expression")
+
+
+def read_expression(reader: Reader, known: Sequence[InitialisedGlobal]) -> Expression:
+    """A constant expression up to its `end`; `known` are the globals that stand before it."""
+    start = reader.position
+    stack: list[_Operand] = []
+    functions: list[int] = []
+    while (opcode := reader.byte()) != 0x0B:
+        if opcode in _ARITHMETIC:
+            right = stack.pop() if stack else _INVALID
+            left = stack.pop() if stack else _INVALID
+            stack.append(_calculate(opcode, left, right))
+        elif opcode == 0x41:
+            stack.append(_Operand("i32", reader.signed(32) & 0xFFFFFFFF, None))
+        elif opcode == 0x42:
+            stack.append(_Operand("i64", reader.signed(64) & 0xFFFFFFFFFFFFFFFF, None))
+        elif opcode == 0x23:
+            stack.append(_global(reader.u32(), known))
+        elif opcode == 0xD2:
+            functions.append(reader.u32())
+            stack.append(_Operand(None, None, "is made by ref.func"))
+        else:
+            stack.append(_Operand(None, None, f"is made by {_skip_operator(reader, opcode)}"))
+    result = stack[0] if len(stack) == 1 else _only_reason(stack)
+    return Expression(
+        reader.since(start), result.type, result.value, result.reason, tuple(functions)
+    )
+
+
+def _only_reason(stack: list[_Operand]) -> _Operand:
+    """Operators that are skipped leave a wrong stack behind; their reason is better than none."""
+    reasons = [operand.reason for operand in stack if operand.reason]
+    return _Operand(None, None, reasons[-1]) if reasons else _INVALID
+
+
+def _calculate(opcode: int, left: _Operand, right: _Operand) -> _Operand:
+    kind, operation = _ARITHMETIC[opcode]
+    for operand in (left, right):
+        if operand.value is None:
+            return operand
+        if operand.type != kind:
+            return _INVALID
+    assert left.value is not None
+    assert right.value is not None
+    return _Operand(kind, operation(left.value, right.value) % (1 << _BITS[kind]), None)
+
+
+def _global(index: int, known: Sequence[InitialisedGlobal]) -> _Operand:
+    if index >= len(known):
+        return _Operand(None, None, f"is global {index}, which does not exist at this point")
+    initializer, kind = known[index].initializer, known[index].type
+    if initializer is None:
+        return _Operand(None, None, f"is global {index}, which is imported")
+    if kind.mutable:
+        return _Operand(None, None, f"is global {index}, which is mutable")
+    if initializer.value is None:
+        return _Operand(None, None, f"is global {index}, whose value is known only when it runs")
+    if initializer.type != kind.value.name:
+        return _INVALID
+    return _Operand(initializer.type, initializer.value, None)
+
+
+def _skip_operator(reader: Reader, opcode: int) -> str:
+    """Step over the immediates of an operator that makes no integer, and name it."""
+    if opcode == 0x43:
+        reader.skip(4)
+        return "f32.const"
+    if opcode == 0x44:
+        reader.skip(8)
+        return "f64.const"
+    if opcode == 0xD0:
+        read_heap_type(reader)
+        return "ref.null"
+    if opcode == 0xFD and (code := reader.u32()) == 12:
+        reader.skip(16)
+        return "v128.const"
+    if opcode == 0xFB and (code := reader.u32()) in _GC_OPERATORS:
+        if code < 26:
+            reader.u32()
+        if code == 8:
+            reader.u32()
+        return _GC_OPERATORS[code]
+    raise NotUnderstood(f"a constant expression has the unknown operator 0x{opcode:02x}")
