@@ -1,0 +1,276 @@
+"""Our own allocators: plugins like a stranger's, enabled by the entry points `memfd` and
+`anonymous`.
+
+    memfd        asked first; answers None where there is no sealed memfd, and that is the fallback
+    anonymous    asked last, accepts everything; images are copied, not mapped
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NoReturn
+
+from memslot_hooks import hookimpl
+from memslot_hooks.types import Answer, LinearMemory, MemoryRequest, PoolStatistics, ResetResult
+from memslot_plugin import image as images
+from memslot_plugin import layers
+from memslot_plugin.backing import Mapped
+from memslot_plugin.errors import MemoryTooLarge, SystemCallError, Unsupported, UsedAfterClose
+from memslot_plugin.pool import Pool
+from memslot_plugin.probe import probe
+from memslot_plugin.reset import choose
+
+if TYPE_CHECKING:
+    from memslot_hooks.types import Image, InitialContent
+    from memslot_plugin.settings import Settings
+    from memslot_plugin.slot import Slot
+
+
+class SlotMemory(LinearMemory):
+    """A linear memory in a leased slot; `slot` is None once it was released."""
+
+    __slots__ = ("slot",)
+
+    def __init__(self, request: MemoryRequest, owner: object) -> None:
+        super().__init__(request, 0, request.minimum, owner=owner)
+        self.slot: Slot | None = None
+
+
+class PoolAllocator:
+    """What both allocators share: a pool per host, and the hooks in terms of it."""
+
+    name = "abstract"
+
+    def __init__(self) -> None:
+        self.pool: Pool | None = None
+        self.settings: Settings | None = None
+
+    @hookimpl
+    def memslot_open_host(self, settings: Settings) -> None:
+        self.settings = settings
+        if self._answers().answers:
+            self.pool = Pool(
+                slots=settings.slots,
+                reserved=settings.reserved,
+                guard=settings.guard,
+                reset=choose(settings.reset, settings.keep_resident),
+                strategy=settings.strategy,
+                max_unused_warm_slots=settings.max_unused_warm_slots,
+                allocation=settings.allocation,
+                growth=settings.growth,
+                audit=settings.audit,
+                name=self.name,
+            )
+
+    @hookimpl
+    def memslot_close_host(self) -> None:
+        if self.pool is not None:
+            self.pool.close()
+
+    @hookimpl
+    def memslot_describe(self) -> Answer:
+        return self._answers()
+
+    @hookimpl
+    def memslot_statistics(self) -> PoolStatistics | None:
+        return None if self.pool is None else self.pool.statistics()
+
+    @hookimpl
+    def memslot_forget_image(self, image: Image) -> None:
+        if self.pool is not None and isinstance(image, images.Image):
+            self.pool.purge(image)
+
+    @hookimpl
+    def memslot_grow_memory(self, memory: LinearMemory, byte_size: int) -> bool | None:
+        slot = self._slot_of(memory)
+        if slot is None:
+            return None
+        try:
+            slot.grow(byte_size)
+        except (MemoryTooLarge, SystemCallError):
+            return False  # the guest sees -1, as it does when its own runtime is out of memory
+        memory.byte_size = byte_size
+        return True
+
+    @hookimpl
+    def memslot_reset_memory(self, memory: LinearMemory) -> ResetResult | None:
+        # What _slot_of says, without the call: this is in the path of every request.
+        if memory.owner is not self or self.pool is None or not isinstance(memory, SlotMemory):
+            return None
+        result = self.pool.reset(memory.slot or self._released(memory))
+        memory.byte_size = memory.request.minimum
+        return result
+
+    @hookimpl
+    def memslot_release_memory(self, memory: LinearMemory) -> ResetResult | None:
+        slot = self._slot_of(memory)
+        if slot is None or self.pool is None or not isinstance(memory, SlotMemory):
+            return None
+        memory.slot = None
+        # The host's word counts, for a plugin asked before us may have kept the report to itself.
+        grown_by_runtime = slot.mapping is not None and (
+            slot.accessible != slot.initial or memory.byte_size != memory.request.minimum
+        )
+        return self.pool.release(slot, retire=grown_by_runtime)
+
+    def _create(self, request: MemoryRequest, image: images.Image | None) -> SlotMemory | None:
+        if self.pool is None:
+            return None
+        self._require_room(request, self.pool)
+        if self.pool.growth == "ftruncate" and request.bounds_checks != "code":
+            raise Unsupported(
+                f"growth = ftruncate needs a host that checks bounds in code; {request.host} relies on guard pages,"
+                " where an access past the end would raise SIGBUS; allowed here: mprotect"
+            )
+        memory = SlotMemory(request, self)
+        slot = memory.slot = self.pool.lease(
+            image,
+            request.minimum,
+            affinity=(request.guest_id, request.memory_index),
+            maximum=request.maximum,
+            timeout=request.wait_timeout,
+            map_host_memory=request.map_host_memory,
+            shape=request.host_shape,
+            holder=memory,
+        )
+        memory.base, memory.mapping = slot.base, slot.mapping
+        return memory
+
+    def _warm(self, request: MemoryRequest, image: images.Image | None, count: int) -> int | None:
+        if self.pool is None:
+            return None
+        self._require_room(request, self.pool)
+        return self.pool.warm(
+            image,
+            request.minimum,
+            affinity=(request.guest_id, request.memory_index),
+            count=count,
+            maximum=request.maximum,
+            map_host_memory=request.map_host_memory,
+            shape=request.host_shape,
+        )
+
+    def _require_room(self, request: MemoryRequest, pool: Pool) -> None:
+        """Refuse what a slot cannot hold, and what compiled code would count on and a slot does not
+        have.
+        """
+        if request.map_host_memory is not None:
+            return  # the runtime's own mapping fits its own expectations
+        if request.minimum > pool.reserved:
+            raise MemoryTooLarge(
+                f"{request.guest_id} needs {request.minimum} bytes for memory {request.memory_index},"
+                f" and a slot holds {pool.reserved}; raise the setting reserved"
+            )
+        if request.bounds_checks == "guard" and (
+            request.reserved > pool.reserved or request.guard > pool.guard
+        ):
+            raise Unsupported(
+                f"{request.host} counts on {request.reserved} reserved and {request.guard} guard"
+                f" bytes, and slots here have {pool.reserved} and {pool.guard}; open the host with"
+                " the same settings as its plugins"
+            )
+
+    def _slot_of(self, memory: LinearMemory) -> Slot | None:
+        """The leased slot of a memory of ours; None if it is somebody else's."""
+        if memory.owner is not self or not isinstance(memory, SlotMemory):
+            return None
+        return memory.slot or self._released(memory)
+
+    def _released(self, memory: SlotMemory) -> NoReturn:
+        raise UsedAfterClose(f"the memory of {memory.request.guest_id} was released before")
+
+    def _layered(self, content: InitialContent) -> images.Image | None:
+        """An image that keeps only what differs from the one that its memory began with; None where
+        there is none, or it would take too many extents.
+        """
+        slot = None if content.memory is None else self._slot_of(content.memory)
+        if slot is None or slot.image is None:
+            return None
+        held = content.segments[0].data if content.segments else b""
+        changes = slot.changes(images.MIN_GAP)
+        seen = slot.memory.accessible
+        if len(held) > seen:  # it grew in a file of its own, or was not reported yet
+            changes.append((seen, len(held) - seen))
+        return layers.layered(content.name, slot.image, held, changes)
+
+    def _answers(self) -> Answer:
+        raise NotImplementedError
+
+
+class MemfdAllocator(PoolAllocator):
+    """Slots that map sealed memfd images copy-on-write."""
+
+    name = "memfd"
+
+    @hookimpl
+    def memslot_open_host(self, settings: Settings) -> None:
+        super().memslot_open_host(settings)
+        answer = self._answers()
+        if settings.memfd == "on" and not answer.answers:
+            raise Unsupported(
+                f"memfd = on is not possible here: {answer.reason}; allowed: auto, off"
+            )
+
+    @hookimpl
+    def memslot_create_memory(self, request: MemoryRequest) -> LinearMemory | None:
+        image = request.image
+        if image is not None and not isinstance(image, images.MemfdImage):
+            return None
+        return self._create(request, image)
+
+    @hookimpl
+    def memslot_warm_memory(self, request: MemoryRequest, count: int) -> int | None:
+        image = request.image
+        if image is not None and not isinstance(image, images.MemfdImage):
+            return None
+        return self._warm(request, image, count)
+
+    @hookimpl
+    def memslot_build_image(self, content: InitialContent) -> Image | None:
+        if self.pool is None:
+            return None
+        pieces = [
+            images.Piece(each.offset, len(each.data), each.backing, each.file_offset)
+            for each in content.segments
+            if isinstance(each.backing, Mapped)
+        ]
+        if pieces and len(pieces) == len(content.segments):
+            return images.MemfdImage.of_pieces(content.name, pieces)
+        return self._layered(content) or images.MemfdImage(content.name, images.flatten(content))
+
+    def _answers(self) -> Answer:
+        if self.settings is not None and self.settings.memfd == "off":
+            return Answer(self.name, False, "the setting memfd is off")
+        found = probe()
+        for finding in (found.memfd, found.seals):
+            if not finding.works:
+                return Answer(self.name, False, finding.detail)
+        return Answer(self.name, True, "sealed memfd images can be made here")
+
+
+class AnonymousAllocator(PoolAllocator):
+    """The fallback: the same slots over anonymous memory, onto which images are copied."""
+
+    name = "anonymous"
+
+    @hookimpl(trylast=True)
+    def memslot_create_memory(self, request: MemoryRequest) -> LinearMemory | None:
+        image = request.image
+        if image is not None and not isinstance(image, images.Image):
+            return None
+        return self._create(request, image)
+
+    @hookimpl(trylast=True)
+    def memslot_warm_memory(self, request: MemoryRequest, count: int) -> int | None:
+        image = request.image
+        if image is not None and not isinstance(image, images.Image):
+            return None
+        return self._warm(request, image, count)
+
+    @hookimpl(trylast=True)
+    def memslot_build_image(self, content: InitialContent) -> Image | None:
+        return self._layered(content) or images.BytesImage(content.name, images.flatten(content))
+
+    def _answers(self) -> Answer:
+        return Answer(
+            self.name, True, "anonymous memory is always there; images are copied, not mapped"
+        )

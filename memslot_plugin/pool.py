@@ -1,0 +1,743 @@
+"""The pool: one reservation for all its slots, and the policy by which they are handed out.
+
+    reservation   | guard | slot 0: reserved bytes | guard | slot 1 ... | guard |
+
+Strategies: `affinity` gives a guest the slot that it used last (nothing to map then), else a
+never-used slot while fewer than `max_unused_warm_slots` slots of its shape are idle, whoever had
+them, else the least recently used one; `next-available` gives the most recently returned slot,
+`random` any.
+A pool knows no hosts: a runtime that insists on its own mappings passes a way to make them, and the
+pool keeps, counts and hands out those like its own.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import os
+import random
+import threading
+import time
+import weakref
+from collections.abc import Callable, Hashable, Iterable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from memslot_hooks.types import RETIRED, HostMapping, PoolStatistics, ResetResult
+from memslot_plugin._core import (
+    align_up,
+    ffi,
+    lib,
+    map_count,
+    max_map_count,
+    system_call_error,
+)
+from memslot_plugin.errors import (
+    InUse,
+    InvariantBroken,
+    MemslotError,
+    PoolExhausted,
+    PoolTimeout,
+    SettingError,
+    SlotError,
+    UsedAfterClose,
+)
+from memslot_plugin.shelf import STRATEGIES, Shelf
+from memslot_plugin.slot import DIRTY, GROWTHS, Slot, State
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from memslot_plugin.image import Image
+    from memslot_plugin.reset import Reset
+
+_log = logging.getLogger("memslot.pool")
+
+MAPPINGS_PER_SLOT = 3
+"""Guard and tail, image, zeros above it: what one slot costs of vm.max_map_count, with an image of
+one extent.
+"""
+
+POLL_SECONDS = 0.05
+"""How often a waiting lease looks for slots that were abandoned without a lock (by the garbage
+collector).
+"""
+
+
+class Claim(weakref.ref[object]):
+    """One lease of one slot, by somebody who holds it.
+
+    When the holder goes without having given the slot back, the claim is put on the pool's list of
+    abandoned ones by C code alone: no Python runs there, which a lock could stop or a signal cut
+    short.
+    """
+
+    __slots__ = ("slot", "thread")
+
+    slot: Slot | None
+    thread: int
+
+
+class Pool:
+    """Slots and the policy by which they are handed out; safe for threads.
+
+    `slots` bounds how many memories live at once.  `reserved` and `guard` are bytes per slot,
+    rounded up to host pages. `allocation` is "pooling" (one reservation, made at the first lease)
+    or "on-demand" (each slot over a reservation of its own, unmapped at release).  `reset` is one
+    of `memslot_plugin.reset`'s.  Close it, or use it in a with statement.
+    """
+
+    def __init__(
+        self,
+        *,
+        slots: int,
+        reserved: int,
+        guard: int,
+        reset: Reset,
+        strategy: str = "affinity",
+        max_unused_warm_slots: int | None = None,
+        allocation: str = "pooling",
+        growth: str = "mprotect",
+        audit: float = 0.0,
+        name: str = "memfd",
+    ) -> None:
+        if slots < 1:
+            raise SettingError(f"slots must be at least 1, not {slots}")
+        if strategy not in STRATEGIES:
+            raise SettingError(f"strategy must be one of {', '.join(STRATEGIES)}, not {strategy!r}")
+        if allocation not in ("pooling", "on-demand"):
+            raise SettingError(f"allocation must be pooling or on-demand, not {allocation!r}")
+        if growth not in GROWTHS:
+            raise SettingError(f"growth must be one of {', '.join(GROWTHS)}, not {growth!r}")
+        if (
+            reserved < 1 or guard < 0
+        ):  # with a stride shorter than a slot, tenants would share bytes
+            raise SettingError(
+                f"reserved must be at least 1 and guard at least 0 bytes, not {reserved} and {guard}"
+            )
+        if not 0 <= audit <= 1:
+            raise SettingError(f"audit must be from 0 to 1, not {audit}")
+        if max_unused_warm_slots is not None and max_unused_warm_slots < 0:
+            raise SettingError(
+                f"max_unused_warm_slots must be at least 0, not {max_unused_warm_slots}"
+            )
+        self.name = name
+        self.limit = slots
+        self.reserved = align_up(reserved)
+        self.guard = align_up(guard)
+        self.allocation = allocation
+        self.growth = growth
+        self._reset = reset
+        self._audit = audit
+        self._strategy = strategy
+        self._max_unused_warm = slots if max_unused_warm_slots is None else max_unused_warm_slots
+        # A slot is always in one of these, and while it goes from one to another in both: an exception
+        # may come at any line, and whoever finds the slot then puts it where it belongs.
+        self._leased: dict[Slot, Claim] = {}
+        self._returning: dict[Slot, Claim] = {}
+        self._shelves: dict[Hashable, Shelf] = {}
+        self._lost: list[Slot] = []
+        """Those that have to be destroyed, and could not be so far."""
+        self._abandoned: collections.deque[Claim] = collections.deque()
+        self._reservation = ffi.new("uintptr_t *")
+        self._reservation_length = 0
+        self._unused_places: list[int] = []
+        self._laid_out = False
+        self._adopted: set[Slot] = set()
+        self._orphans: list[Claim] = []
+        """In a child of a fork, leases by threads that stayed behind: they end at the latest with the pool."""
+        self._waiting: collections.deque[Any] = collections.deque()
+        """A lock per waiting lease; who gives a slot back releases one."""
+        self._closed = False
+        self._counts: collections.Counter[str] = collections.Counter()
+        # Counters of their own: of each reset, and not a Counter, whose subclass costs twice as much to look into.
+        self._how: collections.defaultdict[str, int] = collections.defaultdict(int)
+        self._lock = threading.Lock()
+        _POOLS.add(self)
+
+    # -- leasing
+
+    def lease(
+        self,
+        image: Image | None,
+        byte_size: int,
+        *,
+        affinity: Hashable,
+        maximum: int | None = None,
+        timeout: float = 0.0,
+        map_host_memory: Callable[[], HostMapping] | None = None,
+        shape: Hashable = None,
+        holder: object = None,
+    ) -> Slot:
+        """A slot with `image` laid and `byte_size` bytes accessible, dirty from now on and the
+        caller's until `release`.
+
+        `timeout` (seconds, 0 for none) is how long to wait for one.  The slot also comes back when
+        `holder` goes, if one is given and it was not released before.  Raises PoolExhausted,
+        PoolTimeout, MemoryTooLarge, SystemCallError, UsedAfterClose; whatever it raises, nothing
+        stays leased.
+        """
+        deadline = time.monotonic() + timeout if timeout > 0 else 0.0
+        key: Hashable = None if map_host_memory is None else ("host", shape)
+        claim = self._new_claim(holder)
+        try:
+            while True:
+                with self._lock:
+                    self._require_open()
+                    if self._abandoned:
+                        self._take_back_abandoned()
+                    slot = self._pick(claim, key, affinity, byte_size, map_host_memory)
+                    if slot is not None:
+                        break
+                    turn = self._line_up(deadline, timeout)
+                try:
+                    turn.acquire(timeout=min(max(deadline - time.monotonic(), 0), POLL_SECONDS))
+                finally:
+                    with suppress(ValueError):  # whoever released it took it out
+                        self._waiting.remove(turn)
+            remapped = slot.instantiate(image, byte_size, maximum=maximum)
+            slot.affinity = affinity
+            self._counts["leases"] += 1
+            self._counts["remaps" if remapped else "affinity_hits"] += 1
+        except BaseException:
+            with self._lock:
+                self._put_away(claim)
+            raise
+        return slot
+
+    def warm(
+        self,
+        image: Image | None,
+        byte_size: int,
+        *,
+        affinity: Hashable,
+        count: int,
+        maximum: int | None = None,
+        map_host_memory: Callable[[], HostMapping] | None = None,
+        shape: Hashable = None,
+    ) -> int:
+        """Make up to `count` unused slots ready for a guest before its requests come; how many
+        there are now.
+
+        Each gets the image laid, and the pages that the guest usually writes made private ahead of
+        their faults: those that a slot it used last has kept resident.  Slots in use are left
+        alone, and fewer than `count` unused ones is no error; on demand there are none at all.
+        Raises SystemCallError.
+        """
+        if self.allocation != "pooling":
+            return 0  # no slot outlives its memory
+        key: Hashable = None if map_host_memory is None else ("host", shape)
+        ready = 0
+        with self._lock:
+            self._require_open()
+            shelf = self._shelves.get(key)
+            model = None if shelf is None else shelf.latest(affinity)
+            usual = None if model is None else model.private_runs()
+            try:
+                while ready < count:
+                    claim = self._new_claim(None)
+                    self._abandoned.append(claim)  # by us, who keep the lock until they are back
+                    slot = self._pick(claim, key, affinity, byte_size, map_host_memory)
+                    if slot is None:
+                        break
+                    slot.instantiate(image, byte_size, maximum=maximum)
+                    slot.affinity = affinity
+                    if usual is not None:
+                        slot.populate(usual)
+                    slot.state = State.CLEAN  # nobody has run in it
+                    ready += 1
+            finally:
+                self._take_back_abandoned()
+        return ready
+
+    def reset(self, slot: Slot) -> ResetResult:
+        """Make a leased slot pristine; it stays leased, and is dirty again as soon as its guest may
+        run.
+
+        Raises SystemCallError or SlotError; the slot is then unknown and `release` will retire it.
+        """
+        if slot not in self._leased:
+            raise SlotError(
+                "this slot is not leased from this pool: it was released before, or belongs elsewhere"
+            )
+        result = self._reset_slot(slot)
+        slot.state = DIRTY
+        return result
+
+    def release(self, slot: Slot, *, retire: bool = False) -> ResetResult:
+        """Take a leased slot back, pristine; `retire` destroys it instead (its memory grew where it
+        cannot shrink).
+
+        Raises SlotError if it is not leased (released twice).  If the reset fails the slot is
+        destroyed, never handed out again, and SystemCallError is raised.  A slot whose `reset` has
+        failed already is destroyed without a further word.
+        """
+        claim = None
+        result = ResetResult(None, 0, RETIRED)
+        try:
+            with self._lock:
+                if self._abandoned:  # perhaps this one
+                    self._take_back_abandoned()
+                if slot not in self._leased:
+                    raise SlotError(
+                        "this slot is not leased from this pool: it was released before, or belongs elsewhere"
+                    )
+                claim = self._leased[slot]
+                self._returning[slot] = claim  # cannot be released again, but is not free either
+                del self._leased[slot]
+            keep = self._may_be_kept(slot) and not retire
+            if keep:
+                result = self._reset_slot(slot)
+            with self._lock:
+                if keep:
+                    self._shelve(slot)
+                else:
+                    self._retire(slot)
+                del self._returning[slot]
+                self._wake_one()
+        except BaseException:
+            with self._lock:
+                if claim is not None and (
+                    self._leased.get(slot) is claim or self._returning.get(slot) is claim
+                ):
+                    self._retire(slot)
+                    self._leased.pop(slot, None)
+                    self._returning.pop(slot, None)
+                    self._wake_one()
+            raise
+        return result
+
+    def _new_claim(self, holder: object) -> Claim:
+        claim = Claim(self if holder is None else holder, self._abandoned.append)
+        claim.slot, claim.thread = None, threading.get_ident()
+        return claim
+
+    def _may_be_kept(self, slot: Slot) -> bool:
+        return self.allocation == "pooling" and slot.state is not State.UNKNOWN
+
+    def _reset_slot(self, slot: Slot) -> ResetResult:
+        """From dirty to clean, counted, and audited at the rate that was set.
+
+        Raises SystemCallError or, where an audit finds a difference, InvariantBroken; the slot is
+        unknown then.
+        """
+        try:
+            result = slot.reset(self._reset)
+            if self._audit and random.random() < self._audit:  # noqa: S311  # a sample, no secret
+                self._counts["audits"] += 1
+                slot.audit()
+        except MemslotError:
+            self._counts["failed_resets"] += 1
+            raise
+        _, _, strategy, reason = result
+        self._how[f"{strategy}: {reason}" if reason else strategy] += 1
+        return result
+
+    def _take_back_abandoned(self) -> None:
+        """Under the lock: reset what finalizers gave back."""
+        while self._abandoned:
+            claim = self._abandoned[0]  # which stays there until it has been dealt with
+            slot = claim.slot
+            if slot is not None and self._leased.get(slot) is claim:
+                try:
+                    if slot.state is State.DIRTY and self._may_be_kept(slot):
+                        self._reset_slot(slot)
+                except MemslotError as error:
+                    # Nobody is left who could be told but the log and the statistics.
+                    _log.error(
+                        "a slot that was dropped could not be reset and is destroyed: %s", error
+                    )
+                self._put_away(claim)
+            self._abandoned.popleft()
+
+    def _put_away(self, claim: Claim) -> None:
+        """Under the lock: end a lease in which nobody has run since the slot was clean, or else destroy the slot."""
+        slot = claim.slot
+        if slot is None or self._leased.get(slot) is not claim:
+            return
+        self._take_off(slot)
+        if slot.state is State.CLEAN and self.allocation == "pooling":
+            self._shelve(slot)
+        else:
+            self._retire(slot)
+        del self._leased[slot]
+        self._wake_one()
+
+    def _pick(
+        self,
+        claim: Claim,
+        key: Hashable,
+        affinity: Hashable,
+        byte_size: int,
+        map_host_memory: Callable[[], HostMapping] | None,
+    ) -> Slot | None:
+        """Under the lock: an idle slot, or a new one, leased from now on; None if every slot is in use."""
+        if self._lost:
+            self._retire_again()
+        if self._in_use() >= (self.limit - self._lost_places() if self._lost else self.limit):
+            return None
+
+        def can_create() -> bool:
+            if map_host_memory is not None:
+                return len(self._adopted) < self.limit
+            if self.allocation == "on-demand":
+                return True
+            self._reserve()
+            return bool(self._unused_places)
+
+        shelf = self._shelves.get(key)
+        slot = None if shelf is None else shelf.choose(affinity, can_create)
+        if shelf is not None and slot is not None:
+            self._hand_out(slot, claim)
+            shelf.discard(slot)
+            return slot
+        if map_host_memory is not None:
+            slot = self._adopt(map_host_memory)
+            self._hand_out(slot, claim)
+            self._adopted.add(slot)
+        elif self.allocation == "on-demand":
+            slot = Slot.create(self.reserved, byte_size, guard=self.guard, growth=self.growth)
+            self._hand_out(slot, claim)
+        else:
+            self._reserve()
+            slot = Slot(self._unused_places[-1], self.reserved, growth=self.growth)
+            self._hand_out(slot, claim)
+            self._unused_places.remove(slot.base)
+        self._counts["created"] += 1
+        return slot
+
+    def _hand_out(self, slot: Slot, claim: Claim) -> None:
+        claim.slot = slot
+        self._leased[slot] = claim
+
+    def _adopt(self, map_host_memory: Callable[[], HostMapping]) -> Slot:
+        """A slot over a range that the runtime makes; an idle one of another shape makes room where
+        the limit is reached.
+        """
+        if len(self._adopted) >= self.limit:
+            for key, shelf in self._shelves.items():
+                if key is not None and (idle := shelf.oldest()) is not None:
+                    self._retire(idle)
+                    if not shelf:
+                        del self._shelves[key]
+                    break
+        mapping = map_host_memory()
+        return Slot(
+            mapping.base, mapping.reserved, mapping.accessible, mapping=mapping, growth=self.growth
+        )
+
+    def _line_up(self, deadline: float, timeout: float) -> Any:
+        """Under the lock: what will be released when a slot comes back; or say why there is none."""
+        limit, in_use = self.limit - self._lost_places(), self._in_use()
+        if not deadline:
+            self._counts["exhausted"] += 1
+            raise PoolExhausted(
+                f"all {limit} slots of the pool are in use; release instances, raise the setting slots,"
+                " or set wait_timeout to wait for one",
+                limit=limit,
+                in_use=in_use,
+            )
+        left = deadline - time.monotonic()
+        if left <= 0:
+            self._counts["exhausted"] += 1
+            raise PoolTimeout(
+                f"all {limit} slots of the pool stayed in use for {timeout:g} s; release instances or raise the"
+                " setting slots or wait_timeout",
+                limit=limit,
+                in_use=in_use,
+            )
+        turn = threading.Lock()
+        turn.acquire()  # by whoever waits, and nobody else has it yet
+        self._waiting.append(turn)
+        return turn
+
+    def _wake_one(self) -> None:
+        if self._waiting:
+            with suppress(IndexError):  # whoever waited has just given up
+                self._waiting.popleft().release()
+
+    def _shelve(self, slot: Slot) -> None:
+        """Under the lock: a clean slot becomes idle; the image of a closed guest is not kept in
+        it.
+        """
+        if slot.image is not None and slot.image.closed:
+            self._purge_slot(slot)
+            if slot.state is not State.CLEAN:
+                return
+        key: Hashable = ("host", slot.mapping.shape) if slot.mapping is not None else None
+        shelf = self._shelves.get(key)
+        if shelf is None:
+            shelf = self._shelves[key] = Shelf(self._strategy, self._max_unused_warm)
+        shelf.put(slot)
+
+    def _purge_slot(self, slot: Slot) -> None:
+        """Under the lock: take the image out of a slot that is on no shelf; retires the slot if
+        that fails.
+        """
+        try:
+            slot.purge()
+        except MemslotError:
+            self._counts["failed_resets"] += 1
+            self._retire(slot)
+        else:
+            slot.affinity = None
+            self._counts["purged"] += 1
+
+    def _retire(self, slot: Slot) -> None:
+        """Under the lock: destroy a slot, from wherever it is; its place in the reservation is used
+        again once it is covered.
+        """
+        if slot not in self._lost:
+            self._lost.append(slot)  # until it is destroyed, also if something comes in between
+            self._counts["destroyed"] += 1
+        self._take_off(slot)
+        self._adopted.discard(slot)
+        try:
+            slot.destroy()
+        except MemslotError as error:
+            _log.error("a slot could not be destroyed, which is tried again later: %s", error)
+        self._account_for(slot)
+
+    def _retire_again(self) -> None:
+        """Under the lock: try once more to destroy what could not be destroyed."""
+        for slot in list(self._lost):
+            self._take_off(slot)
+            self._adopted.discard(slot)
+            with suppress(MemslotError):  # as it was told before
+                slot.destroy()
+            self._account_for(slot)
+
+    def _account_for(self, slot: Slot) -> None:
+        """Under the lock: a destroyed slot's place can be used again; with one that is not goes a slot of the limit."""
+        if slot.state is State.DESTROYED:
+            if self._in_reservation(slot) and slot.base not in self._unused_places:
+                self._unused_places.append(slot.base)
+            self._lost.remove(slot)
+
+    def _take_off(self, slot: Slot) -> None:
+        """Under the lock: off the shelf that it is on."""
+        key: Hashable = ("host", slot.mapping.shape) if slot.mapping is not None else None
+        shelf = self._shelves.get(key)
+        if shelf is not None:
+            shelf.discard(slot)
+
+    def _in_reservation(self, slot: Slot) -> bool:
+        return slot.mapping is None and self.allocation == "pooling"
+
+    def _idle(self) -> list[Slot]:
+        """Under the lock: every slot that nobody has leased."""
+        return [slot for shelf in self._shelves.values() for slot in shelf.listed()]
+
+    def _in_use(self) -> int:
+        return len(self._leased) + len(self._returning)
+
+    def _lost_places(self) -> int:
+        return sum(1 for slot in self._lost if self._in_reservation(slot))
+
+    # -- the reservation
+
+    def _reserve(self) -> None:
+        """Under the lock: make the one reservation, at the first lease that needs it."""
+        if self._laid_out:
+            return
+        allowed, used = max_map_count(), map_count()
+        if (
+            allowed is not None
+            and used is not None
+            and used + self.limit * MAPPINGS_PER_SLOT > allowed
+        ):
+            possible = max(allowed - used, 0) // MAPPINGS_PER_SLOT
+            raise SettingError(
+                f"slots = {self.limit} needs about {self.limit * MAPPINGS_PER_SLOT} mappings, but"
+                f" vm.max_map_count is {allowed} with {used} in use; allowed here: at most {possible} slots"
+            )
+        stride = self.reserved + self.guard
+        length = self._reservation_length = self.guard + self.limit * stride
+        base = self._reservation
+        failed = 0 if base[0] else lib.ms_reserve(length, base)
+        if failed:
+            raise system_call_error(
+                -failed,
+                f"reserving {length} bytes of address space for {self.limit} slots of {self.reserved} bytes and"
+                f" {self.guard} bytes of guard (fewer slots or a smaller reserved need less)",
+            )
+        self._unused_places = self._places()
+        self._laid_out = True
+
+    def _places(self) -> list[int]:
+        """The base of every slot in the reservation, the first one last."""
+        first, stride = self._reservation[0] + self.guard, self.reserved + self.guard
+        return [first + place * stride for place in reversed(range(self.limit))]
+
+    # -- upkeep
+
+    def purge(self, image: Image) -> int:
+        """Take `image` out of every unused slot, so that closing its guest gives its memory back;
+        how many slots held it.
+
+        Slots that are still leased give it up when they come back, if the image is closed by then.
+        """
+        purged = 0
+        with self._lock:
+            for shelf in self._shelves.values():
+                for slot in shelf.listed():
+                    if slot.image is image:
+                        try:
+                            shelf.discard(slot)
+                            self._purge_slot(slot)
+                            if slot.state is State.CLEAN:
+                                shelf.put(slot, next_to_go=True)
+                        except BaseException:
+                            self._retire(slot)
+                            raise
+                        purged += 1
+        return purged
+
+    def statistics(self) -> PoolStatistics:
+        """The pool's counters, read at once."""
+        with self._lock:
+            if self._abandoned and not self._closed:
+                self._take_back_abandoned()
+            idle = self._idle()
+            count = self._counts
+            return PoolStatistics(
+                plugin=self.name,
+                limit=self.limit - self._lost_places(),
+                in_use=self._in_use(),
+                idle=len(idle),
+                warm=sum(1 for slot in idle if slot.image is not None),
+                created=count["created"],
+                destroyed=count["destroyed"],
+                leases=count["leases"],
+                affinity_hits=count["affinity_hits"],
+                remaps=count["remaps"],
+                resets=sum(self._how.values()),
+                failed_resets=count["failed_resets"],
+                exhausted=count["exhausted"],
+                purged=count["purged"],
+                audits=count["audits"],
+                resets_by=dict(self._how),
+            )
+
+    def check(self) -> None:
+        """Check every slot's invariant, and that no slot and no place is lost or held twice; raises
+        InvariantBroken.  Nobody else may use a leased slot meanwhile: it might grow while it is looked at.
+        """
+        with self._lock:
+            idle = self._idle()
+            for slot in (*idle, *self._leased):
+                slot.check()
+            for slot in idle:
+                if slot.state is not State.CLEAN:
+                    raise InvariantBroken(f"an idle slot is {slot.state.value}")
+            if self._laid_out and not self._closed:
+                held = (*idle, *self._leased, *self._returning, *self._lost)
+                places = self._unused_places + self._bases(held)
+                if len(set(places)) != len(places) or len(places) != self.limit:
+                    raise InvariantBroken(
+                        f"{len(places)} places are accounted for, but the pool has {self.limit}"
+                    )
+
+    def close(self) -> None:
+        """Destroy every slot and unmap the reservation; twice is a no-op.
+
+        Raises InUse while slots are leased, and SystemCallError after giving back everything else;
+        closing again then tries again.
+        """
+        with self._lock:
+            if not self._closed:
+                self._abandoned.extend(self._orphans)
+                self._take_back_abandoned()
+                if self._in_use():
+                    raise InUse(
+                        f"the pool has {self._in_use()} leased slots; release them before closing it"
+                    )
+                self._closed = True
+            failures: list[MemslotError] = []
+            for shelf in self._shelves.values():
+                self._lost += shelf.listed()
+            self._shelves.clear()
+            for slot in self._lost:
+                try:
+                    if self._in_reservation(slot):
+                        slot.forget()  # one munmap below unmaps them all
+                    else:
+                        slot.destroy()
+                except MemslotError as error:
+                    failures.append(error)
+            self._forget_destroyed()
+            failed = lib.ms_unmap_held(self._reservation, self._reservation_length)
+            if failed:
+                failures.append(system_call_error(-failed, "unmapping the pool's reservation"))
+            if failures:
+                raise failures[0]
+
+    # Comprehensions stand in functions of their own: from Python 3.12 on an exception that comes while one runs within
+    # a with block, a KeyboardInterrupt, keeps the lock.
+
+    def _forget_destroyed(self) -> None:
+        self._lost = [slot for slot in self._lost if slot.state is not State.DESTROYED]
+
+    def _bases(self, slots: Iterable[Slot]) -> list[int]:
+        """The places in the reservation that these have."""
+        return [slot.base for slot in slots if self._in_reservation(slot)]
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise UsedAfterClose("the pool was closed; make a new one")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def after_fork(self) -> None:
+        """In a child: locks may be held by threads that do not exist here; what is leased goes on
+        as a private copy.
+        """
+        self._lock = threading.Lock()
+        self._waiting.clear()
+        self._finish_for_others()
+        for shelf in self._shelves.values():
+            for slot in shelf.listed():
+                try:
+                    slot.part()
+                except MemslotError as error:
+                    _log.error("a slot could not be parted from the parent's: %s", error)
+                    shelf.discard(slot)
+                    self._retire(slot)
+        ours = threading.get_ident()
+        self._orphans = [claim for claim in self._leased.values() if claim.thread != ours]
+        for slot in self._leased:
+            try:
+                slot.part()
+            except MemslotError as error:
+                _log.error("a leased slot could not be parted from the parent's: %s", error)
+
+    def _finish_for_others(self) -> None:
+        """Whoever was in the middle of something does not exist here: each slot is where it belongs again."""
+        for shelf in self._shelves.values():
+            shelf.tidy()
+        for slot in (*self._leased, *self._returning):
+            self._take_off(slot)
+        for slot in list(self._returning):
+            self._leased.pop(slot, None)
+            self._retire(slot)
+        self._returning.clear()
+        self._retire_again()
+        if self._laid_out:
+            idle = self._idle()
+            held = {slot.base for slot in (*idle, *self._leased, *self._lost)}
+            self._unused_places = [place for place in self._places() if place not in held]
+
+
+_POOLS: weakref.WeakSet[Pool] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for pool in list(_POOLS):
+        pool.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)

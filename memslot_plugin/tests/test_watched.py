@@ -1,0 +1,169 @@
+"""The resets that the core does without asking: which pages it compares, and in how many scans it finds them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from memslot_plugin import MemfdImage, Slot
+from memslot_plugin import reset as resets
+from memslot_plugin._core import PAGE_SIZE as P
+from memslot_plugin._core import ffi, lib
+from memslot_plugin.adaptive import COMPARE_EVERY, FEW_PAGES
+from memslot_plugin.probe import probe
+
+pytestmark = [
+    pytest.mark.usefixtures("no_leaks"),
+    pytest.mark.skipif(not probe().pagemap.works, reason="impossible: no PAGEMAP_SCAN"),
+    pytest.mark.skipif(not probe().memfd.works, reason="impossible: no memfd"),
+]
+
+IMAGE, MEMORY = 16, 200
+"""Pages of the image, and of the whole memory."""
+
+
+@pytest.fixture
+def image() -> Iterator[MemfdImage]:
+    with MemfdImage("watched", os.urandom(IMAGE * P)) as made:
+        yield made
+
+
+@pytest.fixture
+def slot(image: MemfdImage) -> Iterator[Slot]:
+    made = Slot.create(MEMORY * P)
+    made.instantiate(image, MEMORY * P)
+    yield made
+    made.destroy()
+
+
+def once(slot: Slot, reset: Any, *pages: int, looked_at: bool = False) -> Any:
+    """A request that writes to these pages, and its reset; looking whether it was a right one reads every page,
+    which `auto` would learn from.
+    """
+    for page in pages:
+        ctypes.memset(slot.base + page * P + page % P, page % 251 + 1, 3)
+    result = slot.reset(reset)
+    if looked_at:
+        slot.check()
+    slot.instantiate(slot.image, MEMORY * P)
+    return result
+
+
+def never_slow(slot: Slot) -> None:
+    """No scan of this slot is taken for one that was slow, as the first one on a busy machine may be."""
+    assert slot.history is not None
+    slot.history.limits.spare_nanoseconds = 1 << 60
+
+
+@pytest.mark.parametrize("name", ["pagemap", "auto"])
+@pytest.mark.parametrize("above", [0, 39, 40, 150])
+def test_pages_above_the_image_get_a_scan_of_their_own_where_they_are_many(
+    slot: Slot, calls: Any, name: str, above: int
+) -> None:
+    reset, pages = resets.choose(name, 1 << 30), [0, 3, *range(IMAGE, IMAGE + above)]
+    once(slot, reset, *pages)  # the scan goes by what the one before has found
+    assert slot.report.plain_pages == above
+    for _ in range(10):
+        if name == "auto":
+            never_slow(slot)
+        with calls() as made:
+            result = once(slot, reset, *pages)
+        assert made["pagemap_scan"] == (2 if above >= 40 else 1)
+        assert slot.report.apart == (above >= 40)
+        assert slot.report.private_pages == len(pages)
+        assert result.dirty_bytes == len(pages) * P
+    once(slot, reset, *pages, looked_at=True)
+
+
+def test_without_a_mapped_image_nothing_is_looked_for_in_a_file(calls: Any) -> None:
+    slot, reset = Slot.create(MEMORY * P), resets.choose("auto", 1 << 30)
+    slot.instantiate(None, MEMORY * P)
+    for _ in range(3):
+        if slot.history is not None:
+            never_slow(slot)
+        with calls() as made:
+            once(slot, reset, *range(100))
+        assert made["pagemap_scan"] == 1
+        assert slot.report.apart
+        assert slot.report.plain_pages == 100
+    once(slot, reset, *range(100), looked_at=True)
+    slot.destroy()
+
+
+def test_pages_of_zeros_that_were_only_read_are_not_private(slot: Slot) -> None:
+    reset = resets.choose("pagemap", 1 << 30)
+    for _ in range(2):
+        ctypes.string_at(slot.base, MEMORY * P)
+        once(slot, reset, *range(IMAGE, IMAGE + 50), looked_at=True)
+        assert slot.report.private_pages == 50
+
+
+def test_auto_compares_now_and_then(slot: Slot) -> None:
+    reset = resets.choose("auto", 1 << 30)
+    once(slot, reset, 1, 2, 3)
+    compared = []
+    for _ in range(3 * COMPARE_EVERY):
+        never_slow(slot)
+        once(slot, reset, 1, 2, 3)
+        compared.append(slot.report.compared)
+    assert sum(compared) == 3
+    assert compared.index(1) < COMPARE_EVERY
+
+
+def test_auto_learns_of_idle_pages_by_the_next_comparison_and_then_compares_until_they_are_gone(
+    slot: Slot,
+) -> None:
+    reset, many = resets.choose("auto", 1 << 30), 100
+    once(slot, reset, *range(many))
+    for _ in range(COMPARE_EVERY):
+        never_slow(slot)
+        once(slot, reset, 1)
+    assert slot.report.compared
+    while not (result := once(slot, reset, 1)).reason:
+        assert slot.report.compared
+        assert result.dirty_bytes == P
+    assert result.reason == "pages not written lately"
+    assert slot.private_runs() == []
+
+
+def test_pagemap_never_compares(slot: Slot) -> None:
+    reset = resets.choose("pagemap", 1 << 30)
+    once(slot, reset, *range(FEW_PAGES + 4))
+    for _ in range(COMPARE_EVERY + 1):
+        result = once(slot, reset, 1)
+        assert not slot.report.compared
+        assert result.dirty_bytes == (FEW_PAGES + 4) * P  # those that are private, written or not
+
+
+def test_any_pages_are_put_back_however_they_are_found(slot: Slot) -> None:
+    chance = random.Random(7)
+    every = [resets.choose(name, keep) for name in ("pagemap", "auto") for keep in (8 * P, 1 << 30)]
+    for _ in range(300):
+        pages = chance.sample(range(MEMORY), chance.choice([0, 1, 5, 60, MEMORY]))
+        once(slot, chance.choice(every), *pages, looked_at=True)
+
+
+@pytest.mark.parametrize(
+    ("apart", "explained"), [(0, 1000 + 50 * 30), (1, 2 * 1000 + 20 * 30 + 30 * 10)]
+)
+def test_what_private_pages_explain_of_a_scans_time(apart: int, explained: int) -> None:
+    report = ffi.new(
+        "ms_reset_report *",
+        {
+            "private_pages": 50,
+            "plain_pages": 30,
+            "scans": 1 + apart,
+            "apart": apart,
+            "scan_nanoseconds": 9000,
+        },
+    )
+    limits = ffi.new(
+        "ms_reset_limits *",
+        {"scan_price": 1000_000, "file_page_price": 30_000, "plain_page_price": 10_000},
+    )
+    assert lib.ms_spare_nanoseconds(report, limits) == 9000 - explained
