@@ -1,0 +1,138 @@
+"""A host without a runtime: guests are real modules, and their functions are Python.
+
+For tests of plugins and of code that uses memslot: memories are leased, grown and reset through the
+same hooks as anywhere, and every access from a function goes through the bounds-checked
+`instance.memory`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Literal
+
+from memslot_hooks.types import LinearMemory
+from memslot_plugin._core import ffi
+from memslot_plugin.errors import ExportNotFound, GrowthRefused, GuestTrap, InvalidModule
+from memslot_plugin.hosts.base import Host
+from memslot_plugin.hosts.live import Binding, Live
+from memslot_plugin.hosts.memory import WASM_PAGE
+from memslot_plugin.hosts.prepared import Guest
+
+
+class FakeHost(Host):
+    """Runs `functions` (name -> callable) instead of code; each is called with a `FakeLive` before
+    its own arguments.
+    """
+
+    name = "fake"
+    checks_bounds_in_code = True
+
+    def __init__(
+        self, *args: Any, functions: Mapping[str, Callable[..., Any]] | None = None, **kwargs: Any
+    ) -> None:
+        self.functions = dict(functions or {})
+        super().__init__(*args, **kwargs)
+
+    def _open_runtime(self) -> None:
+        """There is none."""
+
+    def _close_runtime(self) -> None:
+        """There is none."""
+
+    def _assemble(self, text: str) -> bytes:
+        raise InvalidModule("the fake host has no assembler; give it the bytes of a module")
+
+    def _compile(self, guest: Guest) -> Any:
+        if guest.plan.native is not None:
+            raise InvalidModule(
+                f"the fake host has no runtime for {guest.name}: {guest.plan.native}"
+            )
+        return guest.plan
+
+    def _function_names(self, guest: Guest) -> Collection[str]:
+        return self.functions
+
+    def _start(self, guest: Guest, memories: tuple[LinearMemory, ...], binding: Binding) -> Live:
+        return FakeLive(self, guest, memories)
+
+
+class FakeLive(Live):
+    """A live fake instance, and what its functions get: `read`, `write` and `grow` on its own
+    memories.
+    """
+
+    def __init__(self, host: FakeHost, guest: Guest, memories: tuple[LinearMemory, ...]) -> None:
+        self._host = host
+        self._guest = guest
+        self.memories = memories
+
+    def read(self, index: int, offset: int, length: int) -> bytes:
+        """`length` bytes at `offset` of memory `index`; traps outside of it."""
+        return bytes(ffi.buffer(self._at(index, offset, length), length))
+
+    def write(self, index: int, offset: int, data: bytes) -> None:
+        """Put `data` at `offset` of memory `index`; traps outside of it."""
+        ffi.memmove(self._at(index, offset, len(data)), data, len(data))
+
+    def _at(self, index: int, offset: int, length: int) -> Any:
+        base, byte_size = self.locate(index)
+        if offset < 0 or offset + length > byte_size:
+            raise GuestTrap(
+                f"out of bounds memory access: [{offset}, {offset + length}) of {byte_size} bytes"
+            )
+        return ffi.cast("uint8_t *", base + offset)
+
+    def function(self, name: str) -> Callable[..., Any]:
+        try:
+            implementation = self._host.functions[name]
+        except KeyError:
+            raise ExportNotFound(
+                f"the fake host has no function {name!r}; it has {', '.join(sorted(self._host.functions)) or 'none'}"
+            ) from None
+        return functools.partial(implementation, self)
+
+    def exports(self) -> Mapping[str, str]:
+        return dict.fromkeys(self._host.functions, "func")
+
+    def global_value(self, name: str) -> Any:
+        raise ExportNotFound(f"a fake guest has no globals, so none is called {name!r}")
+
+    def set_global(self, name: str, value: Any) -> None:
+        self.global_value(name)
+
+    def locate(self, index: int) -> tuple[int, int]:
+        for memory in self.memories:
+            if memory.request.memory_index == index:
+                return memory.base, memory.byte_size
+        raise ExportNotFound(f"memory {index} of {self._guest.name} is not one of its own")
+
+    def grow(self, index: int, pages: int) -> int:
+        """Grow memory `index` by `pages` of 64 KiB; returns the pages before, raises
+        GrowthRefused.
+        """
+        for memory in self.memories:
+            if memory.request.memory_index == index:
+                before = memory.byte_size
+                if pages < 0 or not self._host._grow(memory, before + pages * WASM_PAGE):
+                    raise GrowthRefused(
+                        f"memory {index} of {self._guest.name} may not grow by {pages} pages"
+                    )
+                return before // WASM_PAGE
+        raise ExportNotFound(f"memory {index} of {self._guest.name} is not one of its own")
+
+    def output(self, stream: Literal["stdout", "stderr"]) -> bytes:
+        return b""
+
+    def restore(self) -> None:
+        """Its memories are all that it has."""
+
+    def saved_values(self) -> dict[int, int | None]:
+        return {each.index: each.initial for each in self._guest.plan.saved_globals}
+
+    def dispose(self) -> bool:
+        return True
+
+    @property
+    def native(self) -> Any:
+        return self

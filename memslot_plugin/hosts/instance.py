@@ -1,0 +1,265 @@
+"""Instances: the handles of live guests in leased slots."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from memslot_plugin.errors import ArgumentError, ExportNotFound, InUse, MemslotError, UsedAfterClose
+from memslot_plugin.hosts.memory import Memory
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from memslot_plugin.hosts.live import Binding, Live
+    from memslot_plugin.hosts.prepared import Guest
+
+
+class Instance:
+    """A live guest in a leased slot.
+
+    Dropping it without closing gives the slot back at the host's next call; closing it gives it
+    back at once.
+    """
+
+    __slots__ = ("__weakref__", "_binding", "_now", "guest")
+
+    def __init__(self, guest: Guest, live: Live, binding: Binding) -> None:
+        self.guest = guest
+        self._binding = binding
+        self._now: Live | None = live
+
+    def _live(self) -> Live:
+        live, host = self._now, self.guest.host
+        if live is None or live not in host._live:
+            raise UsedAfterClose(
+                f"the instance of {self.guest.name} was closed; instantiate the guest again"
+            )
+        if host.thread_confined and threading.get_ident() != host._thread:
+            host._require_thread()
+        return live
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """Call an exported function with Python numbers: None, one value, or a list of several.
+
+        Raises ExportNotFound, ArgumentError, GuestTrap, GuestExit, and whatever a host function
+        raised.
+        """
+        return self._live().function(name)(*arguments)
+
+    def function(self, name: str) -> Callable[..., Any]:
+        """The exported function itself, looked up once; valid until the instance is closed, or is
+        reset by a new instance.
+        """
+        return self._live().function(name)
+
+    @property
+    def exports(self) -> Mapping[str, str]:
+        """Every export's kind by name."""
+        return self._live().exports()
+
+    @property
+    def memory(self) -> Memory:
+        """Memory 0; raises ExportNotFound if the guest has none."""
+        if not self.guest.plan.memories:
+            raise ExportNotFound(f"the guest {self.guest.name} has no linear memory")
+        return Memory(self, 0)
+
+    @property
+    def memories(self) -> tuple[Memory, ...]:
+        """Every linear memory in index order, imported ones first."""
+        return tuple(Memory(self, memory.index) for memory in self.guest.plan.memories)
+
+    def global_value(self, name: str) -> Any:
+        """The value of an exported global."""
+        return self._live().global_value(name)
+
+    def set_global(self, name: str, value: Any) -> None:
+        """Set an exported mutable global."""
+        self._live().set_global(name, value)
+
+    @property
+    def stdout(self) -> bytes:
+        """What the guest wrote to a captured standard output since it was instantiated or reset."""
+        return self._live().output("stdout")
+
+    @property
+    def stderr(self) -> bytes:
+        """The same of standard error."""
+        return self._live().output("stderr")
+
+    @property
+    def native(self) -> Any:
+        """The runtime's own instance, for what this surface does not offer.
+
+        Who has it can change what no reset in place restores, so the next `reset` makes a new one.
+        """
+        live = self._live()
+        live.given_away = True
+        return live.native
+
+    def reset(self) -> None:
+        """Back to the guest's pristine state, same handle.
+
+        In place, in the time of the pages that were written, where it is proven that memories and
+        globals are all that can have changed (`guest.report.verdict`), no memory has grown and
+        nobody was given `native`; else by a new instance over the reset slot.  If it raises, the
+        instance is closed and its slot back in the pool or destroyed.  Raises InUse while a call
+        runs, and UsedAfterClose where the guest was closed; the instance goes on then.
+        """
+        live = self._live()
+        guest, host = self.guest, self.guest.host
+        if guest.closed:
+            raise UsedAfterClose(
+                f"the guest {guest.name} was closed: its instances go on and cannot be reset; prepare it again"
+            )
+        if guest.in_place and self._binding.store is None and live.can_restore():
+            self._reset_in_place(live)
+            if guest.plan.is_snapshot:
+                guest._restored(self)
+            return
+        if self._binding.store is not None:
+            raise InUse(
+                "an instance in a store of the embedder's own cannot be reset: end the store instead"
+            )
+        host._require_idle(live)
+        self._begin_again(live)
+        if guest.plan.is_snapshot:
+            guest._restored(self)
+
+    def _begin_again(self, live: Live) -> None:
+        """Put a new live instance over the memories of this one, which are reset."""
+        host = self.guest.host
+        renewed = None
+        try:
+            host._live.discard(live)
+            if not live.dispose():
+                raise InUse(f"a call began in an instance of {self.guest.name} while it was reset")
+            # What is not the renewed instance's is this one's, and ends with it.
+            for place in range(len(live.memories)):
+                memory = live.memories[place]
+                live.memories = (*live.memories[:place], *live.memories[place + 1 :])
+                memory = host._renew(memory)
+                live.memories = (*live.memories[:place], memory, *live.memories[place:])
+            renewed = host._start(self.guest, live.memories, self._binding)
+            fork = host._forks.get(live)
+            if fork is not None:
+                host._forks[renewed] = fork
+                del host._forks[live]
+            self._now = renewed
+            host._live.add(renewed)
+            live.memories = ()
+            live.ended = True
+        except BaseException:
+            self._now = None
+            if renewed is None:
+                host._cut_short(live.memories)
+            else:
+                live.memories = ()
+                host._drop(renewed)
+            host._drop(live)
+            with suppress(MemslotError):  # what is wrong is being raised already
+                host._end_dropped()
+            raise
+        host._counts["resets_by_instantiation"] += 1
+
+    def _reset_in_place(self, live: Live) -> None:
+        host = self.guest.host
+        armed = host._armed
+        held = False
+        try:
+            live.hold()
+            held = True
+            told = armed.memory_reset
+            for memory in live.memories:
+                result = armed.reset_memory(memory)
+                if told is not None:
+                    told(memory, result)
+            live.restore()
+        except BaseException as error:
+            if held or not isinstance(error, MemslotError):
+                live.let_go()
+            if not held:
+                raise
+            self._now = None
+            if live in host._live:
+                with suppress(MemslotError):  # what is wrong is being raised already
+                    host._end(live)
+            raise
+        host._resets_in_place += 1
+
+    def snapshot(self, name: str | None = None) -> Guest:
+        """A new guest whose instances start where this one is now, between two calls; it goes on.
+
+        Memories, their sizes and every mutable global are captured; imports and WASI are the ones that this
+        instance was given, and no start function runs.  Raises SnapshotRefused with the reason where
+        there is more state than that, InUse while a call runs, MemoryTooLarge beyond the setting
+        image_limit.
+        """
+        return self._snapshot(name, depth=4)
+
+    def _snapshot(self, name: str | None, *, depth: int) -> Guest:
+        """`depth` is how many calls from whoever raises a warning the embedder is."""
+        live = self._live()
+        host = self.guest.host
+        host._require_idle(live)
+        return host._prepared(self.guest._snapshot_of(live, name, self._binding, depth=depth))
+
+    def fork(self, count: int = 1) -> list[Instance]:
+        """`count` independent instances that start where this one is now; it goes on.
+
+        They share every page that none of them has written.  A reset of one goes back to this
+        point.  Raises what `snapshot` raises, ArgumentError, and PoolExhausted: none is left then.
+        """
+        if not isinstance(count, int) or count < 0:
+            raise ArgumentError(f"a number of forks is an integer, at least 0, and not {count!r}")
+        live = self._live()
+        host = self.guest.host
+        host._require_idle(live)
+        guest = self.guest._snapshot_of(live, None, self._binding, depth=3)
+        host._guests.add(guest)
+        forks: list[Instance] = []
+        try:
+            for _ in range(count):
+                fork = guest.instantiate()
+                assert fork._now is not None
+                host._forks[fork._now] = guest
+                forks.append(fork)
+        except BaseException:
+            for fork in forks:
+                fork.close()
+            raise
+        finally:
+            if not forks:
+                guest.close()
+        return forks
+
+    def close(self) -> None:
+        """End the instance and give its slot back, pristine; twice is a no-op."""
+        live, host = self._now, self.guest.host
+        if live is not None and live in host._live:
+            host._require_thread()
+            host._require_idle(live)
+            host._end(live)
+            self._now = None
+
+    @property
+    def closed(self) -> bool:
+        """Whether the instance has ended."""
+        return self._now is None or self._now not in self.guest.host._live
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        live = getattr(self, "_now", None)
+        if live is not None:
+            self.guest.host._drop(live)
+
+    def __repr__(self) -> str:
+        return f"<Instance of {self.guest.guest_id}{', closed' * self.closed}>"

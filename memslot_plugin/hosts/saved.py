@@ -1,0 +1,482 @@
+"""Guests that leave the process: what is written of one, and how it becomes a guest again.
+
+    Guest -save->  container (a file)     -load->   Guest
+    Guest -share-> container (a memfd) and descriptors -attach-> Guest
+
+What is written is the same for every host.  What a guest may do is found out again from its module
+when it is loaded; a file is believed only about the bytes of memories.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import platform
+import stat
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from memslot_hooks.types import InitialContent, Segment
+from memslot_plugin import container
+from memslot_plugin import guest as guests
+from memslot_plugin import image as images
+from memslot_plugin._core import check, ffi, lib, system_call_error
+from memslot_plugin.backing import Backing, File, Held, Holder, new_memfd, why_it_may_change
+from memslot_plugin.container import Container, Contents, Stored
+from memslot_plugin.errors import (
+    GuestNotFound,
+    InvalidContainer,
+    MemslotError,
+    SettingError,
+    SystemCallError,
+    Unsupported,
+    UsedAfterClose,
+)
+from memslot_plugin.share import SharedGuest
+
+if TYPE_CHECKING:
+    from memslot_plugin.hosts.base import Host
+    from memslot_plugin.hosts.live import Binding
+    from memslot_plugin.hosts.prepared import Guest
+
+SHARES = ("auto", "on", "off")
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """How a guest came out of a file.
+
+    `shares_file` is whether its images are mapped from the file, `copied_because` why they are not, a
+    sentence's end.  `compiled_because` is why its module was compiled again, or None where the file's
+    code is used.  `authentic` is whether the file was proved to come from somebody who has the key.
+    """
+
+    path: str
+    byte_size: int
+    shares_file: bool
+    copied_because: str | None
+    compiled_because: str | None
+    authentic: bool
+
+
+# Saving
+
+
+def save(guest: Guest, path: str | os.PathLike[str], *, key: bytes | None, with_code: bool) -> int:
+    """See `Guest.save`."""
+    guest.host._require_usable()
+    with held(guest) as found:
+        pieces: list[memoryview] = []
+        stored = {}
+        for index, image in found.items():  # no comprehension within a with block, as in the pool
+            stored[index] = _packed(image, pieces)
+        contents = contents_of(guest, stored, pieces, with_code=with_code)
+        return container.write(Path(path), contents, key=_checked(key))
+
+
+def _checked(key: bytes | None) -> bytes | None:
+    if key is not None and (not isinstance(key, bytes) or len(key) < 16):
+        raise SettingError("a key is at least 16 secret bytes, secrets.token_bytes(32) for example")
+    return key
+
+
+@contextmanager
+def held(guest: Guest) -> Iterator[dict[int, images.Image]]:
+    """The images of a guest by memory, which stay readable within the block whoever closes them."""
+    holder, found = Holder(), dict(guest.images)
+    kinds = {image.kind for image in found.values() if not isinstance(image, images.Image)}
+    if kinds:
+        raise Unsupported(
+            f"{guest.name} has images of the kind {', '.join(sorted(kinds))}, which belong to another"
+            " plugin; let memfd or anonymous build them"
+        )
+    ours = {index: image for index, image in found.items() if isinstance(image, images.Image)}
+    try:
+        for image in ours.values():
+            image.hold(holder)
+        if guest.closed:
+            raise UsedAfterClose(f"the guest {guest.name} was closed; prepare it again")
+        yield ours
+    finally:
+        for image in ours.values():
+            image.let_go(holder)
+
+
+def _packed(image: images.Image, pieces: list[memoryview]) -> list[Stored]:
+    """The extents one after the other, behind what is in `pieces` already; neighbours become one."""
+    stored: list[Stored] = []
+    at = sum(map(len, pieces))
+    for offset, length, backing, file_offset in image.pieces:
+        if stored and stored[-1].offset + stored[-1].length == offset:
+            stored[-1] = stored[-1]._replace(length=stored[-1].length + length)
+        else:
+            stored.append(Stored(offset, length, 0, at))
+        pieces.append(backing.view(file_offset, length))
+        at += length
+    return stored
+
+
+def contents_of(
+    guest: Guest,
+    stored: Mapping[int, list[Stored]],
+    pieces: list[memoryview],
+    *,
+    with_code: bool,
+) -> Contents:
+    """Everything of a guest, with extents that lie where `stored` says."""
+    plan = guest.plan
+    origin = guests.origin(plan)
+    key = key_of_code(guest, sets_globals=guest.sets_globals) if with_code else None
+    return Contents(
+        about={
+            "writer": f"memslot on {guest.host.name}",
+            "name": guest.name,
+            "snapshot": plan.is_snapshot,
+            "reseed": guest.reseed,
+            "globals": [[each.index, each.type, each.initial] for each in plan.saved_globals],
+            "source_bytes": origin.source_bytes,
+            "segments": [dataclasses.asdict(each) for each in origin.segments],
+            "changes": origin.changes,
+        },
+        source_sha256=origin.source_sha256,
+        module=guests.portable(plan),
+        code={} if key is None else {key: guest.host._serialise(guest)},
+        images=stored,
+        pieces=pieces,
+    )
+
+
+# Sharing
+
+
+def share(guest: Guest) -> SharedGuest:
+    """See `Guest.share`."""
+    guest.host._require_usable()
+    fds: list[int] = []
+    try:
+        with held(guest) as found:
+            pieces: list[memoryview] = []
+            files: dict[Backing, int] = {}
+            stored: dict[int, list[Stored]] = {}
+            for index, image in found.items():
+                if all(backing.fd >= 0 for backing in image.backings):
+                    stored[index] = _in_files(image, files)
+                else:
+                    stored[index] = _packed(image, pieces)
+            fds.append(_unnamed_file(guest.name))
+            container.write_to(fds[0], contents_of(guest, stored, pieces, with_code=True))
+            if lib.ms_seals(fds[0], ffi.new("int *")) == 0:
+                check(lib.ms_seal(fds[0]), f"sealing what is shared of {guest.name}")
+            fds.extend(os.dup(backing.fd) for backing in files)
+        return SharedGuest(guest.name, fds)
+    except BaseException as error:
+        for fd in fds:
+            os.close(fd)
+        if isinstance(error, OSError) and not isinstance(error, MemslotError):
+            raise system_call_error(error.errno or 0, f"sharing the guest {guest.name}") from None
+        raise
+
+
+def _in_files(image: images.Image, files: dict[Backing, int]) -> list[Stored]:
+    """The pieces of an image whose files are passed on; new ones are numbered in `files`."""
+    return [
+        Stored(offset, length, files.setdefault(backing, len(files) + 1), file_offset)
+        for offset, length, backing, file_offset in image.pieces
+    ]
+
+
+def _unnamed_file(name: str) -> int:
+    """An empty file without a name; a memfd where there are such."""
+    try:
+        return new_memfd(f"{name}, shared", 0, f"sharing {name}")
+    except SystemCallError:
+        with tempfile.TemporaryFile(buffering=0) as file:
+            return os.dup(file.fileno())
+
+
+def attach(
+    host: Host,
+    shared: SharedGuest,
+    *,
+    binding: Binding,
+    name: str | None,
+    reseed: str | None,
+    trust_code: bool,
+) -> Guest:
+    """See `Host.attach`."""
+    label = f"the shared guest {shared.name}"
+    fds = shared.fds
+    found = container.read(fds[0], label, keep=True)
+    why_copied = None
+    files: dict[int, Backing] = {}
+    try:
+        for number, fd in enumerate(fds[1:], start=1):
+            files[number], why = _received(fd, label)
+            why_copied = why_copied or why
+    except BaseException:
+        for file in files.values():
+            file.let_go(file)  # nobody holds it yet
+        raise
+    guest = guest_of(
+        host, found, files, label=label, binding=binding, name=name, trust_code=trust_code
+    )
+    if reseed is not None:
+        guest.reseed = reseed
+    _record(guest, found, files, label, why_copied, trusted=trust_code)
+    return guest
+
+
+def _received(fd: int, label: str) -> tuple[Backing, str | None]:
+    """What lies behind a descriptor that somebody passed: mapped, or copied with the reason."""
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode) or not status.st_size:
+        raise InvalidContainer(f"{label} has a descriptor that is no file of an image")
+    why = why_it_may_change(fd)
+    if why is None:
+        try:
+            return File(label, os.dup(fd), status.st_size), None
+        except OSError as error:
+            raise system_call_error(error.errno or 0, f"attaching {label}") from None
+    return Held(status.st_size, container.copied(fd, label, status.st_size)), why
+
+
+# Loading
+
+
+def load(
+    host: Host,
+    path: str | os.PathLike[str],
+    *,
+    binding: Binding,
+    name: str | None,
+    reseed: str | None,
+    share_file: Literal["auto", "on", "off"],
+    trust_code: bool,
+    key: bytes | None,
+) -> Guest:
+    """See `Host.load`."""
+    if share_file not in SHARES:
+        raise SettingError(f"share_file must be one of {', '.join(SHARES)}, not {share_file!r}")
+    label = os.fsdecode(path)
+    fd = open_file(label)
+    files: dict[int, Backing] = {}
+    try:
+        why_copied = "share_file is off" if share_file == "off" else None
+        if share_file == "auto":
+            why_copied = why_it_may_change(fd)
+        found = container.read(fd, label, key=_checked(key), keep=why_copied is not None)
+        if why_copied is None:
+            owned, fd = fd, -1
+            files[0] = File(label, owned, found.byte_size)
+    finally:
+        if fd >= 0:
+            os.close(fd)
+    trusted = trust_code or found.keyed
+    guest = guest_of(
+        host, found, files, label=label, binding=binding, name=name, trust_code=trusted
+    )
+    if reseed is not None:
+        guest.reseed = reseed
+    _record(guest, found, files, label, why_copied, trusted=trusted)
+    return guest
+
+
+def _record(
+    guest: Guest,
+    found: Container,
+    files: Mapping[int, Backing],
+    label: str,
+    why_copied: str | None,
+    *,
+    trusted: bool,
+) -> None:
+    """Note how the guest came out of a file, or several."""
+    ours = {
+        backing for image in guest.images.values() for backing in getattr(image, "backings", ())
+    }
+    if why_copied is None and ours.isdisjoint(files.values()):
+        mapped = any(found.images.values())
+        why_copied = "the plugin copies images" if mapped else "there is nothing to map"
+    why_compiled = None
+    if not found.code:
+        why_compiled = "the file has no code"
+    elif not trusted:
+        why_compiled = "the file's code is not trusted (trust_code, or a key)"
+    elif not guest.reused_code:
+        why_compiled = "the file's code is for another runtime, machine or setting"
+    guest.loaded = Loaded(
+        path=label,
+        byte_size=found.byte_size,
+        shares_file=why_copied is None,
+        copied_because=why_copied,
+        compiled_because=why_compiled,
+        authentic=found.keyed,
+    )
+
+
+def guest_of(
+    host: Host,
+    found: Container,
+    files: Mapping[int, Backing],
+    *,
+    label: str,
+    binding: Binding,
+    name: str | None,
+    trust_code: bool,
+) -> Guest:
+    """A guest of what was read; `files` are those that its extents lie in, and given back if it keeps
+    none of them.
+    """
+    from memslot_plugin.hosts.prepared import Guest  # noqa: PLC0415 - a guest saves itself by this module
+
+    holder = Holder()
+    for file in files.values():
+        file.hold(holder)
+    try:
+        about = About.of(found, label)
+        plan = guests.of_saved(
+            found.module,
+            contents=contents_in(found, files, label),
+            origin=about.origin,
+            is_snapshot=about.is_snapshot,
+            image_limit=host.settings.image_limit,
+            import_memory=host.imports_memory,
+        )
+        code = found.code if trust_code else {}
+        guest = Guest(host, name or about.name, plan, binding, code=code)
+        guest.reseed = about.reseed
+        return guest
+    finally:
+        for file in files.values():
+            file.let_go(holder)
+
+
+def contents_in(
+    found: Container, files: Mapping[int, Backing], label: str
+) -> dict[int, InitialContent]:
+    """What the memories hold, by index, as far as their extents say; their sizes are the module's
+    business.  Raises InvalidContainer for extents that are not there.
+    """
+    return {
+        index: _content(found, index, extents, files, label)
+        for index, extents in found.images.items()
+    }
+
+
+def _content(
+    found: Container,
+    index: int,
+    extents: tuple[Stored, ...],
+    files: Mapping[int, Backing],
+    label: str,
+) -> InitialContent:
+    if len(extents) > images.MAX_EXTENTS:
+        raise InvalidContainer(
+            f"{label} has {len(extents)} extents for memory {index}, and {images.MAX_EXTENTS} are allowed"
+        )
+    segments = []
+    for offset, length, number, file_offset in extents:
+        if number == 0 and found.extents is not None:
+            segments.append(Segment(offset, found.extents[file_offset : file_offset + length]))
+            continue
+        file = files.get(number)
+        at = file_offset + (0 if number else found.extents_at)
+        if file is None or at + length > file.byte_size:
+            raise InvalidContainer(
+                f"{label} has an extent for memory {index} in file {number}, which did not come with it"
+            )
+        segments.append(Segment(offset, file.view(at, length), file, at))
+    return InitialContent(0, tuple(segments))
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What `contents_of` wrote about a guest."""
+
+    name: str
+    writer: str
+    is_snapshot: bool
+    reseed: str | None
+    origin: guests.Origin
+
+    @classmethod
+    def of(cls, found: Container, label: str) -> About:
+        """Raises InvalidContainer for what nobody wrote by this format."""
+        about = found.about
+        try:
+            return cls(
+                name=_of(about["name"], str),
+                writer=_of(about["writer"], str),
+                is_snapshot=_of(about["snapshot"], bool),
+                reseed=_of(about["reseed"], str, type(None)),
+                origin=guests.Origin(
+                    source_bytes=_of(about["source_bytes"], int),
+                    source_sha256=found.source_sha256,
+                    segments=tuple(_segment(**each) for each in about["segments"]),
+                    changes=tuple(_of(each, str) for each in about["changes"]),
+                ),
+            )
+        except (KeyError, TypeError) as error:
+            raise InvalidContainer(f"{label} makes no sense: {error!r}") from None
+
+
+def _segment(**given: Any) -> guests.SegmentReport:
+    found = guests.SegmentReport(**given)
+    _of(found.index, int), _of(found.byte_size, int), _of(found.mode, str)
+    _of(found.memory, int, type(None)), _of(found.offset, int, type(None))
+    return found
+
+
+def _of(value: Any, *kinds: type) -> Any:
+    if type(value) not in kinds:
+        raise TypeError(f"{value!r} is no {' or '.join(kind.__name__ for kind in kinds)}")
+    return value
+
+
+def key_of_code(guest: Guest, *, sets_globals: bool) -> str | None:
+    """What compiled code of this guest is found by: the host's circumstances, and the module, or the module
+    whatever its saved globals begin with.  None where there can be no such code.
+    """
+    circumstances = guest.host._code_key(guest)
+    module = guests.but_for_globals(guest.plan) if sets_globals else guest.plan.module
+    if circumstances is None or module is None:
+        return None
+    which = "module but for its globals" if sets_globals else "module"
+    return f"{circumstances}, {which} {hashlib.sha256(module).hexdigest()}"
+
+
+def machine() -> str:
+    """The kind of machine that code was compiled for, with everything that its processor can do."""
+    try:
+        described = Path("/proc/cpuinfo").read_bytes()
+    except OSError:
+        described = b""
+    features = sorted(
+        {line for line in described.splitlines() if line.startswith((b"flags", b"Features"))}
+    )
+    return f"{platform.machine()} {hashlib.sha256(b''.join(features)).hexdigest()[:16]}"
+
+
+def read_saved(label: str, key: bytes | None = None) -> Container:
+    """Everything that stands in the file of a saved guest; raises GuestNotFound, InvalidContainer."""
+    fd = open_file(label)
+    try:
+        return container.read(fd, label, key=_checked(key), keep=True)
+    finally:
+        os.close(fd)
+
+
+def open_file(label: str) -> int:
+    """A descriptor to read a saved guest from."""
+    try:
+        # Without O_NONBLOCK, opening a pipe waits for somebody to write to it.
+        return os.open(label, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (FileNotFoundError, NotADirectoryError):
+        raise GuestNotFound(f"there is no saved guest at {label}") from None
+    except OSError as error:
+        raise InvalidContainer(f"{label} cannot be read: {error.strerror}") from None

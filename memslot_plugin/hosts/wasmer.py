@@ -1,0 +1,403 @@
+"""The host on wasmer-python 1.1.0 (CPython up to 3.10), whose objects are confined to their thread.
+
+wasmer has no place for an allocator, so it maps every memory itself, a slot is laid over that, and
+the rewritten guest imports it.  wasmer also grows memories itself: that is reported afterwards.
+
+Two of its mistakes shape this file.  An instance does not keep what it imports alive, so a
+`WasmerLive` holds all of it.  And the functions of an instance that is gone can still be called
+through a table that it shares, so a guest that imports a table is left to wasmer alone.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, NoReturn
+
+from memslot_hooks.types import HostMapping, LinearMemory
+from memslot_plugin._core import system_call_error
+from memslot_plugin.errors import (
+    ArgumentError,
+    ExportNotFound,
+    GrowthRefused,
+    SnapshotRefused,
+    Unsupported,
+    UsedAfterClose,
+)
+from memslot_plugin.guest import MemoryPlan
+from memslot_plugin.hosts import saved, wasmer_state
+from memslot_plugin.hosts.alone import runtime_version
+from memslot_plugin.hosts.base import Host
+from memslot_plugin.hosts.live import Binding, Live
+from memslot_plugin.hosts.memory import WASM_PAGE
+from memslot_plugin.hosts.prepared import Guest
+from memslot_plugin.hosts.wasmer_errors import (
+    VALUE_ERRORS,
+    at_call,
+    at_compile,
+    at_instantiate,
+    made_by_wasmer,
+)
+from memslot_plugin.hosts.wasmer_link import Compiled, Connected
+from memslot_plugin.hosts.wasmer_runtime import (
+    REFERENCES,
+    WASM32_BYTES,
+    Owner,
+    address_of,
+    export_of,
+    misfit,
+    new_store,
+    reserved_bytes,
+    wasmer,
+)
+
+_log = logging.getLogger("memslot.wasmer")
+
+
+class WasmerHost(Host):
+    """Runs guests on wasmer-python 1.1.0; every use has to be on the thread that opened it."""
+
+    name = "wasmer"
+    imports_memory = True
+    growth: ClassVar[Literal["decide", "report"]] = "report"
+    thread_confined = True
+
+    def _open_runtime(self) -> None:
+        self.store = new_store()
+        self._reserved = reserved_bytes()
+
+    def _close_runtime(self) -> None:
+        self.store = None
+
+    def _assemble(self, text: str) -> bytes:
+        try:
+            return bytes(wasmer.wat2wasm(text))
+        except BaseException as error:
+            if not made_by_wasmer(error):
+                raise
+            raise at_compile(error, "the text") from error
+
+    def _compile(self, guest: Guest) -> Compiled:
+        return Compiled(self.store, guest, self._reused(guest))
+
+    def _reused(self, guest: Guest) -> Any:
+        """The module of the parent, or from code that came with the guest; None where there is none that
+        fits.
+        """
+        parents: Compiled | None = self._parents_code(guest)
+        if parents is not None:
+            guest.sets_globals = bool(guest.plan.saved_globals)
+            return parents.module
+        found = self._saved_code(guest)
+        if found is None:
+            return None
+        try:
+            module = wasmer.Module.deserialize(self.store, found[0])
+        except BaseException as error:
+            if made_by_wasmer(error):
+                _log.info("the code of %s is compiled again: %s", guest.name, error)
+                return None
+            raise
+        guest.reused_code, guest.sets_globals = True, found[1]
+        return module
+
+    def _code_key(self, guest: Guest) -> str | None:
+        # wasmer compiles for the very processor that it runs on, and does not look when it loads.
+        return f"wasmer {runtime_version(self.name)}, {saved.machine()}"
+
+    def _serialise(self, guest: Guest) -> bytes:
+        compiled: Compiled = guest.compiled
+        return bytes(compiled.module.serialize())
+
+    def _map_host_memory(self, memory: MemoryPlan, maximum: int) -> Callable[[], HostMapping]:
+        minimum, largest = (
+            memory.minimum_bytes // WASM_PAGE,
+            min(maximum, WASM32_BYTES) // WASM_PAGE,
+        )
+        kind = wasmer.MemoryType(minimum, largest, False)
+        shape = (memory.minimum_bytes, maximum)
+
+        def create() -> HostMapping:
+            try:
+                made = wasmer.Memory(self.store, kind)
+            except RuntimeError as error:
+                raise system_call_error(
+                    errno.ENOMEM, f"mapping {self._reserved} bytes of address space in wasmer"
+                ) from error
+            owner = Owner(made)
+            return HostMapping(
+                address_of(made), made.data_size, self._reserved, owner, owner.forget, shape
+            )
+
+        return create
+
+    def _start(
+        self, guest: Guest, memories: tuple[LinearMemory, ...], binding: Binding
+    ) -> WasmerLive:
+        compiled: Compiled = guest.compiled
+        owner = _owner_of(memories[0]) if memories else None
+        if binding.store is not None:
+            raise Unsupported("wasmer's stores belong to their hosts; use the host of that store")
+        try:
+            connected = compiled.connect(binding, owner)
+            instance = wasmer.Instance(compiled.module, connected.imports)
+        except BaseException as error:
+            if owner is not None:  # a start function may have come far
+                self._report_growth(memories[0], owner.memory.data_size)
+            if made_by_wasmer(error):
+                raise at_instantiate(error, guest.name) from error
+            raise
+        memory = None if owner is None else owner.memory
+        live = WasmerLive(guest, memories, memory, instance, connected)
+        if guest.sets_globals:
+            live.set_globals()
+        if guest.captures:
+            live.read_globals()
+        return live
+
+    def _cut_short(self, memories: tuple[LinearMemory, ...]) -> None:
+        for memory in memories:  # a start function may have come far
+            self._report_growth(memory, _owner_of(memory).memory.data_size)
+
+
+def _owner_of(memory: LinearMemory) -> Owner:
+    mapping = memory.mapping
+    if mapping is None or not isinstance(mapping.owner, Owner):
+        raise Unsupported(
+            f"{memory!r} is not laid over a memory of wasmer's: a plugin has to call map_host_memory"
+            " of the request"
+        )
+    return mapping.owner
+
+
+class WasmerLive(Live):
+    """One instance, and everything that has to outlive it."""
+
+    def __init__(
+        self,
+        guest: Guest,
+        memories: tuple[LinearMemory, ...],
+        memory: Any,
+        instance: Any,
+        connected: Connected,
+    ) -> None:
+        self.memories = memories
+        self._host = guest.host
+        self._guest = guest
+        self._compiled: Compiled = guest.compiled
+        self._memory = memory
+        self._instance = instance
+        self._exports = instance.exports
+        self._connected: Connected | None = connected
+        self._functions: dict[str, Callable[..., Any]] = {}
+        self._natives: dict[str, Any] = {}
+        self._initial = self._compiled.initial
+        self._globals: list[Any] | None = None
+        self._attached: Any = None
+        self._restore: Any = None
+
+    def function(self, name: str) -> Callable[..., Any]:
+        found = self._functions.get(name)
+        if found is None:
+            found = self._functions[name] = self._export_function(name)
+        return found
+
+    def _export_function(self, name: str) -> Callable[..., Any]:
+        """The function to call; it ends together with the instance."""
+        compiled = self._compiled
+        signature = compiled.functions.get(name)
+        if signature is None:
+            self._no_export(name, "func")
+        if signature.refers:
+            raise Unsupported(
+                f"{name} of {self._guest.name} takes or returns references, which wasmer-python"
+                " cannot hand to Python"
+            )
+        natives = self._natives  # empty again when the instance has ended
+        natives[name] = export_of(self._exports, name)
+        arity, several = signature.arity, signature.several
+        calls_out, may_grow = compiled.calls_out, compiled.may_grow
+        host, thread, get_ident = self._host, self._host._thread, threading.get_ident
+        guest_name = self._guest.name
+
+        def call(*arguments: Any) -> Any:
+            if get_ident() != thread:
+                host._require_thread()
+            if len(arguments) != arity:
+                raise ArgumentError(
+                    f"{name} of {guest_name} takes {arity} arguments, and {len(arguments)} were given"
+                )
+            if name not in natives:
+                raise UsedAfterClose(f"{name} is of an instance of {guest_name} that ended")
+            if calls_out:
+                self.running += 1
+            try:
+                result = natives[name](*arguments)
+            except BaseException as error:
+                # No name for the new error: its traceback holds this frame, and a cycle of the two
+                # would keep the instance alive.
+                if made_by_wasmer(error):
+                    if isinstance(error, VALUE_ERRORS):
+                        wrong = misfit(arguments, signature.parameters)
+                        if wrong is not None:
+                            raise ArgumentError(f"{name} of {guest_name}: {wrong}") from error
+                    raise at_call(error, name, host_function_is_wrong=calls_out) from error
+                raise
+            finally:
+                if calls_out:
+                    self.running -= 1
+                if may_grow:
+                    self._report()
+            return list(result) if several else result
+
+        return call
+
+    def exports(self) -> Mapping[str, str]:
+        return self._compiled.kinds
+
+    def global_value(self, name: str) -> Any:
+        return self._global(name).value
+
+    def set_global(self, name: str, value: Any) -> None:
+        found = self._global(name)
+        if not found.mutable:
+            raise ArgumentError(f"the global {name} of {self._guest.name} is not mutable")
+        try:
+            found.value = value
+        except (TypeError, OverflowError) as error:
+            raise ArgumentError(f"the global {name} of {self._guest.name}: {error}") from error
+
+    def _global(self, name: str) -> Any:
+        type_ = self._compiled.globals.get(name)
+        if type_ is None:
+            self._no_export(name, "global")
+        if int(type_.type) in REFERENCES:
+            raise Unsupported(
+                f"the global {name} of {self._guest.name} is a reference, which wasmer-python cannot"
+                " hand to Python"
+            )
+        return export_of(self._exports, name)
+
+    def locate(self, index: int) -> tuple[int, int]:
+        if self.memories and index == 0:
+            return self.memories[0].base, self._memory.data_size
+        memory = self._foreign_memory(index)
+        return address_of(memory), memory.data_size
+
+    def grow(self, index: int, pages: int) -> int:
+        memory = self._memory if self.memories and index == 0 else self._foreign_memory(index)
+        try:
+            before: int = memory.grow(pages)
+        except RuntimeError as error:
+            raise GrowthRefused(f"memory {index} of {self._guest.name}: {error}") from error
+        except (TypeError, OverflowError) as error:
+            raise ArgumentError(f"memory {index} of {self._guest.name}: {error}") from error
+        self._report()
+        return before
+
+    def output(self, stream: Literal["stdout", "stderr"]) -> bytes:
+        streams = None if self._connected is None else self._connected.streams
+        return b"" if streams is None else streams.output(stream)
+
+    # -- resets
+
+    def hold(self) -> None:
+        if self.running:
+            self._host._require_idle(self)
+
+    def can_restore(self) -> bool:
+        if self.given_away:
+            return False
+        if self.memories:
+            minimum = self.memories[0].request.minimum
+            if self._memory.data_size != minimum or self.memories[0].byte_size != minimum:
+                return False
+        streams = None if self._connected is None else self._connected.streams
+        return streams is None or streams.changed.value == 0
+
+    def restore(self) -> None:
+        if self._restore is None:
+            self._attach(self._initial)
+        self._restore()
+        streams = None if self._connected is None else self._connected.streams
+        if streams is not None:
+            streams.clear()
+
+    def set_globals(self) -> None:
+        """Every saved global gets its initial value."""
+        if self._restore is None:
+            self._attach(self._initial)
+        self._restore()
+
+    def _attach(self, values: tuple[int, ...] | None) -> Any:
+        """The module of ours that reads the globals and puts these values back, on this instance."""
+        if self._globals is None:
+            self._globals = [export_of(self._exports, name) for name in self._compiled.saved_names]
+        module = self._compiled.state_module(values)
+        try:
+            attached = wasmer_state.attach(module, self._globals)
+        except BaseException as error:
+            if not made_by_wasmer(error):
+                raise
+            raise at_instantiate(error, f"the globals of {self._guest.name}") from error
+        if values is not None:
+            self._attached, self._restore = attached, attached.exports.restore
+        return attached
+
+    def read_globals(self) -> None:
+        """What the saved globals hold now becomes what a reset puts back."""
+        self._initial = wasmer_state.read(self._attach(None), self._compiled.saved_types)
+
+    def saved_values(self) -> dict[int, int | None]:
+        saved = self._guest.plan.saved_globals
+        for each in saved:
+            if each.type.startswith("(ref "):
+                raise SnapshotRefused(
+                    f"global {each.index} of {self._guest.name} holds references, {each.type}, which"
+                    " wasmer-python cannot read; use wasmtime, or keep the reference in a table"
+                )
+        values = wasmer_state.read(self._attach(None), self._compiled.saved_types)
+        return {each.index: value for each, value in zip(saved, values, strict=True)}
+
+    def descriptors_changed(self) -> str | None:
+        streams = None if self._connected is None else self._connected.streams
+        if streams is None or streams.changed.value == 0:
+            return None
+        return "it called functions of WASI that open, close or change descriptors"
+
+    def dispose(self) -> bool:
+        self._natives.clear()
+        self._functions.clear()
+        try:
+            self._report()
+        finally:
+            self._restore = self._attached = self._globals = None
+            self._instance = self._exports = self._memory = self._connected = None
+        return True
+
+    @property
+    def native(self) -> Any:
+        return self._instance
+
+    def _report(self) -> None:
+        """Tell the plugins if the memory has grown since they last heard."""
+        if self.memories and self._memory is not None:
+            size = self._memory.data_size
+            if size != self.memories[0].byte_size:
+                self._host._report_growth(self.memories[0], size)
+
+    def _foreign_memory(self, index: int) -> Any:
+        """A memory that is not ours: exported by a guest that runs natively, or imported."""
+        memories = self._guest.plan.memories
+        if 0 <= index < len(memories) and memories[index].exported_as:
+            return export_of(self._exports, memories[index].exported_as[0])
+        raise ExportNotFound(
+            f"memory {index} of {self._guest.name} cannot be reached: the guest does not export it"
+        )
+
+    def _no_export(self, name: str, kind: str) -> NoReturn:
+        is_ = self._compiled.kinds.get(name)
+        what = "nothing of that name" if is_ is None else f"a {is_} of that name"
+        raise ExportNotFound(f"{self._guest.name} has no {kind} {name!r}: it exports {what}")

@@ -1,0 +1,488 @@
+"""The host on wasmtime-py: an engine whose linear memories are leased through the hooks.
+
+wasmtime asks a *memory creator* for each memory.  The adapter leases the memories of an instance
+first and offers them on its own thread just before it instantiates; the creator, which is C, takes
+them in order.  Copy-on-write initialisation of wasmtime's own is off for this engine: with a creator
+it ends the process when a module still has active data.  Guests that no slot can serve run on a
+second engine, configured as wasmtime's defaults are.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import logging
+import os
+import platform
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+from memslot_hooks.types import LinearMemory, MemoryRequest
+from memslot_plugin._core import ffi, lib
+from memslot_plugin.errors import (
+    InUse,
+    InvalidModule,
+    LinkError,
+    MemoryTooLarge,
+    MemslotError,
+    Unsupported,
+    UsedAfterClose,
+)
+from memslot_plugin.hosts.alone import runtime_version
+from memslot_plugin.hosts.base import Host, HostStatistics
+from memslot_plugin.hosts.live import Binding, Live
+from memslot_plugin.hosts.prepared import Guest
+from memslot_plugin.hosts.short_of import short_of
+from memslot_plugin.hosts.wasi import Wasi
+from memslot_plugin.hosts.wasmtime_bridge import HOSTS, address_of, bind, drop_functions, wasmtime
+from memslot_plugin.hosts.wasmtime_errors import (
+    Outcome,
+    WasmtimeExit,
+    WasmtimeFailure,
+    WasmtimeTrap,
+    one_sentence,
+)
+from memslot_plugin.hosts.wasmtime_link import Compiled, Link
+from memslot_plugin.hosts.wasmtime_live import NativeInstance, WasmtimeLive
+from memslot_plugin.hosts.wasmtime_wasi import Environment
+from memslot_plugin.settings import Settings
+
+__all__ = ["NativeInstance", "WasmtimeExit", "WasmtimeFailure", "WasmtimeHost", "WasmtimeTrap"]
+
+_log = logging.getLogger("memslot.wasmtime")
+
+_identities = itertools.count(1)
+_tokens = itertools.count(1)
+
+ONE_MEMORY = b"\0asm\1\0\0\0\5\3\1\0\1"
+"""A module that defines one memory of one page and nothing else."""
+
+
+_OPEN: weakref.WeakSet[WasmtimeHost] = weakref.WeakSet()
+_FORKED: list[int] = []
+"""The process itself, if it began as a fork of one with wasmtime in it: the compiler's threads are not here."""
+
+
+def _after_fork() -> None:
+    _FORKED[:] = [os.getpid()]
+    for host in list(_OPEN):
+        host._leave_behind()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+class WasmtimeHost(Host):
+    """Guests on wasmtime (wasmtime-py).  Any thread may use it; an instance serves one thread at a time.
+
+    `configure(config)` may change a `wasmtime.Config` before an engine is made of it (epochs, fuel,
+    proposals); what memory needs is set after it, and a pool of wasmtime's own is refused
+    (Unsupported).  It is called once per engine.  `configure_store(store)` is called with each new
+    store before its instance starts (epoch deadline, fuel, limits), and again when its instance is
+    reset in place and when it is leased after it waited.
+    """
+
+    name = "wasmtime"
+
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        *,
+        plugins: Sequence[object] = (),
+        configure: Callable[[wasmtime.Config], None] | None = None,
+        configure_store: Callable[[wasmtime.Store], None] | None = None,
+    ) -> None:
+        self._configure = configure
+        self._configure_store = configure_store
+        self._engine: wasmtime.Engine | None = None
+        self._native_engine: wasmtime.Engine | None = None
+        self._creator: Any = None
+        self._identity = next(_identities)
+        self._process = os.getpid()
+        self._engine_lock = threading.Lock()
+        self._groups: dict[int, tuple[LinearMemory, ...]] = {}
+        """The leased memories of each instance, by token: for growth."""
+        self._retained: dict[int, tuple[LinearMemory, ...]] = {}
+        """Those that nobody but wasmtime uses: released when their finalizers have run."""
+        self._finished: collections.deque[int] = collections.deque()
+        """The tokens of those whose finalizers have run."""
+        self._began: dict[int, WasmtimeLive] = {}
+        """Every instance with memories in `_groups`."""
+        self._probing = False
+        _OPEN.add(self)
+        super().__init__(settings, plugins=plugins)
+
+    # -- engines -----------------------------------------------------------------------------------------------------
+
+    @property
+    def engine(self) -> wasmtime.Engine:
+        """The engine whose memories are leased; bare wasmtime-py may use it too."""
+        if self._engine is None:
+            raise UsedAfterClose("the wasmtime host was closed; open a new one")
+        return self._engine
+
+    @property
+    def native_engine(self) -> wasmtime.Engine:
+        """The engine of guests that run natively: wasmtime's defaults, changed by `configure` alone."""
+        if self._native_engine is None:
+            with self._engine_lock:
+                if self._native_engine is None:
+                    self._native_engine = wasmtime.Engine(self._native_config())
+        return self._native_engine
+
+    def increment_epoch(self) -> None:
+        """Let a tick pass on both engines (`wasmtime.Engine.increment_epoch`); any thread may call this at any time."""
+        self.engine.increment_epoch()
+        if self._native_engine is not None:
+            self._native_engine.increment_epoch()
+
+    def _open_runtime(self) -> None:
+        bind()
+        settings = self.settings
+        self.checks_bounds_in_code = settings.bounds_checks == "code"
+        heap_limit = settings.largest_memory
+        creator = ffi.gc(
+            lib.ms_wt_creator_new(self._identity, heap_limit), lib.ms_wt_creator_release
+        )
+        if creator == ffi.NULL:
+            raise MemoryError("no memory is left for a host")
+        self._creator = creator
+        self._engine = wasmtime.Engine(self._engine_config())
+        HOSTS[self._identity] = self
+        if self._configure is not None:
+            try:
+                self._require_creator()
+            except BaseException:
+                self._close_runtime()
+                raise
+
+    def _engine_config(self) -> wasmtime.Config:
+        """What the engine of our guests is made from."""
+        settings, config = self.settings, wasmtime.Config()
+        if self._configure is not None:
+            self._configure(config)
+        config.memory_init_cow = False
+        config.memory_reservation = settings.reserved
+        config.memory_guard_size = settings.guard
+        config.memory_may_move = False
+        config.memory_reservation_for_growth = 0
+        config.signals_based_traps = not self.checks_bounds_in_code
+        if _FORKED:
+            config.parallel_compilation = False
+        lib.ms_wt_creator_install(self._creator, address_of(config.ptr()))
+        return config
+
+    def _native_config(self) -> wasmtime.Config:
+        config = wasmtime.Config()
+        if self._configure is not None:
+            self._configure(config)
+        if _FORKED:
+            config.parallel_compilation = False
+        return config
+
+    def _require_creator(self) -> None:
+        """Refuse a configuration under which wasmtime makes memories of its own."""
+        prepared = wasmtime.Linker(self.engine).instantiate_pre(
+            wasmtime.Module(self.engine, ONE_MEMORY)
+        )
+        guest, cell = ffi.new("ms_wt_guest *"), ffi.new("ms_wt_cell *")
+        guest.engine, guest.prepared = address_of(self.engine.ptr()), address_of(prepared.ptr())
+        self._probing = True
+        try:
+            outcome = lib.ms_wt_start(cell, guest, 0, [])
+        finally:
+            self._probing = False
+            lib.ms_wt_close(cell)
+        if outcome:
+            Outcome(outcome)  # frees it
+            return  # the creator was asked, and refused
+        raise Unsupported(
+            "the configuration has a pool of wasmtime's own, which memslot takes the place of and cannot"
+            " be combined with; leave the allocation strategy alone, and use memslot's settings"
+        )
+
+    def _close_runtime(self) -> None:
+        self._engine = self._native_engine = None
+        self._creator = None  # the engine may need it for longer than we do
+        HOSTS.pop(self._identity, None)
+        drop_functions()
+
+    # -- guests ------------------------------------------------------------------------------------------------------
+
+    def _assemble(self, text: str) -> bytes:
+        try:
+            return bytes(wasmtime.wat2wasm(text))
+        except wasmtime.WasmtimeError as error:
+            raise InvalidModule(
+                f"the text is not WebAssembly: {one_sentence(str(error))}"
+            ) from error
+
+    def _compile(self, guest: Guest) -> Compiled:
+        native = guest.plan.native is not None
+        engine = self.native_engine if native else self.engine
+        try:
+            module = self._reused(guest, engine)
+            if module is None:
+                module = self._compile_alone(engine, guest.plan.module, native=native)
+            return Compiled(engine, module, guest.plan, guest.name, self.settings.reserved)
+        except wasmtime.WasmtimeError as error:
+            said = one_sentence(str(error))
+            raise (
+                short_of(said, f"compiling {guest.name}")
+                or InvalidModule(f"wasmtime refuses {guest.name}: {said}")
+            ) from error
+
+    def _reused(self, guest: Guest, engine: wasmtime.Engine) -> wasmtime.Module | None:
+        """The module of the parent, or from code that came with the guest; None where there is none that
+        fits.
+        """
+        parents: Compiled | None = self._parents_code(guest)
+        if parents is not None:
+            guest.sets_globals = bool(guest.plan.saved_globals)
+            return parents.module
+        found = self._saved_code(guest)
+        if found is None:
+            return None
+        try:
+            module = wasmtime.Module.deserialize(engine, found[0])
+        except wasmtime.WasmtimeError as error:  # it checks version, configuration and processor
+            _log.info("the code of %s is compiled again: %s", guest.name, one_sentence(str(error)))
+            return None
+        guest.reused_code, guest.sets_globals = True, found[1]
+        return module
+
+    def _code_key(self, guest: Guest) -> str | None:
+        settings = self.settings
+        engine = (
+            f"slots of {settings.reserved} + {settings.guard}, bounds by {settings.bounds_checks}"
+        )
+        if guest.plan.native is not None:
+            engine = "its own memories"
+        return f"wasmtime {runtime_version(self.name)}, {platform.machine()}, {engine}"
+
+    def _serialise(self, guest: Guest) -> bytes:
+        compiled: Compiled = guest.compiled
+        return bytes(compiled.module.serialize())
+
+    def _compile_alone(
+        self, engine: wasmtime.Engine, module: bytes, *, native: bool
+    ) -> wasmtime.Module:
+        """Compiled for this engine, without its compiler's threads where those stayed behind in a fork."""
+        if os.getpid() == self._process:
+            return wasmtime.Module(engine, module)
+        alone = wasmtime.Engine(self._native_config() if native else self._engine_config())
+        return wasmtime.Module.deserialize(engine, wasmtime.Module(alone, module).serialize())
+
+    def _start(self, guest: Guest, memories: tuple[LinearMemory, ...], binding: Binding) -> Live:
+        compiled: Compiled | None = guest.compiled
+        if compiled is None:
+            raise UsedAfterClose(f"the guest {guest.name} was closed; prepare it again")
+        if binding.store is None and binding.imports is guest.binding.imports:
+            link = compiled.default
+            if link is None:
+                link = compiled.default = compiled.link(guest.binding, self._creator)
+        else:
+            link = self._link(compiled, binding)
+        token = next(_tokens)
+        live = WasmtimeLive(self, compiled, memories, binding, token)
+        try:
+            if memories:
+                self._began[token] = live
+                self._groups[token] = memories
+            bases = [memory.base for memory in memories]
+            if link.environment is None and binding.store is None and self._configure_store is None:
+                outcome = lib.ms_wt_start(live.cell, link.guest, token, bases)
+            else:
+                self._open_store(live, link, binding)
+                outcome = lib.ms_wt_instantiate(live.cell, link.guest, token, bases)
+            if outcome:
+                live.settle(outcome, starting=True)
+            if guest.sets_globals:
+                live.set_globals()
+            if guest.captures:
+                live.read_globals()
+        except BaseException:
+            self.finish(live, release=False)
+            raise
+        return live
+
+    def _link(self, compiled: Compiled, binding: Binding) -> Link:
+        store = binding.store
+        if store is not None and (
+            not isinstance(store, wasmtime.Store) or store.engine is not compiled.engine
+        ):
+            which = "host.engine" if compiled.plan.native is None else "host.native_engine"
+            raise LinkError(
+                f"the store for an instance of {compiled.guest_name} must be a wasmtime.Store of {which}, not {store!r}"
+            )
+        return compiled.link(binding, self._creator)
+
+    def _open_store(self, live: WasmtimeLive, link: Link, binding: Binding) -> None:
+        """A store, with what must be set before its instance starts."""
+        cell = live.cell
+        if binding.store is not None:
+            cell.context = address_of(binding.store._context())
+        else:
+            lib.ms_wt_open(cell, link.guest.engine)
+        if link.environment is not None:
+            live.environment = link.environment
+            if binding.wasi is not link.wasi:
+                live.environment = Environment(binding.wasi or Wasi())
+            live.streams = live.environment.give(cell)
+        if self._configure_store is not None and binding.store is None:
+            self._configure_store(live.store())
+
+    def _leave_behind(self) -> None:
+        """In a child of a fork: what threads that are not here were in the middle of never ends, and nobody waits for
+        it.  The pool takes its slots back when it closes.
+        """
+        self._engine_lock = threading.Lock()
+        for token, live in list(self._began.items()):
+            ending = token in self._retained and not live.cell.lingering
+            if ending or lib.ms_wt_elsewhere(live.cell):
+                self._live.discard(live)
+                live.ended = True
+                for held in (self._began, self._groups, self._retained):
+                    held.pop(token, None)
+
+    def _cut_short(self, memories: tuple[LinearMemory, ...]) -> None:
+        for token, group in list(self._groups.items()):
+            if group is memories and token in self._began:
+                self.finish(self._began[token], release=False)
+
+    # -- memories ----------------------------------------------------------------------------------------------------
+
+    def granted(self, token: int, index: int, byte_size: int) -> bool:
+        """The bridge asks whether a memory may grow to `byte_size`."""
+        memory = self._groups[token][index]
+        if not self._grow(memory, byte_size):
+            return False
+        memory.byte_size = byte_size
+        return True
+
+    def leased(self, minimum: int, maximum: int) -> tuple[int, LinearMemory]:
+        """The bridge asks for a memory for an instance that bare wasmtime-py makes on our engine."""
+        if self._probing:
+            raise Unsupported("this is only a question")
+        settings = self.settings
+        limit = settings.largest_memory
+        if minimum > limit:
+            raise MemoryTooLarge(
+                f"a memory of {minimum} bytes is wanted, and the settings allow {limit}"
+            )
+        request = MemoryRequest(
+            minimum=minimum,
+            maximum=min(maximum, limit),
+            reserved=settings.reserved,
+            guard=settings.guard,
+            image=None,
+            guest_id="wasmtime#engine",
+            memory_index=0,
+            host=self.name,
+            bounds_checks=settings.bounds_checks,
+            wait_timeout=settings.wait_timeout,
+        )
+        token, memories = next(_tokens), self._lease([request])
+        self._groups[token] = self._retained[token] = memories
+        return token, memories[0]
+
+    def _lease(self, requests: Sequence[MemoryRequest]) -> tuple[LinearMemory, ...]:
+        if self._retained:
+            self._drain()
+        return super()._lease(requests)
+
+    def _release(self, memories: Sequence[LinearMemory]) -> None:
+        if self._retained:
+            held = {id(memory) for group in list(self._retained.values()) for memory in group}
+            memories = [memory for memory in memories if id(memory) not in held]
+        super()._release(memories)
+
+    def _drain(self) -> None:
+        """Release the memories whose finalizers have run."""
+        tokens, finished = ffi.new("uint64_t[]", 64), self._finished
+        while self._creator is not None:
+            finished.extend(tokens[0 : lib.ms_wt_drain(self._creator, tokens, 64)])
+            if not finished:
+                return
+            for token in list(finished):
+                self._give_back(token)
+                with suppress(ValueError):  # another thread has done the same
+                    finished.remove(token)
+
+    def _give_back(self, token: int) -> None:
+        self._groups.pop(token, None)
+        self._began.pop(token, None)
+        memories = self._retained.pop(token, None)
+        if memories is not None:
+            try:
+                super()._release(memories)
+            except MemslotError:
+                # Whoever held them is gone, and whoever drains has nothing to do with it.
+                _log.exception("memories that wasmtime had let go of could not be released")
+
+    def finish(self, live: WasmtimeLive, *, release: bool = True) -> bool:
+        """End a live instance's store.  True: wasmtime no longer uses its memories, and nobody has released them yet.
+
+        With `release` they are released here; a running call, or a store that is not ours, releases them later.
+        """
+        token, memories = live.token, live.memories
+        if live.cell.lingering:
+            self._began.pop(token, None)  # it holds the store, which would hold the memories
+            return False
+        live.forget_views()
+        try:
+            if memories:
+                # Whoever takes it out again releases them.
+                self._retained.setdefault(token, memories)
+            ended = int(lib.ms_wt_close(live.cell))
+            if not memories:
+                return ended != 2
+            if ended == 2:
+                return False
+            if ended:
+                self._began.pop(token, None)
+                return False
+            self._groups.pop(token, None)
+            held = self._retained.pop(token, None)
+            self._began.pop(token, None)  # last: a forked child looks here for what was cut short
+            if held is None:
+                return False
+            if release:
+                live.memories = ()
+                super()._release(memories)
+        except BaseException:
+            self._drop(live)
+            raise
+        return True
+
+    # -- the host's own life -----------------------------------------------------------------------------------------
+
+    def statistics(self) -> HostStatistics:
+        self._require_usable()
+        self._drain()
+        drop_functions()
+        return super().statistics()
+
+    def close(self, *, force: bool = False) -> None:
+        """Close guests, pools and the runtime; twice is a no-op.
+
+        Raises InUse while instances are live, and goes on serving; with `force` they are ended first.
+        Stores of the embedder's own and instances that bare wasmtime-py made on our engine cannot be
+        ended here: InUse, also with `force`.
+        """
+        if self._gave_back:
+            return
+        if force and not self._closed:
+            self._end_dropped()
+            for live in list(self._live):
+                self._end_or_log(live)
+        self._drain()
+        if self._retained:
+            raise InUse(
+                f"{len(self._retained)} instances that this host does not own still use its memories:"
+                " close their stores, or wait for the calls that run"
+            )
+        super().close(force=force)

@@ -1,0 +1,287 @@
+"""The Python half of the bridge to wasmtime: binding the C half to the library, and what the C half calls back.
+
+The C half (`_core/wasmtime_bridge.c`) makes the hot calls without ctypes and gives wasmtime its
+memories.  It comes back here for three things: to decide about a growth, to lease a memory for
+somebody who uses a host's engine without us, and to run a host function.  None of them lets an
+exception escape: the exception is kept under a number that travels through wasmtime, and whoever
+made the call raises it (`memslot_plugin.hosts.wasmtime_errors`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.metadata
+import itertools
+import logging
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from memslot_hooks.types import LinearMemory
+from memslot_plugin._core import ffi, lib
+from memslot_plugin.errors import HostUnavailable
+
+try:
+    import wasmtime
+    from wasmtime import _bindings as bindings
+    from wasmtime import _ffi as wasmtime_ffi
+    from wasmtime import _func as wasmtime_func
+except (ImportError, OSError, RuntimeError) as error:
+    # OSError: the shared library does not load here; RuntimeError: wasmtime-py does not know this platform.
+    raise HostUnavailable(
+        f"wasmtime cannot be imported ({error}); install it with: pip install 'memslot[wasmtime]'"
+    ) from error
+
+__all__ = [
+    "Memories",
+    "address_of",
+    "bind",
+    "bindings",
+    "drop_functions",
+    "keep",
+    "taken",
+    "wasmtime",
+    "wasmtime_ffi",
+]
+
+_log = logging.getLogger("memslot.wasmtime")
+
+TESTED = "50"
+"""The versions of wasmtime that the bridge was tested with; others are tried, and refused if something is missing."""
+
+
+def address_of(pointer: Any) -> int:
+    """The address that a ctypes pointer or function holds."""
+    return ctypes.cast(pointer, ctypes.c_void_p).value or 0
+
+
+@functools.cache
+def bind() -> None:
+    """Give the C half the addresses of wasmtime's functions, once.
+
+    Raises HostUnavailable if this wasmtime lacks one or lays its structures out differently.
+    """
+    version = importlib.metadata.version("wasmtime")
+    addresses, missing = [], []
+    symbol = ffi.NULL
+    for index in itertools.count():
+        symbol = lib.ms_wt_symbol(index)
+        if symbol == ffi.NULL:
+            break
+        name = ffi.string(symbol).decode()
+        try:
+            addresses.append(address_of(getattr(wasmtime_ffi.dll, name)))
+        except AttributeError:
+            missing.append(name)
+    if missing:
+        raise HostUnavailable(
+            f"wasmtime {version} has no {', '.join(missing)}, and memslot needs it; install wasmtime {TESTED}"
+        )
+    layout = ffi.new("size_t[]", 64)
+    ours = list(layout[0 : lib.ms_wt_layout(layout, 64)])
+    try:
+        theirs = _layout()
+    except AttributeError as error:
+        raise HostUnavailable(
+            f"wasmtime-py {version} has no {error.name}, and memslot needs it; install wasmtime {TESTED}"
+        ) from None
+    if ours != theirs:
+        raise HostUnavailable(
+            f"wasmtime {version} lays its structures out as {theirs}, and memslot was built for {ours};"
+            f" install wasmtime {TESTED}"
+        )
+    lib.ms_wt_bind(addresses)
+
+
+def _layout() -> list[int]:
+    """What `ms_wt_layout` tells of our declarations, told of wasmtime-py's."""
+    memory, creator = bindings.wasmtime_linear_memory, bindings.wasmtime_memory_creator
+    sized: Sequence[Any] = (
+        bindings.wasmtime_instance,
+        bindings.wasmtime_func,
+        bindings.wasmtime_global,
+        bindings.wasmtime_memory,
+        bindings.wasmtime_extern,
+    )
+    offset: Callable[[Any], int] = lambda field: field.offset  # noqa: E731 - the stubs give fields their values' types
+    return [
+        *(ctypes.sizeof(each) for each in sized),
+        offset(bindings.wasmtime_extern.of),
+        ctypes.sizeof(bindings.wasmtime_val_raw),
+        ctypes.sizeof(bindings.wasmtime_val),
+        offset(bindings.wasmtime_val.of),
+        ctypes.sizeof(bindings.wasmtime_externref),
+        ctypes.sizeof(memory),
+        offset(memory.get_memory),
+        offset(memory.grow_memory),
+        offset(memory.finalizer),
+        ctypes.sizeof(creator),
+        offset(creator.new_memory),
+        offset(creator.finalizer),
+    ]
+
+
+# -- exceptions on their way through wasmtime ----------------------------------------------------
+
+LOST = -1
+"""Stands for an exception that could not even be kept."""
+
+_kept: dict[int, BaseException] = {}
+_numbers = itertools.count(1)
+
+
+def keep(error: BaseException) -> int:
+    """Put an exception aside under a number."""
+    number = next(_numbers)
+    _kept[number] = error
+    return number
+
+
+def taken(number: int) -> BaseException:
+    """The exception of that number, once."""
+    return _kept.pop(number, None) or RuntimeError(
+        "an exception was lost on its way through wasmtime"
+    )
+
+
+# -- memories ------------------------------------------------------------------------------------
+
+
+class Memories(Protocol):
+    """What the bridge asks of a host."""
+
+    def granted(self, token: int, index: int, byte_size: int) -> bool:
+        """Whether the index-th memory of that group may have `byte_size` bytes."""
+
+    def leased(self, minimum: int, maximum: int) -> tuple[int, LinearMemory]:
+        """A memory for an instance that is not ours, and its token; sizes are bytes."""
+
+
+HOSTS: weakref.WeakValueDictionary[int, Memories] = weakref.WeakValueDictionary()
+"""Who answers for a creator, by the creator's identity."""
+
+
+def _refused(_: type, error: BaseException, __: object) -> int:
+    """An exception came before the callback below could catch it."""
+    return -keep(error) if lib.ms_wt_depth() else 0
+
+
+@ffi.def_extern(error=0, onerror=_refused)  # type: ignore[untyped-decorator]
+def ms_wt_python_grow(creator: int, token: int, index: int, byte_size: int) -> int:
+    try:
+        return int(HOSTS[creator].granted(token, index, byte_size))
+    except BaseException as error:  # noqa: BLE001 - it is raised where the call into wasmtime was made
+        if lib.ms_wt_depth():
+            return -keep(error)
+        # wasmtime-py itself made the call, which has no place for the exception.
+        _log.exception(
+            "a growth to %d bytes was refused, because deciding about it failed", byte_size
+        )
+        return 0
+
+
+@ffi.def_extern(error=0)  # type: ignore[untyped-decorator]
+def ms_wt_python_lease(  # noqa: PLR0917 - C calls it
+    creator: int,
+    minimum: int,
+    maximum: int,
+    token: Any,
+    base: Any,
+    capacity: Any,
+    message: Any,
+    room: int,
+) -> int:
+    try:
+        token[0], memory = HOSTS[creator].leased(minimum, maximum)
+        base[0], capacity[0] = memory.base, memory.request.reserved
+    except BaseException as error:  # noqa: BLE001 - it becomes an error of wasmtime's, which is what its caller knows
+        said = (
+            "the host was closed"
+            if isinstance(error, KeyError)
+            else f"{type(error).__name__}: {error}"
+        )
+        text = said.encode(errors="replace").replace(b"\0", b"")[: room - 1] + b"\0"
+        ffi.memmove(message, text, len(text))
+        return 0
+    return 1
+
+
+# -- host functions ------------------------------------------------------------------------------
+
+HostFunction = Callable[[Any], None]
+"""Takes arguments from a buffer of 16 bytes each, and puts its results there."""
+
+FUNCTIONS: dict[int, HostFunction] = {}
+"""By the identity under which the C half calls it."""
+
+_identities = itertools.count(1)
+
+
+def define(
+    linker: wasmtime.Linker, module: str, name: str, kind: wasmtime.FuncType, function: HostFunction
+) -> None:
+    """Put a host function into a linker; raises WasmtimeError.
+
+    It is forgotten when no linker and no store needs it any more.
+    """
+    identity = next(_identities)
+    FUNCTIONS[identity] = function
+    module_bytes, name_bytes = module.encode(), name.encode()
+    failed = lib.ms_wt_define(
+        address_of(linker.ptr()),
+        module_bytes,
+        len(module_bytes),
+        name_bytes,
+        len(name_bytes),
+        address_of(kind.ptr()),
+        identity,
+    )
+    if failed:
+        raise wasmtime.WasmtimeError._from_ptr(
+            ctypes.cast(failed, ctypes.POINTER(wasmtime_ffi.wasmtime_error_t))
+        )
+
+
+def drop_functions() -> None:
+    """Forget the host functions that wasmtime has let go of since."""
+    identities = ffi.new("uint64_t[]", 64)
+    while count := lib.ms_wt_drain_functions(identities, 64):
+        for identity in identities[0:count]:
+            FUNCTIONS.pop(identity, None)
+
+
+def _raised(_: type, error: BaseException, __: object) -> int:
+    """The same."""
+    return keep(error) if lib.ms_wt_depth() else LOST
+
+
+@ffi.def_extern(error=LOST, onerror=_raised)  # type: ignore[untyped-decorator]
+def ms_wt_python_call(identity: int, values: Any, count: int) -> int:
+    try:
+        FUNCTIONS[identity](ffi.buffer(values, 16 * count))
+    except BaseException as error:  # noqa: BLE001 - it is raised where the call into wasmtime was made
+        if lib.ms_wt_depth():
+            return keep(error)
+        # wasmtime-py itself made the call, and raises what it finds there.
+        wasmtime_func.LAST_EXCEPTION = error  # type: ignore[assignment]
+        return LOST
+    return 0
+
+
+def raised_in_wasmtime_py(error: BaseException) -> None:
+    """Called within a host function that wasmtime-py runs: let our own entry raise the exception."""
+    if lib.ms_wt_depth():
+        lib.ms_wt_raise(keep(error))
+
+
+def take_last_exception(error: BaseException | None = None) -> BaseException | None:
+    """The exception that wasmtime-py holds for whoever comes next, taken away from there.
+
+    Only if it is `error`, where that is given.
+    """
+    last = wasmtime_func.LAST_EXCEPTION
+    if last is None or (error is not None and last is not error):
+        return None
+    wasmtime_func.LAST_EXCEPTION = None
+    return last

@@ -1,0 +1,172 @@
+"""The one boundary where errors of wasmtime become ours.
+
+What a caller of bare wasmtime-py would catch is still caught: each class here inherits ours and the package's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from typing import Any
+
+from memslot_plugin._core import ffi, lib
+from memslot_plugin.errors import (
+    ExportNotFound,
+    GuestExit,
+    GuestTrap,
+    InUse,
+    LinkError,
+    MemoryTooLarge,
+    MemslotError,
+    Unsupported,
+    UsedAfterClose,
+)
+from memslot_plugin.hosts.short_of import short_of
+from memslot_plugin.hosts.wasmtime_bridge import take_last_exception, taken, wasmtime, wasmtime_ffi
+
+PYTHON_EXCEPTION = "python exception"
+"""The message of an error that stands for an exception in a host function of wasmtime-py's own."""
+
+
+class WasmtimeTrap(GuestTrap, wasmtime.Trap):
+    """The guest trapped: a GuestTrap and a wasmtime.Trap with `message`, `frames` and `trap_code`."""
+
+    native: wasmtime.Trap
+
+    def __init__(self, message: str, native: wasmtime.Trap) -> None:
+        GuestTrap.__init__(self, message, native)
+
+    def ptr(self) -> Any:
+        return self.native.ptr()
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class WasmtimeFailure(GuestTrap, wasmtime.WasmtimeError):
+    """The guest ended with an error that is no trap: a GuestTrap and a wasmtime.WasmtimeError."""
+
+    native: wasmtime.WasmtimeError
+
+    def __init__(self, message: str, native: wasmtime.WasmtimeError) -> None:
+        GuestTrap.__init__(self, message, native)
+
+    def ptr(self) -> Any:
+        return self.native.ptr()
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class WasmtimeExit(GuestExit, wasmtime.ExitTrap):
+    """The guest called proc_exit: a GuestExit and a wasmtime.ExitTrap with `code`."""
+
+    def __init__(self, native: wasmtime.ExitTrap) -> None:
+        GuestExit.__init__(self, native.code)
+        self.native = native
+
+    def ptr(self) -> Any:
+        return self.native.ptr()
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def one_sentence(message: str) -> str:
+    """An error of wasmtime's without its backtrace and on one line: what happened, then why."""
+    said, *causes = message.split("Caused by:")
+    lines = [line.strip() for part in causes for line in part.splitlines()]
+    if not said.startswith("error while executing"):
+        lines = [line.strip() for line in said.splitlines()] + lines
+    # Several causes are numbered.
+    lines = [re.sub(r"^\d+: ", "", line).removeprefix("wasm trap: ") for line in lines]
+    return "; ".join(line.rstrip(":;") for line in lines if line) or message.strip()
+
+
+def translated(error: BaseException, name: str) -> BaseException:
+    """What wasmtime-py raised while the guest `name` ran, as ours; anything else is a host function's own."""
+    if isinstance(error, MemslotError):
+        return error
+    if isinstance(error, wasmtime.Trap):
+        return WasmtimeTrap(f"the guest {name} trapped: {one_sentence(error.message)}", error)
+    if isinstance(error, wasmtime.ExitTrap):
+        return WasmtimeExit(error)
+    if isinstance(error, wasmtime.WasmtimeError):
+        return WasmtimeFailure(f"the guest {name} failed: {one_sentence(str(error))}", error)
+    return error
+
+
+def _at_start(error: wasmtime.WasmtimeError, name: str) -> BaseException:
+    """What kept a guest from being instantiated, and was no trap of its start function."""
+    said = one_sentence(str(error))
+    refused = short_of(said, f"instantiating {name}")
+    if refused is not None:
+        refused.__cause__ = error
+        return refused
+    # Nothing but its text tells a limit on memory from anything else.
+    limited = "memory" in said and ("exceeds" in said or "limit" in said)
+    ours = (MemoryTooLarge if limited else LinkError)(
+        f"the guest {name} cannot be instantiated: {said}"
+    )
+    ours.__cause__ = error
+    return ours
+
+
+class Outcome:
+    """What an entry into wasmtime came to; taking it frees what the C half holds."""
+
+    def __init__(self, address: int) -> None:
+        outcome = ffi.cast("ms_wt_outcome *", address)
+        self.flags = int(outcome.flags)
+        self.raised = taken(outcome.raised) if outcome.raised else None
+        if self.raised is not None:
+            take_last_exception(
+                self.raised
+            )  # wasmtime-py keeps it too, where its own code ran the host function
+        self.deferred = taken(outcome.deferred) if outcome.deferred else None
+        self.native: wasmtime.Trap | wasmtime.WasmtimeError | None = None
+        # The package has no public way to take such a pointer over.
+        if outcome.trap:
+            trap = ctypes.cast(outcome.trap, ctypes.POINTER(wasmtime_ffi.wasm_trap_t))
+            self.native = wasmtime.Trap._from_ptr(trap)
+        elif outcome.error:
+            error = ctypes.cast(outcome.error, ctypes.POINTER(wasmtime_ffi.wasmtime_error_t))
+            self.native = wasmtime.WasmtimeError._from_ptr(error)
+        lib.ms_wt_outcome_free(address)
+
+    def exception(self, name: str, *, starting: bool = False) -> BaseException | None:
+        """What to raise, for a guest of that name; None if the entry came to its end.
+
+        `starting` says that the entry was an instantiation.  An exception in deciding about a growth
+        comes first: the guest only saw that the growth was refused.
+        """
+        if self.deferred is not None:
+            return self.deferred
+        if self.raised is not None:
+            return self.raised
+        if self.native is not None:
+            if isinstance(self.native, wasmtime.Trap):
+                return translated(self.native, name)
+            if one_sentence(str(self.native)) == PYTHON_EXCEPTION and (
+                last := take_last_exception()
+            ):
+                return last
+            if starting and not isinstance(self.native, wasmtime.ExitTrap):
+                return _at_start(self.native, name)
+            return translated(self.native, name)
+        if self.flags & lib.MS_WT_BUSY:
+            return InUse(
+                f"another thread is inside this instance of {name}; an instance serves one thread at a time"
+            )
+        if self.flags & lib.MS_WT_CLOSED:
+            return UsedAfterClose(f"the instance of {name} was closed; instantiate the guest again")
+        if self.flags & lib.MS_WT_MISSING:
+            return ExportNotFound(f"the guest {name} has no such export")
+        if self.flags & lib.MS_WT_UNASKED:
+            return Unsupported(
+                "the engine made a memory without asking for a slot: its configuration has a pool of wasmtime's own,"
+                " which memslot takes the place of"
+            )
+        if self.flags & lib.MS_WT_LOST:
+            return MemslotError(f"the guest {name} failed, and there was no memory left to say how")
+        return None

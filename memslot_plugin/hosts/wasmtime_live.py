@@ -1,0 +1,456 @@
+"""A live instance on wasmtime: calls, globals and memories through the C half.
+
+wasmtime-py's own objects are made for who asks for them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
+
+from memslot_hooks.types import LinearMemory
+from memslot_plugin._core import ffi, lib
+from memslot_plugin.errors import (
+    ArgumentError,
+    ExportNotFound,
+    GrowthRefused,
+    SnapshotRefused,
+    UsedAfterClose,
+)
+from memslot_plugin.hosts.live import Binding, Live
+from memslot_plugin.hosts.wasmtime_bridge import wasmtime, wasmtime_ffi
+from memslot_plugin.hosts.wasmtime_errors import Outcome, one_sentence, translated
+from memslot_plugin.hosts.wasmtime_link import Compiled
+from memslot_plugin.hosts.wasmtime_values import KIND_NAMES, PACKING, V128, Signature, fitted
+from memslot_plugin.hosts.wasmtime_wasi import Environment, Streams
+
+if TYPE_CHECKING:
+    from memslot_plugin.hosts.wasmtime import WasmtimeHost
+
+_VALUES = (struct.Struct("<i"), struct.Struct("<q"), struct.Struct("<f"), struct.Struct("<d"))
+"""How a global's 16 bytes begin, by kind."""
+
+_ROOM = 16
+"""Values that a cell has room for; a call with more brings its own."""
+
+_READABLE = ("(ref null func)", "(ref null extern)")
+"""Types of references that the C API can hand out without ending the process."""
+
+_MASKS = {
+    kind: (1 << bits) - 1 for kind, bits in zip(KIND_NAMES, (32, 64, 32, 64, 128), strict=False)
+}
+
+_PAGES = 1 << 48
+"""More pages than any memory can grow by."""
+
+_call, _locate = lib.ms_wt_call, lib.ms_wt_memory_locate
+_hold, _restore = lib.ms_wt_hold, lib.ms_wt_restore
+
+
+class BorrowedStore(wasmtime.Store):
+    """wasmtime-py's view of a store that belongs to an instance of ours: closing it does nothing to the store."""
+
+    def __init__(self, engine: wasmtime.Engine, store: int, context: int) -> None:
+        # The package has no public way to wrap a store; what its own constructor sets is set here.
+        self._set_ptr(ctypes.cast(store, ctypes.POINTER(wasmtime_ffi.wasmtime_store_t)))
+        self._Store__context = ctypes.cast(context, ctypes.POINTER(wasmtime_ffi.wasmtime_context_t))
+        self.engine = engine
+
+    def _delete(self, ptr: Any) -> None:
+        self._Store__context = None  # type: ignore[assignment]  # as the package's own does
+
+
+class NativeInstance(wasmtime.Instance):
+    """wasmtime-py's view of an instance of ours; `store` is what its functions are called with."""
+
+    store: wasmtime.Store
+
+
+class WasmtimeLive(Live):
+    """One instance, in a store of its own or in the embedder's."""
+
+    def __init__(
+        self,
+        host: WasmtimeHost,
+        compiled: Compiled,
+        memories: tuple[LinearMemory, ...],
+        binding: Binding,
+        token: int,
+    ) -> None:
+        self.memories = memories
+        self.streams: Streams | None = None
+        self.environment: Environment | None = None
+        self.cell = ffi.new("ms_wt_cell *")
+        self.token = token
+        self._host = host
+        self._compiled = compiled
+        self._binding = binding
+        self._functions: dict[str, Callable[..., Any]] = {}
+        self._borrowed: BorrowedStore | None = None
+        self._saved: Any = None
+        self._saved_count = 0
+        self._entry: Any = None
+        """What a hold puts aside, and whether there is one."""
+
+    # -- the boundary ------------------------------------------------------------------------------------------------
+
+    def settle(self, outcome: int, *, starting: bool = False) -> None:
+        """An entry did not simply come to its end: raise what became of it."""
+        self.settle_outcome(Outcome(outcome), starting=starting)
+
+    def settle_outcome(self, outcome: Outcome, *, starting: bool = False) -> None:
+        """End the instance if that was asked for meanwhile, and raise what is to be raised."""
+        if outcome.flags & lib.MS_WT_CLOSING:
+            self._host.finish(self)
+        error = outcome.exception(self._compiled.guest_name, starting=starting)
+        if error is not None:
+            try:
+                raise error
+            finally:
+                # Its traceback holds this frame: a cycle would keep the instance alive that was called.
+                del error, outcome
+
+    # -- functions ---------------------------------------------------------------------------------------------------
+
+    def function(self, name: str) -> Callable[..., Any]:
+        found = self._functions.get(name)
+        if found is None:
+            signature = self._compiled.signature(name)
+            make = self._direct if signature.direct else self._indirect
+            found = self._functions[name] = make(name, signature)
+        return found if self._binding.store is None else self._guarded(found)
+
+    def _direct(self, name: str, signature: Signature) -> Callable[..., Any]:
+        """A call of numbers: pack, one call into C, unpack."""
+        cell, count = self.cell, signature.count
+        room = cell.values if count <= _ROOM else ffi.new("uint8_t[]", 16 * count)
+        values = ffi.buffer(room)
+        label = self._compiled.name(name)
+        # What it points to lives as long as `call`: the room with `values`, cell and name with `settle`, which is ours.
+        callee = ffi.new("ms_wt_callee *", [cell, label.utf8, label.length, room, count])
+        pack, unpack = signature.pack_into, signature.unpack_from
+        takes = bool(signature.parameters)
+        parameters, settle = signature.parameters, self.settle
+        what = f"{name} of the guest {self._compiled.guest_name}"
+        single, several = len(signature.results) == 1, len(signature.results) > 1
+        if not signature.packs_as_given:
+            as_it_is = pack
+
+            def pack(values: Any, offset: int, *arguments: Any) -> None:
+                as_it_is(values, offset, *fitted(parameters, arguments, what))
+
+        def call(*arguments: Any) -> Any:
+            if takes or arguments:
+                try:
+                    pack(values, 0, *arguments)
+                except PACKING:
+                    pack(values, 0, *fitted(parameters, arguments, what))
+            outcome = _call(callee)
+            if outcome:
+                settle(outcome)
+            if single:
+                return unpack(values)[0]
+            return list(unpack(values)) if several else None
+
+        return call
+
+    def _indirect(self, name: str, signature: Signature) -> Callable[..., Any]:
+        """A call with references, made by wasmtime-py."""
+        what = f"{name} of the guest {self._compiled.guest_name}"
+
+        def call(*arguments: Any) -> Any:
+            taken = fitted(signature.parameters, arguments, what)
+            return self._entered(lambda: self._native_export(name)(self.store(), *taken))
+
+        return call
+
+    def _entered(self, action: Callable[[], Any]) -> Any:
+        """What wasmtime-py does, within an entry of ours."""
+        saved = ffi.new("int64_t[3]")
+        failure: BaseException | None = None
+        result = None
+        try:
+            refused = lib.ms_wt_enter(self.cell, saved)
+            if refused:
+                self.settle(refused)
+            result = action()
+        except BaseException as error:  # noqa: BLE001 - raised below, once we have left
+            failure = error
+        left = lib.ms_wt_leave(self.cell, saved)
+        if left:
+            self.settle(left)
+        if failure is not None:
+            try:
+                raise translated(failure, self._compiled.guest_name)
+            finally:
+                del failure  # as in settle_outcome
+        return result
+
+    def _guarded(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """For a store of the embedder's: it may have been closed since."""
+
+        def call(*arguments: Any) -> Any:
+            self._require_store()
+            return function(*arguments)
+
+        return call
+
+    def _require_store(self) -> None:
+        if self._binding.store is not None:
+            try:
+                self._binding.store._context()
+            except ValueError:
+                raise UsedAfterClose(
+                    f"the store of the instance of {self._compiled.guest_name} was closed"
+                ) from None
+
+    # -- exports -----------------------------------------------------------------------------------------------------
+
+    def exports(self) -> Mapping[str, str]:
+        return self._compiled.export_kinds
+
+    def global_value(self, name: str) -> Any:
+        kind, _ = self._compiled.global_kind(name)
+        self._require_store()
+        if kind > V128:
+            return self._entered(lambda: _bare(self._native_export(name).value(self.store())))
+        label = self._compiled.name(name)
+        value, found = ffi.new("uint8_t[16]"), ffi.new("uint8_t *")
+        outcome = lib.ms_wt_global_get(self.cell, label.utf8, label.length, value, found)
+        if outcome:
+            self.settle(outcome)
+        content = bytes(ffi.buffer(value))
+        return content if kind == V128 else _VALUES[kind].unpack_from(content)[0]
+
+    def set_global(self, name: str, value: Any) -> None:
+        kind, mutable = self._compiled.global_kind(name)
+        self._require_store()
+        what = f"the global {name} of the guest {self._compiled.guest_name}"
+        if not mutable:
+            raise ArgumentError(f"{what} is not mutable")
+        (value,) = fitted([kind], [value], what)
+        if kind > V128:
+            self._entered(lambda: self._native_export(name).set_value(self.store(), value))
+            return
+        content = value if kind == V128 else _VALUES[kind].pack(value)
+        label = self._compiled.name(name)
+        room = ffi.new("uint8_t[16]", content)
+        outcome = lib.ms_wt_global_set(self.cell, label.utf8, label.length, room, kind)
+        if outcome:
+            self.settle(outcome)
+
+    # -- resets ------------------------------------------------------------------------------------------------------
+
+    def hold(self) -> None:
+        if self._saved is None:
+            self._find_globals()
+        refused = _hold(self.cell, self._entry)
+        if refused:
+            outcome = Outcome(refused)  # first of all, because it frees what the C half holds
+            if self.cell.depth:
+                self._host._require_idle(self)
+            self.settle_outcome(outcome)
+
+    def wake(self) -> None:
+        if self._host._configure_store is not None:
+            self._host._configure_store(self.store())
+
+    def restore(self) -> None:
+        self.wake()
+        if self.environment is not None:
+            self.streams = self.environment.give(self.cell)
+        outcome = _restore(self.cell, self._saved, self._saved_count, self._entry)
+        if outcome:
+            self.settle(outcome)
+
+    def set_globals(self) -> None:
+        """Every saved global gets its initial value."""
+        try:
+            self.hold()
+            outcome = _restore(self.cell, self._saved, self._saved_count, self._entry)
+            if outcome:
+                self.settle(outcome)
+        except BaseException:
+            self.let_go()
+            raise
+
+    def let_go(self) -> None:
+        if self._entry is not None:
+            outcome = lib.ms_wt_leave(self.cell, self._entry)
+            if outcome:
+                self.settle(outcome)
+
+    def _find_globals(self) -> None:
+        template = self._compiled.saved
+        saved = ffi.new("ms_wt_saved[]", len(template))
+        ffi.memmove(saved, template, ffi.sizeof(template))
+        outcome = lib.ms_wt_globals_find(self.cell, saved, len(saved))
+        if outcome:
+            self.settle(outcome)
+        self._entry = ffi.new("int64_t[3]")
+        self._saved_count = len(saved)
+        self._saved = saved  # last: who finds it counts on the others
+
+    def read_globals(self) -> None:
+        """What the saved globals hold now becomes what a reset puts back."""
+        if self._saved is None:
+            self._find_globals()
+        outcome = lib.ms_wt_globals_read(self.cell, self._saved, len(self._saved))
+        if outcome:
+            self.settle(outcome)
+
+    def saved_values(self) -> dict[int, int | None]:
+        plan, name = self._compiled.plan, self._compiled.guest_name
+        for each in plan.saved_globals:
+            if each.type.startswith("(ref ") and each.type not in _READABLE:
+                raise SnapshotRefused(
+                    f"global {each.index} of the guest {name} holds references, {each.type}, which cannot be read;"
+                    " use it without a snapshot"
+                )
+        if self._saved is None:
+            self._find_globals()
+        now = ffi.new("ms_wt_saved[]", self._saved_count)
+        ffi.memmove(now, self._saved, ffi.sizeof(now))
+        outcome = lib.ms_wt_globals_read(self.cell, now, self._saved_count)
+        if outcome:
+            self.settle(outcome)
+        values: dict[int, int | None] = {}
+        for each, saved in zip(plan.saved_globals, now, strict=True):
+            bits = int.from_bytes(bytes(ffi.buffer(saved.value)), "little")
+            if not each.type.startswith("(ref "):
+                values[each.index] = bits & _MASKS[each.type]
+            elif (
+                bits & _MASKS["i64"]
+            ):  # the store that a reference belongs to; null belongs to none
+                raise SnapshotRefused(
+                    f"global {each.index} of the guest {name} holds a reference, {each.type}, that is not null,"
+                    " and only null can be written down; take the snapshot while it is null"
+                )
+            else:
+                values[each.index] = None
+        return values
+
+    def descriptors_changed(self) -> str | None:
+        environment = self.environment
+        if environment is None or not environment.has_folders or not self._compiled.opens:
+            return None
+        return (
+            "it can have opened files in the folders that it was given, and wasmtime does not tell"
+        )
+
+    # -- memories ----------------------------------------------------------------------------------------------------
+
+    def locate(self, index: int) -> tuple[int, int]:
+        place = self._compiled.places.get(index)
+        if place is not None:
+            memory = self.memories[place]
+            return memory.base, memory.byte_size
+        self._require_store()
+        exported = self._memory_name(index)
+        if exported is None:
+            return self._locate_imported(index)
+        label = self._compiled.name(exported)
+        base, byte_size = ffi.new("uintptr_t *"), ffi.new("size_t *")
+        outcome = _locate(self.cell, label.utf8, label.length, base, byte_size)
+        if outcome:
+            self.settle(outcome)
+        return int(base[0]), int(byte_size[0])
+
+    def _memory_name(self, index: int) -> str | None:
+        names = self._compiled.plan.memories[index].exported_as
+        return names[0] if names else None
+
+    def _locate_imported(self, index: int) -> tuple[int, int]:
+        name = self._compiled.plan.memories[index].imported
+        given = None if name is None else self._binding.imports.get(name.module, {}).get(name.name)
+        if isinstance(given, wasmtime.Memory):
+            store = self.store()
+            return ctypes.addressof(given.data_ptr(store).contents), given.data_len(store)
+        raise ExportNotFound(
+            f"memory {index} of the guest {self._compiled.guest_name} is not exported, and wasmtime"
+            " finds it by that alone; export it"
+        )
+
+    def grow(self, index: int, pages: int) -> int:
+        name = self._memory_name(index)
+        what = f"memory {index} of the guest {self._compiled.guest_name}"
+        if name is None:
+            raise ExportNotFound(
+                f"{what} is not exported, and wasmtime grows it by that alone; export it"
+            )
+        self._require_store()
+        if not 0 <= pages < _PAGES:
+            raise GrowthRefused(f"{what} cannot grow by {pages} pages")
+        label = self._compiled.name(name)
+        before = ffi.new("uint64_t *")
+        outcome = lib.ms_wt_memory_grow(self.cell, label.utf8, label.length, pages, before)
+        if outcome:
+            found = Outcome(outcome)
+            if isinstance(found.native, wasmtime.WasmtimeError) and found.deferred is None:
+                raise GrowthRefused(
+                    f"{what} may not grow by {pages} pages: {one_sentence(str(found.native))}"
+                )
+            self.settle_outcome(found)
+        return int(before[0])
+
+    # -- wasmtime-py's objects ---------------------------------------------------------------------------------------
+
+    def store(self) -> wasmtime.Store:
+        """wasmtime-py's view of the store; raises UsedAfterClose."""
+        if self._binding.store is not None:
+            self._require_store()
+            given: wasmtime.Store = self._binding.store
+            return given
+        if not self.cell.context:
+            self._closed()
+        if self._borrowed is None:
+            self._borrowed = BorrowedStore(
+                self._compiled.engine, self.cell.store, self.cell.context
+            )
+        return self._borrowed
+
+    @property
+    def native(self) -> NativeInstance:
+        """wasmtime-py's view of the instance, with its `store`."""
+        store = self.store()
+        raw = wasmtime_ffi.wasmtime_instance_t.from_buffer_copy(
+            bytes(ffi.buffer(self.cell.instance))
+        )
+        instance = NativeInstance._from_raw(raw)
+        assert isinstance(instance, NativeInstance)
+        instance.store = store
+        return instance
+
+    def _native_export(self, name: str) -> Any:
+        return self.native.exports(self.store())[name]
+
+    def _closed(self) -> NoReturn:
+        raise UsedAfterClose(
+            f"the instance of {self._compiled.guest_name} was closed; instantiate the guest again"
+        )
+
+    def output(self, stream: Literal["stdout", "stderr"]) -> bytes:
+        return b"" if self.streams is None else self.streams.read(stream)
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    @property
+    def running(self) -> int:  # type: ignore[override]  # the C half counts; nobody else sets it
+        """How many calls are inside the instance, on whichever thread."""
+        return int(self.cell.depth)
+
+    def dispose(self) -> bool:
+        return self._host.finish(self, release=False)
+
+    def forget_views(self) -> None:
+        """The store is going: what wasmtime-py has of it raises from now on."""
+        self._functions.clear()  # they hold this object, and it should go with its last reference
+        borrowed, self._borrowed = self._borrowed, None
+        if borrowed is not None:
+            borrowed.close()
+
+
+def _bare(value: Any) -> Any:
+    return value.value if isinstance(value, wasmtime.Val) else value

@@ -1,0 +1,99 @@
+"""WASI preview 1 on wasmtime: what each instance is given of it, and its captured streams."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from memslot_plugin._core import ffi, lib
+from memslot_plugin.errors import SettingError
+from memslot_plugin.hosts.wasi import Wasi
+from memslot_plugin.hosts.wasmtime_bridge import wasmtime, wasmtime_ffi
+
+_NONE = ffi.NULL
+_give = lib.ms_wt_wasi_give
+
+
+class Streams:
+    """What a guest wrote to its captured streams; the C half collects it, also while another thread reads here."""
+
+    def __init__(self, wasi: Wasi) -> None:
+        self.outputs: dict[str, Any] = {}
+        for name in ("stdout", "stderr"):
+            if getattr(wasi, name) == "capture":
+                output = ffi.gc(lib.ms_wt_output_new(wasi.capture_limit), lib.ms_wt_output_release)
+                if output == ffi.NULL:
+                    raise MemoryError("no memory is left to capture a stream")
+                self.outputs[name] = output
+
+    def read(self, name: str) -> bytes:
+        """Everything so far, up to the limit; nothing for a stream that is not captured."""
+        output = self.outputs.get(name)
+        if output is None:
+            return b""
+        length = lib.ms_wt_output_read(output, ffi.NULL, 0)
+        taken = ffi.new("uint8_t[]", length)
+        lib.ms_wt_output_read(output, taken, length)
+        return bytes(ffi.buffer(taken))
+
+
+class Environment:
+    """What instances get of WASI, made ready once; each gets its own of it with one call into C."""
+
+    def __init__(self, wasi: Wasi) -> None:
+        self._wasi = wasi
+        self._uncaptured = None if "capture" in (wasi.stdout, wasi.stderr) else Streams(wasi)
+        """What all instances share where none has a stream of its own."""
+        self._folders = [(str(folder), seen) for seen, folder in wasi.preopened.items()]
+        self.has_folders = bool(self._folders)
+        self._kept: list[Any] = []
+        self._given = ffi.new("ms_wt_wasi *")
+        given = self._given
+        given.argument_count = 1 + len(wasi.arguments)
+        given.arguments = self._texts([wasi.program, *wasi.arguments])
+        given.variable_count = len(wasi.environment)
+        given.names = self._texts(wasi.environment.keys())
+        given.values = self._texts(wasi.environment.values())
+        given.folder_count = len(self._folders)
+        given.folders = self._texts(folder for folder, _ in self._folders)
+        given.known_as = self._texts(seen for _, seen in self._folders)
+        given.inherit_stdout = wasi.stdout == "inherit"
+        given.inherit_stderr = wasi.stderr == "inherit"
+
+    def _texts(self, texts: Iterable[str]) -> Any:
+        encoded = [ffi.new("char[]", text.encode()) for text in texts]
+        array = ffi.new("const char *[]", encoded)
+        self._kept += encoded, array
+        return array
+
+    def give(self, cell: Any) -> Streams:
+        """Give the store of a cell a new state of WASI.
+
+        Raises SettingError where this machine does not have what it takes.
+        """
+        streams = self._uncaptured or Streams(self._wasi)
+        out, err = streams.outputs.get("stdout", _NONE), streams.outputs.get("stderr", _NONE)
+        refused = _give(cell, self._given, out, err)
+        if refused:
+            raise SettingError(self._refusal(refused, cell.error))
+        return streams
+
+    def _refusal(self, refused: int, error: int) -> str:
+        """The sentence that says what was not taken."""
+        if refused == lib.MS_WT_SET:
+            pointer = ctypes.cast(error, ctypes.POINTER(wasmtime_ffi.wasmtime_error_t))
+            why = str(wasmtime.WasmtimeError._from_ptr(pointer))
+            return f"wasi is refused by wasmtime: {why}"
+        if refused < lib.MS_WT_FOLDER:
+            what = "arguments" if refused == lib.MS_WT_ARGUMENTS else "environment"
+            return f"wasi {what} is refused by wasmtime: it is not text"
+        folder, seen = self._folders[refused - lib.MS_WT_FOLDER]
+        why = "there is no such folder" if not Path(folder).is_dir() else "it cannot be opened"
+        return f"wasi preopened {seen!r} = {folder!r} is not allowed: {why}"
+
+
+def provides(module: str) -> bool:
+    """Whether wasmtime's linker defines WASI under this import module."""
+    return module == "wasi_snapshot_preview1"

@@ -1,0 +1,604 @@
+"""The plan for a guest: its rules, and that a planned module computes what the runtime alone computes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memslot_hooks.types import InitialContent
+from memslot_plugin import guest, wasm
+from memslot_plugin.errors import InvalidModule
+from memslot_plugin.tests.profiles import examples
+
+wasmtime = pytest.importorskip("wasmtime", reason="wasmtime, which assembles and runs the guests")
+
+PAGE = wasm.WASM_PAGE
+GIB = 1 << 30
+
+
+@pytest.fixture(scope="module")
+def engine() -> Any:
+    config = wasmtime.Config()
+    config.wasm_threads = True
+    config.shared_memory = True
+    config.wasm_memory64 = True
+    config.wasm_multi_memory = True
+    return wasmtime.Engine(config)
+
+
+def copied_segments(plan: guest.Plan) -> tuple[int, ...]:
+    """Active data segments that the runtime still copies at instantiation: no image has them."""
+    return tuple(
+        segment.index
+        for segment in (() if plan.structure is None else plan.structure.data_segments)
+        if segment.memory is not None
+        and segment.data
+        and plan.memories[segment.memory].content is None
+    )
+
+
+def plan_of(text: str, *, image_limit: int = GIB, import_memory: bool = False) -> guest.Plan:
+    source = bytes(wasmtime.wat2wasm(text))
+    return guest.plan(
+        source, image_limit=image_limit, import_memory=import_memory, export_state=False
+    )
+
+
+def test_a_plan_exports_what_changes_unless_it_is_told_not_to() -> None:
+    """So that nobody who makes a plan as hosts do can forget it."""
+    text = "(module (global $g (mut i32) (i32.const 1)) (func (global.set $g (i32.const 2))))"
+    plan = guest.plan(bytes(wasmtime.wat2wasm(text)), image_limit=GIB, import_memory=False)
+    assert "Mutable globals are exported as" in " ".join(plan.report().changes)
+    assert plan_of(text).report().changes == ()
+
+
+def laid(content: InitialContent) -> bytearray:
+    """The memory that an image holding `content` stands for."""
+    memory = bytearray(content.byte_size)
+    for segment in content.segments:
+        assert segment.offset + len(segment.data) <= content.byte_size
+        memory[segment.offset : segment.offset + len(segment.data)] = segment.data
+    return memory
+
+
+# The rules
+
+
+def test_a_module_without_memory_is_left_alone() -> None:
+    for import_memory in (False, True):
+        plan = plan_of('(module (func (export "f")))', import_memory=import_memory)
+        assert plan.module is plan.source
+        assert (plan.native, plan.memories, plan.import_name) == (None, (), None)
+
+
+def test_content_is_the_active_segments_in_order_without_the_empty_ones() -> None:
+    plan = plan_of(
+        """(module (memory (export "memory") 2 5)
+             (data (i32.const 8) "first") (data "passive") (data (i32.const 3) "")
+             (data (i32.const 10) "later") (data (i32.const 131071) "z"))"""
+    )
+    (memory,) = plan.memories
+    assert memory.content is not None
+    assert [(s.offset, s.data) for s in memory.content.segments] == [
+        (8, b"first"),
+        (10, b"later"),
+        (131071, b"z"),
+    ]
+    assert laid(memory.content)[6:16] == b"\0\0filater\0"[:10]
+    assert memory.content.byte_size == memory.minimum_bytes == 2 * PAGE
+    assert (memory.maximum_bytes, memory.exported_as) == (5 * PAGE, ("memory",))
+    assert (memory.segment_count, memory.data_bytes, memory.reason) == (4, 11, None)
+    assert copied_segments(plan) == ()
+    rewritten = wasm.parse(plan.module)
+    assert [bytes(s.data) for s in rewritten.data_segments] == [b"passive"]
+
+
+def test_a_segment_that_code_may_name_keeps_its_index() -> None:
+    text = """(module (memory (export "memory") 2)
+             (data (i32.const 8) "first") (data $p "passive") (data $n (i32.const 3) "named")
+             (data (i32.const 10) "later") (data (i32.const 131071) "z")
+             (func (export "use") (memory.init $n (i32.const 0) (i32.const 0) (i32.const 0)){}))"""
+    for more, kept in ((""), 3), ("(data.drop 3)", 4):
+        plan = plan_of(text.format(more))
+        rewritten = wasm.parse(plan.module)
+        sizes, offsets = [0, 7, 0, 0], [8, None, 3, 10]
+        assert [len(s.data) for s in rewritten.data_segments] == sizes[:kept]
+        assert [s.offset and s.offset.value for s in rewritten.data_segments] == offsets[:kept]
+        assert copied_segments(plan) == ()
+
+
+def test_code_that_is_not_understood_may_name_every_segment() -> None:
+    source = wasmtime.wat2wasm(
+        '(module (memory 1) (data (i32.const 8) "first") (func (drop (i32.const 65))))'
+    )
+    unknown = bytes(source).replace(b"\x41\xc1\x00\x1a", b"\xff\xc1\x00\x1a")
+    assert unknown != source
+    plan = guest.plan(unknown, image_limit=GIB, import_memory=False)
+    assert plan.code is not None
+    assert (plan.code.named_segments, plan.memories[0].reason) == (None, None)
+    assert [len(s.data) for s in wasm.parse(plan.module).data_segments] == [0]
+
+
+@pytest.mark.parametrize("size", [0, 1])
+def test_a_memory_without_data_has_an_image_of_only_zeros_and_an_unchanged_module(
+    size: int,
+) -> None:
+    plan = plan_of(f"(module (memory {size}))")
+    assert plan.memories[0].content == InitialContent(size * PAGE, ())
+    assert plan.module is plan.source
+
+
+IMAGELESS = [
+    (
+        """(module (import "env" "base" (global i32)) (memory 1)
+             (data (i32.const 0) "a") (data (global.get 0) "b"))""",
+        "The offset of data segment 1 is global 0, which is imported; place it at a constant",
+    ),
+    (
+        """(module (memory 1) (data (i32.const 65530) "a") (data (i32.const 65530) "sevenby"))""",
+        "Data segment 1 ends at byte 65537 and the memory starts with 65536, so instantiation traps",
+    ),
+    (
+        """(module (memory 1) (data (i32.const 65537) ""))""",
+        "Data segment 0 ends at byte 65537 and the memory starts with 65536",
+    ),
+    (
+        """(module (memory 0) (data (i32.const 0) "a"))""",
+        "Data segment 0 ends at byte 1 and the memory starts with 0",
+    ),
+    (
+        """(module (memory 1) (data (i32.const -1) "a"))""",
+        "Data segment 0 ends at byte 4294967296 and the memory starts with 65536",
+    ),
+    (
+        """(module (import "env" "memory" (memory 1)) (data (i32.const 0) "a"))""",
+        "It is imported as env.memory and belongs to whoever provides it",
+    ),
+]
+
+
+@pytest.mark.parametrize("import_memory", [False, True])
+@pytest.mark.parametrize(("text", "reason"), IMAGELESS)
+def test_a_memory_without_an_image_keeps_its_segments_and_says_why(
+    text: str, reason: str, *, import_memory: bool
+) -> None:
+    plan = plan_of(text, import_memory=import_memory)
+    (memory,) = plan.memories
+    assert memory.content is None
+    assert memory.reason is not None
+    assert memory.reason.startswith(reason)
+    assert memory.reason.endswith(".")
+    assert plan.native is None
+    assert (plan.import_name is not None) == (import_memory and memory.imported is None)
+    before, after = wasm.parse(plan.source), wasm.parse(plan.module)
+    assert before.data_segments == after.data_segments
+    assert copied_segments(plan) == tuple(s.index for s in before.data_segments if s.data)
+
+
+def test_an_image_past_the_limit_is_refused_with_both_numbers() -> None:
+    text = """(module (memory 3) (data (i32.const 131000) "b") (data (i32.const 65536) "a"))"""
+    (memory,) = plan_of(text, image_limit=65465).memories
+    assert memory.content is not None
+    (memory,) = plan_of(text, image_limit=65464).memories
+    assert memory.reason == (
+        "The image would span 65465 bytes and the limit is 65464; raise the image limit to get one."
+    )
+
+
+def test_an_empty_segment_far_away_does_not_widen_the_image() -> None:
+    text = """(module (memory 3) (data (i32.const 0) "") (data (i32.const 131000) "b"))"""
+    assert plan_of(text, image_limit=1).memories[0].content is not None
+
+
+def test_one_memory_may_get_an_image_where_another_does_not() -> None:
+    plan = plan_of(
+        """(module (import "env" "base" (global i32)) (memory 1) (memory 1)
+             (data (memory 0) (global.get 0) "dynamic") (data (memory 1) (i32.const 5) "constant"))"""
+    )
+    assert [memory.content is not None for memory in plan.memories] == [False, True]
+    assert [bytes(s.data) for s in wasm.parse(plan.module).data_segments] == [b"dynamic"]
+    assert copied_segments(plan) == (0,)
+
+
+NATIVE = [
+    ("(module (memory 1 2 shared))", "Memory 0 is shared between threads", (False, True)),
+    ("(module (memory i64 1))", "Memory 0 has 64-bit addresses and no maximum", (False, True)),
+    (
+        "(module (memory i64 1 65537))",
+        "Memory 0 may grow to 4295032832 bytes and a slot holds at most 4294967296",
+        (False, True),
+    ),
+    (
+        "(module (memory 1) (memory 7 (pagesize 1)))",
+        "Memory 1 has pages of 1 bytes and a slot grows by 65536",
+        (False,),
+    ),
+    (
+        "(module (memory 1) (memory 1))",
+        "The module has 2 memories and this host can be given a single one",
+        (True,),
+    ),
+    (
+        """(module (import "a" "b" (memory 1)) (memory 1))""",
+        "The module has 2 memories and this host can be given a single one",
+        (True,),
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason", "import_memory"),
+    [(text, reason, mode) for text, reason, modes in NATIVE for mode in modes],
+)
+def test_a_module_that_no_slot_can_serve_runs_natively_with_the_reason(
+    text: str, reason: str, *, import_memory: bool
+) -> None:
+    plan = plan_of(text, import_memory=import_memory)
+    assert plan.module is plan.source
+    assert plan.import_name is None
+    assert plan.native is not None
+    assert plan.native.startswith(reason)
+    assert plan.native.endswith(".")
+    assert {memory.reason for memory in plan.memories} == {plan.native}
+    assert {memory.content for memory in plan.memories} == {None}
+
+
+@pytest.mark.parametrize("import_memory", [False, True])
+def test_a_memory_that_no_slot_could_be_but_that_is_imported_is_no_obstacle(
+    *, import_memory: bool
+) -> None:
+    plan = plan_of('(module (import "a" "b" (memory 1 2 shared)))', import_memory=import_memory)
+    assert plan.native is None
+    assert plan.module is plan.source
+
+
+def test_a_64_bit_memory_of_at_most_4_gib_gets_an_image() -> None:
+    plan = plan_of("""(module (memory i64 1 65536) (data (i64.const 7) "x"))""")
+    assert plan.memories[0].content is not None
+    assert plan.memories[0].maximum_bytes == 1 << 32
+    assert plan.memories[0].memory64
+
+
+def test_an_offset_of_the_wrong_type_is_left_for_the_runtime_to_refuse() -> None:
+    source = bytes(wasmtime.wat2wasm("""(module (memory 1) (data (i32.const 7) "x"))"""))
+    source = source.replace(b"\x41\x07\x0b\x01x", b"\x42\x07\x0b\x01x")
+    plan = guest.plan(source, image_limit=GIB, import_memory=False)
+    assert plan.memories[0].reason == (
+        "The offset of data segment 0 is an i64 and the memory's addresses are i32, so the runtime"
+        " refuses the module."
+    )
+
+
+def test_what_is_not_understood_runs_natively_with_the_reason() -> None:
+    source = b"\0asm\x01\0\0\0\x0e\x01\x00"
+    plan = guest.plan(source, image_limit=GIB, import_memory=True)
+    assert plan.native == (
+        "The module has a section of the unknown kind 14; the runtime decides about it."
+    )
+    assert plan.module is source
+    assert (plan.memories, plan.structure, copied_segments(plan)) == ((), None, ())
+    assert plan.report().segments == ()
+
+
+def test_what_is_no_module_is_an_error() -> None:
+    with pytest.raises(InvalidModule):
+        guest.plan(b"", image_limit=GIB, import_memory=False)
+
+
+def test_the_import_gets_a_module_name_that_the_guest_does_not_use() -> None:
+    plan = plan_of(
+        """(module (import "memslot" "f" (func)) (import "memslot1" "f" (func)) (memory 1))""",
+        import_memory=True,
+    )
+    assert str(plan.import_name) == "memslot2.memory"
+    assert wasm.parse(plan.module).imports[-1].name == plan.import_name
+
+
+def test_the_report_says_what_was_done_and_is_json() -> None:
+    plan = plan_of(
+        """(module (memory (export "m") 1) (data (i32.const 8) "abc") (data "p"))""",
+        import_memory=True,
+    )
+    report = json.loads(json.dumps(dataclasses.asdict(plan.report())))
+    assert report["changes"] == [
+        "1 data segment of memory 0 (3 bytes) went from the module into its image.",
+        "Memory 0 is imported as memslot.memory instead of defined.",
+    ]
+    assert report["import_name"] == "memslot.memory"
+    assert report["memories"][0]["image"] is True
+    assert report["memories"][0]["exported_as"] == ["m"]
+    assert report["segments"] == [
+        {
+            "index": 0,
+            "mode": "active",
+            "memory": 0,
+            "offset": 8,
+            "byte_size": 3,
+            "in_image": True,
+        },
+        {
+            "index": 1,
+            "mode": "passive",
+            "memory": None,
+            "offset": None,
+            "byte_size": 1,
+            "in_image": False,
+        },
+    ]
+    assert plan_of("(module (memory 1))").report().changes == ()
+
+
+def test_many_memories_and_segments_are_planned_in_linear_time() -> None:
+    many = 20_000
+    memories = wasm.binary.unsigned_leb128(many) + b"\x00\x01" * many
+    data = wasm.binary.unsigned_leb128(many) + b"\x00\x41\x00\x0b\x01x" * many
+    source = b"\0asm\x01\0\0\0"
+    for number, payload in ((5, memories), (11, data)):
+        source += bytes([number]) + wasm.binary.unsigned_leb128(len(payload)) + payload
+    plan = guest.plan(source, image_limit=GIB, import_memory=False)
+    assert len(plan.memories) == many
+
+
+# The same results and traps as natively
+
+SUM = """
+  (func (export "sum") (param $from i32) (param $to i32) (result i32) (local $s i32)
+    (block $done (loop $next
+      (br_if $done (i32.ge_u (local.get $from) (local.get $to)))
+      (local.set $s (i32.add (i32.mul (local.get $s) (i32.const 31))
+                             (i32.load8_u (local.get $from))))
+      (local.set $from (i32.add (local.get $from) (i32.const 1)))
+      (br $next)))
+    (local.get $s))
+  (func (export "size") (result i32) (memory.size))
+  (func (export "grow") (param i32) (result i32) (memory.grow (local.get 0)))
+"""
+CALLS: list[tuple[str, tuple[int, ...]]] = [
+    ("sum", (0, 4096)),
+    ("sum", (65000, 65536)),
+    ("sum", (131000, 131072)),
+    ("size", ()),
+    ("grow", (1,)),
+    ("size", ()),
+    ("sum", (0, 100)),
+]
+
+GUESTS = {
+    "no memory": '(module (func (export "f") (result i32) (i32.const 7)))',
+    "no data": f"(module (memory 1) {SUM})",
+    "minimum 0": f"(module (memory 0) {SUM})",
+    "minimum 0 and an empty segment": f'(module (memory 0) (data (i32.const 0) "") {SUM})',
+    "minimum 0 and data": f'(module (memory 0) (data (i32.const 0) "x") {SUM})',
+    "one segment": f'(module (memory 1) (data (i32.const 100) "hello") {SUM})',
+    "overlapping segments": f"""(module (memory 1) (data (i32.const 0) "aaaaaaaa")
+        (data (i32.const 4) "bb") (data (i32.const 3) "c") {SUM})""",
+    "up to the last byte": f'(module (memory 2 3) (data (i32.const 131071) "z") {SUM})',
+    "one byte too far": f'(module (memory 1) (data (i32.const 65535) "zz") {SUM})',
+    "an empty segment at the end": f'(module (memory 1) (data (i32.const 65536) "") {SUM})',
+    "an empty segment past the end": f'(module (memory 1) (data (i32.const 65537) "") {SUM})',
+    "a negative offset": f'(module (memory 1) (data (i32.const -2) "z") {SUM})',
+    "an offset by an imported global": f"""(module (import "env" "base" (global i32))
+        (memory 1) (data (global.get 0) "dynamic") (data (i32.const 3) "static") {SUM})""",
+    "an offset by a defined global": f"""(module (global $g i32 (i32.const 77)) (memory 1)
+        (data (global.get $g) "at 77") {SUM})""",
+    "an offset by arithmetic": f"""(module (memory 1)
+        (data (offset (i32.sub (i32.mul (i32.const 5) (i32.const 9)) (i32.const 3))) "at 42")
+        {SUM})""",
+    "an imported memory": f"""(module (import "env" "memory" (memory 1))
+        (data (i32.const 9) "mine") {SUM})""",
+    "custom sections": f"""(module (@custom "before" (before first) "abc") (memory 1)
+        (data (i32.const 1) "x") {SUM} (@custom "after" (after last) "def"))""",
+    "a start function that reads its data": f"""(module (memory 1) (data (i32.const 8) "AB")
+        (func $start (i32.store8 (i32.const 0) (i32.load8_u (i32.const 9)))) (start $start) {SUM})""",
+    "a start function that traps": f"""(module (memory 1) (data (i32.const 8) "AB")
+        (func $start (unreachable)) (start $start) {SUM})""",
+    "passive segments": f"""(module (memory 1) (data (i32.const 2) "active") (data $p "passive")
+        (func (export "init") (memory.init $p (i32.const 50) (i32.const 1) (i32.const 3)))
+        (func (export "drop") (data.drop $p)) {SUM})""",
+    "memory.init and data.drop on an active segment": f"""(module (memory 1)
+        (data $a (i32.const 2) "active")
+        (func (export "drop") (data.drop $a))
+        (func (export "init") (memory.init $a (i32.const 0) (i32.const 0) (i32.const 0)))
+        (func (export "init1") (memory.init $a (i32.const 0) (i32.const 0) (i32.const 1))) {SUM})""",
+    "a table, elements and an import": f"""(module (import "env" "log" (func $log (param i32)))
+        (type $unary (func (result i32))) (table 2 funcref) (elem (i32.const 0) $one $two)
+        (memory 1) (data (i32.const 0) "\\01")
+        (func $one (result i32) (i32.const 1)) (func $two (result i32) (i32.const 2))
+        (func (export "indirect") (param i32) (result i32)
+          (call $log (local.get 0)) (call_indirect (type $unary) (local.get 0))) {SUM})""",
+    "elements out of bounds": f"""(module (table 1 funcref) (func $f) (elem (i32.const 1) $f)
+        (memory 1) (data (i32.const 0) "x") {SUM})""",
+    "an exception tag": f"""(module (tag $e (param i32)) (memory 1) (data (i32.const 5) "tag")
+        (func (export "throw") (result i32) (block $h (result i32)
+          (try_table (catch $e $h) (throw $e (i32.load8_u (i32.const 5)))) (unreachable))) {SUM})""",
+    "references, vectors and tail calls": f"""(module (type $f (func (result i32)))
+        (global $v v128 (v128.const i64x2 1 2)) (global $n (ref null $f) (ref.null $f))
+        (table $t 1 (ref null $f)) (table $x i64 1 externref)
+        (elem declare func $seven) (global $r (ref $f) (ref.func $seven))
+        (func $seven (type $f) (i32.load8_u (i32.const 7)))
+        (memory 1) (data (i32.const 7) "7")
+        (func (export "tail") (result i32) (return_call_ref $f (global.get $r))) {SUM})""",
+    "a 64-bit memory": """(module (memory i64 1 2) (data (i64.const 9) "\\07")
+        (func (export "f") (result i32) (i32.load8_u (i64.const 9)))
+        (func (export "far") (result i32) (i32.load8_u (i64.const 0x100000000))))""",
+    "a shared memory": f'(module (memory 1 2 shared) (data (i32.const 0) "shared") {SUM})',
+}
+
+
+def execute(
+    engine: Any, module: bytes, prepare: Callable[[Any, Any, Any], None] | None = None
+) -> list[object]:
+    """The results and traps of instantiating a module and calling its exports, in order.
+
+    `prepare` puts the memory that the rewritten module imports into the linker.
+    """
+    seen: list[object] = []
+    store = wasmtime.Store(engine)
+    linker = wasmtime.Linker(engine)
+    i32 = wasmtime.ValType.i32()
+    linker.define(
+        store,
+        "env",
+        "base",
+        wasmtime.Global(store, wasmtime.GlobalType(i32, False), wasmtime.Val.i32(40)),
+    )
+    memory = wasmtime.Memory(store, wasmtime.MemoryType(wasmtime.Limits(1, None)))
+    linker.define(store, "env", "memory", memory)
+    log = wasmtime.Func(
+        store, wasmtime.FuncType([i32], []), lambda value: seen.append(("log", value))
+    )
+    linker.define(store, "env", "log", log)
+    compiled = wasmtime.Module(engine, module)
+    if prepare is not None:
+        prepare(store, linker, compiled)
+    try:
+        exports = linker.instantiate(store, compiled).exports(store)
+    except wasmtime.Trap as trap:
+        return [*seen, ("instantiation", trap.trap_code), bytes(memory.read(store))]
+    calls = [*CALLS]
+    calls += [
+        (name, ())
+        for name in ("f", "far", "init", "init1", "drop", "init", "init1", "tail", "throw")
+    ]
+    calls += [("indirect", (index,)) for index in (0, 1, 2)]
+    for name, arguments in [*calls, *CALLS]:
+        if name in exports:
+            try:
+                seen.append((name, exports[name](store, *arguments)))
+            except wasmtime.Trap as trap:
+                seen.append((name, trap.trap_code))
+    return seen
+
+
+@pytest.mark.parametrize("name", GUESTS)
+def test_a_guest_with_its_memory_imported_computes_what_it_computes_alone(
+    engine: Any, name: str
+) -> None:
+    plan = plan_of(GUESTS[name], import_memory=True)
+
+    def prepare(store: Any, linker: Any, compiled: Any) -> None:
+        if plan.import_name is None:
+            return
+        memory = wasmtime.Memory(store, compiled.imports[-1].type)
+        if (content := plan.memories[0].content) is not None:
+            for segment in content.segments:
+                memory.write(store, segment.data, segment.offset)
+        linker.define(store, *plan.import_name, memory)
+
+    assert execute(engine, plan.module, prepare) == execute(engine, plan.source)
+
+
+def run_two_memories(
+    engine: Any, module: bytes, contents: list[InitialContent | None]
+) -> list[bytes]:
+    store = wasmtime.Store(engine)
+    exports = wasmtime.Instance(store, wasmtime.Module(engine, module), []).exports(store)
+    found = []
+    for name, content in zip(("a", "b"), contents, strict=True):
+        if content is not None:
+            assert not any(exports[name].read(store)), "the runtime still copied data"
+            exports[name].write(store, laid(content))
+        found.append(bytes(exports[name].read(store)))
+    return found
+
+
+def test_several_memories_hold_what_they_hold_natively(engine: Any) -> None:
+    plan = plan_of(
+        """(module (memory (export "a") 1) (memory (export "b") 2) (data "passive")
+             (data (memory 1) (i32.const 70000) "of b") (data (i32.const 5) "of a")
+             (data (memory 1) (i32.const 70001) "later"))"""
+    )
+    contents = [memory.content for memory in plan.memories]
+    assert None not in contents
+    native = run_two_memories(engine, plan.source, [None, None])
+    assert run_two_memories(engine, plan.module, contents) == native
+
+
+# Generated layouts against a model
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> tuple[int, list[tuple[int, bytes]]]:
+    pages = draw(st.integers(0, 2))
+    size = pages * PAGE
+    near = st.one_of(
+        st.integers(0, size + 2), st.integers(max(0, size - 8), size + 2), st.integers(0, 16)
+    )
+    return pages, draw(st.lists(st.tuples(near, st.binary(max_size=12)), max_size=6))
+
+
+@given(layouts(), st.booleans())
+@settings(deadline=None)
+def test_content_is_what_a_plain_array_of_bytes_would_hold(
+    layout: tuple[int, list[tuple[int, bytes]]], import_memory: bool
+) -> None:
+    pages, segments = layout
+    text = "".join(
+        f'(data (i32.const {offset}) "{"".join(f"{chr(92)}{byte:02x}" for byte in data)}")'
+        for offset, data in segments
+    )
+    plan = plan_of(f'(module (memory (export "m") {pages}) {text})', import_memory=import_memory)
+    model: bytearray | None = bytearray(pages * PAGE)
+    for offset, data in segments:
+        if offset + len(data) > pages * PAGE:
+            model = None
+            break
+        if model is not None:
+            model[offset : offset + len(data)] = data
+    content = plan.memories[0].content
+    assert (None if content is None else laid(content)) == model
+    rewritten = wasm.parse(plan.module)
+    kept = [(s.offset and s.offset.value, bytes(s.data)) for s in rewritten.data_segments]
+    assert kept == ([] if model is not None else segments)
+
+
+# Modules that were tampered with
+
+SAMPLES = {name: text for name, text in GUESTS.items() if name != "a shared memory"}
+
+
+def tampered(source: bytes, changes: list[tuple[int, int]], cut: int | None) -> bytes:
+    changed = bytearray(source[:cut])
+    for position, value in changes:
+        if changed:
+            changed[position % len(changed)] = value
+    return bytes(changed)
+
+
+@given(
+    name=st.sampled_from(sorted(SAMPLES)),
+    changes=st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 255)), max_size=3),
+    cut=st.one_of(st.none(), st.integers(0, 2000)),
+    import_memory=st.booleans(),
+)
+@settings(deadline=None, max_examples=examples(300))
+def test_a_tampered_module_is_valid_after_planning_exactly_if_it_was_before(
+    engine: Any,
+    name: str,
+    changes: list[tuple[int, int]],
+    cut: int | None,
+    import_memory: bool,
+) -> None:
+    source = tampered(bytes(wasmtime.wat2wasm(SAMPLES[name])), changes, cut)
+    valid = is_valid(engine, source)
+    try:
+        plan = guest.plan(source, image_limit=GIB, import_memory=import_memory)
+    except InvalidModule:
+        assert not valid
+        return
+    assert is_valid(engine, plan.module) == valid
+    json.dumps(dataclasses.asdict(plan.report()))
+
+
+def is_valid(engine: Any, module: bytes) -> bool:
+    with contextlib.suppress(wasmtime.WasmtimeError):
+        wasmtime.Module.validate(engine, module)
+        return True
+    return False
