@@ -1,0 +1,54 @@
+"""The README's section about a stored run: ratios and on what they were measured, never bare times."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from memslot_plugin.bench import grids
+from memslot_plugin.bench.results import Grid, Run
+
+BEGIN, END = "<!-- benchmark -->", "<!-- /benchmark -->"
+
+SHOWN = {"reset": ": auto", "cycle": "", "request": "", "density": "", "scaling": ""}
+"""The families of the README, and what the titles of the tables that it shows contain."""
+
+
+def section(run: Run) -> str:
+    """The text between the markers, which it includes."""
+    lines = [BEGIN, ""]
+    for family in run.families:
+        for grid in grids(family):
+            if family.name in SHOWN and SHOWN[family.name] in grid.title:
+                lines += [f"**{grid.title}**", "", *markdown(grid), ""]
+    return "\n".join([*lines, measured_on(run), "", END])
+
+
+def markdown(grid: Grid) -> Iterator[str]:
+    """A grid as a table; columns of numbers are aligned to the right."""
+    columns = zip(*grid.rows, strict=True)
+    numbers = [all(cell[:1].isdigit() or cell == "-" for cell in column) for column in columns]
+    yield f"| {' | '.join(grid.columns)} |"
+    yield f"|{'|'.join('--:' if number else '---' for number in numbers)}|"
+    for row in grid.rows:
+        yield f"| {' | '.join(row)} |"
+
+
+def measured_on(run: Run) -> str:
+    """On what it was measured, and how."""
+    machine = run.machine
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    return (
+        f"Ratios are medians of rounds that take turns{', in a quick run' if run.quick else ''}, with their quartiles"
+        f" where there is room. Measured {machine['date']} on {machine['processors']} processors"
+        f" ({machine['processor']}) under {machine['kernel']} with {machine['python']}, {versions}."
+        " `memslot bench` measures the same on your machine."
+    )
+
+
+def insert(page: str, run: Run) -> str:
+    """The page with its section replaced; raises ValueError if it has no markers."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the page has no section between {BEGIN} and {END}")
+    return before + section(run) + after

@@ -1,0 +1,66 @@
+"""How everything is measured: subjects take turns, round by round, so that a slower moment is slower for all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+Subject = Callable[[], float]
+"""Does its thing once and says what it cost."""
+
+CLOCK = time.perf_counter_ns
+
+WARM_UP = 3
+"""Rounds of each case that are not counted."""
+
+
+def _nothing(*_: object) -> None:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What the families are asked: for how long to measure, on which hosts, whom to tell, and whether to go on.
+
+    `check` is called between two rounds and may raise; `say` gets a line about what is being done.
+    """
+
+    quick: bool = False
+    host: str | None = None
+    say: Callable[[str], None] = _nothing
+    check: Callable[[], None] = _nothing
+
+    def rounds(
+        self,
+        subjects: Mapping[str, Subject],
+        seconds: float,
+        *,
+        fewest: int = 5,
+        most: int = 4000,
+        warm_up: int = WARM_UP,
+    ) -> dict[str, list[float]]:
+        """What each subject cost in each round, for about `seconds` (a fifth of it in a quick run).
+
+        Each round begins with another subject: nobody always finds the caches that the same other
+        one left.  The first `warm_up` rounds are not counted.
+        """
+        names = list(subjects)
+        samples: dict[str, list[float]] = {name: [] for name in names}
+        for _ in range(warm_up):
+            for subject in subjects.values():
+                subject()
+        deadline = CLOCK() + seconds * 1e9 / (5 if self.quick else 1)
+        for number in range(most):
+            if number >= fewest and CLOCK() >= deadline:
+                break
+            self.check()
+            turn = number % len(names)
+            for name in names[turn:] + names[:turn]:
+                samples[name].append(subjects[name]())
+        return samples
+
+
+def clock_cost() -> float:
+    """Nanoseconds that taking the time twice takes by itself."""
+    return min(-CLOCK() + CLOCK() for _ in range(200))

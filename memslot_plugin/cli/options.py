@@ -1,0 +1,74 @@
+"""Options that several commands share: the settings, and --json."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from memslot_plugin.errors import SettingError
+from memslot_plugin.settings import Settings
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def json_option(command: Command) -> Command:
+    """`--json`, as the parameter `as_json`."""
+    return click.option(
+        "--json", "as_json", is_flag=True, help="Print one JSON document and nothing else."
+    )(command)
+
+
+def key_option(command: Command) -> Command:
+    """`--key-file FILE`, as the parameter `key_file`."""
+    return click.option(
+        "--key-file",
+        metavar="FILE",
+        help="Secret bytes that prove who wrote a saved guest; without, its machine code is not run.",
+    )(command)
+
+
+def read_key(key_file: str | None) -> bytes | None:
+    """The bytes of a key file, or None without one."""
+    if key_file is None:
+        return None
+    try:
+        return Path(key_file).read_bytes()
+    except OSError as error:
+        raise SettingError(f"--key-file {key_file} cannot be read: {error.strerror}") from None
+
+
+def settings_options(command: Command) -> Command:
+    """`--settings FILE` and `--set NAME=VALUE`, as the parameters `settings_file` and `changes`."""
+    change = click.option(
+        "--set",
+        "changes",
+        metavar="NAME=VALUE",
+        multiple=True,
+        help="Change one setting, over file and environment; may be given several times.",
+    )
+    file = click.option(
+        "--settings",
+        "settings_file",
+        metavar="FILE",
+        help="Read settings from the table [memslot] or [tool.memslot] of a TOML file.",
+    )
+    return file(change(command))
+
+
+def read_settings(settings_file: str | None, changes: Sequence[str], **options: Any) -> Settings:
+    """Options over `--set` over the environment over the file; an option that is None was not given."""
+    values: dict[str, Any] = {}
+    for change in changes:
+        name, equals, value = change.partition("=")
+        if not equals:
+            raise SettingError(
+                f"--set {change} is not allowed: it must be NAME=VALUE, such as slots=16"
+            )
+        values[name.strip()] = value.strip()
+    values.update({name: value for name, value in options.items() if value is not None})
+    if settings_file is None:
+        return Settings(**values)
+    return Settings.from_file(settings_file, **values)

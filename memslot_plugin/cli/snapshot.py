@@ -1,0 +1,192 @@
+"""`memslot snapshot`: a guest initialised once, and written to a file from which every instance starts there."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Any
+
+import click
+
+from memslot_plugin.cli.measure import written_values
+from memslot_plugin.cli.options import (
+    json_option,
+    key_option,
+    read_key,
+    read_settings,
+    settings_options,
+)
+from memslot_plugin.cli.output import Output, byte_size, console, write_json
+from memslot_plugin.cli.run import SHOWN_OUTPUT, Steps
+from memslot_plugin.cli.source import (
+    INITIALIZE,
+    START,
+    Source,
+    choose_invocation,
+    prepare_source,
+    read_source,
+    require_no_foreign_imports,
+)
+from memslot_plugin.errors import ArgumentError, RepeatedRandomness, SettingError
+from memslot_plugin.hosts import Guest, Wasi, open_host
+from memslot_plugin.image import Image
+
+
+@click.command()
+@click.argument("file")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@click.option("-o", "--output", "out", metavar="OUT", required=True, help="The file to write.")
+@click.option(
+    "--host", "host_name", metavar="NAME", help="The runtime: auto (the default), wasmtime, wasmer."
+)
+@click.option("--init", metavar="NAME", help="The export without parameters that initialises it.")
+@click.option("--call", "call", metavar="NAME", help="An export to call then, with the ARGUMENTS.")
+@click.option(
+    "--reseed", metavar="NAME", help="The export that each instance calls to draw randomness anew."
+)
+@click.option("--code/--no-code", default=True, help="With the machine code, or without.")
+@key_option
+@settings_options
+@json_option
+def snapshot(
+    *,
+    file: str,
+    arguments: tuple[str, ...],
+    out: str,
+    host_name: str | None,
+    init: str | None,
+    call: str | None,
+    reseed: str | None,
+    code: bool,
+    key_file: str | None,
+    settings_file: str | None,
+    changes: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Initialise FILE once and write the result to OUT, so that every instance of OUT starts there.
+
+    FILE is a .wasm or .wat file, or another snapshot.  Called are _initialize, if a WASI reactor exports it, then
+    --init, then --call with the ARGUMENTS (as numbers; put -- before negative ones).  `memslot run OUT` and `memslot
+    inspect OUT` take the result, and so does `Host.load`.
+
+    \b
+    memslot snapshot guest.wasm --init boot -o guest.memslot
+    memslot snapshot guest.wasm --init boot --call load 42 -o guest.memslot
+    """  # noqa: D301  # click keeps the lines below a real backspace
+    settings = read_settings(settings_file, changes)
+    host_name = host_name or settings.host
+    if host_name == "fake":
+        raise SettingError(
+            "the host fake runs Python functions instead of a guest's code; choose auto, wasmtime or wasmer"
+        )
+    if call is None and arguments:
+        raise ArgumentError(f"{' '.join(arguments)}: arguments are for --call, which is not given")
+    key = read_key(key_file)
+    source = read_source(file, key)
+    require_no_foreign_imports(source)
+    calls = _calls(source, init, call, arguments)
+    wasi = Wasi(program=source.name, stdout="capture") if source.uses_wasi else None
+    with (
+        Steps(Output(sys.stderr)) as steps,
+        open_host(host_name, settings=settings) as host,
+        warnings.catch_warnings(record=True) as warned,
+    ):
+        warnings.simplefilter("always", RepeatedRandomness)
+        steps.say(f"preparing {source.name}")
+        guest = prepare_source(source, host, wasi, key=key, reseed=reseed)
+        with guest.instantiate() as instance:
+            results = []
+            for name, values in calls:
+                steps.say(f"calling {name}")
+                results.append(list(written_values(instance.call(name, *values))))
+            printed = instance.stdout
+            taken = instance.snapshot()
+        steps.say(f"writing {out}")
+        written = taken.save(out, key=key, code=code)
+        document = _document(
+            taken,
+            source,
+            out=out,
+            written=written,
+            calls=calls,
+            results=results,
+            printed=printed,
+            warned=warned,
+        )
+    if as_json:
+        write_json(document)
+    else:
+        _show(console(), document)
+
+
+def _calls(
+    source: Source, init: str | None, call: str | None, words: tuple[str, ...]
+) -> list[tuple[str, tuple[int | float, ...]]]:
+    """What is called before the snapshot, in order."""
+    calls: list[tuple[str, tuple[int | float, ...]]] = []
+    for function, its_words in ((init, ()), (call, words)):
+        if function is None:
+            continue
+        if function == START:
+            raise ArgumentError(
+                f"{START} runs a program to its end, so that there is nothing to take a snapshot of;"
+                " name an export that initialises the guest"
+            )
+        chosen = choose_invocation(source, function, its_words)
+        calls += chosen.calls if not calls else [(chosen.function, chosen.arguments)]
+    if not calls and INITIALIZE in source.functions and not source.is_snapshot:
+        calls.append((INITIALIZE, ()))
+    return calls
+
+
+def _document(
+    taken: Guest,
+    source: Source,
+    *,
+    out: str,
+    written: int,
+    calls: list[tuple[str, tuple[int | float, ...]]],
+    results: list[list[str]],
+    printed: bytes,
+    warned: list[warnings.WarningMessage],
+) -> dict[str, Any]:
+    return {
+        "guest": source.name,
+        "host": taken.host.name,
+        "file": out,
+        "byte_size": written,
+        "calls": [
+            {"function": name, "arguments": list(values), "result": result}
+            for (name, values), result in zip(calls, results, strict=True)
+        ],
+        "output": printed.decode(errors="replace"),
+        "images": [
+            {
+                "memory": index,
+                "memory_bytes": taken.report.memories[index].minimum_bytes,
+                "stored_bytes": image.stored_bytes + image.inherited_bytes,
+            }
+            for index, image in taken.images.items()
+            if isinstance(image, Image)
+        ],
+        "reset_in_place": taken.report.verdict.in_place,
+        "notes": [str(each.message) for each in warned],
+    }
+
+
+def _show(output: Output, document: dict[str, Any]) -> None:
+    for each in document["calls"]:
+        answered = f" -> {', '.join(each['result'])}" if each["result"] else ""
+        output.print(
+            f"called {each['function']}({', '.join(map(str, each['arguments']))}){answered}"
+        )
+    if document["output"]:
+        output.print(f"The guest printed:\n{document['output'][:SHOWN_OUTPUT].rstrip()}")
+    for image in document["images"]:
+        output.print(
+            f"memory {image['memory']}: {byte_size(image['memory_bytes'])},"
+            f" of which {byte_size(image['stored_bytes'])} are stored"
+        )
+    for note in document["notes"]:
+        output.print(f"Note: {note}")
+    output.print(f"wrote {document['file']}: {byte_size(document['byte_size'])}")
