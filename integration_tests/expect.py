@@ -1,0 +1,37 @@
+"""What every test of something wrong expects: an error of memslot's own tree, and a host that goes on serving."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import memslot_plugin as memslot
+
+from . import cells, toy
+from .toy import PAGE
+
+
+def still_serves(host: memslot.Host) -> None:
+    """Two instances at once, pristine, in slots that may have had other tenants."""
+    guest = host.prepare(toy.A)
+    with guest.instantiate() as first, guest.instantiate() as second:
+        for instance in (first, second):
+            assert instance.memory.read(0, 2 * PAGE) == toy.pristine(toy.A)
+            instance.call("fill", 0, 2 * PAGE, 0xEE)
+    cells.check(host, in_use=0)
+
+
+def raises(expected: type[memslot.MemslotError], match: str, builtin: type[Exception]) -> Any:
+    """As `pytest.raises`, for an error that somebody who knows only the builtin would catch as well."""
+    assert issubclass(expected, builtin)
+    assert issubclass(expected, memslot.MemslotError)
+    return pytest.raises(expected, match=match)
+
+
+def still_serves_with_one_slot(host: memslot.Host) -> None:
+    """The same one after the other."""
+    for _ in range(2):
+        with host.prepare(toy.A) as guest, guest.instantiate() as instance:
+            assert instance.memory.read(0, 2 * PAGE) == toy.pristine(toy.A)
+            instance.call("fill", 0, PAGE, 1)

@@ -1,0 +1,247 @@
+"""Guests that try to leave a message for the next tenant, and accesses at every boundary there is."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import memslot_plugin as memslot
+
+from . import toy
+from .toy import PAGE
+
+MAXIMUM = 8
+"""Pages that a toy guest may have."""
+
+STATE = """
+  (global $i (mut i32) (i32.const 11)) (global $l (mut i64) (i64.const 12))
+  (global $f (mut f32) (f32.const 13)) (global $d (mut f64) (f64.const 14))
+  (global $v (mut v128) (v128.const i64x2 15 16))
+  (func (export "set_globals") (param i32)
+    (global.set $i (local.get 0))
+    (global.set $l (i64.extend_i32_u (local.get 0)))
+    (global.set $f (f32.convert_i32_u (local.get 0)))
+    (global.set $d (f64.convert_i32_u (local.get 0)))
+    (global.set $v (i32x4.splat (local.get 0))))
+  (func (export "sum_of_globals") (result i64)
+    (i64.add (i64.extend_i32_u (global.get $i))
+      (i64.add (global.get $l)
+        (i64.add (i64.trunc_f32_u (global.get $f))
+          (i64.add (i64.trunc_f64_u (global.get $d))
+            (i64.add (i64x2.extract_lane 0 (global.get $v)) (i64x2.extract_lane 1 (global.get $v))))))))
+  (func $recurse (export "overflow") (param $at i32) (result i32)
+    (i32.store8 (i32.and (local.get $at) (i32.const 0x1ffff)) (i32.const 0xEE))
+    (i32.add (call $recurse (i32.add (local.get $at) (i32.const 1))) (i32.load8_u (i32.const 0))))
+  (func (export "ask") (param i32)
+    (call $fill (i32.const 0) (i32.const 70000) (i32.const 0xEE)) (call $help (local.get 0))
+    (call $fill (i32.const 70000) (i32.const 100) (i32.const 0xEE)))
+"""
+"""Globals of every type, none of them exported; a recursion without end that writes as it goes; a host function that is
+called in the middle of writing."""
+
+TABLE = """
+  (table $t 4 8 funcref) (elem (i32.const 0) $one) (elem $spare func $two) (data $words "secret")
+  (func $one (result i32) (i32.const 1)) (func $two (result i32) (i32.const 2))
+  (func (export "spoil")
+    (table.init $t $spare (i32.const 0) (i32.const 0) (i32.const 1)) (elem.drop $spare)
+    (memory.init $words (i32.const 0) (i32.const 0) (i32.const 6)) (data.drop $words))
+  (func (export "ask_table") (param i32) (result i32) (call_indirect $t (result i32) (local.get 0)))
+  (func (export "read_words") (memory.init $words (i32.const 0) (i32.const 0) (i32.const 6)))
+"""
+"""A table that changes, and segments that are dropped."""
+
+SUM_OF_GLOBALS = 11 + 12 + 13 + 14 + 15 + 16
+
+
+def text(data: str, more: str = "", pages: int = 2) -> str:
+    return f"""(module (import "env" "help" (func $help (param i32)))
+      (memory (export "memory") {pages} {MAXIMUM}) {data} {STATE} {more} {toy.CODE})"""
+
+
+DATA = f"""(data (i32.const 16) "the words of a") (data (i32.const {PAGE}) "{"x" * 5000}")
+  (data (i32.const {2 * PAGE - 4}) "last")"""
+TEXTS = {
+    "attacker": text(DATA),
+    "spoiler": text(DATA, TABLE),
+    "other image": text('(data (i32.const 40000) "only b says this")'),
+    "no image": text(""),
+    "smaller": text('(data (i32.const 65532) "tiny")', pages=1),
+    "larger": text(f'(data (i32.const {5 * PAGE}) "big")', pages=6),
+}
+"""Guests of one host; all have the functions of the toy guest, too."""
+
+CONTENTS: dict[str, list[tuple[int, bytes]]] = {
+    "attacker": [(16, b"the words of a"), (PAGE, b"x" * 5000), (2 * PAGE - 4, b"last")],
+    "other image": [(40000, b"only b says this")],
+    "no image": [],
+    "smaller": [(65532, b"tiny")],
+    "larger": [(5 * PAGE, b"big")],
+}
+CONTENTS["spoiler"] = CONTENTS["attacker"]
+PAGES = {"smaller": 1, "larger": 6}
+
+
+class Raised(Exception):
+    """By the host function."""
+
+
+def help_(number: int) -> None:
+    raise Raised
+
+
+IMPORTS = {"env": {"help": help_}}
+
+
+def pristine(name: str) -> bytes:
+    memory = bytearray(PAGES.get(name, 2) * PAGE)
+    for offset, data in CONTENTS[name]:
+        memory[offset : offset + len(data)] = data
+    return bytes(memory)
+
+
+# -- what an attacker does; all of it traps or returns, and the tenant then goes
+
+
+def traps(instance: memslot.Instance, *call: Any) -> None:
+    with pytest.raises(memslot.GuestTrap):
+        instance.call(*call)
+
+
+def every_byte(instance: memslot.Instance) -> None:
+    instance.call("fill", 0, instance.memory.byte_size, 0xEE)
+    instance.call("bump")
+
+
+def grown(instance: memslot.Instance) -> None:
+    size = instance.call("size")
+    instance.call("grow", 1)
+    instance.call("fill", 0, (size + 1) * PAGE, 0xEE)
+
+
+def grown_to_the_maximum_and_trapped(instance: memslot.Instance) -> None:
+    instance.call("grow", MAXIMUM - instance.call("size"))
+    assert instance.call("grow", 1) == -1
+    traps(instance, "fill_and_trap", 0, MAXIMUM * PAGE, 0xEE)
+
+
+def trapped_in_mid_write(instance: memslot.Instance) -> None:
+    traps(instance, "fill", 3000, instance.memory.byte_size, 0xEE)
+
+
+def wrote_out_of_bounds(instance: memslot.Instance) -> None:
+    size = instance.memory.byte_size
+    for at in (size, size + 4096, MAXIMUM * PAGE, -1, -(2**31)):
+        traps(instance, "store", at, 0xEE)
+        traps(instance, "store64", at, -1)
+    traps(instance, "store64", size - 7, -1)
+    instance.call("store64", size - 8, -1)
+
+
+def through_the_embedder(instance: memslot.Instance) -> None:
+    memory = instance.memory
+    memory.grow(2)
+    memory.write(0, b"\xee" * memory.byte_size)
+    with pytest.raises(memslot.AccessOutOfBounds):
+        memory.write(memory.byte_size - 1, b"\xee\xee")
+
+
+def set_globals(instance: memslot.Instance) -> None:
+    instance.call("set_globals", 77)
+
+
+def overflowed_the_stack(instance: memslot.Instance) -> None:
+    traps(instance, "overflow", 0)
+
+
+def host_function_raised(instance: memslot.Instance) -> None:
+    with pytest.raises(Raised):
+        instance.call("ask", 1)
+
+
+def spoilt_the_table(instance: memslot.Instance) -> None:
+    instance.call("spoil")
+    assert instance.call("ask_table", 0) == 2
+    traps(instance, "read_words")
+
+
+Attack = Callable[[memslot.Instance], None]
+ANYWHERE: tuple[Attack, ...] = (
+    every_byte,
+    grown,
+    grown_to_the_maximum_and_trapped,
+    trapped_in_mid_write,
+    wrote_out_of_bounds,
+    through_the_embedder,
+)
+IN_CODE: tuple[Attack, ...] = (set_globals, overflowed_the_stack, host_function_raised)
+"""What the fake host, which runs no code, has nothing of."""
+
+
+# -- out of bounds
+
+WIDTHS = {
+    "i32.load8_u": ("i32", 1), "i32.load16_s": ("i32", 2), "i32.load": ("i32", 4), "i64.load32_u": ("i64", 4),
+    "i64.load": ("i64", 8), "f32.load": ("f32", 4), "f64.load": ("f64", 8), "v128.load": ("v128", 16),
+}  # fmt: skip
+STORES = {
+    "i32.store8": ("i32", 1), "i32.store16": ("i32", 2), "i32.store": ("i32", 4), "i64.store32": ("i64", 4),
+    "i64.store": ("i64", 8), "f32.store": ("f32", 4), "f64.store": ("f64", 8), "v128.store": ("v128", 16),
+}  # fmt: skip
+OFFSETS = (0, 1, PAGE, 0x7FFFFFFF, 0xFFFFFFFF)
+"""Static ones."""
+
+_CONSTANTS = {
+    "i32": "(i32.const -1)", "i64": "(i64.const -1)", "f32": "(f32.const -1)", "f64": "(f64.const -1)",
+    "v128": "(v128.const i64x2 -1 -1)",
+}  # fmt: skip
+
+
+def accesses() -> str:
+    """A module with a function for each access of each width at each static offset, and the bulk operations."""
+    functions = []
+    for offset in OFFSETS:
+        for name in WIDTHS:
+            code = f"(drop ({name} offset={offset} (local.get 0)))"
+            functions.append(f'(func (export "{name}+{offset}") (param i32) {code})')
+        for name, (kind, _) in STORES.items():
+            code = f"({name} offset={offset} (local.get 0) {_CONSTANTS[kind]})"
+            functions.append(f'(func (export "{name}+{offset}") (param i32) {code})')
+    return f"""(module (memory (export "memory") 2 {MAXIMUM}) (data $words "0123456789")
+      (func (export "grow") (param i32) (result i32) (memory.grow (local.get 0)))
+      (func (export "fill") (param i32 i32)
+        (memory.fill (local.get 0) (i32.const 0xEE) (local.get 1)))
+      (func (export "copy") (param i32 i32 i32)
+        (memory.copy (local.get 0) (local.get 1) (local.get 2)))
+      (func (export "init") (param i32 i32 i32)
+        (memory.init $words (local.get 0) (local.get 1) (local.get 2)))
+      {" ".join(functions)})"""
+
+
+def signed(address: int) -> int:
+    """As an i32 argument."""
+    return address - 2**32 if address >= 2**31 else address
+
+
+def edges(size: int, width: int) -> list[int]:
+    """Addresses, as an effective one, of which at least one byte is outside of `size`; the first is the nearest."""
+    page = memslot.probe().page_size
+    return [
+        *(size - width + 1 + each for each in range(width)),
+        size + page - 1, size + page, size + PAGE, MAXIMUM * PAGE - 1, MAXIMUM * PAGE,
+        2**31 - width, 2**31 - 1, 2**31, 2**32 - 65536, 2**32 - width, 2**32 - 1, 2**32, 2**32 + 1,
+        2**32 + 0x2000000 - 1, 2**32 + 0x2000000, 2**32 + size, 2**33 - 2,
+    ]  # fmt: skip
+
+
+def out_of_bounds(size: int) -> list[tuple[str, int]]:
+    """(function, address argument) of accesses that have to trap in a memory of `size` bytes."""
+    found = []
+    for (name, (_, width)), offset in itertools.product({**WIDTHS, **STORES}.items(), OFFSETS):
+        for edge in edges(size, width):
+            address = edge - offset
+            if 0 <= address < 2**32 and edge + width > size:
+                found.append((f"{name}+{offset}", signed(address)))
+    return found

@@ -1,0 +1,109 @@
+"""A real SIGINT at random moments, while every verb is used: run as a process of its own.
+
+usage: python -m integration_tests.interrupted_by_signals HOST BACKEND SECONDS
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from typing import Any
+
+import memslot_plugin as memslot
+
+from . import cells, toy
+from .cells import Cell
+from .leaks import Footprint
+from .toy import PAGE
+
+
+def everything(guest: memslot.Guest) -> None:
+    """Verbs in turn, until the signal comes."""
+    while True:
+        with guest.instantiate() as instance:
+            instance.call("fill", 0, 5000, 0xEE)
+            instance.reset()
+            instance.call("grow", 1)
+            instance.reset()
+        with guest.lease() as instance:
+            instance.call("store", 5, 5)
+        with guest.instantiate() as instance:
+            instance.fork(1)[0].close()
+        guest.instantiate().call("fill", 0, 5000, 0xEE)
+
+
+class Bell(threading.Thread):
+    """While it is armed it interrupts the main thread, a random moment later and then again and again: a finalizer
+    swallows an interrupt.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.armed = threading.Event()
+
+    def run(self) -> None:
+        while True:
+            self.armed.wait()
+            time.sleep(random.random() * 0.01)
+            while self.armed.is_set():
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.1)
+
+
+def interrupted_once(bell: Bell, guest: memslot.Guest) -> None:
+    """From arming the bell to the KeyboardInterrupt."""
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        bell.armed.set()
+        everything(guest)
+    except KeyboardInterrupt:
+        bell.armed.clear()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def serves(host: memslot.Host, guest: memslot.Guest) -> None:
+    gc.collect()
+    counted = host.statistics()
+    assert counted.live_instances == counted.ready_instances, counted
+    cells.check(host, in_use=counted.ready_instances)
+    with guest.instantiate() as first, guest.instantiate() as second:
+        for each in (first, second):
+            assert each.memory.read(0, 2 * PAGE) == toy.pristine(toy.A), "a stranger's bytes"
+            each.call("fill", 0, 2 * PAGE, 0xDD)
+
+
+def main() -> None:
+    name, backend, seconds = sys.argv[1:]
+    faulthandler.dump_traceback_later(120, exit=True)
+    swallowed: list[Any] = []
+    sys.unraisablehook = swallowed.append  # a finalizer has nobody to raise it to, here as anywhere
+    bell = Bell()
+    bell.start()
+    with Cell(name, backend).open(slots=4, audit=0.0) as warm:
+        serves(warm, warm.prepare(toy.A))
+    before = Footprint.now()
+    times, end = 0, time.monotonic() + float(seconds)
+    host = Cell(name, backend).open(slots=4, audit=0.0)
+    guest = host.prepare(toy.A)
+    while time.monotonic() < end:
+        interrupted_once(bell, guest)
+        serves(host, guest)
+        times += 1
+    swallowed.clear()
+    guest.close()
+    host.close()
+    # A signal between the runtime's package being given compiled code and keeping it loses that code, as it does
+    # without us; descriptors, images and reservations are ours.
+    lost = Footprint.now().lost_since(before, mappings=2000)
+    assert not lost, lost
+    print(times)
+
+
+if __name__ == "__main__":
+    main()

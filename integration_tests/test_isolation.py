@@ -1,0 +1,189 @@
+"""Nothing that a hostile guest leaves is found by the next tenant, and no access reaches a neighbour; in every cell."""
+
+from __future__ import annotations
+
+import gc
+import zlib
+from collections.abc import Callable
+
+import pytest
+
+import memslot_plugin as memslot
+from memslot_plugin.tests.profiles import EXPENSIVE
+
+from . import cells, hostile, toy
+from .cells import Cell
+from .hostile import MAXIMUM, traps
+from .toy import PAGE
+
+TIMES = 6 if EXPENSIVE else 1
+"""How often each attack is followed by each way to go; the next tenant is another one each time."""
+PART = 1 if EXPENSIVE else 12
+"""In the ordinary profile each cell tries one of so many parts of the accesses out of bounds."""
+
+NEXT = ("attacker", "other image", "no image", "smaller", "larger", "spoiler")
+
+
+def part_of(cell: Cell) -> int:
+    """A number of the cell's own, the same in every run."""
+    return zlib.crc32(str(cell).encode())
+
+
+def prepare(host: memslot.Host) -> dict[str, memslot.Guest]:
+    return {
+        name: host.prepare(toy.assemble(text), imports=hostile.IMPORTS, name=name)
+        for name, text in hostile.TEXTS.items()
+    }
+
+
+def look_around(instance: memslot.Instance, name: str) -> None:
+    """Everything that a tenant can reach is as its module says."""
+    expected = hostile.pristine(name)
+    memory, code = instance.memory, instance.guest.host.name != "fake"
+    assert memory.byte_size == len(expected)
+    assert memory.read(0, len(expected)) == expected
+    assert instance.call("size") == len(expected) // PAGE
+    assert instance.call("different", 0, 16, 0) == 0
+    for address in (len(expected), MAXIMUM * PAGE - 1, MAXIMUM * PAGE, -1):
+        traps(instance, "load", address)
+    with pytest.raises(memslot.AccessOutOfBounds):
+        memory.read(len(expected), 1)
+    if code:  # what Python functions keep for themselves is theirs
+        assert instance.call("bump") == 8
+        assert instance.call("sum_of_globals") == hostile.SUM_OF_GLOBALS
+    if code and name == "spoiler":
+        assert instance.call("ask_table", 0) == 1
+        traps(instance, "ask_table", 1)
+        instance.call("read_words")
+        assert memory.read(0, 6) == b"secret"
+    # What growth brings is zeros, whoever wrote there before.
+    before = len(expected) // PAGE
+    assert instance.call("grow", MAXIMUM - before) == before
+    assert instance.call("different", len(expected), (MAXIMUM - before) * PAGE, 0) == 0
+    assert memory.read(len(expected), (MAXIMUM - before) * PAGE) == bytes((MAXIMUM - before) * PAGE)
+
+
+def leave_by_closing(instance: memslot.Instance) -> None:
+    instance.close()
+
+
+def leave_by_a_reset(instance: memslot.Instance) -> None:
+    instance.reset()
+    look_around(instance, instance.guest.name)
+    instance.close()
+
+
+def leave_by_dropping(instance: memslot.Instance) -> None:
+    """The caller holds the last reference, and drops it after this."""
+
+
+WAYS_OUT = (leave_by_closing, leave_by_a_reset, leave_by_dropping)
+
+
+def test_no_message_reaches_the_next_tenant(cell: Cell) -> None:
+    """Each attack, each way to go, and each kind of next tenant, in the only slot."""
+    with cell.serving(slots=1) as host:
+        guests = prepare(host)
+        attacks: list[tuple[str, hostile.Attack]] = [
+            ("attacker", attack) for attack in hostile.ANYWHERE
+        ]
+        if cell.host != "fake":
+            attacks += [("attacker", attack) for attack in hostile.IN_CODE]
+            attacks += [("spoiler", hostile.spoilt_the_table), ("spoiler", hostile.grown)]
+        turn = part_of(cell)
+        for name, attack in attacks:
+            for leave in WAYS_OUT:
+                for _ in range(TIMES):
+                    instance = guests[name].instantiate(tenant="mallory")
+                    attack(instance)
+                    leave(instance)
+                    del instance
+                    turn += 1
+                    after = NEXT[turn % len(NEXT)]
+                    try:
+                        with guests[after].instantiate(tenant="alice") as victim:
+                            look_around(victim, after)
+                    except BaseException as error:
+                        what = f"{after} after {name} {attack.__name__}, {leave.__name__}"
+                        raise AssertionError(what) from error
+        gc.collect()
+        for guest in guests.values():
+            guest.close()
+
+
+def test_a_lease_finds_nothing_of_the_one_before(pooling_cell: Cell) -> None:
+    with pooling_cell.serving(slots=2) as host:
+        guests = prepare(host)
+        attacks = hostile.ANYWHERE
+        if pooling_cell.host != "fake":
+            attacks += hostile.IN_CODE
+        for attack in attacks:
+            for name in ("attacker", "no image"):
+                for _ in range(2):
+                    with guests[name].lease() as instance:
+                        look_around(instance, name)
+                    with guests[name].lease() as instance:
+                        attack(instance)
+        for guest in guests.values():
+            guest.close()
+
+
+def test_a_snapshot_takes_nothing_of_a_neighbour(cell: Cell) -> None:
+    with cell.serving(slots=4) as host:
+        guests = prepare(host)
+        with (
+            guests["attacker"].instantiate() as mallory,
+            guests["other image"].instantiate() as bob,
+        ):
+            hostile.every_byte(mallory)
+            bob.call("fill", 100, 50, 0xBB)
+            expected = bytearray(hostile.pristine("other image"))
+            expected[100:150] = b"\xbb" * 50
+            with bob.snapshot() as taken:
+                with taken.instantiate() as instance:
+                    assert instance.memory.read(0, 2 * PAGE) == expected
+                    hostile.grown(instance)
+                with taken.instantiate() as instance:
+                    assert instance.memory.read(0, 2 * PAGE) == expected
+            assert bob.memory.read(0, 2 * PAGE) == expected
+            assert mallory.call("different", 0, 2 * PAGE, 0xEE) == 0
+        for guest in guests.values():
+            guest.close()
+
+
+def test_no_access_reaches_a_neighbour(cell: Cell, note: Callable[[str, object], None]) -> None:
+    if cell.host == "fake":
+        pytest.skip("impossible: the fake host runs no code; test_matrix has its bounds")
+    with cell.serving(slots=3) as host:
+        neighbour, guest = host.prepare(toy.A), host.prepare(toy.assemble(hostile.accesses()))
+        with (
+            neighbour.instantiate() as below,
+            guest.instantiate() as instance,
+            neighbour.instantiate() as above,
+        ):
+            for each in (below, above):
+                each.call("grow", MAXIMUM - 2)
+                each.call("fill", 0, MAXIMUM * PAGE, 0xAA)
+            tried = 0
+            for pages in (2, 3):
+                size = pages * PAGE
+                for name, address in hostile.out_of_bounds(size)[part_of(cell) % PART :: PART]:
+                    tried += 1
+                    traps(instance, name, address)
+                for call in (
+                    ("fill", 0, size + 1), ("fill", size, 1), ("fill", size - 1, 2), ("fill", -1, 1),
+                    ("fill", 1, -1), ("copy", size - 4, 0, 5), ("copy", 0, size - 4, 5), ("copy", -1, 0, 1),
+                    ("copy", 0, -1, 1), ("copy", 0, 0, -1), ("init", size - 4, 0, 5), ("init", 0, 6, 5),
+                    ("init", -1, 0, 1),
+                ):  # fmt: skip
+                    traps(instance, *call)
+                assert instance.memory.read(0, size) == bytes(size), "a trap wrote something"
+                for name, (_, width) in {**hostile.WIDTHS, **hostile.STORES}.items():
+                    instance.call(f"{name}+0", size - width)  # the last place inside
+                instance.memory.write(size - 16, bytes(16))
+                if pages == 2:
+                    assert instance.call("grow", 1) == 2
+            note("accesses out of bounds", tried)
+            for each in (below, above):
+                assert each.memory.read(0, MAXIMUM * PAGE) == b"\xaa" * MAXIMUM * PAGE
+        cells.check(host, in_use=0)

