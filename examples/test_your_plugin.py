@@ -1,0 +1,83 @@
+"""How to test a plugin of your own without any runtime: `FakeHost` leases, grows and resets as every host does.
+
+A guest of the fake host is a real module, whose data and limits count, and its functions are Python: each is called
+with the live instance, which reads, writes and grows its memory, and traps outside of it.
+
+    python -m pytest examples/test_your_plugin.py
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+import memslot_plugin as memslot
+from memslot_hooks import LinearMemory, ResetResult, hookimpl
+
+PAGE = 65536
+
+MODULE = bytes.fromhex(
+    "0061736d 01000000"  # \0asm, version 1
+    "05 04 01 01 01 04"  # one memory of 1 to 4 pages
+    "0b 0b 01 00 41 08 0b 05 68656c6c6f"  # at 8: "hello"
+)
+
+
+class Meter:
+    """The plugin to be tested: how many bytes each tenant made dirty, and nobody gets more than two pages."""
+
+    def __init__(self) -> None:
+        self.dirty: Counter[str] = Counter()
+
+    @hookimpl(tryfirst=True)
+    def memslot_grow_memory(self, memory: LinearMemory, byte_size: int) -> bool | None:
+        return False if byte_size > 2 * PAGE else None
+
+    @hookimpl
+    def memslot_memory_reset(self, memory: LinearMemory, result: ResetResult) -> None:
+        self.dirty[memory.request.tenant or ""] += result.dirty_bytes or 0
+
+
+def shout(live, times):
+    """What the guest does when it is called: a function of Python on the guest's memory."""
+    live.write(0, 8, b"HELLO" * times)
+    return len(live.read(0, 8, 5 * times))
+
+
+@pytest.fixture
+def meter():
+    return Meter()
+
+
+@pytest.fixture
+def guest(meter):
+    # The strategy `copy` compares every page, so that it knows on any kernel how many bytes were dirty.
+    settings = memslot.Settings(slots=2, reset="copy")
+    with memslot.FakeHost(settings, plugins=[meter], functions={"shout": shout}) as host:
+        yield host.prepare(MODULE)
+
+
+def test_it_counts_what_each_tenant_wrote(guest, meter) -> None:
+    page = memslot.probe().page_size
+    for tenant, times in (("ann", 1), ("bob", 5000), ("ann", 2)):
+        with guest.instantiate(tenant=tenant) as instance:
+            assert instance.memory.read(8, 5) == b"hello"
+            assert instance.call("shout", times) == 5 * times
+    assert meter.dirty["ann"] == 2 * page
+    assert meter.dirty["bob"] == -(-(8 + 25000) // page) * page
+
+
+def test_it_limits_growth(guest) -> None:
+    with guest.instantiate(tenant="ann") as instance:
+        assert instance.memory.grow(1) == 1
+        with pytest.raises(memslot.GrowthRefused):
+            instance.memory.grow(1)
+        assert instance.memory.byte_size == 2 * PAGE
+
+
+def test_a_trap_changes_nothing_for_the_next_tenant(guest) -> None:
+    with guest.instantiate(tenant="eve") as instance, pytest.raises(memslot.GuestTrap):
+        instance.call("shout", PAGE)  # beyond the memory's end
+    with guest.instantiate(tenant="ann") as instance:
+        assert instance.memory.read(0, 16) == b"\0" * 8 + b"hello\0\0\0"
