@@ -1,0 +1,64 @@
+"""Prints what comes from the code and from stored runs: writes it, or checks with --check.
+
+    docs/hooks.md                      from the hook specifications
+    README.md, section "benchmark"     from docs/benchmark.json, a stored `memslot bench --json`
+
+Exit status 0 when everything is current (or was written), 1 when --check found something stale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import sys
+from pathlib import Path
+
+from memslot_hooks.docs import hooks_page
+from memslot_plugin.bench import report
+from memslot_plugin.bench.results import Run
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pages(root: Path) -> dict[Path, str]:
+    """Every page with what it should say."""
+    readme, stored = root / "README.md", root / "docs" / "benchmark.json"
+    run = Run.read(json.loads(stored.read_text(encoding="utf-8")))
+    return {
+        root / "docs" / "hooks.md": hooks_page(),
+        readme: report.insert(readme.read_text(encoding="utf-8"), run),
+    }
+
+
+def main() -> int:
+    """Write or check every page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="print a diff instead of writing")
+    parser.add_argument(
+        "--root", type=Path, default=ROOT, help="the checkout whose pages are meant"
+    )
+    options = parser.parse_args()
+    stale = False
+    for path, wanted in pages(options.root).items():
+        found = path.read_text(encoding="utf-8") if path.exists() else ""
+        if found == wanted:
+            continue
+        if options.check:
+            stale = True
+            sys.stdout.writelines(
+                difflib.unified_diff(
+                    found.splitlines(keepends=True),
+                    wanted.splitlines(keepends=True),
+                    fromfile=f"{path.name} (stored)",
+                    tofile=f"{path.name} (as it should be)",
+                )
+            )
+        else:
+            path.write_text(wanted, encoding="utf-8")
+            print(f"wrote {path}")
+    return int(stale)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
