@@ -112,7 +112,9 @@ int ms_page_out(uintptr_t base, size_t length);
 int ms_memfd(const char *name, unsigned flags, size_t length, int *fd);
 /* Writes all of `bytes`; no alignment is needed. */
 int ms_write(int fd, const uint8_t *bytes, size_t length, size_t file_offset);
-/* Seals against growing, shrinking, writing and further seals. */
+/* Seals against growing, shrinking, writing and further seals.  The kernel answers EBUSY while anyone holds one of its
+ * pages (memfd_wait_for_pins() in its mm/memfd.c): also the kernel itself, for the moment in which it moves a page or
+ * takes it from a list.  So it is asked again, for some seconds at most. */
 int ms_seal(int fd);
 int ms_seals(int fd, int *seals);
 int ms_resize(int fd, size_t length);

@@ -161,9 +161,16 @@ int ms_write(int fd, const uint8_t *bytes, size_t length, size_t file_offset)
     return 0;
 }
 
+/* Some 2.4 s of the kernel's own waiting, which is at most 0.15 s a call. */
+#define SEAL_TRIES 16
+
 int ms_seal(int fd)
 {
-    return GATE(MS_FCNTL, fcntl(fd, F_ADD_SEALS, F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_WRITE | F_SEAL_SEAL)) ? -errno : 0;
+    int seals = F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_WRITE | F_SEAL_SEAL;
+    int failed = -EBUSY;
+    for (int tries = 0; failed == -EBUSY && tries < SEAL_TRIES; tries++)
+        failed = GATE(MS_FCNTL, fcntl(fd, F_ADD_SEALS, seals)) ? -errno : 0;
+    return failed;
 }
 
 int ms_seals(int fd, int *seals)

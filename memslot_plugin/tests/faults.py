@@ -41,6 +41,7 @@ MADE_AGAIN = {
     ("pwrite", errno.EINTR),
     ("pagemap_scan", errno.EINTR),
     ("memfd_create", errno.EINVAL),  # a kernel that does not know MFD_NOEXEC_SEAL
+    ("fcntl", errno.EBUSY),  # somebody holds a page of what is to be sealed
     ("ftruncate", errno.EINVAL),  # of a new memfd, for the core makes both calls at once
 }
 """Failures after which the same call is made again, so that nobody hears of them."""

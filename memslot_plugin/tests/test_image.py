@@ -22,6 +22,7 @@ from memslot_hooks.types import Extent, InitialContent, Segment
 from memslot_plugin import BytesImage, Image, MemfdImage, Slot, UsedAfterClose, _core
 from memslot_plugin import image as images
 from memslot_plugin._core import PAGE_SIZE as P
+from memslot_plugin._core import lib
 from memslot_plugin.errors import SystemCallError
 from memslot_plugin.reset import madvise
 from memslot_plugin.tests.profiles import examples
@@ -366,6 +367,22 @@ def test_an_image_that_is_closed_while_it_is_being_laid_is_refused(
 # Failures
 
 
+@pytest.fixture
+def memfd_of_a_page() -> Iterator[int]:
+    fd = os.memfd_create("a page", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.write(fd, b"x" * P)
+    yield fd
+    os.close(fd)
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    ends = os.pipe()
+    yield ends
+    for end in ends:
+        os.close(end)
+
+
 STEPS = [
     ("memfd_create", 0, "creating a memfd of 8192 bytes for the image of broken"),
     ("ftruncate", 0, "creating a memfd"),
@@ -385,6 +402,26 @@ def test_building_fails_cleanly_at_each_system_call(
         MemfdImage("broken", b"x" * P + b"y")
     assert what.replace("8192", str(2 * P)) in str(caught.value)
     assert caught.value.errno == error
+
+
+def test_sealing_waits_for_whoever_still_holds_a_page(
+    memfd_of_a_page: int, pipe: tuple[int, int], calls: Any
+) -> None:
+    """The kernel gives up after 0.15 s (memfd_wait_for_pins() in mm/memfd.c)."""
+    reader, writer = pipe
+    assert os.splice(memfd_of_a_page, writer, P, offset_src=0) == P  # the page itself, not a copy
+    drain = threading.Timer(0.5, os.read, (reader, P))
+    drain.start()
+    with calls() as made:
+        assert lib.ms_seal(memfd_of_a_page) == 0
+    drain.join()
+    assert 1 < made["fcntl"] < 16
+
+
+def test_sealing_gives_up_where_somebody_can_write(memfd_of_a_page: int, calls: Any) -> None:
+    with mmap.mmap(memfd_of_a_page, P), calls() as made:
+        assert lib.ms_seal(memfd_of_a_page) == -errno.EBUSY
+    assert made["fcntl"] == 16
 
 
 def test_a_kernel_that_does_not_know_noexec_is_asked_again_without(inject: Any, calls: Any) -> None:
