@@ -138,7 +138,6 @@ def contents_of(
             "name": guest.name,
             "snapshot": plan.is_snapshot,
             "reseed": guest.reseed,
-            "globals": [[each.index, each.type, each.initial] for each in plan.saved_globals],
             "source_bytes": origin.source_bytes,
             "segments": [dataclasses.asdict(each) for each in origin.segments],
             "changes": origin.changes,
