@@ -618,7 +618,7 @@ def test_mutated_files_never_load_and_never_leak(seed: int) -> None:
         for _ in range(rng.randrange(1, 4)):
             what = rng.randrange(4)
             if what == 0:
-                del good[rng.randrange(len(good)) :]
+                del good[rng.randrange(len(good) + 1) :]
             elif what == 1:
                 good += rng.randbytes(rng.randrange(1, 2 * P))
             elif good:
