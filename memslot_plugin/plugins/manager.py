@@ -261,13 +261,13 @@ class Plugins:
             (entry.name, entry.value): entry
             for entry in importlib.metadata.entry_points(group=PROJECT)
         }
-        found = sorted(once.values(), key=lambda entry: entry.name)
-        ours = [entry for entry in found if _distribution(entry)[0] == PROJECT]
-        strangers = [entry for entry in found if _distribution(entry)[0] != PROJECT]
+        found = _with_distributions(sorted(once.values(), key=lambda entry: entry.name))
+        ours = [each for each in found if each[1] == PROJECT]
+        strangers = [each for each in found if each[1] != PROJECT]
         # What is loaded last is asked first: strangers in the order of their names, and then
         # `memfd` before `anonymous`, about resets too, because most memories are its own.
         found = [*ours, *reversed(strangers)]
-        known = sorted({entry.name for entry in found})
+        known = sorted({entry.name for entry, _, _ in found})
         for name in only or ():
             if name not in known:
                 raise SettingError(
@@ -277,8 +277,7 @@ class Plugins:
         for name in sorted(self._blocked.difference(known)):
             _log.warning("blocked plugin %r is not installed%s", name, nearest(name, known))
 
-        for entry in found:
-            distribution, version = _distribution(entry)
+        for entry, distribution, version in found:
             state: Literal["loaded", "not selected", "blocked", "failed"] = "loaded"
             reason: str | None = None
             plugin: object = None
@@ -411,9 +410,18 @@ def _call_all(hook: str, calls: Sequence[Call], left: list[Call] | None = None) 
         raise first
 
 
-def _distribution(entry: importlib.metadata.EntryPoint) -> tuple[str | None, str | None]:
-    distribution = entry.dist
-    return (None, None) if distribution is None else (distribution.name, distribution.version)
+def _with_distributions(
+    entries: Sequence[importlib.metadata.EntryPoint],
+) -> list[tuple[importlib.metadata.EntryPoint, str | None, str | None]]:
+    """Each entry point with the name and version of its distribution, whose metadata is parsed once: that is most of
+    what opening a host costs.
+    """
+    parsed: dict[int, tuple[str | None, str | None]] = {id(None): (None, None)}
+    for distribution in (entry.dist for entry in entries):
+        if distribution is not None and id(distribution) not in parsed:
+            metadata = distribution.metadata
+            parsed[id(distribution)] = metadata["Name"], metadata["Version"]
+    return [(entry, *parsed[id(entry.dist)]) for entry in entries]
 
 
 def _source(info: PluginInfo) -> str:
