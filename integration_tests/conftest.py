@@ -52,7 +52,7 @@ WRITES = """(module
   (import "wasi_snapshot_preview1" "fd_write" (func $write (param i32 i32 i32 i32) (result i32)))
   (memory (export "memory") 1) (data (i32.const 0) "\\08\\00\\00\\00\\01\\00\\00\\00!")
   (func (export "write") (drop (call $write (i32.const 1) (i32.const 0) (i32.const 1) (i32.const 16)))))"""
-"""Writes to its standard output, for which wasmtime starts a thread that stays."""
+"""Writes to its standard output, for which wasmtime opens what it keeps."""
 
 SHORT = {"plain_cell", "real_cell"}
 """Those whose host and backend say it all."""
@@ -90,18 +90,22 @@ def warm() -> None:
             guest = host.prepare(toy.assemble(WRITES), wasi=memslot.Wasi(stdout="capture"))
             with guest.instantiate() as instance:
                 instance.call("write")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen(warm: None) -> None:
+    """What was made before this module, reports of pytest by the thousand, is not visited by each collection below."""
     gc.collect()
-    gc.freeze()  # pytest's own objects by the hundred thousand, which each collection below would visit again
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
-def leaks(warm: None, request: pytest.FixtureRequest) -> Iterator[None]:
+def leaks(frozen: None, request: pytest.FixtureRequest) -> Iterator[None]:
     """No test leaves a descriptor, a reservation, an image's mapping or a thread behind."""
     before = Footprint.now()
     yield
     lost = Footprint.now().lost_since(before, mappings=32)
-    # A thread with which wasmtime writes output ends after ten idle seconds.
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 5
     while any("threads" in each for each in lost) and time.monotonic() < deadline:
         time.sleep(0.01)  # the kernel's thread ends a little after Python's
         lost = Footprint.now().lost_since(before, mappings=32)

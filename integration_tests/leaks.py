@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from memslot_plugin._core import PAGE_SIZE
 
 MIB = 1 << 20
 ARENA = 64 * MIB
 """Address space that malloc reserves for a thread's arena, and keeps."""
 
+OF_THE_RUNTIME = "tokio-rt-worker"
+"""Threads with which wasmtime reads and writes for WASI: it starts them when it needs them, for the whole process, and
+ends them when they were idle for ten seconds.
+"""
+
 
 @dataclass(frozen=True)
 class Footprint:
     """`reserved` is address space (bytes) that nobody can access, in ranges that are no arena of malloc's;
-    `images` are mappings of our memfds, `mappings` all of them.
+    `images` are mappings of our memfds, `mappings` all of them; `threads` leaves out those of the runtime.
     """
 
     descriptors: Counter[str] = field(default_factory=Counter)
@@ -37,16 +45,14 @@ class Footprint:
             images += bool(path) and path[0].startswith("/memfd:memslot")
             if permissions.startswith("---") and inode == "0" and end - start > ARENA:
                 reserved += end - start
-        status = dict(
-            line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
-        )
+        resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
         return cls(
             descriptors=Counter(_descriptors()),
             images=images,
             mappings=mappings,
             reserved=reserved,
-            threads=int(status["Threads"]),
-            resident=int(status["VmRSS"].split()[0]) * 1024,
+            threads=sum(name != OF_THE_RUNTIME for name in _threads()),
+            resident=resident_pages * PAGE_SIZE,
         )
 
     def lost_since(self, before: Footprint, *, mappings: int) -> list[str]:
@@ -66,11 +72,17 @@ class Footprint:
         return lost
 
 
+def _threads() -> list[str]:
+    names = []
+    for thread in Path("/proc/self/task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            names.append((thread / "comm").read_text().strip())
+    return names
+
+
 def _descriptors() -> list[str]:
     names = []
     for link in Path("/proc/self/fd").iterdir():
-        try:
+        with suppress(FileNotFoundError):  # the one that listed them
             names.append(str(link.readlink()))
-        except FileNotFoundError:  # the one that listed them
-            continue
     return names

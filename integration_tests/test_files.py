@@ -24,7 +24,6 @@ from .cells import Cell
 from .test_instance_reset import (
     EVERYTHING,
     RESTORABLE,
-    _wasi_threads,  # noqa: F401 - a fixture
     done,
     generated,
     seen,
@@ -343,7 +342,6 @@ def test_a_snapshot_of_a_loaded_guest_layers_on_the_file(real_cell: Cell, tmp_pa
             assert bytes_of(instance) == expected
 
 
-@pytest.mark.usefixtures("_wasi_threads")
 def test_wasi_is_given_anew(real_cell: Cell, tmp_path: Path) -> None:
     text = r"""(module
       (import "wasi_snapshot_preview1" "fd_write" (func $write (param i32 i32 i32 i32) (result i32)))

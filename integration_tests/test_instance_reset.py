@@ -14,7 +14,7 @@ import memslot_plugin as memslot
 from memslot_hooks import hookimpl
 
 from . import toy
-from .cells import POSSIBLE_CELLS, Cell
+from .cells import Cell
 
 PAGE = 65536
 
@@ -285,17 +285,6 @@ WASI = """(module
   (data (i32.const 80) "/"))"""
 
 
-@pytest.fixture(scope="module")
-def _wasi_threads(warm: None) -> None:
-    """wasmtime starts threads that stay, the first time that a guest opens something."""
-    for cell in POSSIBLE_CELLS:
-        if cell.host == "wasmtime":
-            with started(cell, WASI, wasi=memslot.Wasi(preopened={"/": "."})) as (_, instance):
-                instance.call("open", 3)
-            break
-
-
-@pytest.mark.usefixtures("_wasi_threads")
 def test_captured_output_and_descriptors_are_new(real_cell: Cell, tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("a note")
     folder = 3 if real_cell.host == "wasmtime" else 4

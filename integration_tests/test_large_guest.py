@@ -21,7 +21,6 @@ from memslot_plugin.tests.profiles import EXPENSIVE
 
 from . import npm, ruby
 from .cells import Cell, backends, check
-from .test_instance_reset import _wasi_threads  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.timing
 
@@ -57,7 +56,6 @@ def test_thirty_megabytes_are_analysed_in_half_a_second(
     assert seconds < 0.5
 
 
-@pytest.mark.usefixtures("_wasi_threads")
 @pytest.mark.parametrize("runtime", CELLS, ids=lambda cell: cell.host)
 def test_it_is_saved_loaded_and_leased_in_microseconds(
     runtime: Cell, module: bytes, tmp_path: Path, note: Callable[[str, object], None]

@@ -19,7 +19,6 @@ from .test_instance_reset import (
     PAGE,
     RESTORABLE,
     WASI,
-    _wasi_threads,  # noqa: F401 - a fixture
     done,
     generated,
     resets,
@@ -362,7 +361,6 @@ def test_an_image_beyond_the_limit_is_refused(real_cell: Cell) -> None:
         instance.snapshot().close()
 
 
-@pytest.mark.usefixtures("_wasi_threads")
 def test_descriptors_that_may_be_open_are_a_reason(real_cell: Cell, tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("a note")
     wasi = memslot.Wasi(stdout="capture", preopened={"/data": str(tmp_path)})
@@ -384,7 +382,6 @@ def test_descriptors_that_may_be_open_are_a_reason(real_cell: Cell, tmp_path: Pa
             assert copy.stdout == b"hello\n"
 
 
-@pytest.mark.usefixtures("_wasi_threads")
 def test_a_call_of_wasi_that_failed_or_only_looked_is_no_reason(real_cell: Cell) -> None:
     """Language runtimes look for files even where there are none."""
     with started(real_cell, WASI, wasi=memslot.Wasi()) as (guest, instance):

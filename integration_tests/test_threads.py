@@ -148,9 +148,10 @@ def test_a_collection_inside_of_every_callback(plain_cell: Cell) -> None:
         guest = host.prepare(CALLS_OUT, imports={"env": {"help": collect}})
         guests.append(guest)
         threshold = gc.get_threshold()
+        gc.freeze()  # so that each of the many collections looks only at what comes from here on
         gc.set_threshold(1)
         try:
-            for _ in range(15):
+            for _ in range(50):
                 spare.append(guest.instantiate())
                 with guest.instantiate() as instance:
                     instance.call("fill", 0, PAGE, 0xEE)
