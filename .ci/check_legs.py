@@ -1,10 +1,10 @@
 """Judges the matrix: every leg ran, on every host it promised, and skipped nothing that was possible.
 
-usage: check_legs.py RESULTS TIMED-LEG[,TIMED-LEG] PYTHON=HOST[,HOST] ...
+usage: check_legs.py RESULTS TIMED-LEG[,TIMED-LEG] LEG=[HOST[,HOST]] ...
 
-RESULTS holds what .ci/run wrote: for each Python and suite a JUnit file `PYTHON-SUITE.xml`, for each timed leg one of
-the serial pass of its timing tests `PYTHON-SUITE.timing.xml`, and beside each the exit status in `.rc`. A skip is
-allowed where its reason begins with "impossible:" (and is listed); any other is a test that should have run.
+RESULTS holds what .ci/run wrote: for each leg a JUnit file `LEG.xml`, for each timed one the serial pass of its timing
+tests `LEG.timing.xml`, and beside each the exit status in `.rc`. A skip is allowed where its reason begins with
+"impossible:" (and is listed); any other is a test that should have run.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
-SUITES = ("unit", "memfd", "anonymous")
-BACKENDS = SUITES[1:]
 NO_TESTS_COLLECTED = 5  # pytest's exit status; a suite need not have timing tests
 
 
@@ -75,17 +73,16 @@ def read(leg: Leg, path: Path, *, timing: bool) -> None:
                 leg.faults.append(f"skipped: {name}: {reason}")
 
 
-def judge(results: Path, python: str, suite: str, hosts: list[str], timed: list[str]) -> Leg:
+def judge(results: Path, name: str, hosts: list[str], *, timed: bool) -> Leg:
     """Reads a leg's files and says what is wrong with it."""
-    leg = Leg(f"{python}-{suite}")
+    leg = Leg(name)
     read(leg, results / f"{leg.name}.xml", timing=False)
     if not leg.outcomes["passed"]:
         leg.faults.append("no test passed")
-    if leg.name in timed:
+    if timed:
         read(leg, results / f"{leg.name}.timing.xml", timing=True)
-    if suite in BACKENDS:
-        # The parameters in a test's name say which host it used: [wasmtime-madvise].
-        leg.faults += [f"no test passed on {host}" for host in hosts if host not in leg.hosts]
+    # The parameters in a test's name say which host it used: [wasmtime-madvise].
+    leg.faults += [f"no test passed on {host}" for host in hosts if host not in leg.hosts]
     return leg
 
 
@@ -94,9 +91,8 @@ def main() -> int:
     results, timed = Path(sys.argv[1]), sys.argv[2].split(",")
     expected = dict(argument.split("=") for argument in sys.argv[3:])
     legs = [
-        judge(results, python, suite, hosts.split(","), timed)
-        for python, hosts in expected.items()
-        for suite in SUITES
+        judge(results, leg, hosts.split(",") if hosts else [], timed=leg in timed)
+        for leg, hosts in expected.items()
     ]
     print(
         f"{'leg':<16}{'passed':>8}{'failed':>8}{'skipped':>8}{'xfailed':>8}{'seconds':>9}  verdict"

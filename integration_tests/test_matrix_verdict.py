@@ -93,6 +93,14 @@ def lose_a_leg(found: Rows) -> None:
     del found["3.12", "anonymous"]
 
 
+def run_twice(found: Rows) -> None:
+    found["3.10", "anonymous"].append(find(found, "3.10", NAME))
+
+
+def be_of_another_python(found: Rows) -> None:
+    find(found, "3.12", NAME)["python"] = "3.9.9"
+
+
 def fail(found: Rows) -> None:
     find(found, "3.12", NAME)["state"] = "failed"
 
@@ -129,7 +137,9 @@ def run_nothing(found: Rows) -> None:
 WRONG = {
     disappear: f"3.12 {NAME} disappeared",
     lose_a_coordinate: f"3.12 {NAME} disappeared",
-    lose_a_leg: "3.12-anonymous.matrix.json is missing",
+    lose_a_leg: f"3.12 {NAME} disappeared",
+    run_twice: f"3.10-anonymous.matrix.json has {NAME} a second time",
+    be_of_another_python: f"3.12 {NAME} disappeared",
     fail: f"3.12 {NAME} is failed, expected: passed",
     not_run: f"3.12 {NAME} is not run, expected: passed",
     be_skipped_where_it_is_possible: f"3.12 {NAME} is missing, expected: passed",
