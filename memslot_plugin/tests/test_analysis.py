@@ -354,18 +354,18 @@ def test_functions_without_a_body_are_not_understood() -> None:
     ],
 )
 def test_a_lying_count_costs_nothing(body: bytes) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     assert report_of(minimal(body)).not_understood is not None
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_a_lying_number_of_segments_costs_nothing() -> None:
     source = minimal(b"\x00\x0b").replace(
         b"\x09\x04\x01\x01\x00\x00", b"\x09\x05\xff\xff\xff\xff\x0f"
     )
-    start = time.perf_counter()
+    start = time.process_time()
     assert report_of(source).elements_used == ()
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize(

@@ -191,10 +191,10 @@ def test_what_is_not_understood_is_named_exactly(data: bytes, reason: str) -> No
 @pytest.mark.parametrize("number", [2, 4, 5, 6, 7, 11])
 def test_a_lying_count_costs_nothing(number: int) -> None:
     data = build((number, b"\xff\xff\xff\xff\x0f\x00"))
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(NotUnderstood):
         wasm.parse(data)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 @given(position=st.integers(8, len(EVERYTHING) - 1), value=st.integers(0, 255))
