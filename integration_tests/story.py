@@ -14,6 +14,7 @@ from typing import Any
 import memslot_plugin as memslot
 
 from . import cells, toy
+from .leaks import Footprint
 from .toy import PAGE
 
 CALLS = (
@@ -30,6 +31,8 @@ CALLS = (
 
 TRAPS = {("load", 4 * PAGE), ("load", 2 * PAGE), ("fill_and_trap", 5, 5, 5)}
 """A runtime learns of them by a signal, which an emulator may not pass on."""
+
+PROC = Path("/proc/self/maps").exists()
 
 with_traps = True
 
@@ -64,14 +67,25 @@ def tell(host: memslot.Host) -> list[Any]:
                 told(instance.call, "load", 2 * PAGE),
                 instance.call("bump"),
             ]
-        if Path("/proc/self/maps").exists():
+        if PROC:
             cells.check(host, in_use=0)
     return happened
 
 
 def report(name: str) -> dict[str, Any]:
-    """What happened on a host, and who provided the memory; or the error that kept it from opening."""
+    """What happened on a host, and who provided the memory; or the error that kept it from opening or serving, and what
+    a second such attempt has left behind.
+    """
     options = {"functions": toy.FUNCTIONS} if name == "fake" else {}
+    told = attempt(name, options)
+    if told["error"] is not None and PROC:
+        before = Footprint.now()
+        attempt(name, options)
+        told["lost"] = Footprint.now().lost_since(before, mappings=4)
+    return told
+
+
+def attempt(name: str, options: dict[str, Any]) -> dict[str, Any]:
     try:
         with memslot.open_host(name, slots=2, **options) as host:
             return {

@@ -55,7 +55,10 @@ def stories(
         inside=inside,
     )
     assert done.returncode == 0, done.stderr
-    return dict(json.loads(done.stdout))
+    told = dict(json.loads(done.stdout))
+    for host, report in told.items():
+        assert not report.get("lost"), f"{host} left behind: {report['lost']}"
+    return told
 
 
 def unhindered(host: str) -> dict[str, Any]:
