@@ -32,7 +32,7 @@ GUEST = """
 """
 
 SLOTS = 4
-DEADLINE, TICKS = 0.2, 10
+DEADLINE, TICKS = 0.5, 10
 """Seconds for a call, and how often the clock ticks in that time."""
 
 

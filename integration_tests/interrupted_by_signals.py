@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 import memslot_plugin as memslot
@@ -63,8 +64,10 @@ def interrupted_once(bell: Bell, guest: memslot.Guest) -> None:
         bell.armed.set()
         everything(guest)
     except KeyboardInterrupt:
-        bell.armed.clear()
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        while signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            with suppress(KeyboardInterrupt):  # the bell may ring again before that
+                bell.armed.clear()
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def serves(host: memslot.Host, guest: memslot.Guest) -> None:

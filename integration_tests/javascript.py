@@ -8,11 +8,12 @@ from __future__ import annotations
 import fcntl
 import json
 import struct
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
 from typing import Protocol
+
+from .fetch import fetched
 
 REQUIREMENT = (
     "quickjs-rs==0.2.6"
@@ -57,8 +58,7 @@ def fetch(folder: Path) -> bytes:
                 "--ignore-requires-python",
             ]
             command += ["--dest", str(folder), "--requirement", str(requirements)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            assert done.returncode == 0, f"QuickJS cannot be fetched: {done.stderr}"
+            fetched("QuickJS", command)
             (wheel,) = folder.glob("quickjs_rs-*.whl")
             with zipfile.ZipFile(wheel) as archive:
                 path.write_bytes(archive.read(MODULE))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import subprocess
 import tarfile
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from .fetch import fetched
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,7 @@ class Package:
     def _download(self, work: Path) -> bytes:
         command = ["npm", "pack", "--silent", "--ignore-scripts", "--cache", str(work / "cache")]
         command += ["--pack-destination", str(work), f"{self.name}@{self.version}"]
-        done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{self.name} cannot be fetched: {done.stdout}{done.stderr}"
+        fetched(self.name, command, work)
         (archive,) = work.glob("*.tgz")
         assert hashlib.sha512(archive.read_bytes()).hexdigest() == self.sha512, self.name
         with tarfile.open(archive) as opened:

@@ -18,7 +18,7 @@ from . import cells, toy
 from .cells import Cell
 from .toy import PAGE
 
-PATIENCE = 30
+PATIENCE = 100
 """Seconds after which a child that hangs is ended, with every thread's stack on its standard error."""
 
 
@@ -162,13 +162,19 @@ def end_with_threads(host: memslot.Host, guest: memslot.Guest) -> list[Any]:
     import threading
     import time
 
+    instances: list[memslot.Instance] = []
+
     def call(name: str) -> None:
-        guest.instantiate().call(name)
+        instances.append(guest.instantiate())
+        instances[-1].call(name)
 
     names = ["wait", "spin"] if host.name == "wasmtime" else ["wait"] * (not host.thread_confined)
     for name in names:
+        started = len(instances)
         threading.Thread(target=call, args=(name,), daemon=True).start()
-    time.sleep(0.2)
+        while len(instances) == started:
+            time.sleep(0.01)
+    time.sleep(0.2)  # it has its instance, and is inside of it soon
     return [host]
 
 

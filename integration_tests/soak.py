@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import gc
 import random
-import statistics
 import threading
 import time
 import warnings
@@ -20,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import memslot_plugin as memslot
-from memslot_hooks import ResetResult
+from memslot_plugin.tests.patience import count_objects
 
 from . import cells, javascript, toy
 from .cells import Cell
@@ -234,9 +233,13 @@ def boot(instance: memslot.Instance) -> None:
     javascript.evaluate(javascript.Pooled(instance), "6 * 7")
 
 
-def count_objects() -> int:
-    """All but results of resets, of which a bounded number is kept for the next of the same kind."""
-    return sum(type(each) is not ResetResult for each in gc.get_objects())
+def slowdown(took: list[float]) -> float:
+    """The last third of the rounds over the first, by the quick tenth of either: who else has the processor's caches
+    makes rounds longer and never shorter, and what grows is in each.
+    """
+    third = max(len(took) // 3, 1)
+    first, last = sorted(took[:third]), sorted(took[-third:])
+    return last[third // 10] / first[third // 10]
 
 
 def soak(cell: Cell, seconds: float, quickjs: bytes | None = None) -> Measured:
@@ -267,11 +270,10 @@ def soak(cell: Cell, seconds: float, quickjs: bytes | None = None) -> Measured:
         # that they held last, is as chance has it; a reservation that is lost has gigabytes.
         allowed = replace(before, images=before.images + 8, reserved=before.reserved + 64 * MIB)
         lost = after.lost_since(allowed, mappings=16)
-        third = max(len(took) // 3, 1)
         measured = Measured(
             rounds=len(took),
             seconds=now - begin,
-            slowdown=statistics.median(took[-third:]) / statistics.median(took[:third]),
+            slowdown=slowdown(took),
             resident=after.resident - before.resident,
             descriptors=after.descriptors.total() - before.descriptors.total(),
             mappings=after.mappings - before.mappings,

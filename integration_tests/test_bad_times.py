@@ -53,7 +53,7 @@ def test_waiting_for_a_slot_ends_at_the_timeout(host: memslot.Host) -> None:
             memslot.PoolTimeout, "all 2 slots of the pool stayed in use for 0.2 s", TimeoutError
         ) as caught:
             guest.instantiate(wait_timeout=0.2)
-        assert 0.2 <= time.monotonic() - started < 5
+        assert 0.2 <= time.monotonic() - started < 60
         assert (caught.value.limit, caught.value.in_use) == (2, 2)
 
 

@@ -15,6 +15,7 @@ from memslot_plugin.bench import Bench, guests
 from memslot_plugin.bench import request as requests
 from memslot_plugin.bench.peers import peers
 from memslot_plugin.bench.results import Claim
+from memslot_plugin.tests.patience import attempts
 
 from . import npm
 from .cells import PLAIN_CELLS, Cell
@@ -73,7 +74,7 @@ def test_a_reset_in_place_against_the_runtimes_own_new_instance(
 ) -> None:
     """In the best of several attempts, for whatever else the machine does makes figures worse and never better."""
     best: dict[str, Claim] = {}
-    for _ in range(8):
+    for _ in attempts(8):
         rows = [
             row
             for written in requests.WRITTEN
@@ -151,7 +152,7 @@ def served_from_a_snapshot(
 def in_the_best_attempt(limit: float, attempt: Callable[[], float]) -> float:
     """Whatever else the machine does makes figures worse and never better."""
     ratio = 0.0
-    for _ in range(4):
+    for _ in attempts(8):
         ratio = max(ratio, attempt())
         if ratio >= limit:
             break

@@ -21,7 +21,7 @@ import pytest
 from .cells import backends
 
 PROGRAM = Path(__file__).resolve().parents[1] / "examples" / "service" / "service.py"
-SLOTS, DEADLINE = 3, 1.0
+SLOTS, DEADLINE = 3, 2.0
 LEAVE = """
   globalThis.secret = "of a tenant"; var kept = secret; Array.prototype.last = () => secret;
   Object.prototype.left = secret; Math.random = () => secret; JSON.stringify = () => secret; secret
@@ -218,7 +218,13 @@ def test_many_clients_get_their_own_answers_and_nothing_grows(service: Service) 
     def client(first: int) -> None:
         for number in range(first, first + 20):
             script = f"var mine = (globalThis.mine || 0) + {number}; mine"
-            answers.append((number, service.evaluate(script)))
+            answer = service.evaluate(script)
+            for _ in range(1000):
+                if answer[0] != 503:
+                    break
+                time.sleep(0.01)
+                answer = service.evaluate(script)
+            answers.append((number, answer))
 
     def flood() -> None:
         threads = [threading.Thread(target=client, args=(100 * place,)) for place in range(6)]
@@ -244,9 +250,8 @@ def test_many_clients_get_their_own_answers_and_nothing_grows(service: Service) 
     assert after[0] <= before[0]
     assert after[1] <= before[1] + 8
     assert len(answers) == 240
-    for number, (status, said) in answers:
-        assert (status, said) == (200, str(number)) or status == 503
-    assert sum(status == 200 for _, (status, _) in answers) > 100
+    for number, answer in answers:
+        assert answer == (200, str(number))
 
 
 def test_it_ends_on_a_signal_once_everybody_has_an_answer(module: Path, tmp_path: Path) -> None:

@@ -27,5 +27,4 @@ def test_a_soak_leaves_the_process_as_it_was(
     assert measured.resident <= 2 * MIB
     assert measured.objects <= 200
     assert measured.audits > 0
-    # Others work on the machine meanwhile, and have the caches; what grows with each round would show as far more.
     assert measured.slowdown < 1.5, str(measured)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -70,10 +69,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("third_party")
     source = shutil.copytree(SOURCE, folder / "source")
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    if importlib.util.find_spec("hatchling") is not None:
-        command.append("--no-build-isolation")  # else pip fetches hatchling by its name
     target = folder / "site"
-    command += ["--no-deps", "--target", str(target), str(source)]
+    command += ["--no-build-isolation", "--no-deps", "--target", str(target), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return target

@@ -105,11 +105,18 @@ def injected(fault: Fault) -> Iterator[Injection]:
 
 
 def calls_of(life: Callable[[], object]) -> dict[str, int]:
-    """How often each system call is made by a life in which nothing fails."""
-    before = _core.counters()
-    life()
-    after = _core.counters()
-    return {call: after[call] - before[call] for call in after}
+    """How often each system call is made by a life in which nothing fails: the fewer of two, for the kernel may have
+    one made again.
+    """
+    fewest: dict[str, int] = {}
+    for _ in range(2):
+        before = _core.counters()
+        life()
+        after = _core.counters()
+        fewest = {
+            call: min(after[call] - before[call], fewest.get(call, after[call])) for call in after
+        }
+    return fewest
 
 
 def every(made: dict[str, int], *, thorough: bool = EXPENSIVE) -> Iterator[Fault]:

@@ -27,6 +27,7 @@ from memslot_plugin.cli.output import byte_size, duration, times
 from memslot_plugin.cli.signatures import Signature, exported_functions, parse_arguments
 from memslot_plugin.errors import ArgumentError, SettingError
 from memslot_plugin.hosts import alone
+from memslot_plugin.tests.patience import attempts
 
 HOSTS = ["wasmtime"] if importlib.util.find_spec("wasmtime") else []
 if sys.version_info < (3, 11) and importlib.util.find_spec("wasmer"):
@@ -519,6 +520,17 @@ def test_doctor_says_which_limit_the_settings_pass():
 
 # -- run -----------------------------------------------------------------------------------------------------------
 
+
+@pytest.mark.timing
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_reset_costs_less_than_a_new_instance(host):
+    for _ in attempts(5):
+        found = json_of("run", "--host", host, "--requests", 30)
+        if found["reset"]["median_us"] < found["memslot"]["median_us"]:
+            return
+    raise AssertionError(found)
+
+
 COSTS = {"median_us", "p99_us", "faults_per_request", "private_bytes_per_instance"}
 
 
@@ -533,7 +545,6 @@ def test_run_compares_the_example_on(host):
     for side in ("memslot", "reset", "alone"):
         assert set(found[side]) == {*COSTS, "live_instances"}
     assert set(found["ratio"]) == set(found["reset_ratio"]) == COSTS
-    assert found["reset"]["median_us"] < found["memslot"]["median_us"]
     assert found["plugin"] == "memfd"
     assert found["notes"] == []
     assert found["memslot"]["median_us"] > 0

@@ -10,6 +10,7 @@ import gc
 import mmap
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -410,12 +411,19 @@ def test_sealing_waits_for_whoever_still_holds_a_page(
     """The kernel gives up after 0.15 s (memfd_wait_for_pins() in mm/memfd.c)."""
     reader, writer = pipe
     assert os.splice(memfd_of_a_page, writer, P, offset_src=0) == P  # the page itself, not a copy
-    drain = threading.Timer(0.5, os.read, (reader, P))
-    drain.start()
+    before = _core.counters()["fcntl"]
+
+    def drain() -> None:
+        while _core.counters()["fcntl"] < before + 2:
+            time.sleep(0.001)
+        os.read(reader, P)
+
+    draining = threading.Thread(target=drain)
+    draining.start()
     with calls() as made:
         assert lib.ms_seal(memfd_of_a_page) == 0
-    drain.join()
-    assert 1 < made["fcntl"] < 16
+    draining.join()
+    assert 2 <= made["fcntl"] < 16
 
 
 def test_sealing_gives_up_where_somebody_can_write(memfd_of_a_page: int, calls: Any) -> None:

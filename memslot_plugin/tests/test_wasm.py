@@ -588,6 +588,6 @@ def test_thirty_megabytes_of_code_are_not_walked() -> None:
 
 
 def _seconds(data: bytes) -> float:
-    start = time.perf_counter()
+    start = time.thread_time()
     wasm.parse(data)
-    return time.perf_counter() - start
+    return time.thread_time() - start

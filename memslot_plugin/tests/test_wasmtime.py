@@ -39,6 +39,7 @@ from memslot_plugin.errors import (
 from memslot_plugin.hosts import Wasi, open_host
 from memslot_plugin.settings import Settings
 from memslot_plugin.smaps import status_bytes
+from memslot_plugin.tests.patience import count_objects
 
 try:
     import wasmtime
@@ -1371,7 +1372,7 @@ print(kept[0].call("next"))
             return (
                 len(list(Path("/proc/self/fd").iterdir())),
                 mappings,
-                len(gc.get_objects()),
+                count_objects(),
                 status_bytes("VmRSS"),
             )
 
