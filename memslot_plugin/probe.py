@@ -243,7 +243,7 @@ class Prices:
 
 @functools.cache
 def prices() -> Prices:
-    """Measure, once per process (a few ms), what a reset's choices cost; the least of three
+    """Measure, once per process (a few ms), what a reset's choices cost; the least of each time in five
     rounds.
     """
     pages = 256

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import importlib
+import itertools
+from collections.abc import Callable
 
 import pytest
 
@@ -57,3 +59,23 @@ def test_a_machine_that_swaps_nothing_out_is_no_matter() -> None:
 def test_a_scan_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probing, "_private_pages", lambda *_: ([], errno.ENOTTY))
     assert "Inappropriate ioctl" in probing._probe_pagemap(False).detail
+
+
+TIMES = ["empty drop", "reads", "again", "writes", "rewrites", "drop"]
+"""What a round of the prices measures, in this order."""
+
+
+@needs_scan
+@pytest.mark.parametrize("disturbed", range(len(TIMES)), ids=TIMES)
+def test_a_disturbance_makes_nothing_free(monkeypatch: pytest.MonkeyPatch, disturbed: int) -> None:
+    """A page that costs nothing would never be given back."""
+    measure, calls = probing._nanoseconds, itertools.count()
+
+    def with_a_tick(call: Callable[[], object]) -> int:
+        place = next(calls)
+        return int(measure(call)) + 4_000_000 * (place == 2 * len(TIMES) + disturbed)
+
+    monkeypatch.setattr(probing, "_nanoseconds", with_a_tick)
+    found = probing.prices.__wrapped__()
+    assert min(found.drop_page, found.write_fault, found.read_fault_page) > 1
+    assert next(calls) == 5 * len(TIMES)
