@@ -105,6 +105,7 @@ def leaks(frozen: None, request: pytest.FixtureRequest) -> Iterator[None]:
     before = Footprint.now()
     yield
     lost = Footprint.now().lost_since(before, mappings=32)
+    # Threads of a runtime that we do not know by name may stay for ten idle seconds.
     deadline = time.monotonic() + 15
     while any("threads" in each for each in lost) and time.monotonic() < deadline:
         time.sleep(0.01)  # the kernel's thread ends a little after Python's

@@ -48,7 +48,28 @@ def _declared(exports: Iterable[Any], imports: Iterable[Any]) -> Declared:
 Imports = Callable[[Natives], Mapping[str, Mapping[str, Any]]]
 
 
-class Wasmtime:
+class _Runtime:
+    """What both runtimes have in common: the module that was compiled last is kept."""
+
+    _last: tuple[bytes, Any] | None = None
+
+    def _compile(self, module: bytes) -> Any:
+        """The module, or None where the runtime refuses it."""
+        raise NotImplementedError
+
+    def declared(self, module: bytes) -> Declared | None:
+        """What a module that compiles exports and imports."""
+        compiled = self.compiled(module)
+        return None if compiled is None else _declared(compiled.exports, compiled.imports)
+
+    def compiled(self, module: bytes) -> Any:
+        """The module, or None where the runtime refuses it."""
+        if self._last is None or self._last[0] != module:
+            self._last = module, self._compile(module)
+        return self._last[1]
+
+
+class Wasmtime(_Runtime):
     """wasmtime-py with its default engine."""
 
     def __init__(self, engine: Any = None) -> None:
@@ -57,7 +78,6 @@ class Wasmtime:
         self.wasmtime = wasmtime
         self.engine = engine or wasmtime.Engine()
         self.store = wasmtime.Store(self.engine)
-        self._last: tuple[bytes, Any] | None = None
 
     def memory(self, minimum: int, maximum: int, content: bytes = b"") -> Any:
         kind = self.wasmtime.MemoryType(self.wasmtime.Limits(minimum, maximum))
@@ -106,17 +126,6 @@ class Wasmtime:
                 outcomes.append(("memory", name, self.content(export)))
         return outcomes
 
-    def declared(self, module: bytes) -> Declared | None:
-        """What a module that compiles exports and imports."""
-        compiled = self.compiled(module)
-        return None if compiled is None else _declared(compiled.exports, compiled.imports)
-
-    def compiled(self, module: bytes) -> Any:
-        """The module, or None where wasmtime refuses it."""
-        if self._last is None or self._last[0] != module:
-            self._last = module, self._compile(module)
-        return self._last[1]
-
     def _compile(self, module: bytes) -> Any:
         try:
             return self.wasmtime.Module(self.engine, module)
@@ -140,7 +149,7 @@ class Wasmtime:
         self.store.close()
 
 
-class Wasmer:
+class Wasmer(_Runtime):
     """wasmer-python with its default engine."""
 
     def __init__(self, store: Any = None) -> None:
@@ -148,7 +157,6 @@ class Wasmer:
 
         self.wasmer = wasmer
         self.store = store or wasmer.Store()
-        self._last: tuple[bytes, Any] | None = None
 
     def memory(self, minimum: int, maximum: int, content: bytes = b"") -> Any:
         memory = self.wasmer.Memory(self.store, self.wasmer.MemoryType(minimum, maximum, False))
@@ -185,17 +193,6 @@ class Wasmer:
             if isinstance(export, self.wasmer.Memory):
                 outcomes.append(("memory", name, self.content(export)))
         return outcomes
-
-    def declared(self, module: bytes) -> Declared | None:
-        """What a module that compiles exports and imports."""
-        compiled = self.compiled(module)
-        return None if compiled is None else _declared(compiled.exports, compiled.imports)
-
-    def compiled(self, module: bytes) -> Any:
-        """The module, or None where wasmer refuses it."""
-        if self._last is None or self._last[0] != module:
-            self._last = module, self._compile(module)
-        return self._last[1]
 
     def _compile(self, module: bytes) -> Any:
         try:
