@@ -20,7 +20,7 @@ from elftools.elf.elffile import ELFFile
 from packaging.utils import parse_wheel_filename
 
 ROOT = Path(__file__).resolve().parents[1]
-EXTENSION = "memslot_plugin/_core/_lib.abi3.so"
+EXTENSIONS = [f"memslot_plugin/_core/{name}.abi3.so" for name in ("_lib", "_watched")]
 OLDEST = PyVersion(3, 10)
 
 
@@ -43,11 +43,10 @@ def names(wheel: Path) -> set[str]:
         return set(archive.namelist())
 
 
-@pytest.fixture(scope="module")
-def symbols(wheel: Path) -> tuple[set[str], set[str]]:
-    """The dynamic symbols of the extension: those it needs, those it offers."""
+def symbols(wheel: Path, extension: str) -> tuple[set[str], set[str]]:
+    """The dynamic symbols of an extension: those it needs, those it offers."""
     with zipfile.ZipFile(wheel) as archive:
-        elf = ELFFile(io.BytesIO(archive.read(EXTENSION)))
+        elf = ELFFile(io.BytesIO(archive.read(extension)))
     table = [symbol for symbol in elf.get_section_by_name(".dynsym").iter_symbols() if symbol.name]
     needed = {symbol.name for symbol in table if symbol["st_shndx"] == "SHN_UNDEF"}
     return needed, {symbol.name for symbol in table} - needed
@@ -69,12 +68,12 @@ def test_its_tag_is_the_stable_abi_of_the_oldest_python(wheel: Path) -> None:
     ]
 
 
-def test_it_holds_both_packages_typed_with_the_tests_and_the_extension(names: set[str]) -> None:
+def test_it_holds_both_packages_typed_with_the_tests_and_the_extensions(names: set[str]) -> None:
     assert {
         "memslot_plugin/py.typed",
         "memslot_hooks/py.typed",
         "memslot_hooks/specs.py",
-        EXTENSION,
+        *EXTENSIONS,
     } <= names
     assert any(re.fullmatch(r"memslot_plugin/tests/.*test_\w+\.py", name) for name in names)
 
@@ -84,7 +83,7 @@ def test_nothing_strayed_into_it(names: set[str]) -> None:
         r"memslot_(plugin|hooks)/([a-z_0-9]+/)*(\w+\.pyi?|py\.typed|\w+\.wat|\w+\.json)"
         r"|memslot-[^/]+\.dist-info/(METADATA|WHEEL|RECORD|entry_points\.txt|licenses/LICENSE)"
     )
-    assert {name for name in names if not allowed.fullmatch(name)} == {EXTENSION}
+    assert {name for name in names if not allowed.fullmatch(name)} == set(EXTENSIONS)
 
 
 @pytest.mark.skipif(
@@ -118,10 +117,11 @@ def test_its_entry_points_are_the_command_and_the_two_allocators(wheel: Path) ->
     }
 
 
-def test_the_extension_needs_the_stable_abi_of_the_oldest_python_only(
-    symbols: tuple[set[str], set[str]],
+@pytest.mark.parametrize("extension", EXTENSIONS)
+def test_an_extension_needs_the_stable_abi_of_the_oldest_python_only(
+    wheel: Path, extension: str
 ) -> None:
-    needed, _ = symbols
+    needed, _ = symbols(wheel, extension)
     used = {name for name in needed if name.startswith(("Py", "_Py"))}
     promised = {
         symbol.name
@@ -133,9 +133,11 @@ def test_the_extension_needs_the_stable_abi_of_the_oldest_python_only(
     assert Symbol("PyFrame_New") not in abi3info.FUNCTIONS  # the table tells stable from unstable
 
 
-def test_the_extension_offers_its_init_function_only(symbols: tuple[set[str], set[str]]) -> None:
-    _, offered = symbols
-    assert offered - {"_init", "_fini"} == {"PyInit__lib"}
+@pytest.mark.parametrize("extension", EXTENSIONS)
+def test_an_extension_offers_its_init_function_only(wheel: Path, extension: str) -> None:
+    _, offered = symbols(wheel, extension)
+    name = Path(extension).name.partition(".")[0]
+    assert offered - {"_init", "_fini"} == {f"PyInit_{name}"}
 
 
 def test_the_hooks_need_pluggy_alone(wheel: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from memslot_hooks.types import HostMapping, ResetResult
-from memslot_plugin._core import PAGE_SIZE, align_up, check, ffi, lib
+from memslot_plugin._core import PAGE_SIZE, Watched, align_up, check, ffi, install_resets, lib
 from memslot_plugin.backing import fill_memfd
 from memslot_plugin.errors import (
     InvariantBroken,
@@ -25,7 +25,7 @@ from memslot_plugin.errors import (
     Unsupported,
 )
 from memslot_plugin.probe import pagemap_descriptor, probe
-from memslot_plugin.reset import NOTABLE, ORDINARY, watched
+from memslot_plugin.reset import ORDINARY
 from memslot_plugin.smaps import mappings
 
 if TYPE_CHECKING:
@@ -61,8 +61,10 @@ class State(enum.Enum):
 # Before Python 3.12 a look-up on an Enum costs as much as ten others, and a reset has no time for that.
 CLEAN, DIRTY, UNKNOWN = State.CLEAN, State.DIRTY, State.UNKNOWN
 
+install_resets(DIRTY, CLEAN, UNKNOWN, ORDINARY)
 
-class Slot:
+
+class Slot(Watched):
     """One reserved address range and its state.
 
     Invariant, checked by `check()`: *if the slot is not dirty, bytes `[0, accessible)` equal the
@@ -98,8 +100,6 @@ class Slot:
         "memory",
         "report",
         "reserved",
-        "state",
-        "watcher",
     )
 
     def __init__(
@@ -135,7 +135,7 @@ class Slot:
         self.accessible = accessible
         self.initial = accessible
         self.image: Image | None = None
-        self.state = State.CLEAN
+        self.state = CLEAN
         self.mapping = mapping
         self.growth = growth
         self.affinity: object = None
@@ -145,6 +145,7 @@ class Slot:
         self.limits: Any = None
         """What the core knows by its address alone, kept alive."""
         self.core = ffi.new("ms_slot *", [{"base": base, "accessible": accessible}])
+        self.address = int(ffi.cast("uintptr_t", self.core))
         self.memory = ffi.addressof(self.core, "memory")  # these two live as long as the core does
         self.report = ffi.addressof(self.core, "report")
         self._guard = 0
@@ -295,25 +296,8 @@ class Slot:
         self.state = DIRTY
         check(failed, f"growing a slot to {byte_size} bytes")
 
-    def reset(self, strategy: Reset) -> ResetResult:
-        """From dirty to clean, back at the initial size; touches `[0, accessible)` only.
-
-        mprotect is called only if the memory had grown.  A memory that grew in a runtime's own
-        mapping cannot shrink: it stays dirty, SlotError says so, and the owner has to retire the
-        slot.  Raises SystemCallError: the slot is unknown then, and must not be handed out as it
-        is.
-        """
-        if self.state is DIRTY and self.watcher is strategy:
-            # The case of almost every request, in as few steps as Python can: a reset that finds nothing
-            # takes the kernel a microsecond.
-            answer = watched(self.core)
-            if answer < NOTABLE:
-                self.state = CLEAN
-                return ORDINARY[answer]
-            self.state = UNKNOWN
-            result = self.watcher.settle(self, answer)
-            self.state = CLEAN
-            return result
+    def _reset(self, strategy: Reset) -> ResetResult:
+        """`reset`, where the core may not do it without asking: `Watched`, our base, does all others."""
         if self.state is not DIRTY:
             raise SlotError(f"only a leased slot can be reset; this one is {self.state.value}")
         if self.mapping is not None and self.accessible != self.initial:

@@ -5,17 +5,25 @@ from __future__ import annotations
 import errno
 import os
 import resource
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from memslot_plugin._core import _lib as _lib  # said to the type checker: it is a module here
+from memslot_plugin._core import _watched as _watched
 from memslot_plugin.errors import SystemCallError
+
+if TYPE_CHECKING:
+    from memslot_hooks.types import ResetResult
 
 ffi: Any = _lib.ffi
 lib: Any = _lib.lib
+Watched = _watched.Watched
+"""What of a slot is written in C (watched.c)."""
 
 PAGE_SIZE: int = lib.ms_page_size()
 """The host's page in bytes, as the kernel says (sysconf(3), _SC_PAGESIZE); never assumed."""
+
 
 CALLS = (
     "mmap",
@@ -44,6 +52,14 @@ def inject(call: str, *, skip: int = 0, error: int) -> None:
     tests.
     """
     check(lib.ms_inject(CALLS.index(call), skip, error), "ms_inject")
+
+
+def install_resets(
+    dirty: object, clean: object, unknown: object, results: Mapping[int, ResetResult]
+) -> None:
+    """Tell `Watched` the states of a slot, and the results of ordinary resets by the core's answer."""
+    address = int(ffi.cast("uintptr_t", ffi.addressof(lib, "ms_reset_watched")))
+    _watched.install(address, dirty, clean, unknown, results)
 
 
 def align_up(byte_size: int, page_size: int = PAGE_SIZE) -> int:

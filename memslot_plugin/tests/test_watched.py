@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import random
+import sys
+import threading
+import time
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +20,9 @@ from memslot_plugin import reset as resets
 from memslot_plugin._core import PAGE_SIZE as P
 from memslot_plugin._core import ffi, lib
 from memslot_plugin.adaptive import COMPARE_EVERY, FEW_PAGES
+from memslot_plugin.errors import SlotError
 from memslot_plugin.probe import probe
+from memslot_plugin.slot import State
 
 pytestmark = [
     pytest.mark.usefixtures("no_leaks"),
@@ -167,3 +174,100 @@ def test_what_private_pages_explain_of_a_scans_time(apart: int, explained: int) 
         {"scan_price": 1000_000, "file_page_price": 30_000, "plain_page_price": 10_000},
     )
     assert lib.ms_spare_nanoseconds(report, limits) == 9000 - explained
+
+
+def test_the_core_asks_python_only_where_it_may_not_reset_by_itself(
+    slot: Slot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    ours = Slot._reset
+
+    def counted(self: Slot, strategy: resets.Reset) -> Any:
+        asked.append(strategy)
+        return ours(self, strategy)
+
+    monkeypatch.setattr(Slot, "_reset", counted)
+    first, second = (resets.choose("pagemap", 1 << 30) for _ in range(2))
+    for _ in range(3):
+        once(slot, first, 1)
+    assert asked == [first]
+    once(slot, second, 1)
+    assert asked == [first, second]
+    slot.watcher = None
+    once(slot, second, 1)
+    assert asked == [first, second, second]
+    slot.reset(second)
+    with pytest.raises(SlotError, match="only a leased slot can be reset; this one is clean"):
+        slot.reset(second)
+    slot.instantiate(slot.image, MEMORY * P)
+
+
+def test_whatever_raises_while_a_reset_is_settled_leaves_the_slot_unknown(slot: Slot) -> None:
+    class Wrong(resets.Pagemap):
+        def settle(self, slot: Slot, answer: int) -> Any:
+            assert slot.state is State.UNKNOWN
+            raise KeyboardInterrupt
+
+    reset = Wrong(8 * P)
+    once(slot, reset, 1)
+    ctypes.memset(slot.base, 1, 20 * P)  # more than may stay, which is no ordinary reset
+    with pytest.raises(KeyboardInterrupt):
+        slot.reset(reset)
+    assert slot.state is State.UNKNOWN
+    slot.instantiate(slot.image, MEMORY * P)
+
+
+def test_a_slot_without_a_state_is_not_reset(slot: Slot) -> None:
+    reset = resets.choose("pagemap", 1 << 30)
+    once(slot, reset, 1)
+    state = slot.state
+    del slot.state
+    with pytest.raises(AttributeError):
+        slot.reset(reset)
+    slot.state = state
+
+
+def test_a_cycle_through_a_slot_is_collected(image: MemfdImage) -> None:
+    slot = Slot.create(MEMORY * P)
+    slot.instantiate(image, MEMORY * P)
+    slot.destroy()
+    slot.watcher = type("Cycle", (), {"slot": slot})()
+    gone = weakref.ref(slot)
+    del slot
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("brief", [True, False])
+def test_other_threads_run_during_a_reset_that_will_take_long(brief: bool) -> None:
+    """How long it will take is how long the last one took; no thread is let in for the length of a short one."""
+    pages = 8192
+    slot, reset = Slot.create(pages * P), resets.choose("pagemap", 1 << 40)
+    slot.instantiate(None, pages * P)
+    ctypes.memset(slot.base, 1, pages * P)
+    slot.reset(reset)
+    turns, ended = [0], threading.Event()
+
+    def run() -> None:
+        while not ended.is_set():
+            turns[0] += 1
+            time.sleep(0)  # lets others in, which nobody is made to do below
+
+    interval = sys.getswitchinterval()
+    other = threading.Thread(target=run)
+    try:
+        other.start()
+        while not turns[0]:
+            ended.wait(0.001)
+        sys.setswitchinterval(1000)
+        slot.instantiate(None, pages * P)
+        slot.report.nanoseconds = 4999 if brief else 5000
+        before = turns[0]
+        slot.reset(reset)
+        during = turns[0] - before
+    finally:
+        sys.setswitchinterval(interval)
+        ended.set()
+        other.join()
+        slot.destroy()
+    assert (during == 0) == brief

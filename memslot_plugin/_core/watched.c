@@ -1,0 +1,174 @@
+/* The base of memslot_plugin.slot.Slot: the reset of almost every request, without a frame of Python's.
+ *
+ * A module of its own, because what cffi makes takes no object of Python's.  It makes no system call: the core's function is
+ * given to it by its address, so that there is one gate and not two. */
+#include <Python.h>
+#include <structmember.h>
+
+#include "memslot.h"
+
+/* A reset that takes less is done sooner than another thread can be let in, which takes as long. */
+enum { BRIEF_NANOSECONDS = 5000 };
+
+/* What the core answers from here on was not an ordinary reset. */
+static const int64_t NOTABLE = (int64_t)1 << 62;
+
+static int64_t (*reset_watched)(ms_slot *slot);
+static PyObject *dirty, *clean, *unknown, *results, *otherwise, *settle;
+
+typedef struct {
+    PyObject_HEAD
+    PyObject *state;
+    PyObject *watcher;
+    unsigned long long address;
+} Watched;
+
+static void put(PyObject **place, PyObject *value)
+{
+    PyObject *before = *place;
+    Py_INCREF(value);
+    *place = value;
+    Py_XDECREF(before);
+}
+
+static PyObject *settled(Watched *self, PyObject *strategy, int64_t answer)
+{
+    put(&self->state, unknown);
+    PyObject *number = PyLong_FromLongLong(answer);
+    PyObject *result = number ? PyObject_CallMethodObjArgs(strategy, settle, self, number, NULL) : NULL;
+    Py_XDECREF(number);
+    if (result)
+        put(&self->state, clean);
+    return result;
+}
+
+static PyObject *reset(PyObject *object, PyObject *strategy)
+{
+    Watched *self = (Watched *)object;
+    if (self->state != dirty || self->watcher != strategy || !self->address)
+        return PyObject_CallMethodObjArgs(object, otherwise, strategy, NULL);
+    ms_slot *slot = (ms_slot *)(uintptr_t)self->address;
+    int64_t answer;
+    if (slot->report.nanoseconds < BRIEF_NANOSECONDS) { /* as the last one was */
+        answer = reset_watched(slot);
+    } else {
+        Py_BEGIN_ALLOW_THREADS
+        answer = reset_watched(slot);
+        Py_END_ALLOW_THREADS
+    }
+    if (answer >= NOTABLE)
+        return settled(self, strategy, answer);
+    put(&self->state, clean);
+    PyObject *number = PyLong_FromLongLong(answer);
+    PyObject *result = number ? PyObject_GetItem(results, number) : NULL;
+    Py_XDECREF(number);
+    return result;
+}
+
+static PyObject *install(PyObject *module, PyObject *arguments)
+{
+    (void)module;
+    unsigned long long address;
+    PyObject *given[4];
+    if (!PyArg_ParseTuple(arguments, "KOOOO:install", &address, &given[0], &given[1], &given[2], &given[3]))
+        return NULL;
+    reset_watched = (int64_t(*)(ms_slot *))(uintptr_t)address;
+    put(&dirty, given[0]);
+    put(&clean, given[1]);
+    put(&unknown, given[2]);
+    put(&results, given[3]);
+    Py_RETURN_NONE;
+}
+
+static int traverse(PyObject *object, visitproc visit, void *arg)
+{
+    Watched *self = (Watched *)object;
+    Py_VISIT(Py_TYPE(object));
+    Py_VISIT(self->state);
+    Py_VISIT(self->watcher);
+    return 0;
+}
+
+static int clear(PyObject *object)
+{
+    Watched *self = (Watched *)object;
+    Py_CLEAR(self->state);
+    Py_CLEAR(self->watcher);
+    return 0;
+}
+
+static void dealloc(PyObject *object)
+{
+    PyTypeObject *type = Py_TYPE(object);
+    PyObject_GC_UnTrack(object);
+    clear(object);
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(object);
+    Py_DECREF(type);
+}
+
+static PyMemberDef members[] = {
+    {"state", T_OBJECT_EX, offsetof(Watched, state), 0, PyDoc_STR("What is known about the bytes.")},
+    {"watcher", T_OBJECT_EX, offsetof(Watched, watcher), 0,
+     PyDoc_STR("The strategy for which the core may reset this slot without asking, or None.")},
+    {"address", T_ULONGLONG, offsetof(Watched, address), 0, PyDoc_STR("Where the core's ms_slot is, or 0.")},
+    {0},
+};
+
+static PyMethodDef methods[] = {
+    {"reset", reset, METH_O,
+     PyDoc_STR("reset($self, strategy, /)\n--\n\n"
+               "From dirty to clean, back at the initial size; touches `[0, accessible)` only.\n\n"
+               "mprotect is called only if the memory had grown.  A memory that grew in a runtime's own\n"
+               "mapping cannot shrink: it stays dirty, SlotError says so, and the owner has to retire the\n"
+               "slot.  Raises SystemCallError: the slot is unknown then, and must not be handed out as it\n"
+               "is.")},
+    {0},
+};
+
+static PyType_Slot slots[] = {
+    {Py_tp_doc, PyDoc_STR("What a slot that the core may reset without asking consists of.")},
+    {Py_tp_traverse, traverse},
+    {Py_tp_clear, clear},
+    {Py_tp_dealloc, dealloc},
+    {Py_tp_members, members},
+    {Py_tp_methods, methods},
+    {0},
+};
+
+static PyType_Spec spec = {
+    .name = "memslot_plugin._core._watched.Watched",
+    .basicsize = sizeof(Watched),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
+    .slots = slots,
+};
+
+static PyMethodDef functions[] = {
+    {"install", install, METH_VARARGS,
+     PyDoc_STR("install(address, dirty, clean, unknown, results)\n--\n\n"
+               "Set what all slots have in common: the address of ms_reset_watched, three states, and the results\n"
+               "of ordinary resets by the core's answer.")},
+    {0},
+};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "memslot_plugin._core._watched",
+    .m_doc = PyDoc_STR("The reset that the core does without asking."),
+    .m_size = -1,
+    .m_methods = functions,
+};
+
+PyMODINIT_FUNC PyInit__watched(void)
+{
+    PyObject *module = PyModule_Create(&definition);
+    PyObject *type = PyType_FromSpec(&spec);
+    otherwise = PyUnicode_InternFromString("_reset");
+    settle = PyUnicode_InternFromString("settle");
+    if (!module || !type || !otherwise || !settle || PyModule_AddObjectRef(module, "Watched", type)) {
+        Py_XDECREF(type);
+        Py_XDECREF(module);
+        return NULL;
+    }
+    Py_DECREF(type);
+    return module;
+}
