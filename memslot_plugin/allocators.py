@@ -31,7 +31,12 @@ class SlotMemory(LinearMemory):
     __slots__ = ("slot",)
 
     def __init__(self, request: MemoryRequest, owner: object) -> None:
-        super().__init__(request, 0, request.minimum, owner=owner)
+        # What the base would do: one is made for every instance, and a call costs as much as five of these.
+        self.request = request
+        self.base = 0
+        self.byte_size = request.minimum
+        self.owner = owner
+        self.mapping = None
         self.slot: Slot | None = None
 
 
@@ -102,9 +107,10 @@ class PoolAllocator:
 
     @hookimpl
     def memslot_release_memory(self, memory: LinearMemory) -> ResetResult | None:
-        slot = self._slot_of(memory)
-        if slot is None or self.pool is None or not isinstance(memory, SlotMemory):
+        # As in memslot_reset_memory.
+        if memory.owner is not self or self.pool is None or not isinstance(memory, SlotMemory):
             return None
+        slot = memory.slot or self._released(memory)
         memory.slot = None
         # The host's word counts, for a plugin asked before us may have kept the report to itself.
         grown_by_runtime = slot.mapping is not None and (
@@ -115,7 +121,8 @@ class PoolAllocator:
     def _create(self, request: MemoryRequest, image: images.Image | None) -> SlotMemory | None:
         if self.pool is None:
             return None
-        self._require_room(request, self.pool)
+        if request.map_host_memory is None:
+            self._require_room(request, self.pool)
         if self.pool.growth == "ftruncate" and request.bounds_checks != "code":
             raise Unsupported(
                 f"growth = ftruncate needs a host that checks bounds in code; {request.host} relies on guard pages,"
@@ -138,7 +145,8 @@ class PoolAllocator:
     def _warm(self, request: MemoryRequest, image: images.Image | None, count: int) -> int | None:
         if self.pool is None:
             return None
-        self._require_room(request, self.pool)
+        if request.map_host_memory is None:
+            self._require_room(request, self.pool)
         return self.pool.warm(
             image,
             request.minimum,
@@ -150,11 +158,9 @@ class PoolAllocator:
         )
 
     def _require_room(self, request: MemoryRequest, pool: Pool) -> None:
-        """Refuse what a slot cannot hold, and what compiled code would count on and a slot does not
-        have.
+        """Refuse what a slot of ours cannot hold, and what compiled code would count on and it does not
+        have; a runtime's own mapping fits its own expectations.
         """
-        if request.map_host_memory is not None:
-            return  # the runtime's own mapping fits its own expectations
         if request.minimum > pool.reserved:
             raise MemoryTooLarge(
                 f"{request.guest_id} needs {request.minimum} bytes for memory {request.memory_index},"

@@ -58,6 +58,11 @@ MAPPINGS_PER_SLOT = 3
 one extent.
 """
 
+_OWN = object()
+"""The shape of slots in ranges of ours; others have the shape of their runtime's mapping."""
+
+_RETIRED = ResetResult(None, 0, RETIRED)
+
 POLL_SECONDS = 0.05
 """How often a waiting lease looks for slots that were abandoned without a lock (by the garbage
 collector).
@@ -150,7 +155,8 @@ class Pool:
         """A lock per waiting lease; who gives a slot back releases one."""
         self._closed = False
         self._counts: collections.Counter[str] = collections.Counter()
-        # Counters of their own: of each reset, and not a Counter, whose subclass costs twice as much to look into.
+        # Counters of their own: of each lease and reset, and a Counter costs twice as much to look into.
+        self._leases = 0
         self._how: collections.defaultdict[str, int] = collections.defaultdict(int)
         self._lock = threading.Lock()
         _POOLS.add(self)
@@ -178,12 +184,14 @@ class Pool:
         stays leased.
         """
         deadline = time.monotonic() + timeout if timeout > 0 else 0.0
-        key: Hashable = None if map_host_memory is None else ("host", shape)
-        claim = self._new_claim(holder)
+        key: Hashable = _OWN if map_host_memory is None else shape
+        claim = Claim(self if holder is None else holder, self._abandoned.append)
+        claim.slot, claim.thread = None, threading.get_ident()
         try:
             while True:
                 with self._lock:
-                    self._require_open()
+                    if self._closed:
+                        self._require_open()
                     if self._abandoned:
                         self._take_back_abandoned()
                     slot = self._pick(claim, key, affinity, byte_size, map_host_memory)
@@ -197,8 +205,9 @@ class Pool:
                         self._waiting.remove(turn)
             remapped = slot.instantiate(image, byte_size, maximum=maximum)
             slot.affinity = affinity
-            self._counts["leases"] += 1
-            self._counts["remaps" if remapped else "affinity_hits"] += 1
+            self._leases += 1
+            if remapped:
+                self._counts["remaps"] += 1
         except BaseException:
             with self._lock:
                 self._put_away(claim)
@@ -226,7 +235,7 @@ class Pool:
         """
         if self.allocation != "pooling":
             return 0  # no slot outlives its memory
-        key: Hashable = None if map_host_memory is None else ("host", shape)
+        key: Hashable = _OWN if map_host_memory is None else shape
         ready = 0
         with self._lock:
             self._require_open()
@@ -235,7 +244,8 @@ class Pool:
             usual = None if model is None else model.private_runs()
             try:
                 while ready < count:
-                    claim = self._new_claim(None)
+                    claim = Claim(self, self._abandoned.append)
+                    claim.slot, claim.thread = None, threading.get_ident()
                     self._abandoned.append(claim)  # by us, who keep the lock until they are back
                     slot = self._pick(claim, key, affinity, byte_size, map_host_memory)
                     if slot is None:
@@ -273,16 +283,16 @@ class Pool:
         failed already is destroyed without a further word.
         """
         claim = None
-        result = ResetResult(None, 0, RETIRED)
+        result = _RETIRED
         try:
             with self._lock:
                 if self._abandoned:  # perhaps this one
                     self._take_back_abandoned()
-                if slot not in self._leased:
+                claim = self._leased.get(slot)
+                if claim is None:
                     raise SlotError(
                         "this slot is not leased from this pool: it was released before, or belongs elsewhere"
                     )
-                claim = self._leased[slot]
                 self._returning[slot] = claim  # cannot be released again, but is not free either
                 del self._leased[slot]
             keep = self._may_be_kept(slot) and not retire
@@ -294,7 +304,8 @@ class Pool:
                 else:
                     self._retire(slot)
                 del self._returning[slot]
-                self._wake_one()
+                if self._waiting:
+                    self._wake_one()
         except BaseException:
             with self._lock:
                 if claim is not None and (
@@ -306,11 +317,6 @@ class Pool:
                     self._wake_one()
             raise
         return result
-
-    def _new_claim(self, holder: object) -> Claim:
-        claim = Claim(self if holder is None else holder, self._abandoned.append)
-        claim.slot, claim.thread = None, threading.get_ident()
-        return claim
 
     def _may_be_kept(self, slot: Slot) -> bool:
         return self.allocation == "pooling" and slot.state is not State.UNKNOWN
@@ -374,23 +380,18 @@ class Pool:
         """Under the lock: an idle slot, or a new one, leased from now on; None if every slot is in use."""
         if self._lost:
             self._retire_again()
-        if self._in_use() >= (self.limit - self._lost_places() if self._lost else self.limit):
+        in_use = len(self._leased) + len(self._returning)
+        if in_use >= (self.limit - self._lost_places() if self._lost else self.limit):
             return None
-
-        def can_create() -> bool:
-            if map_host_memory is not None:
-                return len(self._adopted) < self.limit
-            if self.allocation == "on-demand":
-                return True
-            self._reserve()
-            return bool(self._unused_places)
-
         shelf = self._shelves.get(key)
-        slot = None if shelf is None else shelf.choose(affinity, can_create)
-        if shelf is not None and slot is not None:
-            self._hand_out(slot, claim)
-            shelf.discard(slot)
-            return slot
+        if shelf is not None:
+            can_create = self._can_make if map_host_memory is None else self._can_adopt
+            slot = shelf.choose(affinity, can_create)
+            if slot is not None:
+                claim.slot = slot  # as _hand_out does, without the call: this is in the path of every instance
+                self._leased[slot] = claim
+                shelf.discard(slot)
+                return slot
         if map_host_memory is not None:
             slot = self._adopt(map_host_memory)
             self._hand_out(slot, claim)
@@ -406,6 +407,15 @@ class Pool:
         self._counts["created"] += 1
         return slot
 
+    def _can_adopt(self) -> bool:
+        return len(self._adopted) < self.limit
+
+    def _can_make(self) -> bool:
+        if self.allocation == "on-demand":
+            return True
+        self._reserve()
+        return bool(self._unused_places)
+
     def _hand_out(self, slot: Slot, claim: Claim) -> None:
         claim.slot = slot
         self._leased[slot] = claim
@@ -416,7 +426,7 @@ class Pool:
         """
         if len(self._adopted) >= self.limit:
             for key, shelf in self._shelves.items():
-                if key is not None and (idle := shelf.oldest()) is not None:
+                if key is not _OWN and (idle := shelf.oldest()) is not None:
                     self._retire(idle)
                     if not shelf:
                         del self._shelves[key]
@@ -464,7 +474,7 @@ class Pool:
             self._purge_slot(slot)
             if slot.state is not State.CLEAN:
                 return
-        key: Hashable = ("host", slot.mapping.shape) if slot.mapping is not None else None
+        key: Hashable = _OWN if slot.mapping is None else slot.mapping.shape
         shelf = self._shelves.get(key)
         if shelf is None:
             shelf = self._shelves[key] = Shelf(self._strategy, self._max_unused_warm)
@@ -516,7 +526,7 @@ class Pool:
 
     def _take_off(self, slot: Slot) -> None:
         """Under the lock: off the shelf that it is on."""
-        key: Hashable = ("host", slot.mapping.shape) if slot.mapping is not None else None
+        key: Hashable = _OWN if slot.mapping is None else slot.mapping.shape
         shelf = self._shelves.get(key)
         if shelf is not None:
             shelf.discard(slot)
@@ -608,8 +618,8 @@ class Pool:
                 warm=sum(1 for slot in idle if slot.image is not None),
                 created=count["created"],
                 destroyed=count["destroyed"],
-                leases=count["leases"],
-                affinity_hits=count["affinity_hits"],
+                leases=self._leases,
+                affinity_hits=self._leases - count["remaps"],
                 remaps=count["remaps"],
                 resets=sum(self._how.values()),
                 failed_resets=count["failed_resets"],

@@ -117,8 +117,7 @@ class Host(abc.ABC):
         self._closed = False
         self._gave_back = False
         """Whether closing, which may be cut short, has come to its end."""
-        self._counts: collections.Counter[str] = collections.Counter()
-        self._resets_in_place = 0
+        self._instances = self._resets_in_place = self._resets_by_instantiation = 0
         self._open_runtime()
         try:
             self.plugins.open_host(self.name, self.settings)
@@ -371,14 +370,23 @@ class Host(abc.ABC):
     # -- leasing and releasing
 
     def _lease(self, requests: Sequence[MemoryRequest]) -> tuple[LinearMemory, ...]:
-        """Ask the plugins for every memory; all or none."""
+        """Ask the plugins for every memory; all or none.  Instances that only wait for a lease make room."""
         leased: list[LinearMemory] = []
         armed = self._armed
         try:
             for request in requests:
-                leased.append(self._create_memory(request))
+                memory = None
+                while memory is None:
+                    try:
+                        create = (
+                            self._wait_for_memory if request.wait_timeout else armed.create_memory
+                        )
+                        leased.append(memory := create(request))
+                    except PoolExhausted:
+                        if request.wait_timeout or not self._end_a_ready_one():
+                            raise
                 if armed.memory_created is not None:
-                    armed.memory_created(leased[-1])
+                    armed.memory_created(memory)
         except BaseException as error:
             with suppress(MemslotError):  # what is being raised already came first
                 self._release(leased)
@@ -387,16 +395,9 @@ class Host(abc.ABC):
             raise
         return tuple(leased)
 
-    def _create_memory(self, request: MemoryRequest) -> LinearMemory:
+    def _wait_for_memory(self, request: MemoryRequest) -> LinearMemory:
         """Ask the plugins; instances that only wait for a lease make room before anybody has to wait."""
         armed = self._armed
-        if not request.wait_timeout:
-            while True:
-                try:
-                    return armed.create_memory(request)
-                except PoolExhausted:
-                    if not self._end_a_ready_one():
-                        raise
         if any(guest._ready for guest in tuple(self._guests)):
             with suppress(PoolExhausted):
                 memory = armed.create_memory(replace(request, wait_timeout=0.0))
@@ -485,7 +486,8 @@ class Host(abc.ABC):
 
         Whatever else it raises, what is left to do is done at the host's next call.
         """
-        self._require_idle(live)
+        if live.running:
+            self._require_idle(live)
         try:
             self._live.discard(live)
             try:
@@ -493,7 +495,7 @@ class Host(abc.ABC):
                     memories, live.memories = live.memories, ()
                     self._release(memories)
             finally:
-                fork = self._forks.get(live)
+                fork = self._forks.get(live) if self._forks else None
                 if fork is not None:
                     if sum(each is fork for each in self._forks.values()) == 1:
                         fork.close()
@@ -554,10 +556,10 @@ class Host(abc.ABC):
             guests=len(self._guests),
             live_instances=len(self._live),
             ready_instances=sum(len(guest._ready) for guest in self._guests),
-            instances=self._counts["instances"],
-            resets=self._resets_in_place + self._counts["resets_by_instantiation"],
+            instances=self._instances,
+            resets=self._resets_in_place + self._resets_by_instantiation,
             resets_in_place=self._resets_in_place,
-            resets_by_instantiation=self._counts["resets_by_instantiation"],
+            resets_by_instantiation=self._resets_by_instantiation,
             pools=tuple(self.plugins.statistics()),
         )
 

@@ -27,9 +27,9 @@ class Instance:
     __slots__ = ("__weakref__", "_binding", "_now", "guest")
 
     def __init__(self, guest: Guest, live: Live, binding: Binding) -> None:
+        self._now: Live | None = live
         self.guest = guest
         self._binding = binding
-        self._now: Live | None = live
 
     def _live(self) -> Live:
         live, host = self._now, self.guest.host
@@ -47,7 +47,11 @@ class Instance:
         Raises ExportNotFound, ArgumentError, GuestTrap, GuestExit, and whatever a host function
         raised.
         """
-        return self._live().function(name)(*arguments)
+        # What _live says, without the call, for this is in the path of every request; the function looks at the thread.
+        live = self._now
+        if live is None or live not in self.guest.host._live:
+            live = self._live()
+        return live.function(name)(*arguments)
 
     def function(self, name: str) -> Callable[..., Any]:
         """The exported function itself, looked up once; valid until the instance is closed, or is
@@ -163,7 +167,7 @@ class Instance:
             with suppress(MemslotError):  # what is wrong is being raised already
                 host._end_dropped()
             raise
-        host._counts["resets_by_instantiation"] += 1
+        host._resets_by_instantiation += 1
 
     def _reset_in_place(self, live: Live) -> None:
         host = self.guest.host
@@ -240,8 +244,8 @@ class Instance:
         """End the instance and give its slot back, pristine; twice is a no-op."""
         live, host = self._now, self.guest.host
         if live is not None and live in host._live:
-            host._require_thread()
-            host._require_idle(live)
+            if host.thread_confined and threading.get_ident() != host._thread:
+                host._require_thread()
             host._end(live)
             self._now = None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -183,7 +184,8 @@ class Guest:
         is back in the pool then.
         """
         host = self.host
-        host._require_usable()
+        if host._closed or (host.thread_confined and threading.get_ident() != host._thread):
+            host._require_usable()
         if self.closed:
             raise UsedAfterClose(f"the guest {self.name} was closed; prepare it again")
         if host._dropped:
@@ -208,7 +210,7 @@ class Guest:
             live = host._start(self, memories, binding)
             instance = Instance(self, live, binding)
             host._live.add(live)
-            host._counts["instances"] += 1
+            host._instances += 1
         except BaseException:
             if live is None:
                 host._cut_short(memories)

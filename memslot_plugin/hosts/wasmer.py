@@ -175,6 +175,12 @@ def _owner_of(memory: LinearMemory) -> Owner:
 class WasmerLive(Live):
     """One instance, and everything that has to outlive it."""
 
+    _captured: tuple[int, ...] | None = None
+    """What its globals held when it began, where the module does not tell."""
+    _globals: list[Any] | None = None
+    _attached: Any = None
+    _restore: Any = None
+
     def __init__(
         self,
         guest: Guest,
@@ -193,19 +199,23 @@ class WasmerLive(Live):
         self._connected: Connected | None = connected
         self._functions: dict[str, Callable[..., Any]] = {}
         self._natives: dict[str, Any] = {}
-        self._initial = self._compiled.initial
-        self._globals: list[Any] | None = None
-        self._attached: Any = None
-        self._restore: Any = None
 
     def function(self, name: str) -> Callable[..., Any]:
         found = self._functions.get(name)
         if found is None:
-            found = self._functions[name] = self._export_function(name)
+            if threading.get_ident() != self._host._thread:
+                self._host._require_thread()
+            make = self._compiled.callables.get(name)
+            if make is None:
+                make = self._compiled.callables[name] = self._maker(name)
+            self._natives[name] = export_of(self._exports, name)
+            found = self._functions[name] = make(self, self._natives)
         return found
 
-    def _export_function(self, name: str) -> Callable[..., Any]:
-        """The function to call; it ends together with the instance."""
+    def _maker(self, name: str) -> Callable[[WasmerLive, dict[str, Any]], Callable[..., Any]]:
+        """What makes the function to call for one instance of this guest or another; `natives` is empty again when
+        that has ended, and so has the function.
+        """
         compiled = self._compiled
         signature = compiled.functions.get(name)
         if signature is None:
@@ -215,44 +225,45 @@ class WasmerLive(Live):
                 f"{name} of {self._guest.name} takes or returns references, which wasmer-python"
                 " cannot hand to Python"
             )
-        natives = self._natives  # empty again when the instance has ended
-        natives[name] = export_of(self._exports, name)
-        arity, several = signature.arity, signature.several
+        arity, several, parameters = signature.arity, signature.several, signature.parameters
         calls_out, may_grow = compiled.calls_out, compiled.may_grow
         host, thread, get_ident = self._host, self._host._thread, threading.get_ident
         guest_name = self._guest.name
 
-        def call(*arguments: Any) -> Any:
-            if get_ident() != thread:
-                host._require_thread()
-            if len(arguments) != arity:
-                raise ArgumentError(
-                    f"{name} of {guest_name} takes {arity} arguments, and {len(arguments)} were given"
-                )
-            if name not in natives:
-                raise UsedAfterClose(f"{name} is of an instance of {guest_name} that ended")
-            if calls_out:
-                self.running += 1
-            try:
-                result = natives[name](*arguments)
-            except BaseException as error:
-                # No name for the new error: its traceback holds this frame, and a cycle of the two
-                # would keep the instance alive.
-                if made_by_wasmer(error):
-                    if isinstance(error, VALUE_ERRORS):
-                        wrong = misfit(arguments, signature.parameters)
-                        if wrong is not None:
-                            raise ArgumentError(f"{name} of {guest_name}: {wrong}") from error
-                    raise at_call(error, name, host_function_is_wrong=calls_out) from error
-                raise
-            finally:
+        def make(live: WasmerLive, natives: dict[str, Any]) -> Callable[..., Any]:
+            def call(*arguments: Any) -> Any:
+                if get_ident() != thread:
+                    host._require_thread()
+                if len(arguments) != arity:
+                    raise ArgumentError(
+                        f"{name} of {guest_name} takes {arity} arguments, and {len(arguments)} were given"
+                    )
+                if name not in natives:
+                    raise UsedAfterClose(f"{name} is of an instance of {guest_name} that ended")
                 if calls_out:
-                    self.running -= 1
-                if may_grow:
-                    self._report()
-            return list(result) if several else result
+                    live.running += 1
+                try:
+                    result = natives[name](*arguments)
+                except BaseException as error:
+                    # No name for the new error: its traceback holds this frame, and a cycle of the two
+                    # would keep the instance alive.
+                    if made_by_wasmer(error):
+                        if isinstance(error, VALUE_ERRORS):
+                            wrong = misfit(arguments, parameters)
+                            if wrong is not None:
+                                raise ArgumentError(f"{name} of {guest_name}: {wrong}") from error
+                        raise at_call(error, name, host_function_is_wrong=calls_out) from error
+                    raise
+                finally:
+                    if calls_out:
+                        live.running -= 1
+                    if may_grow:
+                        live._report()
+                return list(result) if several else result
 
-        return call
+            return call
+
+        return make
 
     def exports(self) -> Mapping[str, str]:
         return self._compiled.kinds
@@ -319,7 +330,7 @@ class WasmerLive(Live):
 
     def restore(self) -> None:
         if self._restore is None:
-            self._attach(self._initial)
+            self._attach_initial()
         self._restore()
         streams = None if self._connected is None else self._connected.streams
         if streams is not None:
@@ -328,8 +339,12 @@ class WasmerLive(Live):
     def set_globals(self) -> None:
         """Every saved global gets its initial value."""
         if self._restore is None:
-            self._attach(self._initial)
+            self._attach_initial()
         self._restore()
+
+    def _attach_initial(self) -> None:
+        captured = self._captured
+        self._attach(self._compiled.initial if captured is None else captured)
 
     def _attach(self, values: tuple[int, ...] | None) -> Any:
         """The module of ours that reads the globals and puts these values back, on this instance."""
@@ -348,7 +363,7 @@ class WasmerLive(Live):
 
     def read_globals(self) -> None:
         """What the saved globals hold now becomes what a reset puts back."""
-        self._initial = wasmer_state.read(self._attach(None), self._compiled.saved_types)
+        self._captured = wasmer_state.read(self._attach(None), self._compiled.saved_types)
 
     def saved_values(self) -> dict[int, int | None]:
         saved = self._guest.plan.saved_globals
@@ -383,7 +398,7 @@ class WasmerLive(Live):
 
     def _report(self) -> None:
         """Tell the plugins if the memory has grown since they last heard."""
-        if self.memories and self._memory is not None:
+        if self._memory is not None:
             size = self._memory.data_size
             if size != self.memories[0].byte_size:
                 self._host._report_growth(self.memories[0], size)

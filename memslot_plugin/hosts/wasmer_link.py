@@ -77,6 +77,8 @@ class Compiled:
         self.saved_names = [each.export_name or "" for each in saved]
         self.saved_types = [each.type for each in saved]
         self.initial = tuple(each.initial or 0 for each in saved)
+        self.callables: dict[str, Callable[[Any, dict[str, Any]], Callable[..., Any]]] = {}
+        """What makes an exported function of an instance, by its name, for those that were asked for."""
         self._state_modules: dict[tuple[int, ...] | None, Any] = {}
         reserved = {each.export_name for each in plan.saved_globals}
         types = {
