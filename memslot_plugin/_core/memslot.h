@@ -1,5 +1,6 @@
 /* The system calls of memslot, in loops, and nothing else: no pools, no policy, no Python.  (Except for analyse.c, which makes
- * none: a pure function over bytes; and bench_floor.c, which only the benchmark calls, and no gate counts.)
+ * none: a pure function over bytes; bench_floor.c, which only the benchmark calls, and no gate counts; and watched.c, a module of
+ * Python's beside this one, which is given one of these functions.)
  *
  * The contract of every function, unless its own comment says more:
  *   - addresses and lengths are multiples of the host page (ms_page_size()), addresses are not null;
