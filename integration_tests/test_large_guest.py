@@ -121,5 +121,7 @@ def test_it_is_saved_loaded_and_leased_in_microseconds(
     note("lease and reset, microseconds", round(both, 1))
     note("of an unused slot, times faster than booting", round(times))
     assert median < 200
-    assert min(map(sum, zip(later, leaving[1:], strict=True))) < 200
+    assert statistics.quantiles(map(sum, zip(later, leaving[1:], strict=True)))[0] < 200
+    # wasmer takes half a millisecond by itself for its 18,000 functions, wasmtime a tenth.
+    assert min(new[1:]) < 1000
     assert times > 500

@@ -44,7 +44,7 @@ and are as they were, those of the first reset alone: later ones add what only t
 
 
 class History:
-    """What one slot's resets have shown; `observe` is called after each reset by pagemap."""
+    """What one slot's resets have shown; `observe` is called after each reset by pagemap that was no ordinary one."""
 
     __slots__ = (
         "_floor",

@@ -156,7 +156,7 @@ class Pool:
         self._closed = False
         self._counts: collections.Counter[str] = collections.Counter()
         # Counters of their own: of each lease and reset, and a Counter costs twice as much to look into.
-        self._leases = 0
+        self._hits = self._remaps = 0
         self._how: collections.defaultdict[str, int] = collections.defaultdict(int)
         self._lock = threading.Lock()
         _POOLS.add(self)
@@ -205,9 +205,10 @@ class Pool:
                         self._waiting.remove(turn)
             remapped = slot.instantiate(image, byte_size, maximum=maximum)
             slot.affinity = affinity
-            self._leases += 1
             if remapped:
-                self._counts["remaps"] += 1
+                self._remaps += 1
+            else:
+                self._hits += 1
         except BaseException:
             with self._lock:
                 self._put_away(claim)
@@ -343,7 +344,7 @@ class Pool:
         """Under the lock: reset what finalizers gave back."""
         while self._abandoned:
             claim = self._abandoned[0]  # which stays there until it has been dealt with
-            slot = claim.slot
+            slot = getattr(claim, "slot", None)  # it may have been cut short before it had one
             if slot is not None and self._leased.get(slot) is claim:
                 try:
                     if slot.state is State.DIRTY and self._may_be_kept(slot):
@@ -609,7 +610,7 @@ class Pool:
             if self._abandoned and not self._closed:
                 self._take_back_abandoned()
             idle = self._idle()
-            count = self._counts
+            count, hits, remaps = self._counts, self._hits, self._remaps
             return PoolStatistics(
                 plugin=self.name,
                 limit=self.limit - self._lost_places(),
@@ -618,9 +619,9 @@ class Pool:
                 warm=sum(1 for slot in idle if slot.image is not None),
                 created=count["created"],
                 destroyed=count["destroyed"],
-                leases=self._leases,
-                affinity_hits=self._leases - count["remaps"],
-                remaps=count["remaps"],
+                leases=hits + remaps,
+                affinity_hits=hits,
+                remaps=remaps,
                 resets=sum(self._how.values()),
                 failed_resets=count["failed_resets"],
                 exhausted=count["exhausted"],

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 NO_LIMIT = 2**63 - 1
 
 NOTABLE = 1 << 62
-"""What the core answers where a reset was not an ordinary one."""
+"""What the core answers where a reset was not an ordinary one (ms_reset_watched, watched.c)."""
 
 TICK = 32
 """Nanoseconds by which the core counts the time of an ordinary reset."""

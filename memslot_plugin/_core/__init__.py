@@ -24,7 +24,6 @@ Watched = _watched.Watched
 PAGE_SIZE: int = lib.ms_page_size()
 """The host's page in bytes, as the kernel says (sysconf(3), _SC_PAGESIZE); never assumed."""
 
-
 CALLS = (
     "mmap",
     "munmap",

@@ -53,12 +53,14 @@ typedef struct {
     uint64_t plain_page_price;
 } ms_reset_limits;
 
-/* A memory that is reset time and again; `blind` resets since the last one that compared. */
+/* A memory that is reset time and again; `blind` resets since the last one that compared.  `before_long`, if it is set, is called
+ * once by a reset that finds more than a few private pages, before it puts them back. */
 typedef struct {
     ms_memory memory;
     ms_reset_report report;
     const ms_reset_limits *limits;
     unsigned blind;
+    void (*before_long)(void);
 } ms_slot;
 
 /* The system calls that the gate counts. */

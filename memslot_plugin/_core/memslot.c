@@ -434,6 +434,9 @@ int ms_reset_remap(const ms_memory *memory, ms_reset_report *report)
 /* From so many private pages on, those above the mapped extents are worth a scan of their own. */
 enum { WORTH_A_SCAN = 40 };
 
+/* More private pages than these are put back in more time than letting another thread in takes. */
+enum { A_FEW = 32 };
+
 /* What a scan is for: `walk` is set where the pages shall be put back, `runs` where they are to be listed. */
 typedef struct {
     int pagemap;
@@ -446,6 +449,7 @@ typedef struct {
     size_t capacity;
     ms_reset_report *report;
     uint64_t before; /* until when time is accounted for */
+    void (*before_long)(void);
 } search;
 
 /* Gives the pages [start, end), relative to base, back to the kernel; those of a copied extent would not come back by themselves
@@ -510,6 +514,10 @@ static int search_range(search *s, size_t start, size_t end)
                 s->runs[report->runs + (size_t)i] = (ms_extent){.offset = from, .length = to - from, .fd = -1};
             if (!s->walk)
                 continue;
+            if (s->before_long && report->private_pages > A_FEW) {
+                s->before_long();
+                s->before_long = NULL;
+            }
             size_t next = i + 1 < found ? regions[i + 1].start - s->base : from;
             report->dirty_pages += restore(s->walk, from, from + kept * page, next, page, s->compare);
             if (kept < pages) {
@@ -541,11 +549,11 @@ static int search_all(search *s, size_t length, int apart)
 }
 
 static int64_t reset_pagemap(int pagemap, const ms_memory *memory, size_t keep_pages, int compare, int apart,
-                             ms_reset_report *report)
+                             ms_reset_report *report, void (*before_long)(void))
 {
     walker walk = {memory, 0};
     search s = {.pagemap = pagemap, .base = memory->base, .keep_pages = keep_pages, .compare = compare, .walk = &walk,
-                .report = report};
+                .report = report, .before_long = before_long};
     if (memory->count && !memory->copied)
         s.plain = memory->extents[memory->count - 1].offset + memory->extents[memory->count - 1].length;
     int failed = search_all(&s, memory->accessible, apart);
@@ -554,7 +562,7 @@ static int64_t reset_pagemap(int pagemap, const ms_memory *memory, size_t keep_p
 
 int64_t ms_reset_pagemap(int pagemap, const ms_memory *memory, size_t keep_pages, ms_reset_report *report)
 {
-    return reset_pagemap(pagemap, memory, keep_pages, 1, 0, report);
+    return reset_pagemap(pagemap, memory, keep_pages, 1, 0, report, NULL);
 }
 
 static _Atomic int known_pagemap = -1; /* one argument less to convert in every reset */
@@ -574,13 +582,13 @@ int64_t ms_spare_nanoseconds(const ms_reset_report *report, const ms_reset_limit
 
 int64_t ms_reset_watched(ms_slot *slot)
 {
-    const int64_t notable = (int64_t)1 << 62;
+    const int64_t notable = (int64_t)1 << 62; /* as reset.py and watched.c know it */
     const ms_reset_limits *limits = slot->limits;
     ms_reset_report *report = &slot->report;
     int pagemap = atomic_load_explicit(&known_pagemap, memory_order_relaxed);
     int apart = report->plain_pages >= WORTH_A_SCAN; /* as the last reset found it */
     int compare = limits->compare_every && slot->blind + 1 >= limits->compare_every;
-    int64_t pages = reset_pagemap(pagemap, &slot->memory, limits->keep_pages, compare, apart, report);
+    int64_t pages = reset_pagemap(pagemap, &slot->memory, limits->keep_pages, compare, apart, report, slot->before_long);
     slot->blind = compare ? 0 : slot->blind + 1;
     if (pages < 0)
         return notable - pages;

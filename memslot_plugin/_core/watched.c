@@ -7,12 +7,14 @@
 
 #include "memslot.h"
 
-/* A reset that takes less is done sooner than another thread can be let in, which takes as long. */
+/* The interpreter's lock is kept for a reset of a slot whose last one took less, and let go all the same as soon as the core finds
+ * more than a few pages to put back: nobody could use a moment as short as the rest takes. */
 enum { BRIEF_NANOSECONDS = 5000 };
 
-/* What the core answers from here on was not an ordinary reset. */
+/* What the core answers from here on was not an ordinary reset: ms_reset_watched, and reset.py. */
 static const int64_t NOTABLE = (int64_t)1 << 62;
 
+/* Those of the interpreter that imported this last; slots of another one have Python do all their resets. */
 static int64_t (*reset_watched)(ms_slot *slot);
 static PyObject *dirty, *clean, *unknown, *results, *otherwise, *settle;
 
@@ -42,20 +44,35 @@ static PyObject *settled(Watched *self, PyObject *strategy, int64_t answer)
     return result;
 }
 
+static _Thread_local PyThreadState *let_go;
+
+static void let_others_in(void)
+{
+    let_go = PyEval_SaveThread();
+}
+
+/* The reset, during which other threads run if it takes long. */
+static int64_t reset_in_threads(ms_slot *slot)
+{
+    if (slot->report.nanoseconds < BRIEF_NANOSECONDS) /* as the last one was */
+        slot->before_long = let_others_in;
+    else
+        let_others_in();
+    int64_t answer = reset_watched(slot);
+    slot->before_long = NULL;
+    if (let_go) {
+        PyEval_RestoreThread(let_go);
+        let_go = NULL;
+    }
+    return answer;
+}
+
 static PyObject *reset(PyObject *object, PyObject *strategy)
 {
     Watched *self = (Watched *)object;
     if (self->state != dirty || self->watcher != strategy || !self->address)
         return PyObject_CallMethodObjArgs(object, otherwise, strategy, NULL);
-    ms_slot *slot = (ms_slot *)(uintptr_t)self->address;
-    int64_t answer;
-    if (slot->report.nanoseconds < BRIEF_NANOSECONDS) { /* as the last one was */
-        answer = reset_watched(slot);
-    } else {
-        Py_BEGIN_ALLOW_THREADS
-        answer = reset_watched(slot);
-        Py_END_ALLOW_THREADS
-    }
+    int64_t answer = reset_in_threads((ms_slot *)(uintptr_t)self->address);
     if (answer >= NOTABLE)
         return settled(self, strategy, answer);
     put(&self->state, clean);
@@ -144,7 +161,7 @@ static PyType_Spec spec = {
 
 static PyMethodDef functions[] = {
     {"install", install, METH_VARARGS,
-     PyDoc_STR("install(address, dirty, clean, unknown, results)\n--\n\n"
+     PyDoc_STR("install($module, address, dirty, clean, unknown, results, /)\n--\n\n"
                "Set what all slots have in common: the address of ms_reset_watched, three states, and the results\n"
                "of ordinary resets by the core's answer.")},
     {0},

@@ -27,9 +27,9 @@ class Instance:
     __slots__ = ("__weakref__", "_binding", "_now", "guest")
 
     def __init__(self, guest: Guest, live: Live, binding: Binding) -> None:
-        self._now: Live | None = live
         self.guest = guest
         self._binding = binding
+        self._now: Live | None = live  # last, for who has it is dropped by its guest's host
 
     def _live(self) -> Live:
         live, host = self._now, self.guest.host

@@ -42,7 +42,9 @@ class Live(abc.ABC):
 
     @abc.abstractmethod
     def function(self, name: str) -> Callable[..., Any]:
-        """The exported function, to be called with Python numbers; raises ExportNotFound."""
+        """The exported function, to be called with Python numbers; raises ExportNotFound, and WrongThread where
+        the host is confined to its thread.
+        """
 
     @abc.abstractmethod
     def exports(self) -> Mapping[str, str]:

@@ -227,10 +227,13 @@ class WasmerLive(Live):
             )
         arity, several, parameters = signature.arity, signature.several, signature.parameters
         calls_out, may_grow = compiled.calls_out, compiled.may_grow
-        host, thread, get_ident = self._host, self._host._thread, threading.get_ident
-        guest_name = self._guest.name
+        thread, get_ident, guest_name = self._host._thread, threading.get_ident, self._guest.name
 
         def make(live: WasmerLive, natives: dict[str, Any]) -> Callable[..., Any]:
+            host = (
+                live._host
+            )  # not kept by `make`: a cycle of host and code could end on another thread
+
             def call(*arguments: Any) -> Any:
                 if get_ident() != thread:
                     host._require_thread()

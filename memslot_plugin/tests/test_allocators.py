@@ -82,6 +82,15 @@ def created(allocator: Allocator, request: MemoryRequest) -> LinearMemory:
     return memory
 
 
+def test_a_memory_has_everything_that_its_base_has(make: Callable[..., Allocator]) -> None:
+    allocator = make()
+    memory = created(allocator, request_for())
+    plain = LinearMemory(memory.request, memory.base, memory.byte_size, owner=allocator)
+    fields = [name for name in LinearMemory.__slots__ if name != "__weakref__"]
+    assert [getattr(memory, each) for each in fields] == [getattr(plain, each) for each in fields]
+    allocator.memslot_release_memory(memory)
+
+
 def test_a_memory_lives_through_its_hooks(make: Callable[..., Allocator]) -> None:
     allocator = make()
     image = allocator.memslot_build_image(CONTENT)

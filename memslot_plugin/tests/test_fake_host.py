@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -33,6 +35,7 @@ from memslot_plugin import (
 )
 from memslot_plugin._core import PAGE_SIZE
 from memslot_plugin.hosts.fake import FakeLive
+from memslot_plugin.hosts.instance import Instance
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -396,6 +399,41 @@ def test_dropped_handles_come_back(host: FakeHost) -> None:
             assert instance.memory.read(0, 5) == bytes(5)
     assert host.statistics().live_instances == 0
     assert pool_of(host).in_use == 0
+
+
+def test_a_handle_that_is_cut_short_while_it_is_made_goes_in_silence(
+    host: FakeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted_at(line: int) -> bool:
+        """Make a handle, and be interrupted at this line of its making; whether there was one."""
+        lines = [0]
+
+        def trace(frame: FrameType, event: str, _: object) -> Any:
+            if frame.f_code is not Instance.__init__.__code__:
+                return None
+            lines[0] += event == "line"
+            if lines[0] == line:
+                raise KeyboardInterrupt
+            return trace
+
+        before = sys.gettrace()
+        try:
+            sys.settrace(trace)
+            Instance(guest, live, guest.binding)
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(before)
+        return False
+
+    guest = host.prepare(module((0, b"x")))
+    noise: list[object] = []
+    with guest.instantiate() as instance:
+        live = instance._live()
+        monkeypatch.setattr(sys, "unraisablehook", noise.append)
+        assert [interrupted_at(line) for line in range(1, 5)] == [True, True, True, False]
+        assert noise == []
+        host._dropped.clear()
 
 
 def test_a_handle_that_is_dropped_in_another_thread_comes_back(host: FakeHost) -> None:

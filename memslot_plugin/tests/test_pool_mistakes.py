@@ -25,6 +25,7 @@ from memslot_plugin.errors import (
     SystemCallError,
     UsedAfterClose,
 )
+from memslot_plugin.pool import Claim
 from memslot_plugin.tests.slots import RESERVED as SLOT
 from memslot_plugin.tests.slots import Holder, cycle, fill
 
@@ -131,6 +132,15 @@ def test_an_abandoned_slot_that_is_released_too_is_not_taken_from_its_next_owner
     pool.statistics()
     assert ctypes.string_at(again.base, P) == b"\xaa" * P
     pool.release(again)
+
+
+def test_a_lease_that_was_cut_short_before_it_had_a_slot_is_nobodys(make_pool: Make) -> None:
+    pool, holder = make_pool(1), Holder()
+    claim = Claim(holder, pool._abandoned.append)
+    del holder
+    assert list(pool._abandoned) == [claim]
+    cycle(pool, "a")
+    assert not pool._abandoned
 
 
 def test_an_abandoned_slot_that_cannot_be_reset_is_destroyed_and_logged(

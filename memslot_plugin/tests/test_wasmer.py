@@ -569,6 +569,21 @@ class TestErrors:
         finally:
             gc.enable()
 
+    def test_do_not_keep_the_host_alive(self) -> None:
+        """Or else the garbage collector ends it and its code together, on any thread, where nobody closed either."""
+        host = WasmerHost(Settings(slots=2))
+        guest = host.prepare(ECHO)
+        gc.collect()
+        gc.disable()
+        try:
+            with guest.instantiate() as instance:
+                instance.call("get", 0)
+            alive = weakref.ref(host), weakref.ref(guest.compiled)
+            del instance, guest, host
+            assert [each() for each in alive] == [None, None]
+        finally:
+            gc.enable()
+
     @pytest.mark.parametrize(
         "error",
         [

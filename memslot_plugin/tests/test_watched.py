@@ -23,6 +23,7 @@ from memslot_plugin.adaptive import COMPARE_EVERY, FEW_PAGES
 from memslot_plugin.errors import SlotError
 from memslot_plugin.probe import probe
 from memslot_plugin.slot import State
+from memslot_plugin.tests.patience import attempts
 
 pytestmark = [
     pytest.mark.usefixtures("no_leaks"),
@@ -32,6 +33,9 @@ pytestmark = [
 
 IMAGE, MEMORY = 16, 200
 """Pages of the image, and of the whole memory."""
+
+LARGE = 16384
+"""Pages of a memory whose reset takes some milliseconds."""
 
 
 @pytest.fixture
@@ -238,14 +242,8 @@ def test_a_cycle_through_a_slot_is_collected(image: MemfdImage) -> None:
     assert gone() is None
 
 
-@pytest.mark.parametrize("brief", [True, False])
-def test_other_threads_run_during_a_reset_that_will_take_long(brief: bool) -> None:
-    """How long it will take is how long the last one took; no thread is let in for the length of a short one."""
-    pages = 8192
-    slot, reset = Slot.create(pages * P), resets.choose("pagemap", 1 << 40)
-    slot.instantiate(None, pages * P)
-    ctypes.memset(slot.base, 1, pages * P)
-    slot.reset(reset)
+def others_run(slot: Slot, reset: resets.Reset, nanoseconds: int) -> bool:
+    """Whether another thread runs during a reset of this slot, whose last one is said to have taken so long."""
     turns, ended = [0], threading.Event()
 
     def run() -> None:
@@ -256,18 +254,35 @@ def test_other_threads_run_during_a_reset_that_will_take_long(brief: bool) -> No
     interval = sys.getswitchinterval()
     other = threading.Thread(target=run)
     try:
+        sys.setswitchinterval(1000)
         other.start()
         while not turns[0]:
-            ended.wait(0.001)
-        sys.setswitchinterval(1000)
-        slot.instantiate(None, pages * P)
-        slot.report.nanoseconds = 4999 if brief else 5000
+            time.sleep(0.001)
+        slot.report.nanoseconds = nanoseconds
         before = turns[0]
         slot.reset(reset)
-        during = turns[0] - before
+        return turns[0] > before
     finally:
-        sys.setswitchinterval(interval)
         ended.set()
         other.join()
-        slot.destroy()
-    assert (during == 0) == brief
+        sys.setswitchinterval(interval)
+
+
+@pytest.mark.parametrize(
+    ("last", "pages", "others"), [(4999, 32, False), (4999, LARGE, True), (5000, LARGE, True)]
+)
+def test_other_threads_run_during_a_reset_that_takes_long(
+    last: int, pages: int, others: bool
+) -> None:
+    """As the one before did, or because it finds more than a few pages."""
+    slot, reset = Slot.create(LARGE * P), resets.choose("pagemap", 1 << 40)
+    slot.instantiate(None, LARGE * P)
+    ctypes.memset(slot.base, 1, pages * P)
+    slot.reset(reset)
+    for _ in attempts(8):  # while a busy machine does not let the other thread run in time
+        slot.instantiate(None, LARGE * P)
+        found = others_run(slot, reset, last)
+        if found == others:
+            break
+    assert found == others
+    slot.destroy()
