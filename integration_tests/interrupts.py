@@ -31,17 +31,18 @@ def ours(code: CodeType) -> bool:
 
 @functools.cache
 def unreachable(code: CodeType) -> frozenset[int]:
-    """Offsets at which tracing shows a line and no exception can come: where nothing is done, and where a block of
-    `with` has ended and its `__exit__` is about to be called.
+    """Offsets at which tracing shows a line and no exception can come: where nothing is done, where a block of
+    `with` has ended and its `__exit__` is about to be called, and where a handler is left at once.
 
-    The interpreter looks for signals after calls and at jumps, and allocates nothing there.
+    The interpreter looks for signals after calls and at jumps, and allocates nothing there.  From CPython 3.11 on, what
+    a trace function raises where a handler is left makes what was handled stay handled, and alive, on that thread.
     """
     found = list(dis.get_instructions(code))
     ends = {
         each.offset
         for each, then in zip(found, [*found[1:], found[0]], strict=True)
         if "WITH_EXCEPT_START" in (each.opname, then.opname)
-        or each.opname in ("NOP", "POP_BLOCK", "SETUP_FINALLY")
+        or each.opname in ("NOP", "POP_BLOCK", "SETUP_FINALLY", "POP_EXCEPT")
     }
     for place, each in enumerate(found):
         rest = [

@@ -7,12 +7,12 @@ import logging
 import os
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from memslot_hooks.types import Image, InitialContent, MemoryRequest, Segment
+from memslot_hooks.types import Image, InitialContent, LinearMemory, MemoryRequest, Segment
 from memslot_plugin import guest as guests
 from memslot_plugin._core import ffi
 from memslot_plugin.errors import (
@@ -326,7 +326,7 @@ class Guest:
                     f"{what}: {descriptors}; initialise it without, or take the snapshot before"
                 )
             contents = {}
-            leased = {memory.request.memory_index: memory for memory in live.memories}
+            leased = _by_index(live.memories)
             for memory in plan.memories:
                 if memory.imported is None:
                     base, byte_size = live.locate(memory.index)
@@ -448,6 +448,11 @@ class Lease:
         instance, self._instance = self._instance, None
         if instance is not None:
             self._guest._end_lease(instance)
+
+
+def _by_index(memories: Iterable[LinearMemory]) -> dict[int, LinearMemory]:
+    """Leased memories by their index; a comprehension in a function of its own, as in the pool."""
+    return {memory.request.memory_index: memory for memory in memories}
 
 
 def _require_seconds(wait_timeout: float) -> None:
