@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 NO_LIMIT = 2**63 - 1
 
-NOTABLE = 1 << 62
-"""What the core answers where a reset was not an ordinary one (ms_reset_watched, watched.c)."""
+NOTABLE: int = lib.MS_NOTABLE
+"""What the core answers where a reset was not an ordinary one."""
 
 TICK = 32
 """Nanoseconds by which the core counts the time of an ordinary reset."""

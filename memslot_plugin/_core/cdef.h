@@ -255,9 +255,12 @@ void ms_analyse_code(const uint8_t *bytes, size_t start, size_t end, ms_code_mar
 int64_t ms_reset_pagemap(int pagemap, const ms_memory *memory, size_t keep_pages, ms_reset_report *report);
 /* How much longer than its private pages explain the scans of this report took, in nanoseconds. */
 int64_t ms_spare_nanoseconds(const ms_reset_report *report, const ms_reset_limits *limits);
-/* The same, comparing only now and then, on the pagemap that was set last (-1 for none: EBADF); a forked child sets its own, for the parent's shows the
+/* What ms_reset_watched answers, plus errno if it failed, where the reset was no ordinary one: 2**62. */
+#define MS_NOTABLE 4611686018427387904
+
+/* As ms_reset_pagemap, comparing only now and then, on the pagemap that was set last (-1 for none: EBADF); a forked child sets its own, for the parent's shows the
  * parent.  For an ordinary reset the result says everything at once: the pages put back in bits 32 to 61, and the time it
- * took, in units of 32 ns, below.  Otherwise it is 2**62, and the report says what it was, plus errno if it failed. */
+ * took, in units of 32 ns, below.  Otherwise it is MS_NOTABLE, and the report says what it was. */
 int64_t ms_reset_watched(ms_slot *slot);
 void ms_set_pagemap(int pagemap);
 /* Drops every private page, and copies the extents back if they are not mapped. */

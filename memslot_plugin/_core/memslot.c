@@ -582,7 +582,6 @@ int64_t ms_spare_nanoseconds(const ms_reset_report *report, const ms_reset_limit
 
 int64_t ms_reset_watched(ms_slot *slot)
 {
-    const int64_t notable = (int64_t)1 << 62; /* as reset.py and watched.c know it */
     const ms_reset_limits *limits = slot->limits;
     ms_reset_report *report = &slot->report;
     int pagemap = atomic_load_explicit(&known_pagemap, memory_order_relaxed);
@@ -591,12 +590,12 @@ int64_t ms_reset_watched(ms_slot *slot)
     int64_t pages = reset_pagemap(pagemap, &slot->memory, limits->keep_pages, compare, apart, report, slot->before_long);
     slot->blind = compare ? 0 : slot->blind + 1;
     if (pages < 0)
-        return notable - pages;
+        return MS_NOTABLE - pages;
     uint64_t ticks = report->nanoseconds / 32;
     int ordinary = report->private_pages - report->dirty_pages < limits->idle_pages && report->dropped_pages == 0 &&
                    ms_spare_nanoseconds(report, limits) < limits->spare_nanoseconds && ticks <= UINT32_MAX &&
                    pages < 1 << 30;
-    return ordinary ? pages << 32 | (int64_t)ticks : notable;
+    return ordinary ? pages << 32 | (int64_t)ticks : MS_NOTABLE;
 }
 
 int ms_list_private(int pagemap, uintptr_t base, size_t length, ms_extent *runs, size_t capacity, ms_reset_report *report)

@@ -11,9 +11,6 @@
  * more than a few pages to put back: nobody could use a moment as short as the rest takes. */
 enum { BRIEF_NANOSECONDS = 5000 };
 
-/* What the core answers from here on was not an ordinary reset: ms_reset_watched, and reset.py. */
-static const int64_t NOTABLE = (int64_t)1 << 62;
-
 /* Those of the interpreter that imported this last; slots of another one have Python do all their resets. */
 static int64_t (*reset_watched)(ms_slot *slot);
 static PyObject *dirty, *clean, *unknown, *results, *otherwise, *settle;
@@ -73,7 +70,7 @@ static PyObject *reset(PyObject *object, PyObject *strategy)
     if (self->state != dirty || self->watcher != strategy || !self->address)
         return PyObject_CallMethodObjArgs(object, otherwise, strategy, NULL);
     int64_t answer = reset_in_threads((ms_slot *)(uintptr_t)self->address);
-    if (answer >= NOTABLE)
+    if (answer >= MS_NOTABLE)
         return settled(self, strategy, answer);
     put(&self->state, clean);
     PyObject *number = PyLong_FromLongLong(answer);

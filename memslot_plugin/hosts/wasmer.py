@@ -230,9 +230,8 @@ class WasmerLive(Live):
         thread, get_ident, guest_name = self._host._thread, threading.get_ident, self._guest.name
 
         def make(live: WasmerLive, natives: dict[str, Any]) -> Callable[..., Any]:
-            host = (
-                live._host
-            )  # not kept by `make`: a cycle of host and code could end on another thread
+            # Not kept by `make`: a cycle of host and code could end on another thread.
+            host = live._host
 
             def call(*arguments: Any) -> Any:
                 if get_ident() != thread:
