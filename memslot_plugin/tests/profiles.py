@@ -1,7 +1,8 @@
-"""How much the property tests try: the profiles of MEMSLOT_PROFILE, and nowhere else.
+"""How much the tests that scale try, by tier: MEMSLOT_PROFILE, which `pytest -m gate` and `pytest -m long` set.
 
-(not set)    what the gate runs: minutes for everything
-expensive    60 times as many examples, and others each time: hours
+(not set)    T0: a moment
+gate         T1: 4 times as many examples
+long         T2: 240 times as many, and others each time: hours
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 
 from hypothesis import settings
 
-FACTORS = {"": 1, "expensive": 60}
+FACTORS = {"": 1, "gate": 4, "long": 240}
 
 _name = os.environ.get("MEMSLOT_PROFILE", "")
 if _name not in FACTORS:
@@ -19,22 +20,18 @@ if _name not in FACTORS:
         f" {' or '.join(name for name in FACTORS if name)}, or not set"
     )
 FACTOR = FACTORS[_name]
-EXPENSIVE = FACTOR > 1
+LONG = _name == "long"
 
 
 def examples(count: int) -> int:
-    """How many examples a test tries that tries `count` of them in the gate."""
+    """Examples that a test tries in this tier; `count` is the number in T0."""
     return count * FACTOR
 
 
 def load() -> None:
-    """Let hypothesis follow the profile, also where a test names no number of examples."""
-    # Deadlines measure a busy machine.
-    settings.register_profile("memslot", deadline=None)
-    # Not derandomised where CI is set, which hypothesis itself would make of it.
+    """Let hypothesis follow the tier, also where a test names no number of examples."""
+    # No deadlines: they measure a busy machine. In T0 and T1 the examples of one run are those of the next.
     settings.register_profile(
-        "expensive", deadline=None, derandomize=False, max_examples=examples(100)
+        "memslot", deadline=None, derandomize=not LONG, max_examples=examples(25)
     )
-    # hypothesis's own "ci": the examples of one run are those of the next.
-    gate = "ci" if os.environ.get("CI") else "memslot"
-    settings.load_profile("expensive" if EXPENSIVE else gate)
+    settings.load_profile("memslot")
