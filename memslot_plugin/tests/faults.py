@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from memslot_plugin import _core
-from memslot_plugin.tests.profiles import EXPENSIVE
+from memslot_plugin.tests.profiles import LONG
 
 PLAUSIBLE: dict[str, tuple[int, ...]] = {
     "mmap": (errno.ENOMEM, errno.EAGAIN, errno.EPERM, errno.EACCES, errno.ENFILE, errno.EINVAL),
@@ -119,7 +119,7 @@ def calls_of(life: Callable[[], object]) -> dict[str, int]:
     return fewest
 
 
-def every(made: dict[str, int], *, thorough: bool = EXPENSIVE) -> Iterator[Fault]:
+def every(made: dict[str, int], *, thorough: bool = LONG) -> Iterator[Fault]:
     """Every fault of a life that makes so many calls; without `thorough` each occurrence fails with one errno, in
     turn.
     """

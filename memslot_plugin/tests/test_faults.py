@@ -18,7 +18,7 @@ from memslot_plugin.probe import pagemap_descriptor, prices, probe
 from memslot_plugin.reset import choose
 from memslot_plugin.tests import faults
 from memslot_plugin.tests.faults import Fault, injected
-from memslot_plugin.tests.profiles import EXPENSIVE
+from memslot_plugin.tests.profiles import LONG
 from memslot_plugin.tests.slots import Holder
 
 RESERVED = 128 * P
@@ -161,7 +161,7 @@ SOME = [  # each pair of values at least once
 
 @pytest.mark.parametrize(
     "about",
-    EVERY if EXPENSIVE else SOME,
+    EVERY if LONG else SOME,
     ids=lambda about: "-".join(getattr(value, "kind", value) for value in about),
 )
 def test_every_system_call_may_fail_once(

@@ -23,7 +23,7 @@ from memslot_plugin._core import PAGE_SIZE as P
 from memslot_plugin.errors import MemoryTooLarge, PoolExhausted
 from memslot_plugin.probe import probe
 from memslot_plugin.reset import choose
-from memslot_plugin.tests.profiles import EXPENSIVE, examples
+from memslot_plugin.tests.profiles import LONG, examples
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -32,7 +32,7 @@ PAGES = 40
 KINDS = [MemfdImage, BytesImage]
 RESETS = ["madvise", "pagemap", "copy", "auto"]
 MODELS = len(KINDS) * (len(RESETS) - (not probe().pagemap.works))
-STEPS = (200_000 if EXPENSIVE else 3_200) // MODELS + 1
+STEPS = (200_000 if LONG else 3_200) // MODELS + 1
 """What each model takes at least, so that all of them take 200,000 in the expensive profile."""
 
 sizes = st.integers(0, 20)
@@ -235,7 +235,7 @@ def test_a_pool_is_what_its_model_says(
             suppress_health_check=list(HealthCheck),
         ),
     )
-    if EXPENSIVE:
+    if LONG:
         with capsys.disabled():
             print(f"\n{kind.kind}, {reset}: {Machine.steps} steps, of at least {STEPS}")
     assert Machine.steps >= STEPS
