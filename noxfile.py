@@ -67,7 +67,7 @@ def readme_test(session: nox.Session) -> None:
 
 
 def built_wheel(session: nox.Session) -> str:
-    """The path of the wheel that MEMSLOT_WHEEL names, or of one that is built from the sdist, which has to be complete."""
+    """The wheel that MEMSLOT_WHEEL names, or else one that is built here, from the sdist, which has to be complete."""
     if given := os.environ.get("MEMSLOT_WHEEL"):
         return given
     folder = ROOT / "build" / "dist"
@@ -149,7 +149,7 @@ def fuzz(session: nox.Session) -> None:
 def development_tools(session: nox.Session, *names: str) -> None:
     """Install those of the extra `dev`, in the versions that pyproject.toml pins."""
     extra = PROJECT["project"]["optional-dependencies"]["dev"]
-    session.install(*(each for each in extra if re.match(r"[\w-]+", each)[0] in names))
+    session.install(*(each for each in extra if re.split(r"[^\w-]", each)[0] in names))
 
 
 @nox.session(python=DEFAULT)
@@ -185,7 +185,7 @@ def docs(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def c_warnings(session: nox.Session) -> None:
-    """gcc's static analyser, and clang's opinion where there is one."""
+    """Run gcc's static analyser, and clang's opinion where there is one."""
     include = subprocess.run(
         [f"python{DEFAULT}", "-c", "import sysconfig; print(sysconfig.get_path('include'))"],
         check=True,

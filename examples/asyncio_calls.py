@@ -48,7 +48,7 @@ class Calls:
 
     def _call(self, name: str, *arguments: int) -> int:
         with self._guest.lease() as instance:  # the deadline begins
-            return instance.call(name, *arguments)
+            return int(instance.call(name, *arguments))
 
 
 @contextlib.contextmanager

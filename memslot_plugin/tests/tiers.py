@@ -76,7 +76,7 @@ class Required:
             self.missing.difference_update(re.findall(r"[a-z]+", report.nodeid.partition("[")[2]))
 
     def _judge(self, nodeid: str, where: object) -> None:
-        # (path, line, "Skipped: reason")
+        # pytest gives a skip as a path, a line and "Skipped: " with the reason.
         reason = str(where[2] if isinstance(where, tuple) else where).removeprefix("Skipped: ")
         if reason.startswith(IMPOSSIBLE):
             self.allowed += 1
