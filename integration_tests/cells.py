@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import memslot_plugin as memslot
@@ -22,18 +21,10 @@ from . import toy
 
 HOSTS = ("fake", "wasmtime", "wasmer")
 REAL_HOSTS = HOSTS[1:]
+BACKENDS = ("memfd", "anonymous")
 ALLOCATIONS = ("pooling", "on-demand")
 RESETS = ("madvise", "pagemap", "copy", "auto")
 GROWTHS = ("mprotect", "ftruncate")
-
-
-def backends() -> tuple[str, ...]:
-    """Those that MEMSLOT_PLUGINS leaves; without it both."""
-    named = os.environ.get("MEMSLOT_PLUGINS")
-    both = ("memfd", "anonymous")
-    if named is None:
-        return both
-    return tuple(name for name in both if name in [part.strip() for part in named.split(",")])
 
 
 @dataclass(frozen=True)
@@ -47,11 +38,16 @@ class Cell:
     growth: str = "mprotect"
 
     def __str__(self) -> str:
-        return f"{self.host}-{self.backend}-{self.allocation}-{self.reset}-{self.growth}"
+        return "-".join(astuple(self))
+
+    @property
+    def pairs(self) -> set[tuple[tuple[int, str], ...]]:
+        """Each two of the five coordinates, with their places."""
+        return set(itertools.combinations(enumerate(astuple(self)), 2))
 
     @property
     def missing(self) -> str | None:
-        """Why this cell's host cannot be opened by this Python, or None."""
+        """The reason why this Python cannot open this cell's host, or None."""
         if self.host == "fake":
             return None
         if self.host == "wasmer" and sys.version_info >= (3, 11):
@@ -61,11 +57,9 @@ class Cell:
         return None
 
     @property
-    def refused(self) -> str | None:
-        """Why memslot refuses this cell although its host is there, or None."""
-        if self.host == "wasmer" and self.growth == "ftruncate":
-            return "impossible: wasmer owns its mappings and grows them by mprotect itself"
-        return None
+    def refused(self) -> bool:
+        """True if memslot refuses this cell: wasmer grows its mappings by mprotect itself."""
+        return self.host == "wasmer" and self.growth == "ftruncate"
 
     def settings(self, **changes: Any) -> memslot.Settings:
         """The settings that make this cell."""
@@ -101,30 +95,54 @@ class Cell:
         return replace(self, **changes)
 
 
-def check(host: memslot.Host, *, in_use: int | None = None) -> None:
-    """Every pool's invariant, and how many of its slots are leased."""
-    host.statistics()  # takes back what was dropped
+def pools(host: memslot.Host) -> Iterator[tuple[str, memslot.Pool]]:
+    """Every pool behind a host, with the name of its plugin."""
     for name, plugin in host.plugins.manager.list_name_plugin():
         if isinstance(plugin, PoolAllocator) and plugin.pool is not None:
-            plugin.pool.check()
-            if in_use is not None:
-                assert plugin.pool.statistics().in_use == in_use, name
+            yield name, plugin.pool
 
 
 def pool(host: memslot.Host) -> memslot.Pool:
     """The only pool behind a host."""
-    (found,) = (
-        plugin.pool
-        for _, plugin in host.plugins.manager.list_name_plugin()
-        if isinstance(plugin, PoolAllocator) and plugin.pool is not None
-    )
+    ((_, found),) = pools(host)
     return found
+
+
+def check(host: memslot.Host, *, in_use: int | None = None) -> None:
+    """Every pool's invariant, and how many of its slots are leased."""
+    host.statistics()  # takes back what was dropped
+    for name, each in pools(host):
+        each.check()
+        if in_use is not None:
+            assert each.statistics().in_use == in_use, name
+
+
+def backends() -> tuple[str, ...]:
+    """The names of the allocators that memslot brings."""
+    return BACKENDS
+
+
+def pairwise(cells: Iterable[Cell]) -> tuple[Cell, ...]:
+    """A few of the cells, so that each two coordinates that one of `cells` has together are together in one of these.
+
+    Greedy, and as small as a cover can be: 12 cells with wasmer, 8 without. Only the order of `cells` decides that.
+    """
+    found, ordered = [], sorted(cells, key=lambda cell: (cell.reset, cell.host))
+    missing = set().union(*(cell.pairs for cell in ordered))
+    while missing:
+        found.append(max(ordered, key=lambda cell: len(cell.pairs & missing)))
+        missing -= found[-1].pairs
+    return tuple(found)
 
 
 EVERY_CELL = tuple(
     Cell(*coordinates)
-    for coordinates in itertools.product(HOSTS, backends(), ALLOCATIONS, RESETS, GROWTHS)
+    for coordinates in itertools.product(HOSTS, BACKENDS, ALLOCATIONS, RESETS, GROWTHS)
 )
 POSSIBLE_CELLS = tuple(cell for cell in EVERY_CELL if not (cell.missing or cell.refused))
-PLAIN_CELLS = tuple(Cell(host, backend) for host in HOSTS for backend in backends())
+PAIRWISE_CELLS = pairwise(POSSIBLE_CELLS)
+"""The cells that T0 runs."""
+PLAIN_CELLS = tuple(Cell(host, backend) for host in HOSTS for backend in BACKENDS)
 """One cell per host and backend, with the default of everything else."""
+SAMPLE_CELLS = (Cell("fake", "anonymous"), Cell("wasmtime", "memfd"), Cell("wasmer", "memfd"))
+"""The plain cells that T0 runs: each host and each backend."""

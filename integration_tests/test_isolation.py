@@ -9,16 +9,16 @@ from collections.abc import Callable
 import pytest
 
 import memslot_plugin as memslot
-from memslot_plugin.tests.profiles import EXPENSIVE
+from memslot_plugin.tests.profiles import LONG
 
 from . import cells, hostile, toy
 from .cells import Cell
 from .hostile import MAXIMUM, traps
 from .toy import PAGE
 
-TIMES = 6 if EXPENSIVE else 1
+TIMES = 6 if LONG else 1
 """How often each attack is followed by each way to go; the next tenant is another one each time."""
-PART = 1 if EXPENSIVE else 12
+PART = 1 if LONG else 12
 """In the ordinary profile each cell tries one of so many parts of the accesses out of bounds."""
 
 NEXT = ("attacker", "other image", "no image", "smaller", "larger", "spoiler")
