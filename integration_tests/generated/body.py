@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from . import emit
-from .emit import NUMBERS, REFERENCES, constant, operation
-from .opcodes import STORES
-from .values import Values
+from .emit import END, NUMBERS, REFERENCES, code, constant
+from .opcodes import ADD, STORES, SUBTRACT
+from .values import Values, Ways
+from .world import Global
 
 
-def count_up(index: int, kind: str) -> bytes:
+def count_up(each: Global) -> bytes:
     """Code that adds an odd number to a global."""
-    add = operation({"i32": 0x6A, "i64": 0x7C}[kind])
-    return operation(0x23, index) + constant(kind, 0x10001) + add + operation(0x24, index)
+    get, put = (0x23, each.index), (0x24, each.index)
+    return code(get, constant(each.kind, 0x10001), ADD[each.kind], put)
 
 
 class Body(Values):
@@ -27,175 +26,139 @@ class Body(Values):
                 first()
         for _ in range(self.rng.randint(0, 6)):
             self.statement()
-        for kind in self.results:
-            self.expression(kind)
-        if self.world.features.tail_calls and self.rng.random() < 0.1:
+        self.expressions(*self.results)
+        if "tail_calls" in self.world.features and self.rng.random() < 0.1:
             self.tail_call()
         own = self.locals[len(self.parameters) :]
-        declared = emit.vector(b"\x01" + emit.CODES[kind] for kind in own)
-        content = declared + bytes(self.code) + emit.END
+        declared = emit.vector(*(b"\x01" + emit.CODES[kind] for kind in own))
+        content = declared + bytes(self.code) + END
         return emit.unsigned(len(content)) + content
 
     def burn(self) -> None:
         """Trap if there is no fuel, and take one of it."""
         fuel = self.world.fuel
         if fuel is not None:
-            self.put(0x23, fuel)
-            self.put(0x45)
-            self.code += b"\x04\x40\x00\x0b"  # if unreachable end
-            self.put(0x23, fuel)
-            self.constant("i32", 1)
-            self.put(0x6B)
-            self.put(0x24, fuel)
+            trap = b"\x04\x40\x00\x0b"  # if unreachable end
+            self.put((0x23, fuel), 0x45, trap)
+            self.put((0x23, fuel), constant("i32", 1), SUBTRACT["i32"], (0x24, fuel))
+
+    def tail_call(self) -> None:
+        """In the place of the results, which lie there: one more call that gives the same."""
+        found = self.callees(self.results)
+        if found:
+            chosen = self.rng.choice(found)
+            self.put(b"\x1a" * len(self.results))
+            for kind in self.world.signatures[self.world.functions[chosen]][0]:
+                self.leaf(kind)
+            self.put((0x12, chosen))
+
+    def statement(self) -> None:
+        self.budget -= 1
+        if self.budget > 0:
+            self.one_of(STATEMENTS)
+
+    # What changes the state
 
     def store(self) -> None:
         memory = self.world.some_memory()
-        if memory is None or (not self.world.memories[memory].minimum and self.rng.random() < 0.8):
-            return
-        kind = self.rng.choice((*NUMBERS, "i32", "i64", "v128"))
-        code, length = self.rng.choice(STORES[kind])
-        offset = self.address(memory, length)
-        self.expression(kind)
-        self.code += operation(code) + self.memory_argument(memory, offset, length)
-
-    def range(self, memory: int, length: int) -> None:
-        """Where a bulk operation begins, as a whole address."""
-        shape = self.world.memories[memory]
-        offset = self.address(memory, length)
-        self.constant(shape.address, offset)
-        self.put({"i32": 0x6A, "i64": 0x7C}[shape.address])
+        if memory is not None:
+            kind = self.rng.choice((*NUMBERS, "i32", "i64", "v128"))
+            chosen, length = self.rng.choice(STORES[kind])
+            offset = self.address(memory, length)
+            self.expressions(kind)
+            self.put(chosen, self.memory_argument(memory, offset, length))
 
     def length(self) -> int:
         return self.rng.choice((0, 1, 3, 16, 64, 300, 4096, 5000, 9000))
 
-    def bulk(self) -> None:
+    def fill(self) -> None:
+        memory, length = self.world.some_memory(), self.length()
+        if memory is not None:
+            self.range(memory, length)
+            self.expressions("i32")
+            self.put(constant(memory.address, length), (0xFC000B, memory.index))
+
+    def copy(self) -> None:
+        one, other = self.world.some_memory(), self.world.some_memory()
+        if one is not None and other is not None:
+            length = self.length()
+            self.range(one, length)
+            self.range(other, length)
+            both = min(one.address, other.address)
+            self.put(constant(both, length), (0xFC000A, one.index, other.index))
+
+    def init(self) -> None:
+        """A part of a data segment, mostly of one that is long enough."""
         rng, world = self.rng, self.world
         memory = world.some_memory()
-        if memory is None:
-            return
-        shape, length = world.memories[memory], self.length()
-        pick = rng.random()
-        if pick < 0.35:
-            self.range(memory, length)
-            self.expression("i32")
-            self.constant(shape.address, length)
-            self.put(0xFC000B, memory)
-        elif pick < 0.7:
-            other = world.some_memory()
-            self.range(memory, length)
-            self.range(other, length)
-            both = "i64" if world.memories[other].address == shape.address == "i64" else "i32"
-            self.constant(both, length)
-            self.put(0xFC000A, memory, other)
-        elif world.irreversible and world.data:
+        if memory is not None and world.irreversible and world.data:
             segment = rng.randrange(len(world.data))
-            if pick < 0.93:
-                held = world.data[segment].length
-                start = rng.choice((0, 0, held // 2, held, held + (rng.random() < 0.1)))
-                length = rng.choice((0, max(held - start, 0), max(held - start, 0)))
-                length += rng.random() < 0.05
-                self.range(memory, length)
-                self.constant("i32", start)
-                self.constant("i32", length)
-                self.put(0xFC0008, segment, memory)
-            else:
-                self.put(0xFC0009, segment)
+            held = world.data[segment].length
+            start = rng.choice((0, 0, held // 2, held, held + (rng.random() < 0.1)))
+            length = rng.choice((0, max(held - start, 0), max(held - start, 0)))
+            length += rng.random() < 0.05
+            self.range(memory, length)
+            numbers = constant("i32", start) + constant("i32", length)
+            self.put(numbers, (0xFC0008, segment, memory.index))
+
+    def drop_data(self) -> None:
+        if self.world.irreversible and self.world.data:
+            self.put((0xFC0009, self.rng.randrange(len(self.world.data))))
 
     def change_table(self) -> None:
         rng, world = self.rng, self.world
         if not world.tables or not world.irreversible:
             return
         table = rng.choice(world.tables)
-        pick = rng.random()
         few = rng.choice((0, 1, 1, 2))
-        if pick < 0.35:
-            self.table_index(table)
-            self.expression(table.kind)
-            self.put(0x26, table.index)
-        elif pick < 0.5:
-            self.table_index(table)
-            self.expression(table.kind)
-            self.constant(table.address, few)
-            self.put(0xFC0011, table.index)
-        elif pick < 0.7:
-            others = [each for each in world.tables if each.kind == table.kind]
-            other = rng.choice(others)
-            self.table_index(table)
-            self.table_index(other)
-            both = "i64" if table.address == other.address == "i64" else "i32"
-            self.constant(both, few)
-            self.put(0xFC000E, table.index, other.index)
-        else:
-            segments = [each for each in world.elements if each.kind == table.kind]
-            if not segments:
-                return
-            segment = rng.choice(segments)
-            if pick < 0.9:
-                self.table_index(table)
-                self.constant("i32", rng.choice((0, 0, 1, segment.length)))
-                self.constant("i32", min(few, segment.length) if rng.random() < 0.9 else few + 1)
-                self.put(0xFC000C, segment.index, table.index)
-            else:
-                self.put(0xFC000D, segment.index)
-
-    def tail_call(self) -> None:
-        """In the place of the results, which lie there: one more call that gives the same."""
-        world = self.world
-        found = [
-            index
-            for index, signature in enumerate(world.functions)
-            if world.signatures[signature][1] == self.results
-            and (world.fuel is not None or index > self.index or index < world.imported_functions)
-        ]
-        if not found:
-            return
-        for _ in self.results:
-            self.code += b"\x1a"
-        chosen = self.rng.choice(found)
-        for kind in world.signatures[world.functions[chosen]][0]:
-            self.leaf(kind)
-        self.put(0x12, chosen)
-
-    def statement(self) -> None:
-        self.budget -= 1
-        if self.budget <= 0:
-            return
-        pick = self.rng.random()
-        many: tuple[tuple[float, Callable[[], object]], ...] = (
-            (0.26, self.store),
-            (0.36, self.assign),
-            (0.45, self.assign_global),
-            (0.48, self.accumulate),
-            (0.62, self.bulk),
-            (0.74, self.change_table),
-            (0.82, self.block),
-            (0.88, self.loop),
-            (0.94, self.call_and_drop),
-            (0.97, self.leave),
-            (0.985, self.guarded_trap),
-            (1.0, self.several_ways),
+        others = [each for each in world.tables if each.kind == table.kind]
+        segments = [each for each in world.elements if each.kind == table.kind]
+        what = rng.choice(
+            ("set", "set", "fill", "copy", *(("init", "init", "drop") * bool(segments)))
         )
-        next(action for limit, action in many if pick < limit)()
+        if what == "drop":
+            self.put((0xFC000D, rng.choice(segments).index))
+            return
+        self.table_index(table)
+        if what == "set":
+            self.expressions(table.kind)
+            self.put((0x26, table.index))
+        elif what == "fill":
+            self.expressions(table.kind)
+            self.put(constant(table.address, few), (0xFC0011, table.index))
+        elif what == "copy":
+            other = rng.choice(others)
+            self.table_index(other)
+            both = min(table.address, other.address)
+            self.put(constant(both, few), (0xFC000E, table.index, other.index))
+        else:
+            segment = rng.choice(segments)
+            length = min(few, segment.length) if rng.random() < 0.9 else few + 1
+            start = constant("i32", rng.choice((0, 0, 1, segment.length)))
+            self.put(start, constant("i32", length), (0xFC000C, segment.index, table.index))
 
     def assign(self) -> None:
         kind = self.rng.choice((*NUMBERS, "v128", *REFERENCES))
-        self.expression(kind)
-        self.put(0x21, self.local(kind))
+        self.expressions(kind)
+        self.put((0x21, self.local(kind)))
 
     def assign_global(self) -> None:
-        found = [g for g in self.world.globals if g.mutable and g.index != self.world.fuel]
-        if found:
+        if found := self.world.assignable():
             chosen = self.rng.choice(found)
-            self.expression(chosen.kind)
-            self.put(0x24, chosen.index)
+            self.expressions(chosen.kind)
+            self.put((0x24, chosen.index))
 
     def accumulate(self) -> None:
         """Change a global so that it tells how often this ran."""
-        found = [g for g in self.world.globals if g.mutable and g.kind in ("i32", "i64")]
-        found = [g for g in found if g.index != self.world.fuel]
-        if found:
-            chosen = self.rng.choice(found)
-            self.code += count_up(chosen.index, chosen.kind)
+        if found := self.world.counters():
+            self.put(count_up(self.rng.choice(found)))
+
+    def call_and_drop(self) -> None:
+        results = self.rng.choice(self.world.signatures)[1]
+        if self.call(results):
+            self.put(b"\x1a" * len(results))
+
+    # What decides where it goes on
 
     def inside(self) -> None:
         self.depth += 1
@@ -203,74 +166,69 @@ class Body(Values):
             self.statement()
         self.depth -= 1
 
-    def block(self) -> None:
-        pick = self.rng.random()
-        if pick < 0.5:
-            self.condition()
-            self.code += b"\x04\x40"
+    def branch_on_condition(self) -> None:
+        self.expressions("i32")
+        self.put(b"\x04\x40")
+        self.inside()
+        if self.rng.random() < 0.5:
+            self.put(0x05)
             self.inside()
-            if self.rng.random() < 0.5:
-                self.code += b"\x05"
-                self.inside()
-        elif pick < 0.65 and self.world.features.exceptions and self.world.tags:
-            self.code += b"\x02\x40\x1f\x40\x01\x02\x00"  # block, try_table with catch_all
+        self.put(END)
+
+    def block(self) -> None:
+        self.put(b"\x02\x40")
+        self.inside()
+        self.expressions("i32")
+        self.put((0x0D, 0))
+        self.inside()
+        self.put(END)
+
+    def catch(self) -> None:
+        if "exceptions" in self.world.features and self.world.tags:
+            self.put(b"\x02\x40\x1f\x40\x01\x02\x00")  # block, try_table with catch_all
             self.depth += 1
             self.inside()
-            self.condition()
-            self.code += b"\x04\x40" + operation(0x08, 0) + b"\x0b"
+            self.expressions("i32")
+            self.put(b"\x04\x40", (0x08, 0), END)  # if throw end
             self.depth -= 1
-            self.code += b"\x0b"
-        else:
-            self.code += b"\x02\x40"
-            self.inside()
-            self.condition()
-            self.put(0x0D, 0)
-            self.inside()
-        self.code += b"\x0b"
+            self.put(END, END)
+
+    def several_ways(self) -> None:
+        self.put(b"\x02\x40\x02\x40")
+        self.expressions("i32")
+        self.put(b"\x0e\x02\x00\x01\x00", END)  # br_table 0 1 0, and the inner end
+        self.inside()
+        self.put(END)
 
     def loop(self) -> None:
-        if self.world.fuel is None:
-            return
-        counter = self.new_local("i32")
-        self.constant("i32", self.rng.randint(1, 20))
-        self.put(0x21, counter)
-        self.code += b"\x03\x40"
-        self.burn()
-        self.inside()
-        self.put(0x20, counter)
-        self.constant("i32", 1)
-        self.put(0x6B)
-        self.put(0x22, counter)
-        # A statement may have changed it, too: fuel ends the loop then.
-        self.put(0x0D, 0)
-        self.code += b"\x0b"
-
-    def call_and_drop(self) -> None:
-        results = list(self.rng.choice(self.world.signatures)[1])
-        if self.call(results):
-            self.code += b"\x1a" * len(results)
+        if self.world.fuel is not None:
+            counter = self.new_local("i32")
+            self.put(constant("i32", self.rng.randint(1, 20)), (0x21, counter), b"\x03\x40")
+            self.burn()
+            self.inside()
+            # A statement may have changed the counter, too: fuel ends the loop then.
+            self.put((0x20, counter), constant("i32", 1), SUBTRACT["i32"], (0x22, counter))
+            self.put((0x0D, 0), END)
 
     def leave(self) -> None:
         """A way out, that is taken if a condition says so."""
-        self.condition()
+        self.expressions("i32")
         if self.depth and self.rng.random() < 0.7:
-            self.put(0x0D, self.rng.randrange(self.depth))
+            self.put((0x0D, self.rng.randrange(self.depth)))
             return
-        self.code += b"\x04\x40"
+        self.put(b"\x04\x40")
         for kind in self.results:
             self.leaf(kind)
-        self.code += b"\x0f\x0b"
+        self.put(0x0F, END)
 
     def guarded_trap(self) -> None:
-        self.condition()
-        self.constant("i32", 3)
-        self.put(0x71)
-        self.put(0x45)
-        self.code += b"\x04\x40\x00\x0b"
+        self.expressions("i32")
+        self.put(constant("i32", 3), 0x71, 0x45, b"\x04\x40\x00\x0b")
 
-    def several_ways(self) -> None:
-        self.code += b"\x02\x40\x02\x40"
-        self.condition()
-        self.code += b"\x0e\x02\x00\x01\x00\x0b"  # br_table 0 1 0, and the inner end
-        self.inside()
-        self.code += b"\x0b"
+
+STATEMENTS: Ways = (
+    *((26, Body.store), (10, Body.assign), (9, Body.assign_global), (3, Body.accumulate)),
+    *((5, Body.fill), (5, Body.copy), (3, Body.init), (1, Body.drop_data), (12, Body.change_table)),
+    *((4, Body.branch_on_condition), (3, Body.block), (1, Body.catch), (1, Body.several_ways)),
+    *((6, Body.loop), (6, Body.call_and_drop), (3, Body.leave), (2, Body.guarded_trap)),
+)

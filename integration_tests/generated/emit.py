@@ -1,15 +1,14 @@
-"""WebAssembly's binary format, written: the bytes of which the generated modules are made.
-
-Apart from `memslot_plugin.wasm` on purpose: a mistake there would otherwise be the same one here.
-"""
+"""Types, limits and instructions in WebAssembly's binary format."""
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
 
-HEADER = b"\0asm\1\0\0\0"
-END = b"\x0b"
+from memslot_plugin.tests.encode import END, HEADER, name, section, unsigned, vector
+from memslot_plugin.tests.encode import signed as _signed
+
+__all__ = ["END", "HEADER", "name", "section", "unsigned", "vector"]
 
 CODES = {
     "i32": b"\x7f",
@@ -23,46 +22,12 @@ CODES = {
 NUMBERS = ("i32", "i64", "f32", "f64")
 REFERENCES = ("funcref", "externref")
 
-
-def unsigned(value: int, length: int = 0) -> bytes:
-    """An unsigned LEB128 integer, in `length` bytes if that is more than it needs."""
-    out = bytearray()
-    while value >= 0x80:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    while len(out) < length:
-        out[-1] |= 0x80
-        out.append(0)
-    return bytes(out)
-
-
-def signed(value: int) -> bytes:
-    out = bytearray()
-    while not -64 <= value < 64:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value & 0x7F)
-    return bytes(out)
-
-
-def name(text: str) -> bytes:
-    encoded = text.encode()
-    return unsigned(len(encoded)) + encoded
-
-
-def vector(entries: Iterable[bytes]) -> bytes:
-    listed = list(entries)
-    return unsigned(len(listed)) + b"".join(listed)
-
-
-def section(number: int, payload: bytes, length: int = 0) -> bytes:
-    """A section; `length` bytes are taken to write its size."""
-    return bytes([number]) + unsigned(len(payload), length) + payload
+Part = int | bytes | tuple[int, ...]
 
 
 def function_type(parameters: Iterable[str], results: Iterable[str]) -> bytes:
-    return b"\x60" + vector(CODES[t] for t in parameters) + vector(CODES[t] for t in results)
+    sides = (vector(*(CODES[kind] for kind in side)) for side in (parameters, results))
+    return b"\x60" + b"".join(sides)
 
 
 def limits(minimum: int, maximum: int | None, *, wide: bool = False, shared: bool = False) -> bytes:
@@ -70,13 +35,12 @@ def limits(minimum: int, maximum: int | None, *, wide: bool = False, shared: boo
     return bytes([flags]) + unsigned(minimum) + (b"" if maximum is None else unsigned(maximum))
 
 
-def constant(kind: str, bits: int) -> bytes:
+def constant(kind: str, bits: int = 0) -> bytes:
     """The instruction that gives these bits; null for a reference."""
     if kind in ("i32", "i64"):
         width = int(kind[1:])
         assert 0 <= bits < 1 << width, (kind, bits)
-        value = bits - (bits >> (width - 1) << width)
-        return (b"\x41" if width == 32 else b"\x42") + signed(value)
+        return (b"\x41" if width == 32 else b"\x42") + _signed(signed(kind, bits))
     if kind == "f32":
         return b"\x43" + struct.pack("<I", bits)
     if kind == "f64":
@@ -86,7 +50,21 @@ def constant(kind: str, bits: int) -> bytes:
     return b"\xd0" + CODES[kind]
 
 
-def operation(code: int, *immediates: int) -> bytes:
-    """An opcode, of which those above 0xff stand for a prefix and a number, and unsigned immediates."""
-    head = bytes([code]) if code < 0x100 else bytes([code >> 16]) + unsigned(code & 0xFFFF)
+def signed(kind: str, bits: int) -> int:
+    """The bits of an integer as a signed number."""
+    width = int(kind[1:])
+    return bits - (bits >> (width - 1) << width)
+
+
+def code(*parts: Part) -> bytes:
+    """Instructions: an opcode, or one with unsigned immediates, or bytes as they stand.
+
+    Opcodes above 0xff stand for a prefix and a number.
+    """
+    return b"".join(part if isinstance(part, bytes) else _operation(part) for part in parts)
+
+
+def _operation(part: int | tuple[int, ...]) -> bytes:
+    opcode, *immediates = (part,) if isinstance(part, int) else part
+    head = bytes([opcode]) if opcode < 0x100 else bytes([opcode >> 16]) + unsigned(opcode & 0xFFFF)
     return head + b"".join(map(unsigned, immediates))

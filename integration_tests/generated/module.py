@@ -13,11 +13,13 @@ from typing import Any
 from . import emit
 from .body import Body, count_up
 from .declarations import numeric
-from .emit import END, constant, operation
+from .emit import END, code, constant, unsigned
 from .opcodes import PAGE, some_bits
 from .probes import bits_of, checksum
 from .segments import Segments
 from .world import Features, Signature, Table
+
+START, TAG, DATA_COUNT = 8, 13, 12
 
 
 class Generated(Segments):
@@ -28,6 +30,7 @@ class Generated(Segments):
 
     def __init__(self, seed: int, features: Features) -> None:
         super().__init__(seed, features)
+        self._callable: list[tuple[str, tuple[str, ...]]] = []
         self.binary = self._write()
         self._choose_calls()
 
@@ -39,61 +42,53 @@ class Generated(Segments):
         if rng.random() < 0.5:  # so that every function may be referred to
             everything = range(len(world.functions))
             world.referable += everything
-            elements.append(b"\x03\x00" + emit.vector(map(emit.unsigned, everything)))
-        bodies = [
-            Body(world, index).write()
-            for index in range(world.imported_functions, len(world.functions))
-        ]
-        own = world.functions[world.imported_functions :]
+            elements.append(b"\x03\x00" + emit.vector(*map(unsigned, everything)))
+        own = range(world.imported_functions, len(world.functions))
+        bodies = [Body(world, index).write() for index in own]
         self._wrap()
         start = self._start()
-        kinds = [emit.unsigned(kind) for kind in own] + [
-            emit.unsigned(kind) for kind, _ in self._wrappers
-        ]
-        bodies += [emit.unsigned(len(body)) + body for _, body in self._wrappers]
-        types = [emit.function_type(*signature) for signature in world.signatures]
+        kinds = [*(world.functions[index] for index in own), *(kind for kind, _ in self._wrappers)]
+        bodies += [unsigned(len(body)) + body for _, body in self._wrappers]
         memories = [
             emit.limits(m.minimum, m.maximum, wide=m.address == "i64", shared=m.shared)
             for m in world.memories
             if not m.imported
         ]
         exports = [
-            emit.name(text) + bytes([kind]) + emit.unsigned(at) for text, kind, at in self._exports
+            emit.name(text) + bytes([kind]) + unsigned(at) for text, kind, at in self._exports
         ]
-        counted = data or rng.random() < 0.3
         sections = [
-            (1, emit.vector(types)),
-            (2, emit.vector(self._import_entries)),
-            (3, emit.vector(kinds)),
-            (4, emit.vector(self._table(t) for t in world.tables if not t.imported)),
-            (5, emit.vector(memories)),
-            (13, emit.vector([b"\x00\x00"] * world.tags)),
-            (6, emit.vector(self._global_entries)),
-            (7, emit.vector(exports)),
-            (8, b"" if start is None else emit.unsigned(start)),
-            (9, emit.vector(elements)),
-            (12, emit.unsigned(len(data)) if counted else b""),
-            (10, emit.vector(bodies)),
-            (11, emit.vector(data)),
+            (1, emit.vector(*(emit.function_type(*signature) for signature in world.signatures))),
+            (2, emit.vector(*self._import_entries)),
+            (3, emit.vector(*map(unsigned, kinds))),
+            (4, emit.vector(*(self._table(t) for t in world.tables if not t.imported))),
+            (5, emit.vector(*memories)),
+            (TAG, emit.vector(*[b"\x00\x00"] * world.tags)),
+            (6, emit.vector(*self._global_entries)),
+            (7, emit.vector(*exports)),
+            *([] if start is None else [(START, unsigned(start))]),
+            (9, emit.vector(*elements)),
+            *([(DATA_COUNT, unsigned(len(data)))] if data or rng.random() < 0.3 else []),
+            (10, emit.vector(*bodies)),
+            (11, emit.vector(*data)),
         ]
-        parts = [emit.HEADER]
-        for number, payload in sections:
-            if rng.random() < 0.05:
-                parts.append(emit.section(0, emit.name("note") + rng.randbytes(rng.randint(0, 9))))
-            if payload and (
-                payload != b"\x00" or (number not in (8, 12, 13) and rng.random() < 0.1)
-            ):
-                parts.append(emit.section(number, payload, rng.choice((0, 0, 5))))
-            elif (number == 8 and payload) or (number == 12 and counted):
-                parts.append(emit.section(number, payload))
-        return b"".join(parts)
+        return emit.HEADER + b"".join(self._section(*each) for each in sections)
+
+    def _section(self, number: int, payload: bytes) -> bytes:
+        """A section, perhaps behind a custom one; an empty vector is rarely written."""
+        rng, note = self.rng, b""
+        if rng.random() < 0.05:
+            note = emit.section(0, emit.name("note") + rng.randbytes(rng.randint(0, 9)))
+        if payload == b"\x00" and number not in (START, DATA_COUNT):
+            if number == TAG or rng.random() < 0.9:
+                return note
+        return note + emit.section(number, payload, rng.choice((0, 0, 5)))
 
     def _table(self, table: Table) -> bytes:
-        kind = emit.CODES[table.kind] + emit.limits(
-            table.minimum, table.maximum, wide=table.address == "i64"
-        )
-        if self.world.features.filled_tables and self.rng.random() < 0.2:
-            return b"\x40\x00" + kind + constant(table.kind, 0) + END
+        wide = table.address == "i64"
+        kind = emit.CODES[table.kind] + emit.limits(table.minimum, table.maximum, wide=wide)
+        if "filled_tables" in self.world.features and self.rng.random() < 0.2:
+            return b"\x40\x00" + kind + constant(table.kind) + END
         return kind
 
     def _start(self) -> int | None:
@@ -106,56 +101,42 @@ class Generated(Segments):
         ]
         if self.rng.random() > 0.3 or not found:
             return None
-        body = b"\x00"
-        counted = [g for g in world.globals if g.mutable and g.kind in ("i32", "i64")]
-        body += b"".join(count_up(each.index, each.kind) for each in counted)
-        if world.fuel is not None:
-            body += constant("i32", 30) + operation(0x24, world.fuel)
-        return self._function(((), ()), body + operation(0x10, self.rng.choice(found)) + END)
+        counted = b"".join(map(count_up, world.counters()))
+        called = code((0x10, self.rng.choice(found)), END)
+        return self._function(((), ()), b"\x00" + counted + self._fuel(30) + called)
 
     # What can be called: every function of numbers, with fuel, and the probes
 
+    def _fuel(self, amount: int) -> bytes:
+        fuel = self.world.fuel
+        return b"" if fuel is None else code(constant("i32", amount), (0x24, fuel))
+
     def _wrap(self) -> None:
         world = self.world
-        self._callable: list[tuple[str, tuple[str, ...]]] = []
         for index, kind in enumerate(world.functions):
             parameters, results = world.signatures[kind]
-            if not numeric((parameters, results)):
-                continue
-            body = b"\x00"
-            if world.fuel is not None:
-                body += constant("i32", self.rng.choice((3, 30, 100, 200))) + operation(
-                    0x24, world.fuel
-                )
-            body += b"".join(operation(0x20, place) for place in range(len(parameters)))
-            self._export(f"f{index}", (parameters, results), body + operation(0x10, index) + END)
-            self._callable.append((f"f{index}", parameters))
+            if numeric((parameters, results)):
+                given = ((0x20, place) for place in range(len(parameters)))
+                body = self._fuel(self.rng.choice((3, 30, 100, 200))) + code(*given, (0x10, index))
+                self._export(f"f{index}", (parameters, results), b"\x00" + body + END)
+                self._callable.append((f"f{index}", parameters))
         for memory in world.memories:
-            self._probe(
-                f"size{memory.index}",
-                ((), (memory.address,)),
-                b"\x00" + operation(0x3F, memory.index) + END,
-            )
+            size = b"\x00" + code((0x3F, memory.index), END)
+            self._probe(f"size{memory.index}", ((), (memory.address,)), size)
             self._probe(f"hash{memory.index}", ((), ("i64",)), checksum(memory))
         for each in world.globals:
             if each.index != world.fuel:
                 self._probe(f"g{each.index}", *bits_of(each))
         for table in world.tables:
-            size = operation(0xFC0010, table.index)
-            self._probe(f"t{table.index} size", ((), (table.address,)), b"\x00" + size + END)
-            body = (
-                b"\x00" + operation(0x20, 0) + operation(0x25, table.index) + operation(0xD1) + END
-            )
-            places = range(table.minimum + 2)
-            self._probe(f"t{table.index}", ((table.address,), ("i32",)), body, *places)
+            index, one_place = table.index, ((table.address,), ("i32",))
+            size = b"\x00" + code((0xFC0010, index), END)
+            self._probe(f"t{index} size", ((), (table.address,)), size)
+            is_null = b"\x00" + code((0x20, 0), (0x25, index), 0xD1, END)
+            self._probe(f"t{index}", one_place, is_null, *range(table.minimum + 2))
             if table.kind == "funcref":
-                call = b"\x00"
-                if world.fuel is not None:
-                    call += constant("i32", 30) + operation(0x24, world.fuel)
-                call += operation(0x20, 0) + operation(0x11, 1, table.index) + END
-                name = f"t{table.index} call"
-                self._export(name, ((table.address,), ("i32",)), call)
-                self._callable.append((name, (f"place {table.minimum}",)))
+                call = self._fuel(30) + code((0x20, 0), (0x11, 1, index), END)
+                self._export(f"t{index} call", one_place, b"\x00" + call)
+                self._callable.append((f"t{index} call", (f"place {table.minimum}",)))
 
     def _function(self, signature: Signature, body: bytes) -> int:
         """One more function, by its index."""
@@ -174,9 +155,7 @@ class Generated(Segments):
 
     def _choose_calls(self) -> None:
         rng = self.rng
-        for _ in range(rng.choice((0, 3, 6, 12, 16))):
-            if not self._callable:
-                break
+        for _ in range(rng.choice((0, 3, 6, 12, 16)) if self._callable else 0):
             name, parameters = rng.choice(self._callable)
             self.calls.append((name, *map(self._argument, parameters)))
             if self.probes and rng.random() < 0.3:
@@ -186,10 +165,8 @@ class Generated(Segments):
     def _argument(self, kind: str) -> Any:
         if kind.startswith("place"):
             return self.rng.randrange(int(kind.split()[1]) + 2)
-        bits = some_bits(self.rng, kind) if kind in ("i32", "i64") else 0
         if kind in ("i32", "i64"):
-            width = int(kind[1:])
-            return bits - (bits >> (width - 1) << width)
+            return emit.signed(kind, some_bits(self.rng, kind))
         return self.rng.choice((0.0, -0.0, 1.0, -1.5, 1e30, float("inf"), 0.1, 2.0**31))
 
     # What is known without running it
@@ -197,16 +174,13 @@ class Generated(Segments):
     def initial_memory(self, index: int) -> bytes | None:
         """What a memory holds before any code runs; None where the module alone does not tell, or it does not start."""
         memory = self.world.memories[index]
-        if memory.imported:
-            return None
         content = bytearray(memory.minimum * PAGE)
         for segment in self.world.data:
-            if segment.memory != index:
-                continue
-            if segment.place is None or segment.place + segment.length > len(content):
-                return None
-            content[segment.place : segment.place + segment.length] = segment.content
-        return bytes(content)
+            if segment.memory == index:
+                if segment.place is None or segment.place + segment.length > len(content):
+                    return None
+                content[segment.place : segment.place + segment.length] = segment.content
+        return None if memory.imported else bytes(content)
 
     def __str__(self) -> str:
         return f"seed {self.seed}: {self.binary.hex()}"

@@ -3,44 +3,70 @@
 from __future__ import annotations
 
 import random
+from collections import defaultdict
+from collections.abc import Sequence
 
 PAGE = 65536
 CANONICAL = {"f32": 0x7FC00000, "f64": 0x7FF8000000000000}
+ADD = {"i32": 0x6A, "i64": 0x7C}
+SUBTRACT = {"i32": 0x6B, "i64": 0x7D}
+MULTIPLY = {"i32": 0x6C, "i64": 0x7E}
+AND = {"i32": 0x71, "i64": 0x83}
+OR = {"i32": 0x72, "i64": 0x84}
 
-# What takes one operand, or two, and gives the type that it stands under: opcodes, and the type of the operands.
-INTEGER_UNARY = {"i32": (0x67, 0x68, 0x69, 0xC0, 0xC1), "i64": (0x79, 0x7A, 0x7B, 0xC2, 0xC3, 0xC4)}
-SAFE_BINARY = {
-    "i32": (0x6A, 0x6B, 0x6C, 0x71, 0x72, 0x73, 0x74, 0x75, 0x76, 0x77, 0x78),
-    "i64": (0x7C, 0x7D, 0x7E, 0x83, 0x84, 0x85, 0x86, 0x87, 0x88, 0x89, 0x8A),
-}
-DIVISIONS = {"i32": (0x6D, 0x6E, 0x6F, 0x70), "i64": (0x7F, 0x80, 0x81, 0x82)}
-COMPARISONS = {
-    "i32": tuple(range(0x46, 0x50)),
-    "i64": tuple(range(0x51, 0x5B)),
-    "f32": tuple(range(0x5B, 0x61)),
-    "f64": tuple(range(0x61, 0x67)),
-}
+Group = tuple[tuple[str, ...], Sequence[int], tuple[int, ...]]
+"""The types of the operands, opcodes that take them, and below which number each immediate byte is."""
+
+# What never traps: result, operands, opcodes, and immediate bytes where they have any.
+_SAFE: tuple[tuple[str, str, Sequence[int]], ...] = (
+    ("i32", "i32", (0x45, 0x67, 0x68, 0x69, 0xC0, 0xC1)),
+    ("i32", "i32 i32", (0x6A, 0x6B, 0x6C, *range(0x71, 0x79))),
+    ("i32", "i32 i32", range(0x46, 0x50)),
+    ("i32", "i64", (0x50, 0xA7)),
+    ("i32", "i64 i64", range(0x51, 0x5B)),
+    ("i32", "f32 f32", range(0x5B, 0x61)),
+    ("i32", "f64 f64", range(0x61, 0x67)),
+    ("i32", "f32", (0xBC, 0xFC0000, 0xFC0001)),
+    ("i32", "f64", (0xFC0002, 0xFC0003)),
+    ("i32", "v128", (0xFD0053, 0xFD0063, 0xFD0064, 0xFD00A3, 0xFD00C4)),
+    ("i32", "funcref", (0xD1,)),
+    ("i32", "externref", (0xD1,)),
+    ("i64", "i64", (0x79, 0x7A, 0x7B, 0xC2, 0xC3, 0xC4)),
+    ("i64", "i64 i64", (0x7C, 0x7D, 0x7E, *range(0x83, 0x8B))),
+    ("i64", "i32", (0xAC, 0xAD)),
+    ("i64", "f32", (0xFC0004, 0xFC0005)),
+    ("i64", "f64", (0xBD, 0xFC0006, 0xFC0007)),
+    ("f32", "f32", range(0x8B, 0x92)),
+    ("f32", "f32 f32", range(0x92, 0x99)),
+    ("f32", "i32", (0xB2, 0xB3, 0xBE)),
+    ("f32", "i64", (0xB4, 0xB5)),
+    ("f32", "f64", (0xB6,)),
+    ("f64", "f64", range(0x99, 0xA0)),
+    ("f64", "f64 f64", range(0xA0, 0xA7)),
+    ("f64", "i32", (0xB7, 0xB8)),
+    ("f64", "i64", (0xB9, 0xBA, 0xBF)),
+    ("f64", "f32", (0xBB,)),
+    ("v128", "v128", (0xFD004D, 0xFD0060, 0xFD0061, 0xFD0080, 0xFD00A0, 0xFD00C1)),
+    ("v128", "v128 v128", (0xFD000E, 0xFD004E, 0xFD0050, 0xFD0051, 0xFD006E)),
+    ("v128", "v128 v128", (0xFD0071, 0xFD0095, 0xFD00AE, 0xFD00B5, 0xFD00CE)),
+    ("v128", "i32", (0xFD000F, 0xFD0010, 0xFD0011)),
+    ("v128", "i64", (0xFD0012,)),
+    ("v128", "f32", (0xFD0013,)),
+)
+SAFE: dict[str, list[Group]] = defaultdict(list)
+for _result, _operands, _codes in _SAFE:
+    SAFE[_result].append((tuple(_operands.split()), _codes, ()))
+SAFE["i64"].append((("v128",), (0xFD001D,), (2,)))  # extract_lane
+SAFE["v128"].append((("v128", "i64"), (0xFD001E,), (2,)))  # replace_lane
+SAFE["v128"].append((("v128", "v128"), (0xFD000D,), (32,) * 16))  # shuffle
+
+EXACT = {0x8B, 0x8C, 0x98, 0xBE, 0x99, 0x9A, 0xA6, 0xBF}
+"""Operations that give a float whose bits are determined, a NaN's too."""
+
+DIVISIONS = {"i32": range(0x6D, 0x71), "i64": range(0x7F, 0x83)}
 TRUNCATIONS = {
     "i32": ((0xA8, "f32"), (0xA9, "f32"), (0xAA, "f64"), (0xAB, "f64")),
     "i64": ((0xAE, "f32"), (0xAF, "f32"), (0xB0, "f64"), (0xB1, "f64")),
-}
-SATURATIONS = {
-    "i32": tuple((0xFC0000 + n, "f32" if n < 2 else "f64") for n in range(4)),
-    "i64": tuple((0xFC0004 + n, "f32" if n < 2 else "f64") for n in range(4)),
-}
-BITS_OF_FLOATS = {
-    "i32": (0xBC, "f32"),
-    "i64": (0xBD, "f64"),
-    "f32": (0xBE, "i32"),
-    "f64": (0xBF, "i64"),
-}
-FLOAT_SIGNS = {"f32": (0x8B, 0x8C), "f64": (0x99, 0x9A)}
-FLOAT_UNARY = {"f32": tuple(range(0x8D, 0x92)), "f64": tuple(range(0x9B, 0xA0))}
-FLOAT_BINARY = {"f32": tuple(range(0x92, 0x98)), "f64": tuple(range(0xA0, 0xA6))}
-COPYSIGN = {"f32": 0x98, "f64": 0xA6}
-CONVERSIONS = {
-    "f32": ((0xB2, "i32"), (0xB3, "i32"), (0xB4, "i64"), (0xB5, "i64"), (0xB6, "f64")),
-    "f64": ((0xB7, "i32"), (0xB8, "i32"), (0xB9, "i64"), (0xBA, "i64"), (0xBB, "f32")),
 }
 LOADS = {  # opcode, bytes
     "i32": ((0x28, 4), (0x2C, 1), (0x2D, 1), (0x2E, 2), (0x2F, 2)),
@@ -56,37 +82,16 @@ STORES = {
     "f64": ((0x39, 8),),
     "v128": ((0xFD000B, 16),),
 }
-VECTOR_UNARY = (0xFD004D, 0xFD0060, 0xFD0061, 0xFD0080, 0xFD00A0, 0xFD00C1)
-VECTOR_BINARY = (
-    0xFD004E,
-    0xFD0050,
-    0xFD0051,
-    0xFD006E,
-    0xFD0071,
-    0xFD0095,
-    0xFD00AE,
-    0xFD00B5,
-    0xFD00CE,
-    0xFD000E,
-)
-SPLATS = (
-    (0xFD000F, "i32"),
-    (0xFD0010, "i32"),
-    (0xFD0011, "i32"),
-    (0xFD0012, "i64"),
-    (0xFD0013, "f32"),
-)
-VECTOR_TESTS = (0xFD0053, 0xFD0063, 0xFD0064, 0xFD00A3, 0xFD00C4)
 
 INTERESTING = {
     "i32": (0, 1, 2, 3, 7, 8, 255, 4096, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 1, 2**32 - 8),
     "i64": (0, 1, 5, 65536, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1),
-    "f32": (0, 0x80000000, 0x3F800000, 0x7F800000, 0x7FC00000, 0x7F800001, 0x4F000000, 1, 0x42280000),
+    "f32": (0, 1 << 31, 0x3F800000, 0x7F800000, 0x7FC00000, 0x7F800001, 0x4F000000, 1, 0x42280000),
     "f64": (
         *(0, 1 << 63, 0x3FF0000000000000, 0x7FF0000000000000, 0x7FF8000000000000),
         *(0x7FF0000000000001, 0x41E0000000000000, 1, 0x4045000000000000),
     ),
-}  # fmt: skip
+}
 
 
 def some_bits(rng: random.Random, kind: str) -> int:

@@ -5,14 +5,16 @@ A value is the same on every run: an operation that may make a NaN is followed b
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from . import emit
-from . import opcodes as codes
-from .emit import NUMBERS, REFERENCES, constant, operation
+from . import opcodes
+from .emit import CODES, END, NUMBERS, REFERENCES, Part, code, constant, unsigned
+from .opcodes import ADD, AND, OR, PAGE
+from .world import Memory, Table, World
 
-if TYPE_CHECKING:
-    from .world import World
+Ways = Sequence[tuple[int, Callable[..., object]]]
+"""What can be done next, each with its weight."""
 
 
 class Values:
@@ -31,299 +33,175 @@ class Values:
             if self.rng.random() < 0.5:
                 self.locals.append(kind)
 
-    def put(self, code: int, *immediates: int) -> None:
-        self.code += operation(code, *immediates)
+    def put(self, *parts: Part) -> None:
+        self.code += code(*parts)
 
     def constant(self, kind: str, bits: int = 0) -> None:
         self.code += constant(kind, bits)
 
+    def one_of(self, ways: Ways, *arguments: Any) -> None:
+        (way,) = self.rng.choices([each for _, each in ways], [weight for weight, _ in ways])
+        way(self, *arguments)
+
     def local(self, kind: str) -> int:
         """A local of this type, added if there is none."""
         found = [place for place, each in enumerate(self.locals) if each == kind]
-        if found:
-            return self.rng.choice(found)
-        return self.new_local(kind)
+        return self.rng.choice(found) if found else self.new_local(kind)
 
     def new_local(self, kind: str) -> int:
         self.locals.append(kind)
         return len(self.locals) - 1
 
-    def expression(self, kind: str) -> None:
-        self.budget -= 1
-        if self.budget <= 0 or self.rng.random() < 0.22:
-            self.leaf(kind)
-            return
-        if kind in REFERENCES:
-            self.reference(kind)
-        elif kind == "v128":
-            self.vector()
-        elif kind in ("i32", "i64"):
-            self.integer(kind)
-        else:
-            self.float(kind)
+    def expressions(self, *kinds: str) -> None:
+        for kind in kinds:
+            self.budget -= 1
+            if self.budget <= 0 or self.rng.random() < 0.22:
+                self.leaf(kind)
+            else:
+                self.one_of(WAYS[kind], kind)
 
     def leaf(self, kind: str) -> None:
-        globals_ = [
-            g.index for g in self.world.globals if g.kind == kind and g.index != self.world.fuel
-        ]
+        found = [g for g in self.world.globals if g.kind == kind and g.index != self.world.fuel]
         pick = self.rng.random()
-        if globals_ and pick < 0.35:
-            self.put(0x23, self.rng.choice(globals_))
+        if found and pick < 0.35:
+            self.put((0x23, self.rng.choice(found).index))
         elif kind in self.locals and pick < 0.75:
-            self.put(0x20, self.local(kind))
+            self.put((0x20, self.local(kind)))
         elif kind == "funcref" and self.world.referable and pick < 0.95:
-            self.put(0xD2, self.rng.choice(self.world.referable))
-        elif kind in REFERENCES:
-            self.constant(kind)
+            self.put((0xD2, self.rng.choice(self.world.referable)))
         else:
-            self.constant(kind, codes.some_bits(self.rng, kind))
+            bits = 0 if kind in REFERENCES else opcodes.some_bits(self.rng, kind)
+            self.constant(kind, bits)
 
-    def reference(self, kind: str) -> None:
-        tables = self.world.inhabited(kind)
-        if tables and self.rng.random() < 0.6:
-            table = self.rng.choice(tables)
-            self.table_index(table)
-            self.put(0x25, table.index)
-        else:
-            self.choice(kind)
+    # For every type
 
-    def choice(self, kind: str) -> None:
-        """Anything that works for every type: a call, a block, a select, a local that is set."""
-        pick = self.rng.random()
-        if pick < 0.3 and self.call([kind]):
-            return
-        if pick < 0.5:  # if
-            self.condition()
-            self.code += b"\x04" + emit.CODES[kind]
-            self.expression(kind)
-            self.code += b"\x05"
-            self.expression(kind)
-            self.code += b"\x0b"
-        elif pick < 0.75:
-            self.expression(kind)
-            self.expression(kind)
-            self.condition()
-            self.code += b"\x1b" if kind in NUMBERS else b"\x1c\x01" + emit.CODES[kind]
-        elif pick < 0.85:  # block, left early
-            self.code += b"\x02" + emit.CODES[kind]
-            self.expression(kind)
-            self.condition()
-            self.put(0x0D, 0)
-            self.code += b"\x1a"
-            self.expression(kind)
-            self.code += b"\x0b"
-        else:
-            self.expression(kind)
-            self.put(0x22, self.local(kind))
+    def call_for(self, kind: str) -> None:
+        if not self.call((kind,)):
+            self.leaf(kind)
 
-    def condition(self) -> None:
-        self.expression("i32")
+    def branch(self, kind: str) -> None:
+        self.expressions("i32")
+        self.put(b"\x04" + CODES[kind])
+        self.expressions(kind)
+        self.put(0x05)
+        self.expressions(kind)
+        self.put(END)
 
-    def operands(self, *kinds: str) -> None:
-        for kind in kinds:
-            self.expression(kind)
+    def select(self, kind: str) -> None:
+        self.expressions(kind, kind, "i32")
+        self.put(b"\x1b" if kind in NUMBERS else b"\x1c\x01" + CODES[kind])
 
-    def integer(self, kind: str) -> None:
-        rng = self.rng
-        pick = rng.random()
-        if pick < 0.25:
-            self.operands(kind, kind)
-            self.put(rng.choice(codes.SAFE_BINARY[kind]))
-        elif pick < 0.32:
-            self.expression(kind)
-            self.put(rng.choice(codes.INTEGER_UNARY[kind]))
-        elif pick < 0.38:
-            self.operands(kind, kind)
-            if rng.random() < 0.8:  # an odd divisor is not zero
-                self.constant(kind, 1)
-                self.put({"i32": 0x72, "i64": 0x84}[kind])
-            self.put(rng.choice(codes.DIVISIONS[kind]))
-        elif pick < 0.58:
-            self.load(kind)
-        elif pick < 0.66:
-            code, source = rng.choice(
-                codes.SATURATIONS[kind] if rng.random() < 0.85 else codes.TRUNCATIONS[kind]
-            )
-            self.expression(source)
-            self.put(code)
-        elif pick < 0.70:
-            code, source = codes.BITS_OF_FLOATS[kind]
-            self.expression(source)
-            self.put(code)
-        elif pick < 0.85:
-            self.state(kind)
-        else:
-            self.choice(kind)
+    def block_left_early(self, kind: str) -> None:
+        self.put(b"\x02" + CODES[kind])
+        self.expressions(kind, "i32")
+        self.put((0x0D, 0), 0x1A)
+        self.expressions(kind)
+        self.put(END)
 
-    def state(self, kind: str) -> None:
-        """Sizes, growth, and what only one of the two integer types can be made of."""
-        rng, world = self.rng, self.world
-        pick = rng.random()
-        memories = [m for m in world.memories if m.address == kind]
-        tables = [t for t in world.tables if t.address == kind]
-        if memories and pick < 0.3:
-            memory = rng.choice(memories)
-            if world.grows and rng.random() < 0.5:
-                few = (0, 1, 1, 1, 2, 3, 2**16 - 1) if memory.maximum is not None else (0, 1)
-                self.constant(kind, rng.choice((*few, 2 ** int(kind[1:]) - 1)))
-                self.put(0x40, memory.index)
-            else:
-                self.put(0x3F, memory.index)
-        elif tables and pick < 0.45:
-            table = rng.choice(tables)
-            if world.irreversible and rng.random() < 0.6:
-                self.expression(table.kind)
-                self.constant(kind, rng.choice((0, 1, 2, 5, 2 ** int(kind[1:]) - 1)))
-                self.put(0xFC000F, table.index)
-            else:
-                self.put(0xFC0010, table.index)
-        elif kind == "i64":
-            if pick < 0.7:
-                self.expression("i32")
-                self.put(rng.choice((0xAC, 0xAD)))
-            else:
-                self.expression("v128")
-                self.code += operation(0xFD001D) + bytes([rng.randint(0, 1)])
-        elif pick < 0.6:
-            compared = rng.choice(NUMBERS)
-            self.operands(compared, compared)
-            self.put(rng.choice(codes.COMPARISONS[compared]))
-        elif pick < 0.7:
-            self.expression(rng.choice(REFERENCES))
-            self.put(0xD1)
-        elif pick < 0.8:
-            self.expression("v128")
-            self.put(rng.choice(codes.VECTOR_TESTS))
-        elif pick < 0.9:
-            self.expression("i64")
-            self.put(rng.choice((0xA7, 0x50)))
-        else:
-            self.expression("i32")
-            self.put(0x45)
+    def tee(self, kind: str) -> None:
+        self.expressions(kind)
+        self.put((0x22, self.local(kind)))
 
-    def float(self, kind: str) -> None:
-        rng = self.rng
-        pick = rng.random()
-        if pick < 0.2:
-            self.operands(kind, kind)
-            self.put(rng.choice(codes.FLOAT_BINARY[kind]))
+    # For some
+
+    def operate(self, kind: str) -> None:
+        operands, codes, immediates = self.rng.choice(opcodes.SAFE[kind])
+        chosen = self.rng.choice(codes)
+        self.expressions(*operands)
+        self.put(chosen, bytes(self.rng.randrange(below) for below in immediates))
+        if kind in opcodes.CANONICAL and chosen not in opcodes.EXACT:
             self.one_nan(kind)
-        elif pick < 0.3:
-            self.expression(kind)
-            self.put(rng.choice(codes.FLOAT_UNARY[kind]))
-            self.one_nan(kind)
-        elif pick < 0.4:
-            self.expression(kind)
-            self.put(rng.choice(codes.FLOAT_SIGNS[kind]))
-        elif pick < 0.45:
-            self.operands(kind, kind)
-            self.put(codes.COPYSIGN[kind])
-        elif pick < 0.65:
-            self.load(kind)
-        elif pick < 0.8:
-            code, source = rng.choice(codes.CONVERSIONS[kind])
-            self.expression(source)
-            self.put(code)
-            self.one_nan(kind)
-        elif pick < 0.88:
-            code, source = codes.BITS_OF_FLOATS[kind]
-            self.expression(source)
-            self.put(code)
-        else:
-            self.choice(kind)
 
     def one_nan(self, kind: str) -> None:
-        """Whatever NaN lies on the stack becomes the one that is written down here."""
+        """Any NaN on the stack becomes the one that is written down here."""
         held = self.new_local(kind)
-        self.put(0x22, held)
-        self.constant(kind, codes.CANONICAL[kind])
-        self.put(0x20, held)
-        self.put(0x20, held)
-        self.put({"f32": 0x5B, "f64": 0x61}[kind])
-        self.put(0x1B)
+        equal = {"f32": 0x5B, "f64": 0x61}[kind]
+        canonical = constant(kind, opcodes.CANONICAL[kind])
+        self.put((0x22, held), canonical, (0x20, held), (0x20, held), equal, 0x1B)
 
-    def vector(self) -> None:
-        rng = self.rng
-        pick = rng.random()
-        if pick < 0.25:
-            self.operands("v128", "v128")
-            self.put(rng.choice(codes.VECTOR_BINARY))
-        elif pick < 0.35:
-            self.expression("v128")
-            self.put(rng.choice(codes.VECTOR_UNARY))
-        elif pick < 0.5:
-            code, source = rng.choice(codes.SPLATS)
-            self.expression(source)
-            self.put(code)
-        elif pick < 0.6:
-            self.operands("v128", "v128")
-            self.code += operation(0xFD000D) + bytes(rng.randint(0, 31) for _ in range(16))
-        elif pick < 0.7:
-            self.operands("v128", "i64")
-            self.code += operation(0xFD001E) + bytes([rng.randint(0, 1)])
-        elif pick < 0.85:
-            self.load("v128")
+    def divide(self, kind: str) -> None:
+        self.expressions(kind, kind)
+        if self.rng.random() < 0.8:  # an odd divisor is not zero
+            self.put(constant(kind, 1), OR[kind])
+        self.put(self.rng.choice(opcodes.DIVISIONS[kind]))
+
+    def truncate(self, kind: str) -> None:
+        chosen, source = self.rng.choice(opcodes.TRUNCATIONS[kind])
+        self.expressions(source)
+        self.put(chosen)
+
+    def size(self, kind: str) -> None:
+        """The size of a memory or a table whose addresses have this type, or what growing it gives."""
+        rng, world = self.rng, self.world
+        found = [each for each in (*world.memories, *world.tables) if each.address == kind]
+        if not found:
+            self.operate(kind)
+            return
+        chosen, most = rng.choice(found), 2 ** int(kind[1:]) - 1
+        if isinstance(chosen, Table):
+            if world.irreversible and rng.random() < 0.6:
+                self.expressions(chosen.kind)
+                self.put(constant(kind, rng.choice((0, 1, 2, 5, most))), (0xFC000F, chosen.index))
+            else:
+                self.put((0xFC0010, chosen.index))
+        elif world.grows and rng.random() < 0.5:
+            few = (0, 1) if chosen.maximum is None else (0, 1, 1, 1, 2, 3, 2**16 - 1)
+            self.put(constant(kind, rng.choice((*few, most))), (0x40, chosen.index))
         else:
-            self.choice("v128")
-
-    def address(self, memory: int, length: int) -> int:
-        """An address on the stack, and the offset for the instruction; mostly both together are inside."""
-        rng, shape = self.rng, self.world.memories[memory]
-        size = shape.minimum * codes.PAGE
-        wanted = rng.choice(
-            (
-                *(0, 8, 16, 4096 - length, 4096, 4095, size // 2, size - length, size - length),
-                *(
-                    rng.randrange(size + 1),
-                    codes.PAGE - length,
-                    codes.PAGE - length + 1,
-                    codes.PAGE,
-                ),
-            )
-        )
-        if rng.random() < 0.06:
-            wanted = rng.choice(
-                (
-                    size,
-                    size - length + 1,
-                    size + codes.PAGE,
-                    2**31,
-                    2**32 - 1,
-                    2**32 - max(length, 1),
-                )
-            )
-        elif rng.random() < 0.93:
-            wanted = min(wanted, size - length)
-        wanted = max(wanted, 0)
-        if rng.random() < 0.2:  # somewhere in a power of two of bytes from there
-            offset = wanted & ~0xFFF
-            self.expression(shape.address)
-            self.constant(shape.address, rng.choice((7, 0xFF, 0xFFF, 0xFFFF) if size else (7,)))
-            self.put({"i32": 0x71, "i64": 0x83}[shape.address])
-            return offset
-        offset = rng.choice((0, 0, 1, wanted, wanted // 2, min(wanted, 4096)))
-        offset = min(offset, wanted)
-        bits = int(shape.address[1:])
-        self.constant(shape.address, (wanted - offset) % 2**bits)
-        return offset
-
-    def memory_argument(self, memory: int, offset: int, length: int) -> bytes:
-        alignment = self.rng.randint(0, length.bit_length() - 1)
-        if memory or (self.world.features.multi_memory and self.rng.random() < 0.1):
-            return emit.unsigned(alignment | 0x40) + emit.unsigned(memory) + emit.unsigned(offset)
-        return emit.unsigned(alignment) + emit.unsigned(offset)
+            self.put((0x3F, chosen.index))
 
     def load(self, kind: str) -> None:
-        """Rarely from a memory that has no bytes before it grows, where nothing can be found but a trap."""
         memory = self.world.some_memory()
-        if memory is None or (not self.world.memories[memory].minimum and self.rng.random() < 0.8):
+        if memory is None:
             self.leaf(kind)
             return
-        code, length = self.rng.choice(codes.LOADS[kind])
+        chosen, length = self.rng.choice(opcodes.LOADS[kind])
         offset = self.address(memory, length)
-        self.code += operation(code) + self.memory_argument(memory, offset, length)
+        self.put(chosen, self.memory_argument(memory, offset, length))
 
-    def table_index(self, table: object) -> None:
+    def address(self, memory: Memory, length: int) -> int:
+        """An address on the stack, and the offset for the instruction; mostly both together are inside."""
+        rng, kind, size = self.rng, memory.address, memory.minimum * PAGE
+        last = size - length
+        places = (0, 8, 16, 4096 - length, 4095, 4096, PAGE - length, PAGE - length + 1, PAGE)
+        wanted = rng.choice((*places, size // 2, last, last, rng.randrange(size + 1)))
+        if rng.random() < 0.06:
+            far = (2**31, 2**32 - 1, 2**32 - max(length, 1))
+            wanted = rng.choice((size, last + 1, size + PAGE, *far))
+        elif rng.random() < 0.93:
+            wanted = min(wanted, last)
+        wanted = max(wanted, 0)
+        if rng.random() < 0.2:  # somewhere in a power of two of bytes from there
+            self.expressions(kind)
+            within = rng.choice((7, 0xFF, 0xFFF, 0xFFFF)) if size else 7
+            self.put(constant(kind, within), AND[kind])
+            return wanted & ~0xFFF
+        offset = min(wanted, rng.choice((0, 0, 1, wanted, wanted // 2, 4096)))
+        self.constant(kind, wanted - offset)
+        return offset
+
+    def memory_argument(self, memory: Memory, offset: int, length: int) -> bytes:
+        flags, index = self.rng.randint(0, length.bit_length() - 1), b""
+        multiple = "multi_memory" in self.world.features
+        if memory.index or (multiple and self.rng.random() < 0.1):
+            flags, index = flags | 0x40, unsigned(memory.index)
+        return unsigned(flags) + index + unsigned(offset)
+
+    def range(self, memory: Memory, length: int) -> None:
+        """Where a bulk operation begins, as a whole address."""
+        offset = self.address(memory, length)
+        self.put(constant(memory.address, offset), ADD[memory.address])
+
+    def table_get(self, kind: str) -> None:
+        tables = self.world.inhabited(kind)
+        if not tables:
+            self.leaf(kind)
+            return
+        table = self.rng.choice(tables)
+        self.table_index(table)
+        self.put((0x25, table.index))
+
+    def table_index(self, table: Table) -> None:
         rng, size = self.rng, table.minimum
         place = rng.choice((0, size - 1, size // 2, rng.randrange(size + 1)))
         if rng.random() < 0.06:
@@ -332,27 +210,52 @@ class Values:
             place = min(place, size - 1)
         self.constant(table.address, max(place, 0))
 
-    def call(self, results: list[str]) -> bool:
-        """A call that gives these results; False, and no code, where nothing does."""
+    def call(self, results: tuple[str, ...]) -> bool:
+        """A call that gives these results; False, and no code, if nothing does."""
         world, rng = self.world, self.rng
         tables = world.inhabited("funcref")
-        if tables and world.fuel is not None and rng.random() < 0.3:
-            kinds = [n for n, (_, found) in enumerate(world.signatures) if list(found) == results]
-            if kinds:
-                kind, table = rng.choice(kinds), rng.choice(tables)
-                self.operands(*world.signatures[kind][0])
-                self.table_index(table)
-                self.put(0x11, kind, table.index)
-                return True
-        found = [
-            index
-            for index, signature in enumerate(world.functions)
-            if list(world.signatures[signature][1]) == results
-            and (world.fuel is not None or index > self.index or index < world.imported_functions)
-        ]
+        kinds = [n for n, (_, found) in enumerate(world.signatures) if found == results]
+        if kinds and tables and world.fuel is not None and rng.random() < 0.3:
+            kind, table = rng.choice(kinds), rng.choice(tables)
+            self.expressions(*world.signatures[kind][0])
+            self.table_index(table)
+            self.put((0x11, kind, table.index))
+            return True
+        found = self.callees(results)
         if not found:
             return False
         chosen = rng.choice(found)
-        self.operands(*world.signatures[world.functions[chosen]][0])
-        self.put(0x10, chosen)
+        self.expressions(*world.signatures[world.functions[chosen]][0])
+        self.put((0x10, chosen))
         return True
+
+    def callees(self, results: tuple[str, ...]) -> list[int]:
+        """Functions that give these results; without fuel none that could call this one."""
+        world = self.world
+        return [
+            index
+            for index, signature in enumerate(world.functions)
+            if world.signatures[signature][1] == results
+            and (world.fuel is not None or index > self.index or index < world.imported_functions)
+        ]
+
+
+_ANY: Ways = (
+    (4, Values.call_for),
+    (3, Values.branch),
+    (4, Values.select),
+    (2, Values.block_left_early),
+    (2, Values.tee),
+)
+_FLOAT: Ways = ((65, Values.operate), (20, Values.load), *_ANY)
+_INTEGER: Ways = (
+    *((55, Values.operate), (20, Values.load), (6, Values.divide), (1, Values.truncate)),
+    *((6, Values.size), *_ANY),
+)
+_REFERENCE: Ways = ((20, Values.table_get), *_ANY)
+WAYS = {
+    **dict.fromkeys(("i32", "i64"), _INTEGER),
+    **dict.fromkeys(("f32", "f64", "v128"), _FLOAT),
+    **dict.fromkeys(REFERENCES, _REFERENCE),
+}
+"""By type: how a value of it can be made."""

@@ -8,37 +8,18 @@ from typing import Any
 
 Signature = tuple[tuple[str, ...], tuple[str, ...]]
 
+Features = frozenset[str]
+"""What a runtime may be given beyond WebAssembly 2.0, and two things of that which one lacks.
 
-@dataclass(frozen=True)
-class Features:
-    """What a runtime may be given beyond WebAssembly 2.0, and what of that it lacks."""
-
-    multi_memory: bool = False
-    memory64: bool = False
-    threads: bool = False
-    table64: bool = False
-    extended_const: bool = False
-    filled_tables: bool = False
-    tail_calls: bool = False
-    exceptions: bool = False
-    externref_tables: bool = True
-    bound_tables: bool = False
-    """Whether a table can be made outside of a module, to be imported."""
-
+bound_tables: a table can be made outside of a module, to be imported.
+"""
 
 FEATURES = {
-    "wasmtime": Features(
-        multi_memory=True,
-        memory64=True,
-        threads=True,
-        table64=True,
-        extended_const=True,
-        filled_tables=True,
-        tail_calls=True,
-        exceptions=True,
-        bound_tables=True,
+    "wasmtime": frozenset(
+        "multi_memory memory64 threads table64 extended_const filled_tables tail_calls exceptions"
+        " externref_tables bound_tables".split()
     ),
-    "wasmer": Features(externref_tables=False),
+    "wasmer": frozenset[str](),
 }
 """By host: what it compiles as it comes."""
 
@@ -125,5 +106,20 @@ class World:
         """Tables of this kind that have elements, and rarely the others."""
         return [t for t in self.tables if t.kind == kind and (t.minimum or self.rng.random() < 0.1)]
 
-    def some_memory(self) -> int | None:
-        return self.rng.randrange(len(self.memories)) if self.memories else None
+    def some_memory(self) -> Memory | None:
+        """A memory for an access: rarely one without pages, where nothing can be found but a trap."""
+        found = self.rng.choice(self.memories) if self.memories else None
+        empty = found is not None and not found.minimum
+        return None if empty and self.rng.random() < 0.8 else found
+
+    def counters(self) -> list[Global]:
+        """Integers that code may change so that they tell how often it ran."""
+        return [g for g in self.assignable() if g.kind in ("i32", "i64")]
+
+    def assignable(self) -> list[Global]:
+        return [g for g in self.globals if g.mutable and g.index != self.fuel]
+
+    def constants(self, kind: str) -> list[Global]:
+        """Globals that a constant expression of this type may name."""
+        found = [g for g in self.globals if g.kind == kind and not g.mutable]
+        return [g for g in found if g.imported or "extended_const" in self.features]
