@@ -47,8 +47,7 @@ def readme_command(session: nox.Session, name: str) -> None:
     """Run the fenced block after `<!-- command: NAME -->` of README.md, as it stands, in a copy of the tree."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     found = re.search(rf"<!-- command: {name} -->\n```sh\n(.*?)```", readme, re.DOTALL)
-    if found is None:
-        session.error(f'README.md has no command marked "{name}"')
+    assert found is not None, f'README.md has no command marked "{name}"'
     session.chdir(copy_of_the_tree(session))
     session.run("bash", "-euo", "pipefail", "-c", found[1], external=True)
 
@@ -165,7 +164,7 @@ def mypy(session: nox.Session) -> None:
     """Types, read as the oldest Python reads them."""
     extras = PROJECT["project"]["optional-dependencies"]
     session.install(*PROJECT["project"]["dependencies"], *extras["wasmtime"], *extras["test"])
-    development_tools(session, "mypy", "types-cffi", "tomli")
+    development_tools(session, "mypy", "nox", "types-cffi", "tomli")
     session.run("mypy")
 
 
