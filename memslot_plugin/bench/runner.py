@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 Subject = Callable[[], float]
 """Does its thing once and says what it cost."""
@@ -21,13 +22,15 @@ def _nothing(*_: object) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """What the families are asked: for how long to measure, on which hosts, whom to tell, and whether to go on.
+    """Options of a run that every family is given.
 
-    `check` is called between two rounds and may raise; `say` gets a line about what is being done.
+    `check` is called between two rounds and may raise; `say` gets a line about what is being done; `guests` is a folder
+    with real guests, of which family `snapshot` says the names.
     """
 
     quick: bool = False
     host: str | None = None
+    guests: Path | None = None
     say: Callable[[str], None] = _nothing
     check: Callable[[], None] = _nothing
 

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import click
 
 from memslot_plugin import bench as families
-from memslot_plugin.bench import plot
+from memslot_plugin.bench import plot, snapshot
 from memslot_plugin.bench.results import Claim, Run, claimed
 from memslot_plugin.cli.interrupt import Interruptible
 from memslot_plugin.cli.options import json_option
-from memslot_plugin.cli.output import Output, console, table, write_json, yes_or_no
+from memslot_plugin.cli.output import (
+    FAILED,
+    OK,
+    Output,
+    console,
+    table,
+    write_json,
+    yes_or_no,
+)
 from memslot_plugin.cli.run import Steps
 from memslot_plugin.errors import SettingError
 from memslot_plugin.hosts.alone import KNOWN
@@ -34,11 +43,28 @@ from memslot_plugin.hosts.alone import KNOWN
     help="Measure on this runtime alone: wasmtime or wasmer  [default: all that are here]",
 )
 @click.option(
+    "--guests",
+    metavar="FOLDER",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Real guests for the family snapshot; the first file of each name is taken: "
+    f"{', '.join(snapshot.FILES.values())}.",
+)
+@click.option(
+    "--check", is_flag=True, help="Exit with 1 if something that must hold does not hold."
+)
+@click.option(
     "--plot", "picture", metavar="FILE", help="Draw the ratios, too: FILE.svg or FILE.png."
 )
 @json_option
 def bench(
-    *, only: tuple[str, ...], quick: bool, host_name: str | None, picture: str | None, as_json: bool
+    *,
+    only: tuple[str, ...],
+    quick: bool,
+    host_name: str | None,
+    guests: Path | None,
+    check: bool,
+    picture: str | None,
+    as_json: bool,
 ) -> int:
     """Measure resets and requests, and compare with the runtimes alone and with the least they can cost.
 
@@ -49,6 +75,7 @@ def bench(
     \b
     memslot bench --quick
     memslot bench --only reset --only cycle
+    memslot bench --check
     memslot bench --json > run.json
     """  # noqa: D301  # click keeps the lines below a real backspace
     if host_name not in (None, "auto", *KNOWN):
@@ -58,7 +85,11 @@ def bench(
         plot.require(picture)
     with Interruptible() as interruptible, Steps(Output(sys.stderr)) as steps:
         asked = families.Bench(
-            quick=quick, host=host_name, say=steps.say, check=interruptible.check
+            quick=quick,
+            host=host_name,
+            guests=guests,
+            say=steps.say,
+            check=interruptible.check,
         )
         found = families.run(asked, only)
     if picture is not None:
@@ -67,7 +98,8 @@ def bench(
         write_json(found.document())
     else:
         show(console(), found)
-    return 0
+    holds = all(claim.holds for family in found.families for claim in family.claims)
+    return FAILED if check and not holds else OK
 
 
 def show(output: Output, found: Run) -> None:

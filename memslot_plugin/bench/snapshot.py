@@ -1,0 +1,278 @@
+"""Family `snapshot`: real guests leased as a snapshot left them, against booting them for each request.
+
+QuickJS comes from the installed Python package quickjs-rs, or from a folder of the caller, which may also hold two
+JavaScript libraries and CRuby.  A guest that is not found is named and left out.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import struct
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+from memslot_plugin.bench import ruby
+from memslot_plugin.bench.peers import missing
+from memslot_plugin.bench.results import Claim, Family, Grid, Label, Row, pivot, spread
+from memslot_plugin.bench.runner import CLOCK, Bench
+from memslot_plugin.errors import RepeatedRandomness
+from memslot_plugin.hosts import Guest, Host, Instance, Wasi, open_host
+from memslot_plugin.hosts.alone import KNOWN
+from memslot_plugin.settings import MIB
+
+NAME = "snapshot"
+TITLE = "A real guest from a snapshot: times faster than booting it"
+
+FILES = {
+    "QuickJS": "quickjs*.wasm",
+    "lodash": "lodash*.js",
+    "handlebars": "handlebars*.js",
+    "CRuby": "*ruby*.wasm",
+}
+"""Names of the files in the caller's folder; the first that matches is taken."""
+
+SECONDS = 2.0
+"""Duration of each measurement."""
+
+BLOCK = 20
+"""Requests to the snapshot before booting has its turn."""
+
+
+class Script(NamedTuple):
+    """A request to QuickJS: sources to load before, the expression to evaluate, its value, and the limits per host."""
+
+    load: tuple[bytes, ...]
+    request: bytes
+    answer: str
+    least: dict[str, float]
+
+
+SCRIPTS = {
+    "QuickJS": Script((), b"String(6*7)", "42", {"wasmtime": 10, "wasmer": 15}),
+    # Without the loaders that each library looks for, and with a value that is text.
+    "lodash": Script(
+        (b"(function (module, exports, define) {%s}).call(globalThis); ''", b"''"),
+        b"_.sortBy([{n: 3}, {n: 1}, {n: 2}], 'n').map(each => each.n).join()",
+        "1,2,3",
+        {"wasmtime": 100, "wasmer": 200},
+    ),
+    "handlebars": Script(
+        (
+            b"(function (exports, module, define) {%s}).call(globalThis); ''",
+            b"var greet = Handlebars.compile('{{#each names}}Hello {{this}}! {{/each}}'); greet({})",
+        ),
+        b"greet({names: ['you', '<me>']})",
+        "Hello you! Hello &lt;me&gt;! ",
+        {"wasmtime": 100, "wasmer": 150},
+    ),
+}
+
+RUBY_REQUEST = """require "json"; JSON.generate((1..5).map { |x| {x => x ** 2} })"""
+RUBY_ANSWER = '[{"1":1},{"2":4},{"3":9},{"4":16},{"5":25}]'
+
+LEASED, UNUSED = "CRuby, lease and reset", "CRuby, lease of an unused slot"
+
+
+def found_files(folder: Path | None) -> dict[str, Path]:
+    """Paths of the guests that are here, by name; QuickJS also from the package quickjs-rs, which is not imported."""
+    paths = {}
+    if folder is not None:
+        for name, pattern in FILES.items():
+            matching = sorted(folder.glob(pattern))
+            if matching:
+                paths[name] = matching[0]
+    package = importlib.util.find_spec("quickjs_rs")
+    if "QuickJS" not in paths and package is not None and package.submodule_search_locations:
+        module = Path(package.submodule_search_locations[0], "_guest.wasm")
+        if module.exists():
+            paths["QuickJS"] = module
+    return paths
+
+
+def measure(bench: Bench) -> Family:
+    """Every guest that is here, on every host that is here."""
+    paths = found_files(bench.guests)
+    skipped = [
+        f"{name}, because --guests names no folder with {pattern}"
+        for name, pattern in FILES.items()
+        if name not in paths
+    ]
+    rows: list[Row] = []
+    for host in KNOWN:
+        if bench.host not in (None, "auto", host):
+            continue
+        reason = missing(host)
+        if reason is not None:
+            skipped.append(f"{host}: {reason}")
+            continue
+        for name, script in SCRIPTS.items():
+            if name in paths and "QuickJS" in paths:
+                bench.say(f"snapshot: {name} on {host}")
+                library = paths[name].read_bytes() if script.load else b""
+                rows.append(javascript(bench, host, name, paths["QuickJS"], library))
+        if "CRuby" in paths and bench.quick and host == "wasmer":
+            skipped.append("CRuby on wasmer, because a quick run leaves out its long compilation")
+        elif "CRuby" in paths:
+            bench.say(f"snapshot: CRuby on {host}, which is compiled first")
+            rows += cruby(bench, host, paths["CRuby"].read_bytes())
+    return Family(NAME, tuple(rows), tuple(claims(rows)), tuple(skipped))
+
+
+# -- JavaScript
+
+_OK = 0
+
+_IMPORTS: dict[str, dict[str, Callable[..., int]]] = {
+    "env": {
+        "host_interrupt": lambda: 0,
+        "host_call": lambda *_: -1,
+        "host_module_normalize": lambda *_: 0,
+        "host_module_load": lambda *_: 0,
+    }
+}
+"""Functions of the embedder for QuickJS: it offers no functions and no modules."""
+
+
+class _Prompt:
+    """QuickJS with room for a script in its memory, evaluated with the fewest possible calls."""
+
+    def __init__(self, instance: Instance, room: int) -> None:
+        self.instance = instance
+        self._at: int = instance.call("qjs_alloc", 8 + room)
+
+    def ask(self, script: bytes) -> str:
+        """Return the value of a script as text."""
+        call, read, at = self.instance.call, self.instance.memory.read, self._at
+        self.instance.memory.write(at + 8, script)
+        status = call("eval_code", at + 8, len(script), at)
+        status = status or call("get_string", struct.unpack("<i", read(at, 4))[0])
+        if status != _OK:
+            raise ValueError(f"QuickJS answered status {status} to {script[:80]!r}")
+        return read(call("qjs_last_ptr"), call("qjs_last_len")).decode()
+
+
+def javascript(bench: Bench, host: str, name: str, module: Path, library: bytes) -> Row:
+    """Ask a snapshot taken after loading, against booting, loading and asking."""
+    quickjs, script = module.read_bytes(), SCRIPTS[name]
+    load = [script.load[0] % library, *script.load[1:]] if script.load else []
+    room = max(len(each) for each in (*load, script.request))
+
+    def ask(prompt: _Prompt) -> None:
+        answer = prompt.ask(script.request)
+        if answer != script.answer:
+            raise ValueError(f"{name} answered {answer!r} instead of {script.answer!r}")
+
+    def boot(instance: Instance) -> _Prompt:
+        prompt = _Prompt(instance, room)
+        for each in load:
+            prompt.ask(each)
+        ask(prompt)
+        return prompt
+
+    with open_host(host, slots=3) as opened, warnings.catch_warnings():
+        warnings.simplefilter("ignore", RepeatedRandomness)
+        booting = opened.prepare(quickjs, imports=_IMPORTS, wasi=Wasi())
+        prompts: list[_Prompt] = []
+        ready = opened.prepare(
+            quickjs,
+            imports=_IMPORTS,
+            wasi=Wasi(),
+            init=lambda instance: prompts.append(boot(instance)),
+        )
+
+        def booted() -> float:
+            started = CLOCK()
+            with booting.instantiate() as instance:
+                boot(instance)
+            return CLOCK() - started
+
+        with ready.instantiate() as instance:
+            (prompt,) = prompts
+            prompt.instance = instance
+
+            def asked() -> float:
+                started = CLOCK()
+                for _ in range(BLOCK):
+                    ask(prompt)
+                    instance.reset()
+                return (CLOCK() - started) / BLOCK
+
+            samples = bench.rounds({"snapshot": asked, "booting": booted}, SECONDS)
+    labels: dict[str, Label] = {"guest": name, "host": host}
+    return Row.compare(labels, samples["snapshot"], "booting", samples["booting"], gain=True)
+
+
+# -- CRuby
+
+
+def cruby(bench: Bench, host: str, module: bytes) -> Iterator[Row]:
+    """Lease CRuby with a request and its reset, and lease all unused slots, against booting it once."""
+    booting: list[float] = []
+
+    def init(instance: Instance) -> None:
+        started = CLOCK()
+        ruby.boot(instance)
+        if ruby.evaluate(instance, RUBY_REQUEST) != RUBY_ANSWER:
+            raise ValueError("CRuby gave a wrong answer")
+        booting.append(CLOCK() - started)
+
+    with open_host(host, image_limit=128 * MIB) as opened, warnings.catch_warnings():
+        warnings.simplefilter("ignore", RepeatedRandomness)
+        wasi = Wasi(program="ruby", stdout="discard")
+        guest = opened.prepare(module, imports=ruby.imports(module), wasi=wasi, init=init)
+        leased = bench.rounds({LEASED: lambda: _lease_and_reset(guest)}, SECONDS)
+        leased[UNUSED] = _leases_of_unused_slots(opened, guest)
+    for name, samples in leased.items():
+        labels: dict[str, Label] = {"guest": name, "host": host}
+        booted = booting * len(samples)
+        yield Row.compare(labels, samples, "booting", booted, gain=True)
+
+
+def _lease_and_reset(guest: Guest) -> float:
+    """Nanoseconds of a lease's begin and end; the request in between is not counted."""
+    lease = guest.lease()
+    started = CLOCK()
+    instance = lease.__enter__()
+    cost = CLOCK() - started
+    try:
+        ruby.evaluate(instance, RUBY_REQUEST)
+    finally:
+        started = CLOCK()
+        lease.__exit__()
+        cost += CLOCK() - started
+    return cost
+
+
+def _leases_of_unused_slots(host: Host, guest: Guest) -> list[float]:
+    costs: list[float] = []
+    with ExitStack() as leases:
+        for _ in range(host.settings.slots):
+            started = CLOCK()
+            leases.enter_context(guest.lease())
+            costs.append(CLOCK() - started)
+    return costs[1:]  # the first slot has served before
+
+
+def claims(rows: Sequence[Row]) -> Iterator[Claim]:
+    """Limits for each guest and host."""
+    for row in rows:
+        name, host = str(row.labels["guest"]), str(row.labels["host"])
+        if name in SCRIPTS:
+            says = f"{name} from a snapshot on {host}: faster than booting"
+            yield Claim(says, row.ratio.median, SCRIPTS[name].least[host], at_least=True)
+        elif name == LEASED:
+            yield Claim(f"{name} on {host}", row.cost.median, 200_000, kind="nanoseconds")
+        else:
+            # wasmer takes half a millisecond by itself for its 18,000 functions, wasmtime a tenth.
+            yield Claim(f"{name} on {host}", row.cost.low, 1_000_000, kind="nanoseconds")
+            says = f"{name} on {host}: faster than booting"
+            yield Claim(says, row.ratio.median, 500, at_least=True)
+
+
+def grids(rows: Sequence[Row]) -> Iterator[Grid]:
+    """One line per guest, one column per host."""
+    if rows:
+        yield pivot(TITLE, rows, ("guest",), "host", shown=spread)
