@@ -1,4 +1,4 @@
-"""What the unit tests share: counted system calls, and proof that nothing was left behind."""
+"""Fixtures of the unit tests: counted system calls, and proof that nothing was left behind."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from memslot_plugin import BytesImage, Image, MemfdImage, Pool, Slot, _core, pro
 from memslot_plugin._core import PAGE_SIZE, ffi, lib
 from memslot_plugin.reset import choose, madvise
 from memslot_plugin.tests import profiles
-from memslot_plugin.tests.slots import RESERVED
+from memslot_plugin.tests.slots import RESERVED, needs_pagemap, sparse
 
 profiles.load()
 
@@ -39,7 +39,7 @@ Counted = Callable[[], AbstractContextManager["dict[str, int]"]]
 
 @dataclass(frozen=True)
 class Resources:
-    """What this process holds that a slot, image or pool could have left behind."""
+    """Descriptors and mappings of this process that a slot, image or pool could have left behind."""
 
     descriptors: dict[str, int]
     image_mappings: int
@@ -73,15 +73,15 @@ class Resources:
 
 @pytest.fixture(scope="session", autouse=True)
 def _probed() -> None:
-    """The probe keeps one descriptor for as long as the process lives."""
+    """Probe first: its descriptor is kept for as long as the process lives."""
     probe()
     gc.collect()
-    gc.freeze()  # what was imported stays: later collections look at what tests made
+    gc.freeze()  # imported modules stay: later collections look at objects of tests only
 
 
 @pytest.fixture
 def resources() -> Callable[[], Resources]:
-    """Reads what this process holds now."""
+    """Read what this process holds now."""
     return Resources.now
 
 
@@ -153,43 +153,37 @@ class Traced:
 
 Sections = tuple[str, dict[str, list[Traced]]]
 
-
-@pytest.fixture(scope="session")
-def _strace_works(tmp_path_factory: pytest.TempPathFactory) -> None:
-    if shutil.which("strace") is None:
-        pytest.skip("impossible: strace is not installed")
-    command = ["strace", "-o", os.devnull, "true"]
-    tried = subprocess.run(command, capture_output=True, text=True, check=False)
-    if tried.returncode:
-        pytest.skip(f"impossible: strace may not trace here: {tried.stderr.strip()}")
+MARKS = ("access", "faccessat", "faccessat2")
+"""System calls that os.access may make."""
 
 
 @pytest.fixture
-def strace(
-    _strace_works: None, child: Callable[..., Any], tmp_path: Path
-) -> Callable[..., Sections]:
+def strace(child: Callable[..., Any], tmp_path: Path) -> Callable[..., Sections]:
     """Runs Python source under strace: what it printed, and its system calls by section.
 
     In the source, `mark(name)` begins a section.
     """
+    if shutil.which("strace") is None:
+        pytest.skip("impossible: strace is not installed")
+    tried = subprocess.run(
+        ["strace", "-f", "--seccomp-bpf", "-o", os.devnull, "true"], capture_output=True, text=True, check=False
+    )
+    if tried.returncode:
+        pytest.skip(f"impossible: strace may not trace here: {tried.stderr.strip()}")
 
     def run(source: str, *traced: str) -> Sections:
         log = tmp_path / "strace"
-        preamble = (
-            "import os\n"
-            "def mark(name):\n"
-            "    try: os.write(-1, b'MARK ' + name.encode())\n"
-            "    except OSError: pass\n"
-        )
-        command = ["strace", "-f", "-o", str(log), "-e", "trace=" + ",".join([*traced, "write"])]
+        preamble = "import os\ndef mark(name): os.access('MARK ' + name, 0)\n"
+        filters = ",".join([*traced, *(f"?{call}" for call in MARKS)])
+        command = ["strace", "-f", "--seccomp-bpf", "-o", str(log), "-e", f"trace={filters}"]
         done = child(preamble + source, *command)
         sections: dict[str, list[Traced]] = {}
         section: list[Traced] = []
         for line in log.read_text(errors="replace").splitlines():
             _, _, text = line.partition(" ")
-            if (marked := re.search(r'write\(-1, "MARK ([^"]*)"', text)) is not None:
+            if (marked := re.search(r'"MARK ([^"]*)"', text)) is not None:
                 section = sections.setdefault(marked[1], [])
-            elif (call := Traced.parse(text.strip())) is not None and call.name != "write":
+            elif (call := Traced.parse(text.strip())) is not None and call.name not in MARKS:
                 section.append(call)
         return done.stdout, sections
 
@@ -202,9 +196,7 @@ def make_image(request: pytest.FixtureRequest) -> Iterator[Callable[..., Image]]
     made: list[Image] = []
 
     def make(*runs: tuple[int, bytes], pages: int = 64) -> Image:
-        content = bytearray(pages * PAGE_SIZE)
-        for page, data in runs:
-            content[page * PAGE_SIZE : page * PAGE_SIZE + len(data)] = data
+        content = sparse(pages * PAGE_SIZE, *((page * PAGE_SIZE, data) for page, data in runs))
         made.append(request.param(f"image {len(made)}", content))
         return made[-1]
 
@@ -213,10 +205,8 @@ def make_image(request: pytest.FixtureRequest) -> Iterator[Callable[..., Image]]
         image.close()
 
 
-@pytest.fixture(params=["madvise", "pagemap", "copy", "auto"])
+@pytest.fixture(params=["madvise", pytest.param("pagemap", marks=needs_pagemap), "copy", "auto"])
 def reset(request: pytest.FixtureRequest) -> Any:
-    if request.param == "pagemap" and not probe().pagemap.works:
-        pytest.skip(f"impossible: PAGEMAP_SCAN: {probe().pagemap.detail}")
     return choose(request.param, 8 * PAGE_SIZE)
 
 

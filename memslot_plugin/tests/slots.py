@@ -1,21 +1,48 @@
-"""What the tests of slots share: how large they are, and the bytes that they hold or must hold."""
+"""Helpers of the slots' and pools' tests: the bytes that a memory holds or must hold, and lowered limits."""
 
 from __future__ import annotations
 
 import ctypes
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
-from memslot_plugin import Image, Pool, Slot
+import pytest
+
+from memslot_plugin import Image, Pool, Slot, probe
 from memslot_plugin._core import PAGE_SIZE, ffi
+from memslot_plugin.reset import madvise
 
 RESERVED = 64 * PAGE_SIZE
 
+needs_pagemap = pytest.mark.skipif(
+    not probe().pagemap.works, reason=f"impossible: PAGEMAP_SCAN: {probe().pagemap.detail}"
+)
+
 
 class Holder:
-    """Who holds a lease: when it goes, the slot comes back at the pool's next call."""
+    """The holder of a lease: when it goes, the slot comes back at the pool's next call."""
+
+
+def sparse(length: int, *runs: tuple[int, bytes]) -> bytearray:
+    """Zeros with runs of (offset, bytes) written over them, in order."""
+    content = bytearray(length)
+    for offset, data in runs:
+        content[offset : offset + len(data)] = data
+    return content
 
 
 def fill(slot: Slot, value: int = 0xAA) -> None:
     ctypes.memset(slot.base, value, slot.accessible)
+
+
+def use(slot: Slot, reset: Any = madvise) -> Any:
+    """Write every byte, reset and check the slot; return the reset's result."""
+    fill(slot)
+    result = slot.reset(reset)
+    slot.check()
+    return result
 
 
 def content(slot: Slot) -> bytes:
@@ -33,9 +60,20 @@ def expected(image: Image | None, length: int) -> bytes:
 
 
 def cycle(pool: Pool, guest: object, image: Image | None = None, pages: int = 4) -> int:
-    """One lease of a guest: where its slot is."""
+    """Lease a slot to a guest, write to it and release it; return its address."""
     slot = pool.lease(image, pages * PAGE_SIZE, affinity=guest)
     fill(slot)
     pool.release(slot)
     pool.check()
     return slot.base
+
+
+@contextmanager
+def limited(which: int, soft: int) -> Iterator[None]:
+    """Lower the soft limit of one resource of this process (setrlimit(2)) for a block."""
+    before = resource.getrlimit(which)
+    resource.setrlimit(which, (soft, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(which, before)

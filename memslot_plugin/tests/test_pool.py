@@ -1,4 +1,7 @@
-"""The pool: who gets which slot, what comes back, and what is counted."""
+"""The pool: which slot a guest gets, ranges of runtimes, what comes back, and what is counted.
+
+The numbers in names are those of the design, section 5. Bytes are compared in test_pool_model.py.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +11,25 @@ import itertools
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from memslot_plugin import Image, MemfdImage, Pool, Slot, State
+from memslot_hooks.types import HostMapping
+from memslot_plugin import FakeHost, Image, MemfdImage, Pool, Settings, Slot, State, _core
 from memslot_plugin._core import PAGE_SIZE as P
+from memslot_plugin._core import ffi, lib
 from memslot_plugin.errors import (
     InvariantBroken,
     MemoryTooLarge,
     SlotError,
     SystemCallError,
+    UsedAfterClose,
 )
-from memslot_plugin.reset import madvise
+from memslot_plugin.reset import choose, madvise
 from memslot_plugin.tests.slots import RESERVED as SLOT
-from memslot_plugin.tests.slots import Holder, cycle, fill
+from memslot_plugin.tests.slots import Holder, cycle, fill, needs_pagemap
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -48,9 +54,7 @@ def test_12_one_reservation_holds_all_slots_with_guards_around_each(
         pool.release(slot)
     with calls() as made:
         pool.close()
-    assert made == {
-        "munmap": 1
-    }  # behaviour 11: when the whole reservation goes, one munmap does it
+    assert made == {"munmap": 1}  # behaviour 11
 
 
 def test_12_affinity_gives_a_guest_the_slot_it_used_last(
@@ -73,18 +77,14 @@ def test_12_affinity_takes_never_used_slots_first_and_then_the_least_recently_us
     pool = make_pool(3)
     bases = [cycle(pool, guest) for guest in "abc"]
     assert len(set(bases)) == 3
-    cycle(pool, "a")
-    assert cycle(pool, "d") == bases[1]
-    assert cycle(pool, "e") == bases[2]
-    assert cycle(pool, "a") == bases[0]
+    assert [cycle(pool, guest) for guest in "adea"] == [bases[i] for i in (0, 1, 2, 0)]
 
 
 @pytest.mark.parametrize("bound", [0, 1, 2, 10])
 def test_12_unused_warm_slots_are_bounded(make_pool: Make, image: Image, bound: int) -> None:
     pool = make_pool(8, max_unused_warm_slots=bound)
     bases = {cycle(pool, guest, image) for guest in range(20)}
-    assert len(bases) == max(1, min(bound, 8))
-    assert pool.statistics().warm == len(bases)
+    assert len(bases) == max(1, min(bound, 8)) == pool.statistics().warm
 
 
 def test_12_next_available_gives_the_slot_that_came_back_last(make_pool: Make) -> None:
@@ -93,7 +93,7 @@ def test_12_next_available_gives_the_slot_that_came_back_last(make_pool: Make) -
     for slot in slots:
         pool.release(slot)
     again = [pool.lease(None, P, affinity=i) for i in range(3)]
-    assert [slot.base for slot in again] == [slot.base for slot in reversed(slots)]
+    assert again == slots[::-1]
     for slot in again:
         pool.release(slot)
 
@@ -107,30 +107,6 @@ def test_12_random_gives_any(make_pool: Make, monkeypatch: pytest.MonkeyPatch) -
     assert {cycle(pool, "a") for _ in range(60)} == {slot.base for slot in slots}
 
 
-@pytest.mark.parametrize("strategy", ["affinity", "next-available", "random"])
-@pytest.mark.parametrize("allocation", ["pooling", "on-demand"])
-def test_12_whatever_the_strategy_every_lease_is_pristine(
-    make_pool: Make, image: Image, strategy: str, allocation: str
-) -> None:
-    pool = make_pool(3, strategy=strategy, allocation=allocation, max_unused_warm_slots=2)
-    order = random.Random(strategy)
-    leased: list[Slot] = []
-    for _ in range(200):
-        if leased and (len(leased) == 3 or order.random() < 0.5):
-            pool.release(leased.pop(order.randrange(len(leased))))
-        else:
-            picture = order.choice([None, image])
-            slot = pool.lease(picture, order.choice([2, 5, 9]) * P, affinity=order.choice("abcd"))
-            start = b"x" * 2 * P if picture else b""
-            bytes_now = ctypes.string_at(slot.base, slot.accessible)
-            assert bytes_now == start + bytes(slot.accessible - len(start))
-            fill(slot)
-            leased.append(slot)
-    pool.check()
-    for slot in leased:
-        pool.release(slot)
-
-
 # Behaviour 13: on demand
 
 
@@ -139,21 +115,16 @@ def test_13_on_demand_costs_no_mprotect_without_an_image(make_pool: Make, calls:
     with calls() as made:
         slot = pool.lease(None, 4 * P, affinity="a")
     assert made == {"mmap": 2}
-    fill(slot)
     with calls() as made:
         pool.release(slot)
     assert made == {"munmap": 1}
-    assert pool.statistics().idle == 0
 
 
-def test_13_an_on_demand_lease_that_fails_keeps_nothing(make_pool: Make, image: Image) -> None:
+def test_13_failed_lease_on_demand_keeps_nothing(make_pool: Make, image: Image) -> None:
     pool = make_pool(allocation="on-demand")
-    with pytest.raises(MemoryTooLarge):
-        pool.lease(image, P, affinity="a")
-    with pytest.raises(MemoryTooLarge):
-        pool.lease(None, RESERVED + P, affinity="a")
-    with pytest.raises(SlotError):
-        pool.lease(None, -P, affinity="a")
+    for picture, size in ((image, P), (None, RESERVED + P), (None, -P)):
+        with pytest.raises((MemoryTooLarge, SlotError)):
+            pool.lease(picture, size, affinity="a")
     assert pool.statistics().idle == pool.statistics().in_use == 0
 
 
@@ -161,98 +132,75 @@ def test_13_an_on_demand_lease_that_fails_keeps_nothing(make_pool: Make, image: 
 
 
 @pytest.mark.parametrize("allocation", ["pooling", "on-demand"])
-def test_14_a_slot_whose_reset_failed_never_goes_back(
+def test_14_slot_whose_reset_failed_never_goes_back(
     make_pool: Make, image: Image, inject: Any, allocation: str
 ) -> None:
     pool = make_pool(2, allocation=allocation)
     slot = pool.lease(image, 4 * P, affinity="a")
-    fill(slot)
     inject("madvise", error=errno.EINVAL)
     if allocation == "pooling":
         with pytest.raises(SystemCallError, match="MADV_DONTNEED in a reset"):
             pool.release(slot)
-        assert pool.statistics().failed_resets == 1
     else:
-        pool.release(slot)  # nothing is reset that is unmapped
+        pool.release(slot)  # an unmapped slot is not reset
     assert slot.state is State.DESTROYED
-    statistics = pool.statistics()
-    assert (statistics.destroyed, statistics.idle, statistics.limit) == (1, 0, 2)
-    for guest in "ab":  # its place is used again, and covered first
+    now = pool.statistics()
+    assert (now.failed_resets, now.destroyed) == (allocation == "pooling", 1)
+    assert (now.idle, now.limit) == (0, 2)
+    for guest in "ab":  # its place is used again
         again = pool.lease(None, 4 * P, affinity=guest)
-        assert ctypes.string_at(again.base, 4 * P) == bytes(4 * P)
         assert again is not slot
         pool.release(again)
 
 
-def test_14_a_failed_reset_in_place_retires_the_slot_at_release(
-    make_pool: Make, inject: Any
-) -> None:
+def test_14_failed_reset_in_place_retires_the_slot_at_release(make_pool: Make, inject: Any) -> None:
     pool = make_pool(1)
     slot = pool.lease(None, 4 * P, affinity="a")
-    fill(slot)
     inject("madvise", error=errno.EINVAL)
     with pytest.raises(SystemCallError):
         pool.reset(slot)
     pool.check()
-    assert pool.release(slot).strategy == "retired"  # it was told when it happened
-    statistics = pool.statistics()
-    assert (statistics.failed_resets, statistics.destroyed, statistics.in_use) == (1, 1, 0)
+    assert pool.release(slot).strategy == "retired"
+    now = pool.statistics()
+    assert (now.failed_resets, now.destroyed, now.in_use) == (1, 1, 0)
     cycle(pool, "b")
 
 
-def test_15_images_of_a_closed_guest_are_purged_from_unused_slots(
+def test_15_purge_takes_a_closed_image_from_unused_slots_and_from_leased_ones_at_release(
     make_pool: Make, image: Image, resources: Any
 ) -> None:
     pool = make_pool(4)
     before = resources()
-    kind: Any = type(image)
-    with kind("closed", b"y" * P) as closed:
-        slots = [pool.lease(closed, 4 * P, affinity=i) for i in range(3)]
-        for slot in slots[:2]:
-            pool.release(slot)
-        closed.close()
-        assert pool.purge(closed) == 2
-        pool.check()
-        assert pool.statistics().warm == 0
-        fill(slots[2])
-        pool.reset(slots[2])  # a leased one keeps it until it comes back
-        assert ctypes.string_at(slots[2].base, P) == b"y" * P
-        pool.release(slots[2])
-        assert (pool.statistics().warm, pool.statistics().purged) == (0, 3)
-        assert resources().image_mappings == before.image_mappings
-        assert resources().descriptors == before.descriptors
+    closed = type(image)("closed", b"y" * P)
+    *slots, leased = [pool.lease(closed, 4 * P, affinity=i) for i in range(3)]
+    for slot in slots:
+        pool.release(slot)
+    closed.close()
+    assert pool.purge(closed) == 2
+    pool.check()
+    assert pool.statistics().warm == 0
+    fill(leased)
+    pool.reset(leased)
+    assert ctypes.string_at(leased.base, P) == b"y" * P
+    pool.release(leased)
+    assert (pool.statistics().warm, pool.statistics().purged) == (0, 3)
+    assert resources().image_mappings == before.image_mappings
+    assert resources().descriptors == before.descriptors
     cycle(pool, "new", image)
 
 
-def test_15_memfds_of_dropped_guests_are_not_kept_alive(make_pool: Make, resources: Any) -> None:
-    pool = make_pool(4)
-    cycle(pool, "warm up")
-    before = resources()
-    for guest in range(30):
-        with MemfdImage(f"guest {guest}", b"z" * P) as image:
-            cycle(pool, guest, image)
-            image.close()
-            pool.purge(image)
-        now = resources()
-        assert now.image_mappings == before.image_mappings
-        assert now.descriptors == before.descriptors
-    assert pool.statistics().idle <= 4
-
-
-def test_15_a_purge_that_fails_retires_the_slot(make_pool: Make, image: Image, inject: Any) -> None:
+def test_15_failed_purge_retires_the_slot(make_pool: Make, image: Image, inject: Any) -> None:
     pool = make_pool(2)
     cycle(pool, "a", image)
     inject("mmap", error=errno.ENOMEM)
     assert pool.purge(image) == 1
-    statistics = pool.statistics()
-    assert (statistics.destroyed, statistics.idle) == (1, 0)
-    pool.check()
+    assert (pool.statistics().destroyed, pool.statistics().idle) == (1, 0)
 
 
 # Statistics and threads
 
 
-def test_statistics_are_what_happened(make_pool: Make, image: Image) -> None:
+def test_statistics_count_leases_resets_and_remaps(make_pool: Make, image: Image) -> None:
     pool = make_pool(3)
     for _ in range(3):
         cycle(pool, "a", image)
@@ -266,7 +214,7 @@ def test_statistics_are_what_happened(make_pool: Make, image: Image) -> None:
     assert pool.statistics().warm == 1
 
 
-def test_an_audit_compares_every_slot_that_comes_back(make_pool: Make, image: Image) -> None:
+def test_audit_compares_every_slot_that_comes_back(make_pool: Make, image: Image) -> None:
     def forgets(slot: Slot) -> Any:
         result = madvise(slot)
         if slot.affinity == "b":
@@ -283,32 +231,32 @@ def test_an_audit_compares_every_slot_that_comes_back(make_pool: Make, image: Im
     assert (now.audits, now.failed_resets, now.resets) == (2, 1, 1)
 
 
-@pytest.mark.parametrize("strategy", ["affinity", "next-available", "random"])
-@pytest.mark.parametrize("allocation", ["pooling", "on-demand"])
+@pytest.mark.parametrize(
+    ("strategy", "allocation"),
+    [
+        ("affinity", "pooling"),
+        ("next-available", "pooling"),
+        ("random", "pooling"),
+        ("affinity", "on-demand"),
+    ],
+)
 def test_threads_that_lease_and_release_at_random_never_meet(
     make_pool: Make, image: Image, strategy: str, allocation: str
 ) -> None:
-    pool = make_pool(3, strategy=strategy, allocation=allocation)
-    wrong: list[str] = []
-    start = b"x" * 2 * P
+    pool = make_pool(3, strategy=strategy, allocation=allocation, audit=1.0)
+    wrong: list[int] = []
 
     def work(number: int) -> None:
         order = random.Random(number)
         for _ in range(40):
-            picture = order.choice([None, image])
-            pages = order.choice([2, 4, 7])
-            holder = Holder()
-            slot = pool.lease(
-                picture, pages * P, affinity=order.choice("ab"), timeout=60, holder=holder
-            )
-            expected = (start if picture else bytes(2 * P)) + bytes((pages - 2) * P)
-            if ctypes.string_at(slot.base, pages * P) != expected:
-                wrong.append("a lease was not pristine")
-            ctypes.memset(slot.base, number, pages * P)
+            pages, holder = order.choice([2, 4, 7]), Holder()
+            picture, guest = order.choice([None, image]), order.choice("ab")
+            slot = pool.lease(picture, pages * P, affinity=guest, timeout=60, holder=holder)
+            fill(slot, number)
             if order.random() < 0.3:
                 time.sleep(0)
             if ctypes.string_at(slot.base, pages * P) != bytes([number]) * pages * P:
-                wrong.append("somebody else wrote here")
+                wrong.append(number)
             if order.random() < 0.3:
                 pool.reset(slot)
             if order.random() < 0.1:
@@ -324,3 +272,178 @@ def test_threads_that_lease_and_release_at_random_never_meet(
     assert not wrong
     assert pool.statistics().in_use == 0
     assert pool.statistics().leases == 6 * 40
+
+
+# Ranges that a runtime owns
+
+
+class Runtime:
+    """Makes ranges as a runtime does: readable and writable at first, faulting above, unmapped when forgotten."""
+
+    def __init__(self, pages: int = 4, *, shape: object = None) -> None:
+        self.pages, self.shape = pages, shape
+        self.live: list[int] = []
+
+    def __call__(self) -> HostMapping:
+        base = ffi.new("uintptr_t *")
+        _core.check(lib.ms_reserve(RESERVED, base), "reserving")
+        _core.check(lib.ms_allow(base[0], self.pages * P), "allowing")
+        address = int(base[0])
+        self.live.append(address)
+
+        def forget() -> None:
+            self.live.remove(address)
+            _core.check(lib.ms_unmap(address, RESERVED), "unmapping")
+
+        return HostMapping(address, self.pages * P, RESERVED, self, forget, self.shape)
+
+    def lease(self, pool: Pool, image: Image | None = None, *, pages: int | None = None) -> Slot:
+        size = (pages or self.pages) * P
+        return pool.lease(image, size, affinity="a", map_host_memory=self, shape=self.shape)
+
+
+def test_runtimes_range_is_kept_and_handed_out_again(
+    make_pool: Make, image: Image, calls: Any
+) -> None:
+    pool, runtime = make_pool(2), Runtime()
+    slot = runtime.lease(pool, image)
+    pool.release(slot)
+    pool.check()
+    with calls() as made:
+        assert runtime.lease(pool, image) is slot
+    assert made == {}
+    assert len(runtime.live) == 1
+    pool.release(slot)
+    pool.close()
+    assert runtime.live == []
+
+
+def test_runtimes_range_that_grew_is_retired(make_pool: Make) -> None:
+    pool, runtime = make_pool(1), Runtime()
+    slot = runtime.lease(pool)
+    _core.check(lib.ms_allow(slot.base, 8 * P), "growing as a runtime does")
+    slot.grow(8 * P)
+    with pytest.raises(SlotError, match=r"grew this memory .* the slot has to be retired"):
+        pool.reset(slot)
+    pool.release(slot, retire=True)
+    assert runtime.live == []
+    pool.release(runtime.lease(pool))
+
+
+def test_runtimes_range_of_another_shape_is_not_handed_out(make_pool: Make) -> None:
+    pool, small, large = make_pool(4), Runtime(4, shape="small"), Runtime(8, shape="large")
+    for runtime in (small, large, small, large):
+        slot = runtime.lease(pool)
+        assert slot.accessible == runtime.pages * P
+        pool.release(slot)
+    assert (len(small.live), len(large.live)) == (1, 1)
+    with pytest.raises(SlotError, match="the runtime owns this slot's mapping"):
+        small.lease(pool, pages=5)
+    assert pool.statistics().in_use == 0
+
+
+def test_runtimes_idle_range_of_another_shape_makes_room_at_the_limit(make_pool: Make) -> None:
+    pool, runtimes = make_pool(2), [Runtime(pages, shape=pages) for pages in (1, 2, 3, 4)]
+    for runtime in 3 * runtimes:
+        pool.release(runtime.lease(pool))
+        assert sum(len(runtime.live) for runtime in runtimes) <= 2
+        pool.check()
+    assert len(pool._shelves) <= 4
+
+
+def test_runtime_that_cannot_map_loses_no_slot(make_pool: Make) -> None:
+    pool = make_pool(1)
+
+    def fail() -> HostMapping:
+        raise MemoryError("the runtime has none")
+
+    for _ in range(3):
+        with pytest.raises(MemoryError, match="the runtime has none"):
+            pool.lease(None, P, affinity="a", map_host_memory=fail)
+    cycle(pool, "a")
+
+
+def test_runtimes_range_whose_reset_failed_goes_back_to_the_runtime(
+    make_pool: Make, inject: Any
+) -> None:
+    pool, runtime = make_pool(1), Runtime()
+    slot = runtime.lease(pool)
+    inject("madvise", error=errno.EINVAL)
+    with pytest.raises(SystemCallError):
+        pool.release(slot)
+    assert runtime.live == []
+    pool.release(runtime.lease(pool))
+
+
+# Warming: unused slots made ready before the requests come
+
+SIZE = 64 * P
+WRITTEN = range(3, 40)
+
+
+@pytest.fixture
+def picture() -> Iterator[MemfdImage]:
+    with MemfdImage("warm", b"\1" * (SIZE // 2)) as made:
+        yield made
+
+
+@pytest.fixture
+def warmed(make_pool: Make) -> Pool:
+    return make_pool(8, reset=choose("auto", 1 << 24), audit=1.0)
+
+
+@needs_pagemap
+def test_warm_slots_hold_the_pages_that_the_guest_usually_writes(
+    warmed: Pool, picture: MemfdImage, calls: Any
+) -> None:
+    slot = warmed.lease(picture, SIZE, affinity="guest")
+    ctypes.memset(slot.base + WRITTEN.start * P, 7, len(WRITTEN) * P)
+    warmed.release(slot)
+    assert warmed.warm(picture, SIZE, affinity="guest", count=4) == 4
+    warmed.check()
+    with calls() as made:
+        slots = [warmed.lease(picture, SIZE, affinity="guest") for _ in range(4)]
+    assert made == {}
+    for slot in slots:
+        assert slot.private_runs() == [(WRITTEN.start * P, len(WRITTEN) * P)]
+        warmed.release(slot)
+
+
+def test_warming_an_unknown_guest_lays_its_image_and_hands_nothing_out(
+    warmed: Pool, picture: MemfdImage, calls: Any
+) -> None:
+    assert warmed.warm(picture, SIZE, affinity="new", count=2) == 2
+    now = warmed.statistics()
+    assert (now.in_use, now.leases, now.idle) == (0, 0, 2)
+    with calls() as made:
+        slot = warmed.lease(picture, SIZE, affinity="new")
+    assert made == {}
+    assert not slot.private_runs()
+    warmed.release(slot)
+
+
+def test_warming_leaves_slots_in_use_alone(warmed: Pool, picture: MemfdImage) -> None:
+    leased = [warmed.lease(picture, SIZE, affinity="other") for _ in range(6)]
+    assert warmed.warm(picture, SIZE, affinity="guest", count=5) == 2
+    for slot in leased:
+        warmed.release(slot)
+
+
+def test_warming_on_demand_makes_nothing_ready(make_pool: Make, picture: MemfdImage) -> None:
+    pool = make_pool(2, allocation="on-demand")
+    assert pool.warm(picture, SIZE, affinity="guest", count=2) == 0
+
+
+def test_guest_warms_its_own_slots_until_it_is_closed(calls: Any) -> None:
+    module = bytes.fromhex("0061736d01000000 0503010002 0b0a0100 4180080b03616263")
+    with FakeHost(Settings(slots=4)) as host:
+        guest = host.prepare(module)
+        assert guest.warm(3) == 3
+        with calls() as made:
+            instance = guest.instantiate()
+        assert made == {}
+        assert instance.memory.read(1024, 3) == b"abc"
+        instance.close()
+        guest.close()
+        with pytest.raises(UsedAfterClose, match="was closed"):
+            guest.warm(1)

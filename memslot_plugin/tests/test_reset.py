@@ -1,13 +1,14 @@
-"""The probe says what the kernel does, and a reset is chosen by that and not by what was hoped for."""
+"""The probe finds out what the kernel does, and a reset is chosen by that."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import importlib
+import itertools
 import os
 import re
-import subprocess
-import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -15,81 +16,88 @@ from typing import Any
 import pytest
 
 from memslot_plugin import BytesImage, MemfdImage, Slot, Unsupported, _core
-from memslot_plugin import probe as public_probe
 from memslot_plugin import reset as resets
 from memslot_plugin._core import PAGE_SIZE as P
 from memslot_plugin.errors import SystemCallError
 from memslot_plugin.probe import Finding, pagemap_descriptor, probe
+from memslot_plugin.tests.slots import fill, needs_pagemap, use
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
+
+probing = importlib.import_module("memslot_plugin.probe")  # the package exports its function
 
 
 @pytest.fixture
 def fresh_probe() -> Iterator[None]:
-    """The probe is asked anew, and again for everybody else afterwards."""
     probe.cache_clear()
     yield
     probe.cache_clear()
     probe()
 
 
+@pytest.fixture
+def image() -> Iterator[MemfdImage]:
+    with MemfdImage("reset", b"x" * 2 * P) as made:
+        yield made
+
+
+@pytest.fixture
+def slot(image: MemfdImage) -> Iterator[Slot]:
+    """A leased slot that grew; every byte was written."""
+    made = Slot.create(16 * P)
+    made.instantiate(image, 8 * P)
+    made.grow(10 * P)
+    fill(made)
+    yield made
+    made.destroy()
+
+
 def pretend(monkeypatch: pytest.MonkeyPatch, **findings: bool) -> None:
     changes: dict[str, Any] = {
-        name: Finding(works, f"pretended {works}") for name, works in findings.items()
+        name: Finding(works, "pretended") for name, works in findings.items()
     }
     found = replace(probe(), **changes)
     monkeypatch.setattr(resets, "probe", lambda: found)
 
 
-def used(reset: Callable[[Slot], Any], image: Any = None) -> Any:
-    """What a reset says of itself, after it put back a written memory."""
-    slot = Slot.create(16 * P)
-    slot.instantiate(image, 8 * P)
-    ctypes.memset(slot.base, 7, 8 * P)
-    result = slot.reset(reset)
-    slot.check()
-    slot.destroy()
-    return result
-
-
-def test_the_probe_is_made_once_and_finds_what_is_here() -> None:
-    found = probe()
-    assert probe() is found is public_probe()
-    assert found.page_size == P
-    for finding in (found.memfd, found.seals, found.dontneed, found.pagemap):
-        assert isinstance(finding.works, bool)
-        assert finding.detail
+# The probe
 
 
 @pytest.mark.usefixtures("fresh_probe")
 @pytest.mark.parametrize(
     ("call", "error", "wrong"),
     [
-        ("memfd_create", errno.ENOSYS, "memfd"),
-        ("memfd_create", errno.EPERM, "memfd"),
-        ("memfd_create", errno.EACCES, "memfd"),
-        ("fcntl", errno.EPERM, "memfd"),
-        ("fcntl", errno.EINVAL, "memfd"),
-        ("pagemap_scan", errno.ENOTTY, "pagemap"),
-        ("pagemap_scan", errno.EPERM, "pagemap"),
-        ("madvise", errno.EINVAL, "dontneed"),
-        ("madvise", errno.EPERM, "dontneed"),
+        *(("memfd_create", error, "memfd") for error in (errno.ENOSYS, errno.EPERM, errno.EACCES)),
+        *(("fcntl", error, "memfd") for error in (errno.EPERM, errno.EINVAL)),
+        *(("pagemap_scan", error, "pagemap") for error in (errno.ENOTTY, errno.EPERM)),
+        *(("madvise", error, "dontneed") for error in (errno.EINVAL, errno.EPERM)),
     ],
 )
-def test_what_is_refused_is_a_finding_with_its_reason(
+def test_probe_reports_a_refused_call_as_a_finding_with_its_reason(
     inject: Any, call: str, error: int, wrong: str
 ) -> None:
     inject(call, error=error)
-    found = probe()
-    finding = getattr(found, wrong)
+    finding = getattr(probe(), wrong)
     assert not finding.works
     assert os.strerror(error) in finding.detail
+    assert probe() is probe()
 
 
-def test_a_child_that_was_forked_probes_again(child: Any) -> None:
+@pytest.mark.usefixtures("fresh_probe")
+@pytest.mark.parametrize("works", [True, False])
+def test_probe_without_a_memfd_tries_dropping_on_zeros(inject: Any, works: bool) -> None:
+    inject("memfd_create", error=errno.ENOSYS)
+    if not works:
+        inject("madvise", error=errno.EINVAL)
+    assert probe().dontneed.works == works
+
+
+def test_probe_and_its_descriptor_are_made_again_after_a_fork_and_closed_on_exec(
+    child: Any,
+) -> None:
     child(
         """
-import os
+import os, subprocess, sys
 from memslot_plugin import probe
 from memslot_plugin.probe import pagemap_descriptor
 found = probe()
@@ -102,14 +110,63 @@ if not (pid := os.fork()):
         os.write(2, repr(error).encode()); os._exit(1)
     os._exit(0)
 assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+command = [sys.executable, "-S", "-c", f"import os; os.fstat({pagemap_descriptor()})"]
+done = subprocess.run(command, capture_output=True, text=True, close_fds=False)
+assert "Bad file descriptor" in done.stderr
 """
     )
 
 
-def test_the_descriptor_does_not_survive_exec() -> None:
-    command = [sys.executable, "-c", f"import os; os.fstat({pagemap_descriptor()})"]
-    done = subprocess.run(command, capture_output=True, text=True, close_fds=False, check=False)
-    assert "Bad file descriptor" in done.stderr
+@needs_pagemap
+def test_probe_tries_the_scan_on_files_on_zeros_and_without_swap(inject: Any) -> None:
+    assert probing._probe_pagemap(False).works
+    if probe().memfd.works:
+        assert probing._probe_pagemap(True).works
+    inject("madvise", error=errno.EINVAL)
+    assert probing._probe_pagemap(False).works
+
+
+@needs_pagemap
+@pytest.mark.parametrize(
+    ("seen", "why"),
+    [
+        ([[0, 1, 3]], "takes the pages [0, 1, 3] for private where [1, 3] were written"),
+        ([[3]], "takes the pages [3] for private where [1, 3] were written"),
+        ([[1, 3], [3]], "where [1, 3] were written that may be swapped out"),
+        ([None], os.strerror(errno.ENOTTY)),
+    ],
+    ids=["page of the file", "written page is missed", "swapped page is missed", "no such call"],
+)
+def test_probe_refuses_a_scan_that_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, seen: list[list[int] | None], why: str
+) -> None:
+    answers = iter([([], errno.ENOTTY) if pages is None else (pages, 0) for pages in seen])
+    monkeypatch.setattr(probing, "_private_pages", lambda *_: next(answers))
+    finding = probing._probe_pagemap(False)
+    assert not finding.works
+    assert why in finding.detail
+
+
+TIMES = ["empty drop", "reads", "again", "writes", "rewrites", "drop"]
+"""Measurements of one round of the prices, in this order."""
+
+
+@needs_pagemap
+@pytest.mark.parametrize("disturbed", range(len(TIMES)), ids=TIMES)
+def test_prices_stay_above_zero_if_one_measurement_is_disturbed(
+    monkeypatch: pytest.MonkeyPatch, disturbed: int
+) -> None:
+    """A page that costs nothing would never be given back."""
+    measure, calls = probing._nanoseconds, itertools.count()
+
+    def with_a_tick(call: Callable[[], object]) -> int:
+        place = next(calls)
+        return int(measure(call)) + 4_000_000 * (place == 2 * len(TIMES) + disturbed)
+
+    monkeypatch.setattr(probing, "_nanoseconds", with_a_tick)
+    found = probing.prices.__wrapped__()
+    assert min(found.drop_page, found.write_fault, found.read_fault_page) > 1
+    assert next(calls) == 5 * len(TIMES)
 
 
 # The choice
@@ -126,123 +183,79 @@ def test_the_descriptor_does_not_survive_exec() -> None:
         ("auto", {"pagemap": True, "dontneed": False}, "remap"),
         ("madvise", {"dontneed": False}, "remap"),
         ("madvise", {"dontneed": False, "memfd": False}, "remap"),
+        pytest.param("pagemap", {"dontneed": False}, "pagemap", marks=needs_pagemap),
     ],
 )
-def test_a_setting_becomes_what_the_kernel_can_do(
-    monkeypatch: pytest.MonkeyPatch, setting: str, here: dict[str, bool], strategy: str
+def test_setting_becomes_a_strategy_that_the_kernel_can_do(
+    monkeypatch: Any, slot: Slot, calls: Any, *, setting: str, here: dict[str, bool], strategy: str
 ) -> None:
     pretend(monkeypatch, **here)
-    with MemfdImage("chosen", b"x" * 2 * P) as image:
-        assert used(resets.choose(setting, 0), image).strategy == strategy
+    with calls() as made:
+        assert use(slot, resets.choose(setting, 0)).strategy == strategy
+    assert here.get("dontneed", True) or "madvise" not in made
 
 
-@pytest.mark.skipif(not probe().pagemap.works, reason="impossible: no PAGEMAP_SCAN")
-@pytest.mark.parametrize("setting", ["pagemap", "copy"])
-def test_nothing_is_dropped_where_dropping_does_not_work(
-    monkeypatch: pytest.MonkeyPatch, calls: Any, setting: str
-) -> None:
-    pretend(monkeypatch, dontneed=False)
-    with MemfdImage("kept", b"x" * 2 * P) as image, calls() as made:
-        assert used(resets.choose(setting, 0), image).strategy == setting
-    assert "madvise" not in made
-
-
-def test_a_copy_within_its_budget_makes_no_system_call(calls: Any) -> None:
-    with MemfdImage("small", b"x" * 2 * P) as image:
-        slot = Slot.create(16 * P)
-        slot.instantiate(image, 8 * P)
-        ctypes.memset(slot.base, 7, 8 * P)
-        with calls() as made:
-            result = slot.reset(resets.choose("copy", 8 * P))
-        assert (result.dirty_bytes, result.reason) == (8 * P, "")
-        assert sum(made.values()) == 0
-        slot.instantiate(image, 8 * P)
-        ctypes.memset(slot.base, 7, 8 * P)
-        result = slot.reset(resets.choose("copy", 7 * P))
-        assert (result.dirty_bytes, result.reason) == (None, "keep_resident")
-        slot.check()
-        slot.destroy()
-
-
-def test_a_copy_that_cannot_drop_makes_the_slot_unknown(inject: Any) -> None:
-    with MemfdImage("kept", b"x" * 2 * P) as image:
-        slot = Slot.create(16 * P)
-        slot.instantiate(image, 8 * P)
-        ctypes.memset(slot.base, 7, 8 * P)
-        inject("madvise", error=errno.ENOMEM)
-        with pytest.raises(SystemCallError, match="MADV_DONTNEED in a reset"):
-            slot.reset(resets.choose("copy", 0))
-        slot.instantiate(image, 8 * P)
-        slot.check()
-        slot.destroy()
-
-
-@pytest.mark.usefixtures("fresh_probe")
-@pytest.mark.parametrize("works", [True, False])
-def test_without_a_memfd_dropping_is_tried_on_zeros(inject: Any, works: bool) -> None:
-    inject("memfd_create", error=errno.ENOSYS)
-    if not works:
-        inject("madvise", error=errno.EINVAL)
-    assert probe().dontneed.works == works
-
-
-def test_pagemap_is_refused_where_the_kernel_has_it_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pagemap_without_the_system_call_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, pagemap=False)
-    sentence = "reset = pagemap is not possible here: pretended False; allowed: auto, madvise, copy"
+    sentence = "reset = pagemap is not possible here: pretended; allowed: auto, madvise, copy"
     with pytest.raises(Unsupported, match=re.escape(sentence)):
         resets.choose("pagemap", 0)
 
 
-@pytest.mark.skipif(not probe().pagemap.works, reason="impossible: no PAGEMAP_SCAN")
+def test_copy_makes_no_call_within_its_budget_and_drops_above_it(slot: Slot, calls: Any) -> None:
+    slot.reset(resets.madvise)
+    for keep, dirty, reason in ((8 * P, 8 * P, ""), (7 * P, None, "keep_resident")):
+        slot.instantiate(slot.image, 8 * P)
+        with calls() as made:
+            result = use(slot, resets.choose("copy", keep))
+        assert (result.dirty_bytes, result.reason) == (dirty, reason)
+        assert bool(made) == bool(reason)
+
+
+@pytest.mark.parametrize(
+    ("setting", "keep", "call", "named"),
+    [
+        ("copy", 0, "madvise", "MADV_DONTNEED"),
+        pytest.param("pagemap", 1 << 30, "pagemap_scan", "PAGEMAP_SCAN", marks=needs_pagemap),
+    ],
+)
+def test_failed_reset_makes_the_slot_unknown_and_the_next_use_right(
+    slot: Slot, inject: Any, *, setting: str, keep: int, call: str, named: str
+) -> None:
+    inject(call, error=errno.EPERM)
+    with pytest.raises(SystemCallError, match=f"{named} in a reset: Operation not permitted"):
+        slot.reset(resets.choose(setting, keep))
+    assert slot.state.value == "unknown"
+    slot.instantiate(slot.image, 8 * P)
+    assert slot.first_difference() is None
+
+
+@needs_pagemap
 @pytest.mark.parametrize("kind", [MemfdImage, BytesImage, None])
 @pytest.mark.parametrize("first", [0, 1, 40])
 @pytest.mark.parametrize("keep", [0, P, 3 * P, 1 << 30])
 @pytest.mark.parametrize("setting", ["pagemap", "auto", "copy"])
-def test_what_passes_keep_resident_is_given_back(
+def test_pages_above_keep_resident_are_given_back(
     kind: Any, first: int, keep: int, setting: str
 ) -> None:
-    """Except for what was copied from an image, which would not come back."""
+    """Pages that were copied from an image are kept: they would not come back."""
     image = kind("kept", bytes(first * P) + b"x" * 2 * P) if kind else None
     slot = Slot.create(128 * P)
     slot.instantiate(image, 64 * P)
     for _ in range(3):
-        ctypes.memset(slot.base, 7, 64 * P)
-        slot.reset(resets.choose(setting, keep))
-        slot.check()
+        use(slot, resets.choose(setting, keep))
         report = _core.ffi.new("ms_reset_report *")
         counted = _core.lib.ms_count_private(pagemap_descriptor(), slot.base, 64 * P, report)
         assert counted == 0
         assert report.private_pages <= keep // P + 2 * (kind is BytesImage)
         slot.instantiate(image, 64 * P)
     slot.destroy()
-    if image is not None:
-        image.close()
 
 
-@pytest.mark.skipif(not probe().pagemap.works, reason="impossible: no PAGEMAP_SCAN")
-def test_a_scan_that_fails_makes_the_slot_unknown_and_the_next_use_right(inject: Any) -> None:
-    with MemfdImage("scanned", b"x" * 2 * P) as image:
-        slot = Slot.create(16 * P)
-        slot.instantiate(image, 8 * P)
-        ctypes.memset(slot.base, 7, 8 * P)
-        inject("pagemap_scan", error=errno.EPERM)
-        with pytest.raises(
-            SystemCallError, match="PAGEMAP_SCAN in a reset: Operation not permitted"
-        ):
-            slot.reset(resets.choose("pagemap", 1 << 30))
-        slot.instantiate(image, 8 * P)
-        slot.check()
-        assert ctypes.string_at(slot.base, 8 * P) == b"x" * 2 * P + bytes(6 * P)
-        slot.destroy()
-
-
+@needs_pagemap
 def test_resets_in_many_threads_report_their_own_numbers() -> None:
-    """One report that all shared would tell one slot's numbers of another."""
-    import threading
-
+    """A report that all threads shared would tell the numbers of another slot."""
     reset = resets.choose("auto", 1 << 30)
-    if used(reset).dirty_bytes is None:
-        pytest.skip("impossible: no PAGEMAP_SCAN")
     wrong: list[tuple[int, int | None]] = []
 
     def work(pages: int) -> None:

@@ -1,4 +1,4 @@
-"""`Slot.check()` finds each way in which the invariant can be broken; what a fork or swapping may not break."""
+"""`Slot.check()` finds each way in which the invariant can be broken; no private page and no fork escapes a reset."""
 
 from __future__ import annotations
 
@@ -11,23 +11,25 @@ from typing import Any
 
 import pytest
 
-from memslot_plugin import BytesImage, InvariantBroken, MemfdImage, Slot, State, _core
+from memslot_plugin import BytesImage, InvariantBroken, MemfdImage, Pool, Slot, State
 from memslot_plugin._core import PAGE_SIZE as P
-from memslot_plugin._core import ffi, lib
-from memslot_plugin.errors import SystemCallError
-from memslot_plugin.probe import pagemap_descriptor, probe
-from memslot_plugin.reset import choose, madvise
+from memslot_plugin._core import lib
+from memslot_plugin.probe import pagemap_descriptor
+from memslot_plugin.reset import choose
+from memslot_plugin.tests.slots import RESERVED, content, fill, needs_pagemap, sparse, use
 
-pytestmark = pytest.mark.usefixtures("no_leaks")
+pytestmark = [
+    pytest.mark.usefixtures("no_leaks"),
+    pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
+]
 
-RESERVED = 64 * P
-IMAGE = bytearray(40 * P)
-IMAGE[: 2 * P] = b"x" * 2 * P
-IMAGE[30 * P : 31 * P] = b"y" * P
-
-needs_pagemap = pytest.mark.skipif(
-    not probe().pagemap.works, reason=f"impossible: PAGEMAP_SCAN: {probe().pagemap.detail}"
-)
+IMAGE = sparse(40 * P, (0, b"x" * 2 * P), (30 * P, b"y" * P))
+LIBC = ctypes.CDLL(None)
+LIBC.mmap.restype = ctypes.c_void_p
+LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+LIBC.mprotect.argtypes = LIBC.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+READ, WRITE, EXECUTE = mmap.PROT_READ, mmap.PROT_WRITE, mmap.PROT_EXEC
+MAP_FIXED = 0x10
 
 
 @pytest.fixture
@@ -41,107 +43,75 @@ def slot(image: MemfdImage) -> Iterator[Slot]:
     """A clean slot: two extents, 32 of 64 pages accessible."""
     made = Slot.create(RESERVED)
     made.instantiate(image, 32 * P)
-    made.reset(madvise)
-    made.check()
+    use(made)
     yield made
     made.destroy()
 
 
-def file_of(data: bytes) -> int:
-    fd = os.memfd_create("stranger")
-    os.write(fd, data)
-    return fd
+def lay(slot: Slot, page: int, pages: int, *, of: int | None = None, **how: int) -> None:
+    """Map pages of the slot's image, or of the file `of`."""
+    assert isinstance(slot.image, MemfdImage)
+    address, fd = slot.base + page * P, slot.image.fd if of is None else of
+    flags = MAP_FIXED | how.get("flags", mmap.MAP_PRIVATE)
+    offset = how.get("offset", 0)
+    assert LIBC.mmap(address, pages * P, READ | WRITE, flags, fd, offset) == address
 
 
-def mapped(address: int, length: int, fd: int, *, offset: int = 0, shared: bool = False) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-    flags = 0x10 | (mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE)
-    protection = mmap.PROT_READ | mmap.PROT_WRITE
-    assert libc.mmap(address, length, protection, flags, fd, offset) == address
-
-
-def protected(address: int, length: int, protection: int) -> None:
-    libc = ctypes.CDLL(None)
-    assert libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(length), protection) == 0
-
-
-def a_stranger_of_equal_bytes(slot: Slot, *, shared: bool, offset: int = 0) -> None:
-    fd = file_of(b"\\0" * offset + b"x" * 2 * P)
-    mapped(slot.base, 2 * P, fd, offset=offset, shared=shared)
+def lay_foreign_file(slot: Slot, **how: int) -> None:
+    fd = os.memfd_create("of equal bytes")
+    os.write(fd, bytes(how.get("offset", 0)) + b"x" * 2 * P)
+    lay(slot, 0, 2, of=fd, **how)
     os.close(fd)
 
 
-def extents_swapped(slot: Slot) -> None:
-    assert isinstance(slot.image, MemfdImage)
-    mapped(slot.base + 30 * P, P, slot.image.fd, offset=0)
+def protect(slot: Slot, page: int, protection: int) -> None:
+    assert LIBC.mprotect(slot.base + page * P, P, protection) == 0
 
-
-def extent_too_long(slot: Slot) -> None:
-    assert isinstance(slot.image, MemfdImage)
-    mapped(slot.base, 3 * P, slot.image.fd)
-
-
-def extent_elsewhere_too(slot: Slot) -> None:
-    assert isinstance(slot.image, MemfdImage)
-    mapped(slot.base + 8 * P, P, slot.image.fd)
-
-
-READ, WRITE, EXECUTE = mmap.PROT_READ, mmap.PROT_WRITE, mmap.PROT_EXEC
 
 TAMPERED: dict[str, Callable[[Slot], object]] = {
-    "the tail became accessible": lambda s: protected(s.base + 40 * P, P, READ | WRITE),
-    "the tail became readable": lambda s: protected(s.base + 63 * P, P, READ),
+    "the tail became accessible": lambda s: protect(s, 40, READ | WRITE),
+    "the tail became readable": lambda s: protect(s, 63, READ),
     "the first page of the tail became accessible": lambda s: lib.ms_allow(s.base + 32 * P, P),
     "the last accessible page faults": lambda s: lib.ms_forbid(s.base + 31 * P, P),
-    "a page became read-only": lambda s: protected(s.base + 9 * P, P, READ),
-    "a page became executable": lambda s: protected(s.base + 9 * P, P, READ | WRITE | EXECUTE),
+    "a page became read-only": lambda s: protect(s, 9, READ),
+    "a page became executable": lambda s: protect(s, 9, READ | WRITE | EXECUTE),
     "zeros lie over the image": lambda s: lib.ms_zero(s.base, 2 * P),
     "zeros lie over one page of the image": lambda s: lib.ms_zero(s.base + P, P),
-    "a stranger's file of equal bytes": lambda s: a_stranger_of_equal_bytes(s, shared=False),
-    "the same, shared": lambda s: a_stranger_of_equal_bytes(s, shared=True),
-    "another offset": lambda s: a_stranger_of_equal_bytes(s, shared=False, offset=P),
-    "the wrong extent": extents_swapped,
-    "an extent that goes on": extent_too_long,
-    "an extent where zeros belong": extent_elsewhere_too,
+    "a foreign file of equal bytes": lay_foreign_file,
+    "a foreign file, shared": lambda s: lay_foreign_file(s, flags=mmap.MAP_SHARED),
+    "a foreign file at another offset": lambda s: lay_foreign_file(s, offset=P),
+    "the wrong extent": lambda s: lay(s, 30, 1),
+    "an extent that goes on": lambda s: lay(s, 0, 3),
+    "an extent where zeros belong": lambda s: lay(s, 8, 1),
     "a hole in the tail": lambda s: lib.ms_unmap(s.base + 50 * P, P),
     "a hole at the end": lambda s: lib.ms_unmap(s.base + 63 * P, P),
     "a hole in front": lambda s: lib.ms_unmap(s.base, P),
     "a hole in what is accessible": lambda s: lib.ms_unmap(s.base + 9 * P, P),
 }
-"""Ways that a dirty slot shows as well: they are about mappings, not about bytes."""
+"""Changes of mappings, not of bytes: a dirty slot shows them as well."""
 
 
 @pytest.mark.parametrize("how", TAMPERED)
-@pytest.mark.parametrize("state", [State.CLEAN, State.DIRTY])
-def test_check_finds_a_mapping_that_is_not_as_recorded(slot: Slot, how: str, state: State) -> None:
-    slot.state = state
-    slot.check()
+def test_check_finds_a_mapping_that_is_not_as_recorded(slot: Slot, how: str) -> None:
     TAMPERED[how](slot)
-    with pytest.raises(InvariantBroken, match=r"of a slot"):
-        slot.check()
+    for slot.state in (State.CLEAN, State.DIRTY):
+        with pytest.raises(InvariantBroken, match=r"of a slot"):
+            slot.check()
 
 
-@pytest.mark.parametrize("where", [0, 2 * P - 1, 2 * P, 29 * P, 30 * P, 31 * P - 1, 32 * P - 1])
-def test_check_finds_a_byte_that_was_written(slot: Slot, where: int) -> None:
-    ctypes.memset(slot.base + where, 0x5A, 1)
-    with pytest.raises(InvariantBroken, match=f"byte {where} of a clean slot differs from <Memfd"):
-        slot.check()
-    slot.state = State.DIRTY
-    slot.check()
-
-
-@pytest.mark.parametrize("where", [0, P, 30 * P, 32 * P - 1])
-def test_check_finds_a_written_byte_without_a_memfd(where: int) -> None:
-    for image in (None, BytesImage("copied", IMAGE)):
+@pytest.mark.parametrize("kind", [MemfdImage, BytesImage, None])
+def test_check_finds_a_written_byte_of_a_clean_slot_only(kind: Any) -> None:
+    image = kind and kind("checked", IMAGE)
+    for where in (0, P, 2 * P - 1, 2 * P, 29 * P, 30 * P, 31 * P - 1, 32 * P - 1):
         slot = Slot.create(RESERVED)
         slot.instantiate(image, 32 * P)
-        slot.reset(madvise)
-        slot.check()
+        use(slot)
         ctypes.memset(slot.base + where, 0x5A, 1)
-        with pytest.raises(InvariantBroken, match=f"byte {where} of a clean slot"):
+        differs = f"byte {where} of a clean slot differs from {'<' if kind else 'zeros'}"
+        with pytest.raises(InvariantBroken, match=differs):
             slot.check()
+        slot.state = State.DIRTY
+        slot.check()
         slot.destroy()
 
 
@@ -176,86 +146,81 @@ def test_check_finds_an_extension_that_is_not_as_recorded(tamper: Callable[[Slot
     slot.destroy()
 
 
-def test_an_audit_finds_what_a_reset_forgot(slot: Slot) -> None:
+def test_audit_finds_a_page_that_a_reset_forgot(slot: Slot) -> None:
     slot.audit()
     ctypes.memset(slot.base + 5 * P, 1, 1)
     with pytest.raises(InvariantBroken, match=f"after a reset, byte {5 * P} of a slot differs"):
         slot.audit()
     assert slot.state is State.UNKNOWN
-    slot.check()  # nothing is claimed of an unknown slot
-
-
-def test_nothing_is_claimed_of_a_destroyed_slot(image: MemfdImage) -> None:
-    slot = Slot.create(RESERVED)
-    slot.destroy()
-    slot.check()
+    slot.check()  # claims nothing of an unknown slot
 
 
 # Pages that a scan could miss
 
 
+def written(address: int, *steps: int | str) -> None:
+    """Take a page through steps: an advice (madvise(2), ignored if unknown), a read or a write."""
+    for step in steps:
+        if isinstance(step, int):
+            LIBC.madvise(address, P, step)
+        elif step == "read":
+            ctypes.string_at(address, P)
+        else:
+            ctypes.memset(address + (P - 1) * (step == "last byte"), 1, P if step == "page" else 1)
+
+
+POPULATE, PAGEOUT, COLD, MERGEABLE = 23, 21, 20, 12
+
+
 @needs_pagemap
 @pytest.mark.parametrize("reset", ["pagemap", "auto"])
 @pytest.mark.parametrize(
-    "make_private",
+    "steps",
     [
-        lambda address: ctypes.memset(address, 1, P),
-        lambda address: ctypes.memset(address + P - 1, 1, 1),
-        lambda address: (ctypes.string_at(address, 1), ctypes.memset(address, 1, 1)),
-        lambda address: (ctypes.memset(address, 1, 1), ctypes.string_at(address, P)),
-        lambda address: (madvised(address, 23), ctypes.memset(address, 1, 1)),
-        lambda address: (ctypes.memset(address, 1, 1), madvised(address, 21)),
-        lambda address: (ctypes.memset(address, 1, 1), madvised(address, 20)),
-        lambda address: (ctypes.memset(address, 1, 1), madvised(address, 12)),
+        ["page"],
+        ["last byte"],
+        ["read", "byte"],
+        ["byte", "read"],
+        [POPULATE, "byte"],
+        ["byte", PAGEOUT],
+        ["byte", COLD],
+        ["byte", MERGEABLE],
     ],
-    ids=["page", "byte", "read first", "read later", "populated", "paged out", "cold", "mergeable"],
+    ids=lambda steps: "-".join(map(str, steps)),
 )
-@pytest.mark.parametrize("page", [0, 1, 2, 17, 29, 30, 31, 32, 47])
-def test_a_scan_misses_no_private_page(
-    image: MemfdImage, reset: str, make_private: Callable[[int], object], page: int
-) -> None:
+def test_scan_misses_no_private_page(image: MemfdImage, reset: str, steps: list[int | str]) -> None:
     """In an extent, at its borders, in the zeros, and in what had grown."""
-    slot = Slot.create(RESERVED)
-    slot.instantiate(image, 32 * P)
-    slot.grow(48 * P)
-    make_private(slot.base + page * P)
-    slot.reset(choose(reset, 1 << 30))
-    slot.check()
-    slot.instantiate(image, 48 * P)
-    slot.reset(choose("copy", 0))
-    assert slot.first_difference() is None
-    slot.destroy()
-
-
-def madvised(address: int, advice: int) -> int:
-    """madvise(2) of one page; advice that this kernel does not know changes nothing."""
-    answer: int = ctypes.CDLL(None).madvise(ctypes.c_void_p(address), ctypes.c_size_t(P), advice)
-    return answer
+    for page in (0, 1, 2, 17, 29, 30, 31, 32, 47):
+        slot = Slot.create(RESERVED)
+        slot.instantiate(image, 32 * P)
+        slot.grow(48 * P)
+        written(slot.base + page * P, *steps)
+        slot.reset(choose(reset, 1 << 30))
+        slot.check()
+        slot.instantiate(image, 48 * P)
+        assert slot.first_difference() is None, page
+        slot.destroy()
 
 
 @needs_pagemap
-def test_a_page_that_was_swapped_out_is_put_back(image: MemfdImage) -> None:
+def test_page_that_was_swapped_out_is_restored(slot: Slot, image: MemfdImage) -> None:
     if len(Path("/proc/swaps").read_text().splitlines()) < 2:
         pytest.skip("impossible: this machine has no swap")
-    slot = Slot.create(RESERVED)
     slot.instantiate(image, 32 * P)
-    ctypes.memset(slot.base, 1, 32 * P)
-    libc = ctypes.CDLL(None)
-    libc.madvise(ctypes.c_void_p(slot.base), ctypes.c_size_t(32 * P), 21)  # MADV_PAGEOUT
+    fill(slot)
+    LIBC.madvise(slot.base, 32 * P, PAGEOUT)
     entries = os.pread(pagemap_descriptor(), 32 * 8, slot.base // P * 8)
     if not any(entries[at + 7] & 0x40 for at in range(0, len(entries), 8)):
-        slot.destroy()
         pytest.skip("impossible: the kernel swapped nothing out")
     slot.reset(choose("pagemap", 1 << 30))
     slot.check()
-    slot.destroy()
 
 
 # Forks
 
 
 def in_child(check: Callable[[], object]) -> None:
-    """Runs `check` in a forked child, which must not raise."""
+    """Run `check` in a forked child, which must not raise."""
     pid = os.fork()
     if not pid:
         try:
@@ -267,123 +232,64 @@ def in_child(check: Callable[[], object]) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 @pytest.mark.parametrize("strategy", ["madvise", "copy", "auto"])
-def test_a_child_resets_its_own_pages(image: MemfdImage, strategy: str, resources: Any) -> None:
+def test_fork_resets_the_childs_own_pages(slot: Slot, strategy: str, resources: Any) -> None:
     """The parent's pagemap descriptor would list the parent's pages, and leave the child's as they are."""
-    slot = Slot.create(RESERVED)
-    slot.instantiate(image, 32 * P)
-    inherited = pagemap_descriptor()
-    path = str(Path(f"/proc/self/fd/{inherited}").readlink())
+    path = str(Path(f"/proc/self/fd/{pagemap_descriptor()}").readlink())
+    slot.instantiate(slot.image, 32 * P)
 
     def check() -> None:
         assert str(Path(f"/proc/self/fd/{pagemap_descriptor()}").readlink()) != path
         assert path not in resources().descriptors
-        ctypes.memset(slot.base, 7, 32 * P)
-        slot.reset(choose(strategy, 1 << 30))
-        slot.check()
-        slot.instantiate(image, 40 * P)
-        slot.check()
+        use(slot, choose(strategy, 1 << 30))
 
     in_child(check)
-    ctypes.memset(slot.base, 8, 32 * P)
-    slot.reset(choose(strategy, 1 << 30))
-    slot.check()
-    slot.destroy()
+    use(slot, choose(strategy, 1 << 30))
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_a_child_shares_no_extension_with_its_parent() -> None:
-    """An extension is a file that is mapped shared: without parting, tenants of two processes would meet in it."""
-    from memslot_plugin import Pool
-
-    pool = Pool(slots=3, reserved=RESERVED, guard=P, reset=madvise, growth="ftruncate")
+@pytest.fixture
+def extended(make_pool: Callable[..., Pool]) -> tuple[Pool, Slot]:
+    """A pool whose slots grow in files of their own, mapped shared, and its leased slot; another one is idle."""
+    pool = make_pool(3, growth="ftruncate")
     leased, idle = (pool.lease(None, 4 * P, affinity=i) for i in range(2))
     pool.release(idle)
     leased.grow(8 * P)
-    ctypes.memset(leased.base, 0x11, 8 * P)
+    fill(leased, 0x11)
+    return pool, leased
 
-    def check() -> None:
-        pool.check()
-        assert ctypes.string_at(leased.base, 8 * P) == b"\x11" * 8 * P
-        ctypes.memset(leased.base, 0x22, 8 * P)
-        leased.grow(16 * P)
-        other = pool.lease(None, 4 * P, affinity=1)
-        other.grow(8 * P)
-        assert ctypes.string_at(other.base, 8 * P) == bytes(8 * P)
-        ctypes.memset(other.base, 0x33, 8 * P)
-        pool.check()
-        pool.release(leased)
-        pool.release(other)
-        pool.check()
-        pool.close()
 
-    in_child(check)
-    pool.check()
-    assert ctypes.string_at(leased.base, 8 * P) == b"\x11" * 8 * P
+def lease_another(pool: Pool) -> None:
     other = pool.lease(None, 4 * P, affinity=1)
     other.grow(8 * P)
-    assert ctypes.string_at(other.base, 8 * P) == bytes(8 * P)
+    assert content(other) == bytes(8 * P)
+    fill(other, 0x33)
     pool.release(other)
-    pool.release(leased)
-    pool.close()
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-@pytest.mark.parametrize("call", ["mmap", "close", "memfd_create", "ftruncate", "pwrite"])
-def test_a_slot_that_cannot_part_is_not_used_again(call: str, caplog: Any) -> None:
-    from memslot_plugin import Pool
-
-    pool = Pool(slots=2, reserved=RESERVED, guard=P, reset=madvise, growth="ftruncate")
-    leased, idle = (pool.lease(None, 4 * P, affinity=i) for i in range(2))
-    pool.release(idle)
-    leased.grow(8 * P)
-    _core.inject(call, error=12)
+@pytest.mark.parametrize("failing", [None, "mmap", "close", "memfd_create", "ftruncate", "pwrite"])
+def test_fork_gives_the_child_extensions_of_its_own_or_covers_the_slot(
+    failing: str | None, extended: tuple[Pool, Slot], inject: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    pool, leased = extended
+    if failing:
+        inject(failing, error=12)
 
     def check() -> None:
-        _core.inject(call, error=0)
+        if failing:
+            inject(failing, error=0)
         pool.check()
-        other = pool.lease(None, 4 * P, affinity=1)
-        other.grow(8 * P)
-        assert ctypes.string_at(other.base, 8 * P) == bytes(8 * P)
-        pool.release(other)
+        if not failing:
+            assert content(leased) == b"\x11" * 8 * P
+            fill(leased, 0x22)
+            leased.grow(16 * P)
+        lease_another(pool)
         pool.release(leased)
         pool.check()
         pool.close()
 
     in_child(check)
-    _core.inject(call, error=0)
+    if failing:
+        inject(failing, error=0)
+    assert content(leased) == b"\x11" * 8 * P
+    lease_another(pool)
     pool.release(leased)
-    pool.close()
-
-
-def test_a_descriptor_of_pagemap_that_cannot_be_opened_is_a_clear_error(child: Any) -> None:
-    child(
-        """
-import errno, resource
-from memslot_plugin import MemfdImage, SystemCallError
-from memslot_plugin.probe import pagemap_descriptor
-resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
-try:
-    pagemap_descriptor()
-except SystemCallError as error:
-    assert error.errno == errno.EMFILE
-    assert "opening /proc/self/pagemap" in str(error) and "(ulimit -n) is 3" in str(error)
-else:
-    raise AssertionError("opened")
-"""
-    )
-
-
-def test_a_cover_that_fails_is_told_and_repeated() -> None:
-    base = ffi.new("uintptr_t *")
-    _core.check(lib.ms_reserve(RESERVED, base), "reserving")
-    slot = Slot(base[0], RESERVED)
-    slot.instantiate(None, 8 * P)
-    _core.inject("mmap", error=12)
-    with pytest.raises(SystemCallError, match="covering a slot"):
-        slot.destroy()
-    assert slot.state is State.UNKNOWN
-    slot.destroy()
-    assert slot.state.value == "destroyed"
-    _core.check(lib.ms_unmap(base[0], RESERVED), "unmapping")

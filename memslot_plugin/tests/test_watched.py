@@ -1,4 +1,4 @@
-"""The resets that the core does without asking: which pages it compares, and in how many scans it finds them."""
+"""Resets that the core does without asking Python: which pages it compares, and in how many scans it finds them."""
 
 from __future__ import annotations
 
@@ -24,18 +24,17 @@ from memslot_plugin.errors import SlotError
 from memslot_plugin.probe import probe
 from memslot_plugin.slot import State
 from memslot_plugin.tests.patience import attempts
+from memslot_plugin.tests.profiles import examples
+from memslot_plugin.tests.slots import needs_pagemap
 
 pytestmark = [
     pytest.mark.usefixtures("no_leaks"),
-    pytest.mark.skipif(not probe().pagemap.works, reason="impossible: no PAGEMAP_SCAN"),
+    needs_pagemap,
     pytest.mark.skipif(not probe().memfd.works, reason="impossible: no memfd"),
 ]
 
 IMAGE, MEMORY = 16, 200
 """Pages of the image, and of the whole memory."""
-
-LARGE = 16384
-"""Pages of a memory whose reset takes some milliseconds."""
 
 
 @pytest.fixture
@@ -52,66 +51,49 @@ def slot(image: MemfdImage) -> Iterator[Slot]:
     made.destroy()
 
 
-def once(slot: Slot, reset: Any, *pages: int, looked_at: bool = False) -> Any:
-    """A request that writes to these pages, and its reset; looking whether it was a right one reads every page,
-    which `auto` would learn from.
-    """
+def once(slot: Slot, reset: Any, *pages: int, check: bool = False) -> Any:
+    """Write to these pages as a request does, and reset; `check` reads every page, which `auto` would learn from."""
     for page in pages:
         ctypes.memset(slot.base + page * P + page % P, page % 251 + 1, 3)
+    if (
+        slot.history is not None
+    ):  # a busy machine makes scans slow, which would count as pages that were read
+        slot.history.limits.spare_nanoseconds = 1 << 60
     result = slot.reset(reset)
-    if looked_at:
+    if check:
         slot.check()
     slot.instantiate(slot.image, MEMORY * P)
     return result
 
 
-def never_slow(slot: Slot) -> None:
-    """No scan of this slot is taken for one that was slow, as the first one on a busy machine may be."""
-    assert slot.history is not None
-    slot.history.limits.spare_nanoseconds = 1 << 60
-
-
 @pytest.mark.parametrize("name", ["pagemap", "auto"])
 @pytest.mark.parametrize("above", [0, 39, 40, 150])
-def test_pages_above_the_image_get_a_scan_of_their_own_where_they_are_many(
+def test_pages_above_the_image_get_a_scan_of_their_own_if_they_are_many(
     slot: Slot, calls: Any, name: str, above: int
 ) -> None:
     reset, pages = resets.choose(name, 1 << 30), [0, 3, *range(IMAGE, IMAGE + above)]
-    once(slot, reset, *pages)  # the scan goes by what the one before has found
+    once(slot, reset, *pages)  # the scan follows the findings of the one before
     assert slot.report.plain_pages == above
     for _ in range(10):
-        if name == "auto":
-            never_slow(slot)
         with calls() as made:
             result = once(slot, reset, *pages)
         assert made["pagemap_scan"] == (2 if above >= 40 else 1)
         assert slot.report.apart == (above >= 40)
         assert slot.report.private_pages == len(pages)
         assert result.dirty_bytes == len(pages) * P
-    once(slot, reset, *pages, looked_at=True)
+    once(slot, reset, *pages, check=True)
 
 
-def test_without_a_mapped_image_nothing_is_looked_for_in_a_file(calls: Any) -> None:
+def test_slot_without_a_mapped_image_is_scanned_once(calls: Any) -> None:
     slot, reset = Slot.create(MEMORY * P), resets.choose("auto", 1 << 30)
     slot.instantiate(None, MEMORY * P)
     for _ in range(3):
-        if slot.history is not None:
-            never_slow(slot)
         with calls() as made:
             once(slot, reset, *range(100))
         assert made["pagemap_scan"] == 1
         assert slot.report.apart
         assert slot.report.plain_pages == 100
-    once(slot, reset, *range(100), looked_at=True)
     slot.destroy()
-
-
-def test_pages_of_zeros_that_were_only_read_are_not_private(slot: Slot) -> None:
-    reset = resets.choose("pagemap", 1 << 30)
-    for _ in range(2):
-        ctypes.string_at(slot.base, MEMORY * P)
-        once(slot, reset, *range(IMAGE, IMAGE + 50), looked_at=True)
-        assert slot.report.private_pages == 50
 
 
 def test_auto_compares_now_and_then(slot: Slot) -> None:
@@ -119,20 +101,16 @@ def test_auto_compares_now_and_then(slot: Slot) -> None:
     once(slot, reset, 1, 2, 3)
     compared = []
     for _ in range(3 * COMPARE_EVERY):
-        never_slow(slot)
         once(slot, reset, 1, 2, 3)
         compared.append(slot.report.compared)
     assert sum(compared) == 3
     assert compared.index(1) < COMPARE_EVERY
 
 
-def test_auto_learns_of_idle_pages_by_the_next_comparison_and_then_compares_until_they_are_gone(
-    slot: Slot,
-) -> None:
-    reset, many = resets.choose("auto", 1 << 30), 100
-    once(slot, reset, *range(many))
+def test_auto_compares_after_it_found_idle_pages_until_they_are_dropped(slot: Slot) -> None:
+    reset = resets.choose("auto", 1 << 30)
+    once(slot, reset, *range(100))
     for _ in range(COMPARE_EVERY):
-        never_slow(slot)
         once(slot, reset, 1)
     assert slot.report.compared
     while not (result := once(slot, reset, 1)).reason:
@@ -148,39 +126,32 @@ def test_pagemap_never_compares(slot: Slot) -> None:
     for _ in range(COMPARE_EVERY + 1):
         result = once(slot, reset, 1)
         assert not slot.report.compared
-        assert result.dirty_bytes == (FEW_PAGES + 4) * P  # those that are private, written or not
+        assert result.dirty_bytes == (FEW_PAGES + 4) * P  # the private ones, written or not
 
 
-def test_any_pages_are_put_back_however_they_are_found(slot: Slot) -> None:
+@pytest.mark.scales
+def test_any_pages_are_restored_by_any_strategy_in_turn(slot: Slot) -> None:
     chance = random.Random(7)
     every = [resets.choose(name, keep) for name in ("pagemap", "auto") for keep in (8 * P, 1 << 30)]
-    for _ in range(300):
+    for _ in range(examples(75)):
         pages = chance.sample(range(MEMORY), chance.choice([0, 1, 5, 60, MEMORY]))
-        once(slot, chance.choice(every), *pages, looked_at=True)
+        once(slot, chance.choice(every), *pages, check=True)
 
 
 @pytest.mark.parametrize(
     ("apart", "explained"), [(0, 1000 + 50 * 30), (1, 2 * 1000 + 20 * 30 + 30 * 10)]
 )
-def test_what_private_pages_explain_of_a_scans_time(apart: int, explained: int) -> None:
-    report = ffi.new(
-        "ms_reset_report *",
-        {
-            "private_pages": 50,
-            "plain_pages": 30,
-            "scans": 1 + apart,
-            "apart": apart,
-            "scan_nanoseconds": 9000,
-        },
-    )
-    limits = ffi.new(
-        "ms_reset_limits *",
-        {"scan_price": 1000_000, "file_page_price": 30_000, "plain_page_price": 10_000},
-    )
+def test_spare_time_of_a_scan_is_what_private_pages_do_not_explain(
+    apart: int, explained: int
+) -> None:
+    found = {"private_pages": 50, "plain_pages": 30, "scans": 1 + apart, "apart": apart}
+    prices = {"scan_price": 1000_000, "file_page_price": 30_000, "plain_page_price": 10_000}
+    report = ffi.new("ms_reset_report *", {**found, "scan_nanoseconds": 9000})
+    limits = ffi.new("ms_reset_limits *", prices)
     assert lib.ms_spare_nanoseconds(report, limits) == 9000 - explained
 
 
-def test_the_core_asks_python_only_where_it_may_not_reset_by_itself(
+def test_core_asks_python_only_if_it_may_not_reset_by_itself(
     slot: Slot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
@@ -203,10 +174,9 @@ def test_the_core_asks_python_only_where_it_may_not_reset_by_itself(
     slot.reset(second)
     with pytest.raises(SlotError, match="only a leased slot can be reset; this one is clean"):
         slot.reset(second)
-    slot.instantiate(slot.image, MEMORY * P)
 
 
-def test_whatever_raises_while_a_reset_is_settled_leaves_the_slot_unknown(slot: Slot) -> None:
+def test_exception_while_a_reset_is_settled_leaves_the_slot_unknown(slot: Slot) -> None:
     class Wrong(resets.Pagemap):
         def settle(self, slot: Slot, answer: int) -> Any:
             assert slot.state is State.UNKNOWN
@@ -218,10 +188,9 @@ def test_whatever_raises_while_a_reset_is_settled_leaves_the_slot_unknown(slot: 
     with pytest.raises(KeyboardInterrupt):
         slot.reset(reset)
     assert slot.state is State.UNKNOWN
-    slot.instantiate(slot.image, MEMORY * P)
 
 
-def test_a_slot_without_a_state_is_not_reset(slot: Slot) -> None:
+def test_slot_without_a_state_is_not_reset(slot: Slot) -> None:
     reset = resets.choose("pagemap", 1 << 30)
     once(slot, reset, 1)
     state = slot.state
@@ -231,9 +200,8 @@ def test_a_slot_without_a_state_is_not_reset(slot: Slot) -> None:
     slot.state = state
 
 
-def test_a_cycle_through_a_slot_is_collected(image: MemfdImage) -> None:
+def test_cycle_through_a_slot_is_collected(image: MemfdImage) -> None:
     slot = Slot.create(MEMORY * P)
-    slot.instantiate(image, MEMORY * P)
     slot.destroy()
     slot.watcher = type("Cycle", (), {"slot": slot})()
     gone = weakref.ref(slot)
@@ -242,14 +210,17 @@ def test_a_cycle_through_a_slot_is_collected(image: MemfdImage) -> None:
     assert gone() is None
 
 
+# The GIL
+
+
 def others_run(slot: Slot, reset: resets.Reset, nanoseconds: int) -> bool:
-    """Whether another thread runs during a reset of this slot, whose last one is said to have taken so long."""
+    """Return True if another thread runs during a reset of this slot, whose last one is said to have taken so long."""
     turns, ended = [0], threading.Event()
 
     def run() -> None:
         while not ended.is_set():
             turns[0] += 1
-            time.sleep(0)  # lets others in, which nobody is made to do below
+            time.sleep(0)  # releases the GIL, which the switch interval below does not demand
 
     interval = sys.getswitchinterval()
     other = threading.Thread(target=run)
@@ -268,18 +239,21 @@ def others_run(slot: Slot, reset: resets.Reset, nanoseconds: int) -> bool:
         sys.setswitchinterval(interval)
 
 
+LARGE = 16384
+"""Pages of a memory whose reset takes some milliseconds."""
+
+
 @pytest.mark.parametrize(
     ("last", "pages", "others"), [(4999, 32, False), (4999, LARGE, True), (5000, LARGE, True)]
 )
-def test_other_threads_run_during_a_reset_that_takes_long(
+def test_reset_releases_the_gil_if_the_last_one_was_long_or_many_pages_are_found(
     last: int, pages: int, others: bool
 ) -> None:
-    """As the one before did, or because it finds more than a few pages."""
     slot, reset = Slot.create(LARGE * P), resets.choose("pagemap", 1 << 40)
     slot.instantiate(None, LARGE * P)
     ctypes.memset(slot.base, 1, pages * P)
     slot.reset(reset)
-    for _ in attempts(8):  # while a busy machine does not let the other thread run in time
+    for _ in attempts(8):  # a busy machine may not let the other thread run in time
         slot.instantiate(None, LARGE * P)
         found = others_run(slot, reset, last)
         if found == others:
