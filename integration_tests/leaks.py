@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +23,8 @@ ends them when they were idle for ten seconds.
 
 @dataclass(frozen=True)
 class Footprint:
-    """`reserved` is address space (bytes) that nobody can access, in ranges that are no arena of malloc's;
-    `images` are mappings of our memfds, `mappings` all of them; `threads` leaves out those of the runtime.
+    """`reserved` is address space (bytes) that nothing can access, in ranges that are no arena of malloc's;
+    `images` are mappings of memslot's memfds, `mappings` all of them; `threads` leaves out those of the runtime.
     """
 
     descriptors: Counter[str] = field(default_factory=Counter)
@@ -45,44 +46,35 @@ class Footprint:
             images += bool(path) and path[0].startswith("/memfd:memslot")
             if permissions.startswith("---") and inode == "0" and end - start > ARENA:
                 reserved += end - start
-        resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
+        threads = _of_each("task", lambda thread: (thread / "comm").read_text().strip())
         return cls(
-            descriptors=Counter(_descriptors()),
+            descriptors=Counter(_of_each("fd", lambda link: str(link.readlink()))),
             images=images,
             mappings=mappings,
             reserved=reserved,
-            threads=sum(name != OF_THE_RUNTIME for name in _threads()),
-            resident=resident_pages * PAGE_SIZE,
+            threads=sum(name != OF_THE_RUNTIME for name in threads),
+            resident=int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_SIZE,
         )
 
     def lost_since(self, before: Footprint, *, mappings: int) -> list[str]:
         """What is there now and was not before, in words; `mappings` more of them are allowed."""
-        lost = [
-            f"{count} more of {name}"
-            for name, count in (self.descriptors - before.descriptors).items()
-        ]
-        if self.images > before.images:
-            lost.append(f"{self.images - before.images} more mappings of images")
-        if self.reserved > before.reserved:
-            lost.append(f"{self.reserved - before.reserved} more bytes of reserved address space")
-        if self.threads > before.threads:
-            lost.append(f"{self.threads - before.threads} more threads")
-        if self.mappings > before.mappings + mappings:
-            lost.append(f"{self.mappings - before.mappings} more mappings")
-        return lost
+        more = dict(self.descriptors - before.descriptors)
+        for name, allowed in {
+            "images": 0,
+            "reserved": 0,
+            "threads": 0,
+            "mappings": mappings,
+        }.items():
+            grown = getattr(self, name) - getattr(before, name)
+            if grown > allowed:
+                more[name] = grown
+        return [f"{count} more of {name}" for name, count in more.items()]
 
 
-def _threads() -> list[str]:
-    names = []
-    for thread in Path("/proc/self/task").iterdir():
-        with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
-            names.append((thread / "comm").read_text().strip())
-    return names
-
-
-def _descriptors() -> list[str]:
-    names = []
-    for link in Path("/proc/self/fd").iterdir():
-        with suppress(FileNotFoundError):  # the one that listed them
-            names.append(str(link.readlink()))
-    return names
+def _of_each(folder: str, read: Callable[[Path], str]) -> list[str]:
+    """What `read` says of each entry of /proc/self/FOLDER that has not just ended."""
+    found = []
+    for entry in Path("/proc/self", folder).iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):
+            found.append(read(entry))
+    return found

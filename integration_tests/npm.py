@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import tarfile
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from .fetch import fetched
+from .fetch import fetched, kept
 
 
 @dataclass(frozen=True)
@@ -22,16 +20,9 @@ class Package:
     member: str
 
     def fetch(self, folder: Path) -> bytes:
-        """The file, downloaded by whichever process comes first; a failure is an error."""
-        path = folder / f"{self.name.replace('/', '-')}-{self.version}-{Path(self.member).name}"
-        with (folder / "npm.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not path.exists():
-                with tempfile.TemporaryDirectory(dir=folder) as work:
-                    part = Path(work) / "part"
-                    part.write_bytes(self._download(Path(work)))
-                    part.rename(path)
-        return path.read_bytes()
+        """The file; a failure to download it is an error."""
+        name = f"{self.name.replace('/', '-')}-{self.version}-{Path(self.member).name}"
+        return kept(folder / name, self._download)
 
     def _download(self, work: Path) -> bytes:
         command = ["npm", "pack", "--silent", "--ignore-scripts", "--cache", str(work / "cache")]

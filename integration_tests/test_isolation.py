@@ -16,10 +16,12 @@ from .cells import Cell
 from .hostile import MAXIMUM, traps
 from .toy import PAGE
 
+pytestmark = pytest.mark.scales
+
 TIMES = 6 if LONG else 1
 """How often each attack is followed by each way to go; the next tenant is another one each time."""
 PART = 1 if LONG else 12
-"""In the ordinary profile each cell tries one of so many parts of the accesses out of bounds."""
+"""In T0 and T1 each cell tries one of so many parts of the accesses out of bounds."""
 
 NEXT = ("attacker", "other image", "no image", "smaller", "larger", "spoiler")
 
@@ -31,8 +33,8 @@ def part_of(cell: Cell) -> int:
 
 def prepare(host: memslot.Host) -> dict[str, memslot.Guest]:
     return {
-        name: host.prepare(toy.assemble(text), imports=hostile.IMPORTS, name=name)
-        for name, text in hostile.TEXTS.items()
+        name: host.prepare(toy.assemble(hostile.text(name)), imports=hostile.IMPORTS, name=name)
+        for name in hostile.GUESTS
     }
 
 
@@ -56,7 +58,7 @@ def look_around(instance: memslot.Instance, name: str) -> None:
         traps(instance, "ask_table", 1)
         instance.call("read_words")
         assert memory.read(0, 6) == b"secret"
-    # What growth brings is zeros, whoever wrote there before.
+    # What growth brings is zeros, also where an earlier tenant wrote.
     before = len(expected) // PAGE
     assert instance.call("grow", MAXIMUM - before) == before
     assert instance.call("different", len(expected), (MAXIMUM - before) * PAGE, 0) == 0
@@ -80,17 +82,14 @@ def leave_by_dropping(instance: memslot.Instance) -> None:
 WAYS_OUT = (leave_by_closing, leave_by_a_reset, leave_by_dropping)
 
 
-def test_no_message_reaches_the_next_tenant(cell: Cell) -> None:
+def test_next_tenant_after_each_attack_finds_nothing(tenant_cell: Cell) -> None:
     """Each attack, each way to go, and each kind of next tenant, in the only slot."""
-    with cell.serving(slots=1) as host:
+    with tenant_cell.serving(slots=1) as host:
         guests = prepare(host)
-        attacks: list[tuple[str, hostile.Attack]] = [
-            ("attacker", attack) for attack in hostile.ANYWHERE
-        ]
-        if cell.host != "fake":
-            attacks += [("attacker", attack) for attack in hostile.IN_CODE]
+        attacks = [("attacker", attack) for attack in hostile.attacks(tenant_cell.host)]
+        if tenant_cell.host != "fake":
             attacks += [("spoiler", hostile.spoilt_the_table), ("spoiler", hostile.grown)]
-        turn = part_of(cell)
+        turn = part_of(tenant_cell)
         for name, attack in attacks:
             for leave in WAYS_OUT:
                 for _ in range(TIMES):
@@ -107,17 +106,12 @@ def test_no_message_reaches_the_next_tenant(cell: Cell) -> None:
                         what = f"{after} after {name} {attack.__name__}, {leave.__name__}"
                         raise AssertionError(what) from error
         gc.collect()
-        for guest in guests.values():
-            guest.close()
 
 
-def test_a_lease_finds_nothing_of_the_one_before(pooling_cell: Cell) -> None:
-    with pooling_cell.serving(slots=2) as host:
+def test_lease_after_each_attack_finds_nothing(tenant_cell: Cell) -> None:
+    with tenant_cell.serving(slots=2) as host:
         guests = prepare(host)
-        attacks = hostile.ANYWHERE
-        if pooling_cell.host != "fake":
-            attacks += hostile.IN_CODE
-        for attack in attacks:
+        for attack in hostile.attacks(tenant_cell.host):
             for name in ("attacker", "no image"):
                 for _ in range(2):
                     with guests[name].lease() as instance:
@@ -128,8 +122,8 @@ def test_a_lease_finds_nothing_of_the_one_before(pooling_cell: Cell) -> None:
             guest.close()
 
 
-def test_a_snapshot_takes_nothing_of_a_neighbour(cell: Cell) -> None:
-    with cell.serving(slots=4) as host:
+def test_snapshot_beside_an_attacker_takes_nothing_of_it(tenant_cell: Cell) -> None:
+    with tenant_cell.serving(slots=4) as host:
         guests = prepare(host)
         with (
             guests["attacker"].instantiate() as mallory,
@@ -140,21 +134,20 @@ def test_a_snapshot_takes_nothing_of_a_neighbour(cell: Cell) -> None:
             expected = bytearray(hostile.pristine("other image"))
             expected[100:150] = b"\xbb" * 50
             with bob.snapshot() as taken:
-                with taken.instantiate() as instance:
-                    assert instance.memory.read(0, 2 * PAGE) == expected
-                    hostile.grown(instance)
-                with taken.instantiate() as instance:
-                    assert instance.memory.read(0, 2 * PAGE) == expected
+                for _ in range(2):
+                    with taken.instantiate() as instance:
+                        assert instance.memory.read(0, 2 * PAGE) == expected
+                        hostile.grown(instance)
             assert bob.memory.read(0, 2 * PAGE) == expected
             assert mallory.call("different", 0, 2 * PAGE, 0xEE) == 0
-        for guest in guests.values():
-            guest.close()
 
 
-def test_no_access_reaches_a_neighbour(cell: Cell, note: Callable[[str, object], None]) -> None:
-    if cell.host == "fake":
+def test_access_out_of_bounds_traps_and_reaches_no_neighbour(
+    tenant_cell: Cell, note: Callable[[str, object], None]
+) -> None:
+    if tenant_cell.host == "fake":
         pytest.skip("impossible: the fake host runs no code; test_matrix has its bounds")
-    with cell.serving(slots=3) as host:
+    with tenant_cell.serving(slots=3) as host:
         neighbour, guest = host.prepare(toy.A), host.prepare(toy.assemble(hostile.accesses()))
         with (
             neighbour.instantiate() as below,
@@ -167,7 +160,9 @@ def test_no_access_reaches_a_neighbour(cell: Cell, note: Callable[[str, object],
             tried = 0
             for pages in (2, 3):
                 size = pages * PAGE
-                for name, address in hostile.out_of_bounds(size)[part_of(cell) % PART :: PART]:
+                for name, address in hostile.out_of_bounds(size)[
+                    part_of(tenant_cell) % PART :: PART
+                ]:
                     tried += 1
                     traps(instance, name, address)
                 for call in (
@@ -178,7 +173,7 @@ def test_no_access_reaches_a_neighbour(cell: Cell, note: Callable[[str, object],
                 ):  # fmt: skip
                     traps(instance, *call)
                 assert instance.memory.read(0, size) == bytes(size), "a trap wrote something"
-                for name, (_, width) in {**hostile.WIDTHS, **hostile.STORES}.items():
+                for name, width in hostile.ACCESSES.items():
                     instance.call(f"{name}+0", size - width)  # the last place inside
                 instance.memory.write(size - 16, bytes(16))
                 if pages == 2:

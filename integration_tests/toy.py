@@ -47,15 +47,23 @@ CODE = """
     (global.get $bumped))
 """
 
-TEXT_OF_A = f"""(module (memory (export "memory") 2 8)
-  (data (i32.const 16) "the words of a") (data (i32.const 20) "letters")
-  (data (i32.const {PAGE}) "{"x" * 5000}") (data (i32.const {2 * PAGE - 4}) "last")
-  {CODE})"""
-TEXT_OF_B = f"""(module (memory (export "memory") 2 8) (data (i32.const 40000) "only b says this") {CODE})"""
-TEXT_OF_ZEROS = f'(module (memory (export "memory") 2 8) {CODE})'
-TEXT_OF_WIDE = f"""(module (memory (export "memory") 16 20)
-  (data (i32.const 8) "start") (data (i32.const {16 * PAGE - 3}) "end") {CODE})"""
-"""Its data spans more than the image limit of the tests, so that the runtime copies it."""
+SEGMENTS = {
+    "a": [(16, "the words of a"), (20, "letters"), (PAGE, "x" * 5000), (2 * PAGE - 4, "last")],
+    "b": [(40000, "only b says this")],
+    "zeros": [],
+    # More than the image limit of the tests from end to end, so that the runtime copies it.
+    "wide": [(8, "start"), (16 * PAGE - 3, "end")],
+}
+"""The initial data of the modules below."""
+
+
+def text(name: str, limits: str = "2 8") -> str:
+    """The toy guest with the data of this name."""
+    data = " ".join(f'(data (i32.const {at}) "{each}")' for at, each in SEGMENTS[name])
+    return f'(module (memory (export "memory") {limits}) {data} {CODE})'
+
+
+TEXT_OF_A = text("a")
 
 
 @functools.cache
@@ -68,29 +76,24 @@ def assemble(text: str) -> bytes:
 
 
 A = assemble(TEXT_OF_A)
-B = assemble(TEXT_OF_B)
-ZEROS = assemble(TEXT_OF_ZEROS)
-WIDE = assemble(TEXT_OF_WIDE)
+B = assemble(text("b"))
+ZEROS = assemble(text("zeros"))
+WIDE = assemble(text("wide", "16 20"))
+
+
+def laid(pages: int, segments: list[tuple[int, str]]) -> bytes:
+    """The bytes of a memory of zeros with these segments, later ones over earlier ones."""
+    memory = bytearray(pages * PAGE)
+    for offset, data in segments:
+        memory[offset : offset + len(data)] = data.encode()
+    return bytes(memory)
 
 
 def pristine(module: bytes, host: str = "") -> bytes:
-    """What the whole memory of one of the modules above holds before its first instruction."""
-    memory = bytearray((16 if module is WIDE else 2) * PAGE)
-    segments = {
-        A: [
-            (16, b"the words of a"),
-            (20, b"letters"),
-            (PAGE, b"x" * 5000),
-            (2 * PAGE - 4, b"last"),
-        ],
-        B: [(40000, b"only b says this")],
-        ZEROS: [],
-        # Nobody copies data for the fake host, which has no runtime.
-        WIDE: [] if host == "fake" else [(8, b"start"), (16 * PAGE - 3, b"end")],
-    }
-    for offset, data in segments[module]:
-        memory[offset : offset + len(data)] = data
-    return bytes(memory)
+    """The whole memory of one of the modules above before its first instruction."""
+    if module is WIDE:  # the fake host has no runtime that would copy its data
+        return laid(16, [] if host == "fake" else SEGMENTS["wide"])
+    return laid(2, SEGMENTS[{A: "a", B: "b", ZEROS: "zeros"}[module]])
 
 
 def _load(live: FakeLive, at: int, length: int = 1) -> int:
