@@ -54,8 +54,8 @@ def open_host(
 
     Without a name the setting `host` decides.  Keyword arguments that name a setting change
     `settings` (which are read from the environment if not given); the others go to the host.
-    `plugins` are the embedder's own, on top of the entry points.  Raises HostUnavailable with what
-    to install, SettingError, PluginError.
+    `plugins` are the embedder's own, on top of the entry points, which are looked for once per
+    process.  Raises HostUnavailable with what to install, SettingError, PluginError.
     """
     changes = {key: options.pop(key) for key in list(options) if key in Settings.model_fields}
     if settings is None:

@@ -6,11 +6,13 @@ import importlib.metadata
 import inspect
 import logging
 import os
+import sys
 import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -56,6 +58,9 @@ class Plugins:
     never imported nor asked, not even when the embedder registers one of that name.  With
     `entry_points=False` no installed plugin is looked for.  An installed plugin that cannot be
     imported is logged and skipped, and `failed` says why.
+
+    Installed plugins are looked for once per process and `sys.path`, and instantiated once per
+    object of this class.  A distribution that is installed later is seen by the next process.
 
     Raises:
         SettingError: `only` names a plugin that is not installed.
@@ -255,18 +260,7 @@ class Plugins:
 
     def _load_entry_points(self, only: Sequence[str] | None) -> None:
         """Load the installed plugins: ours first, so that all others are asked before them."""
-        # A distribution that is just being reinstalled stands in the metadata twice: one name for one
-        # and the same object is one plugin.
-        once = {
-            (entry.name, entry.value): entry
-            for entry in importlib.metadata.entry_points(group=PROJECT)
-        }
-        found = _with_distributions(sorted(once.values(), key=lambda entry: entry.name))
-        ours = [each for each in found if each[1] == PROJECT]
-        strangers = [each for each in found if each[1] != PROJECT]
-        # What is loaded last is asked first: strangers in the order of their names, and then
-        # `memfd` before `anonymous`, about resets too, because most memories are its own.
-        found = [*ours, *reversed(strangers)]
+        found = _installed(tuple(sys.path))
         known = sorted({entry.name for entry, _, _ in found})
         for name in only or ():
             if name not in known:
@@ -410,18 +404,39 @@ def _call_all(hook: str, calls: Sequence[Call], left: list[Call] | None = None) 
         raise first
 
 
-def _with_distributions(
-    entries: Sequence[importlib.metadata.EntryPoint],
-) -> list[tuple[importlib.metadata.EntryPoint, str | None, str | None]]:
-    """Each entry point with the name and version of its distribution, whose metadata is parsed once: that is most of
-    what opening a host costs.
+# Bounded, because a program may change its sys.path as often as it likes.
+@lru_cache(maxsize=8)
+def _installed(
+    _path: tuple[str, ...],
+) -> tuple[tuple[importlib.metadata.EntryPoint, str | None, str | None], ...]:
+    """The entry points found on this `sys.path` in the order of loading, each with the name and
+    version of its distribution.
+
+    Cached, because a scan reads the files of every installed distribution: 3 ms for 78 of them
+    (CPython 3.11, Xeon), as much as all else that opens a host.  `_installed.cache_clear()` forgets
+    every scan.
     """
+    # A distribution that is just being reinstalled stands in the metadata twice: one name for one
+    # and the same object is one plugin.
+    once = {
+        (entry.name, entry.value): entry
+        for entry in importlib.metadata.entry_points(group=PROJECT)
+    }
+    # Parse the metadata of each distribution once: two of our entry points share one.
     parsed: dict[int, tuple[str | None, str | None]] = {id(None): (None, None)}
-    for distribution in (entry.dist for entry in entries):
+    for distribution in (entry.dist for entry in once.values()):
         if distribution is not None and id(distribution) not in parsed:
             metadata = distribution.metadata
             parsed[id(distribution)] = metadata["Name"], metadata["Version"]
-    return [(entry, *parsed[id(entry.dist)]) for entry in entries]
+    found = [
+        (entry, *parsed[id(entry.dist)])
+        for entry in sorted(once.values(), key=lambda entry: entry.name)
+    ]
+    ours = [each for each in found if each[1] == PROJECT]
+    strangers = [each for each in found if each[1] != PROJECT]
+    # What is loaded last is asked first: strangers in the order of their names, and then
+    # `memfd` before `anonymous`, about resets too, because most memories are its own.
+    return (*ours, *reversed(strangers))
 
 
 def _source(info: PluginInfo) -> str:
