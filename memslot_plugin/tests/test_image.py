@@ -1,9 +1,8 @@
-"""Images: what is in the file, that nobody can change it, and that it is given back once and not too early."""
+"""Images: the contents of the file, its seals, and that it is given back once and not too early."""
 
 from __future__ import annotations
 
 import array
-import ctypes
 import errno
 import fcntl
 import gc
@@ -27,142 +26,50 @@ from memslot_plugin._core import lib
 from memslot_plugin.errors import SystemCallError
 from memslot_plugin.reset import madvise
 from memslot_plugin.tests.profiles import examples
+from memslot_plugin.tests.slots import content, sparse, use
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 KINDS = [MemfdImage, BytesImage]
 Kind = type[MemfdImage] | type[BytesImage]
-
-
-def sparse(length: int, *runs: tuple[int, bytes]) -> bytearray:
-    content = bytearray(length)
-    for offset, data in runs:
-        content[offset : offset + len(data)] = data
-    return content
+GAP = images.MIN_GAP
 
 
 def bytes_of(image: Image, length: int) -> bytes:
-    """What a memory of `length` bytes holds after the image was laid."""
+    """The bytes of a memory of this length after the image was laid."""
     slot = Slot.create(length)
     slot.instantiate(image, length)
-    seen = ctypes.string_at(slot.base, length)
+    seen = content(slot)
     slot.destroy()
     return seen
 
 
 @pytest.fixture(params=KINDS, ids=lambda kind: kind.kind)
-def kind(request: pytest.FixtureRequest) -> Iterator[Kind]:
-    yield request.param
-    gc.collect()
+def kind(request: pytest.FixtureRequest) -> Any:
+    return request.param
 
 
-# 1. Contents
+@pytest.fixture
+def image(kind: Kind) -> Iterator[Image]:
+    """An image of one page of x."""
+    with kind("given", b"x" * P) as made:
+        yield made
+
+
+@pytest.fixture
+def slot() -> Iterator[Slot]:
+    made = Slot.create(4 * P, P)
+    yield made
+    made.destroy()
+
+
+# Contents
 
 
 def test_later_segments_lie_over_earlier_ones() -> None:
-    content = InitialContent(
-        65536, (Segment(2, b"aaaa"), Segment(4, b"bb"), Segment(1, b"c"), Segment(9, b""))
-    )
-    assert images.flatten(content) == b"\0caabb\0\0\0"
+    segments = (Segment(2, b"aaaa"), Segment(4, b"bb"), Segment(1, b"c"), Segment(9, b""))
+    assert images.flatten(InitialContent(65536, segments)) == b"\0caabb\0\0\0"
     assert images.flatten(InitialContent(65536)) == b""
-
-
-@pytest.mark.parametrize("length", [1, P - 1, P, P + 1, 3 * P - 7])
-def test_contents_need_not_be_a_multiple_of_the_page(kind: Kind, length: int) -> None:
-    data = os.urandom(length - 1) + b"\1"
-    with kind("odd", data) as image:
-        assert image.byte_size == _core.align_up(length)
-        assert bytes_of(image, 4 * P) == data + bytes(4 * P - length)
-
-
-def test_leading_and_trailing_zero_pages_are_trimmed(kind: Kind) -> None:
-    with kind("trimmed", sparse(100 * P, (40 * P + 5, b"x"), (43 * P - 1, b"y"))) as image:
-        assert image.extents == (Extent(40 * P, 3 * P, 0),)
-        assert (image.byte_size, image.stored_bytes) == (43 * P, 3 * P)
-
-
-def test_long_interior_zero_runs_are_not_in_the_file(kind: Kind) -> None:
-    gap = images.MIN_GAP
-    with kind("runs", sparse(P + gap + P, (0, b"x"), (P + gap, b"y"))) as image:
-        assert image.extents == (Extent(0, P, 0), Extent(P + gap, P, P))
-        if isinstance(image, MemfdImage):
-            assert os.fstat(image.fd).st_size == 2 * P
-    with kind("joined", sparse(P + gap, (0, b"x"), (gap, b"y"))) as image:
-        assert image.extents == (Extent(0, gap + P, 0),)
-
-
-@pytest.mark.parametrize("runs", [images.MAX_EXTENTS, images.MAX_EXTENTS + 1, 60])
-def test_more_runs_than_max_extents_are_joined(kind: Kind, runs: int) -> None:
-    stride = P + images.MIN_GAP
-    content = sparse(runs * stride, *((run * stride, b"%d" % (run + 1)) for run in range(runs)))
-    with kind("many", content) as image:
-        assert len(image.extents) == (runs if runs <= images.MAX_EXTENTS else 1)
-        assert bytes_of(image, _core.align_up(len(content))) == content
-
-
-def test_the_widest_gaps_survive_the_joining(kind: Kind) -> None:
-    stride = P + images.MIN_GAP
-    near = [run * stride for run in range(20)]
-    far = [near[-1] + 8 * stride, near[-1] + 16 * stride]
-    with kind("clusters", sparse(40 * stride, *((at, b"x") for at in [*near, *far]))) as image:
-        assert [extent.offset for extent in image.extents] == [0, *far]
-
-
-def test_an_image_of_only_zeros_maps_nothing_and_is_still_an_image(kind: Kind, calls: Any) -> None:
-    with calls() as made:
-        zeros = kind("zeros", bytes(7 * P))
-    assert made == {}
-    assert (zeros.byte_size, zeros.stored_bytes, zeros.extents) == (0, 0, ())
-    if isinstance(zeros, MemfdImage):
-        assert zeros.fd == -1
-    slot = Slot.create(4 * P, P)
-    with calls() as made:
-        slot.instantiate(zeros, P)
-    assert made == {}
-    assert slot.image is zeros
-    slot.check()
-    slot.destroy()
-    zeros.close()
-    with pytest.raises(UsedAfterClose):
-        zeros.require_open()
-
-
-@pytest.mark.parametrize("make", [bytes, bytearray, memoryview])
-def test_contents_may_be_any_buffer_of_bytes(kind: Kind, make: Any) -> None:
-    data = os.urandom(2 * P)
-    with kind("buffer", make(data)) as image:
-        assert bytes_of(image, 2 * P) == data
-
-
-def test_a_buffer_of_larger_items_is_read_byte_by_byte(kind: Kind) -> None:
-    data = array.array("I", range(1, P))
-    with kind("numbers", memoryview(data)) as image:
-        assert image.byte_size == 4 * P
-        assert bytes_of(image, 4 * P) == data.tobytes() + bytes(4)
-
-
-def test_an_image_keeps_its_bytes_when_the_source_changes(kind: Kind) -> None:
-    data = bytearray(b"before" * P)
-    with kind("source", data) as image:
-        data[:6] = b"after!"
-        assert bytes_of(image, 6 * P)[:6] == b"before"
-        data.append(0)  # no buffer of it is held any more, or this would raise BufferError
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["", "a" * 500, "ä€\U0001f600" * 60, "with\nnewline", "nul\0inside", "\udcff from a path"],
-    ids=["empty", "long", "wide", "newline", "nul", "surrogate"],
-)
-def test_any_name_will_do(kind: Kind, name: str) -> None:
-    with kind(name, b"x") as image:
-        assert bytes_of(image, P)[:1] == b"x"
-        repr(image)
-
-
-def test_an_image_is_found_by_name_in_the_maps_of_the_process() -> None:
-    with MemfdImage("my guest", b"x"):
-        assert "/memfd:memslot:my guest (deleted)" in Path("/proc/self/maps").read_text()
 
 
 written = st.lists(
@@ -180,22 +87,135 @@ written = st.lists(
 )
 
 
-@settings(max_examples=examples(60))
+@settings(max_examples=examples(20))
 @given(segments=written)
-def test_flattened_and_laid_is_what_the_segments_say(segments: list[tuple[int, bytes]]) -> None:
+def test_image_holds_any_segments_in_extents_of_whole_pages(
+    segments: list[tuple[int, bytes]],
+) -> None:
     size = 64 * P
     model = sparse(size, *((offset, data) for offset, data in segments if data))
-    content = InitialContent(size, tuple(Segment(offset, data) for offset, data in segments))
+    initial = InitialContent(size, tuple(Segment(offset, data) for offset, data in segments))
     for kind in KINDS:
-        with kind("model", images.flatten(content)) as image:
+        with kind("model", images.flatten(initial)) as image:
             ends = [extent.offset + extent.length for extent in image.extents]
             starts = [extent.offset for extent in image.extents]
-            assert all(a + images.MIN_GAP <= b for a, b in zip(ends, starts[1:], strict=False))
+            assert all(a + GAP <= b for a, b in zip(ends, starts[1:], strict=False))
             assert all(at % P == 0 for at in [*starts, *ends])
             assert bytes_of(image, size) == model
 
 
-# 3. Seals
+@pytest.mark.parametrize("length", [1, P - 1, P, P + 1, 3 * P - 7])
+@pytest.mark.parametrize("make", [bytes, bytearray, memoryview])
+def test_contents_may_be_any_buffer_of_any_length(kind: Kind, make: Any, length: int) -> None:
+    data = os.urandom(length - 1) + b"\1"
+    with kind("odd", make(data)) as image:
+        assert image.byte_size == _core.align_up(length)
+        assert bytes_of(image, 4 * P) == data + bytes(4 * P - length)
+
+
+def test_buffer_of_larger_items_is_read_byte_by_byte(kind: Kind) -> None:
+    data = array.array("I", range(1, P))
+    with kind("numbers", memoryview(data)) as image:
+        assert image.byte_size == 4 * P
+        assert bytes_of(image, 4 * P) == data.tobytes() + bytes(4)
+
+
+def test_image_keeps_its_bytes_when_the_source_changes(kind: Kind) -> None:
+    data = bytearray(b"before" * P)
+    with kind("source", data) as image:
+        data[:6] = b"after!"
+        assert bytes_of(image, 6 * P)[:6] == b"before"
+        data.append(0)  # raises BufferError if a buffer of it is still held
+
+
+@pytest.mark.parametrize(
+    ("length", "runs", "extents"),
+    [
+        (100 * P, [40 * P + 5, 43 * P - 1], [Extent(40 * P, 3 * P, 0)]),
+        (P + GAP + P, [0, P + GAP], [Extent(0, P, 0), Extent(P + GAP, P, P)]),
+        (P + GAP, [0, GAP], [Extent(0, GAP + P, 0)]),
+    ],
+    ids=["zeros around are trimmed", "long runs of zeros are left out", "short ones are kept"],
+)
+def test_extents_leave_out_zeros(
+    kind: Kind, length: int, runs: list[int], extents: list[Extent]
+) -> None:
+    with kind("sparse", sparse(length, *((at, b"x") for at in runs))) as image:
+        assert image.extents == tuple(extents)
+        stored = sum(extent.length for extent in extents)
+        last = extents[-1].offset + extents[-1].length
+        assert (image.byte_size, image.stored_bytes) == (last, stored)
+        if isinstance(image, MemfdImage):
+            assert os.fstat(image.fd).st_size == stored
+        packed = image.c_extents[0 : image.c_count]  # shared with the core
+        assert [Extent(e.offset, e.length, e.file_offset) for e in packed] == extents
+        assert {e.fd for e in packed} == {image.fd if isinstance(image, MemfdImage) else -1}
+
+
+@pytest.mark.parametrize("runs", [images.MAX_EXTENTS, images.MAX_EXTENTS + 1, 60])
+def test_more_runs_than_max_extents_are_joined(kind: Kind, runs: int) -> None:
+    stride = P + GAP
+    data = sparse(runs * stride, *((run * stride, b"%d" % (run + 1)) for run in range(runs)))
+    with kind("many", data) as image:
+        assert len(image.extents) == (runs if runs <= images.MAX_EXTENTS else 1)
+        assert bytes_of(image, _core.align_up(len(data))) == data
+
+
+def test_widest_gaps_survive_the_joining(kind: Kind) -> None:
+    stride = P + GAP
+    near = [run * stride for run in range(20)]
+    far = [near[-1] + 8 * stride, near[-1] + 16 * stride]
+    with kind("clusters", sparse(40 * stride, *((at, b"x") for at in [*near, *far]))) as image:
+        assert [extent.offset for extent in image.extents] == [0, *far]
+
+
+def test_image_of_zeros_maps_nothing_and_is_still_an_image(
+    kind: Kind, slot: Slot, calls: Any
+) -> None:
+    with calls() as made:
+        zeros = kind("zeros", bytes(7 * P))
+        slot.instantiate(zeros, P)
+        slot.reset(madvise)
+        assert not slot.instantiate(zeros, P)
+    assert set(made) == {"madvise"}
+    assert (zeros.byte_size, zeros.stored_bytes, zeros.extents) == (0, 0, ())
+    assert slot.image is zeros
+    assert not isinstance(zeros, MemfdImage) or zeros.fd == -1
+    slot.check()
+    zeros.close()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "a" * 500, "ä€\U0001f600" * 60, "with\nnewline", "nul\0inside", "\udcff from a path"],
+    ids=["empty", "long", "wide", "newline", "nul", "surrogate"],
+)
+def test_any_name_will_do(kind: Kind, name: str) -> None:
+    with kind(name, b"x") as image:
+        assert bytes_of(image, P)[:1] == b"x"
+        repr(image)
+
+
+def test_image_is_found_by_name_in_the_maps_of_the_process() -> None:
+    with MemfdImage("my guest", b"x"):
+        assert "/memfd:memslot:my guest (deleted)" in Path("/proc/self/maps").read_text()
+
+
+def test_copied_image_is_built_without_a_call_and_lifted_without_madvise(
+    slot: Slot, calls: Any
+) -> None:
+    """Some kernels ignore MADV_DONTNEED (old user-mode qemu): the next guest would see this image."""
+    with calls() as made:
+        image = BytesImage("lifted", b"x" * P)
+    assert made == {}
+    slot.instantiate(image, P)
+    with calls() as made:
+        assert image.lift(slot.base) == 0
+    assert "madvise" not in made
+    assert content(slot) == bytes(P)
+
+
+# Seals
 
 
 @pytest.fixture
@@ -230,28 +250,15 @@ def test_seals_refuse_every_change(sealed: MemfdImage, attack: Callable[[int], o
     assert os.pread(sealed.fd, 3 * P, 0) == b"x" * 2 * P
 
 
-def test_descriptors_are_closed_on_exec_and_not_executable(sealed: MemfdImage) -> None:
+def test_descriptor_is_closed_on_exec_and_not_executable(sealed: MemfdImage) -> None:
     assert not os.get_inheritable(sealed.fd)
     assert not os.fstat(sealed.fd).st_mode & 0o111
-
-
-def test_a_guests_write_never_reaches_the_image(sealed: MemfdImage) -> None:
-    slots = [Slot.create(2 * P) for _ in range(2)]
-    for slot in slots:
-        slot.instantiate(sealed, 2 * P)
-    ctypes.memset(slots[0].base, 0, 2 * P)
-    assert ctypes.string_at(slots[1].base, 2 * P) == b"x" * 2 * P
-    slots[0].reset(madvise)
-    slots[0].check()
-    assert ctypes.string_at(slots[0].base, 2 * P) == b"x" * 2 * P
-    for slot in slots:
-        slot.destroy()
 
 
 # Giving back
 
 
-def test_one_descriptor_and_one_view_per_image_and_none_per_slot(resources: Any) -> None:
+def test_image_has_one_descriptor_and_one_view_and_none_per_slot(resources: Any) -> None:
     before = resources()
     image = MemfdImage("counted", b"x" * P)
     slots = [Slot.create(4 * P) for _ in range(5)]
@@ -265,67 +272,44 @@ def test_one_descriptor_and_one_view_per_image_and_none_per_slot(resources: Any)
     image.close()
 
 
-def test_a_closed_image_is_kept_for_as_long_as_it_lies_in_a_slot(
-    kind: Kind, resources: Any
+def test_closed_image_is_kept_while_it_lies_in_a_slot_and_never_laid_again(
+    image: Image, slot: Slot, resources: Any
 ) -> None:
-    before = resources()
-    image = kind("kept", b"x" * P)
-    slot = Slot.create(4 * P, 4 * P)
+    laid = resources()
     slot.instantiate(image, 4 * P)
     image.close()
     image.close()
-    for _ in range(2):
-        ctypes.memset(slot.base, 0x55, 2 * P)
-        slot.reset(madvise)
-        assert slot.first_difference() is None
-        assert ctypes.string_at(slot.base, P) == b"x" * P
-        slot.check()
-        slot.state = slot.state.DIRTY
-    slot.reset(madvise)
+    use(slot)
+    assert content(slot)[:P] == b"x" * P
+    with pytest.raises(UsedAfterClose, match="given was closed; prepare the guest again"):
+        slot.instantiate(image, 4 * P)
+    assert resources().descriptors == laid.descriptors
     slot.purge()
-    assert resources().image_mappings == before.image_mappings
-    assert resources().descriptors == before.descriptors
-    with pytest.raises(UsedAfterClose, match="kept was closed; prepare the guest again"):
+    assert resources().image_mappings == 0
+    with pytest.raises(UsedAfterClose):
         slot.instantiate(image, 4 * P)
     slot.check()
-    slot.destroy()
 
 
-def test_a_closed_image_is_not_laid_whatever_lies_there(kind: Kind) -> None:
-    image = kind("lies already", b"x" * P)
-    slot = Slot.create(4 * P)
-    slot.instantiate(image, P)
-    slot.reset(madvise)
-    image.close()
-    with pytest.raises(UsedAfterClose):
-        slot.instantiate(image, P)
-    slot.check()
-    slot.destroy()
+def test_forgotten_image_gives_back_what_it_has(kind: Kind) -> None:
+    kind("forgotten", b"x" * P)
+    gc.collect()  # no_leaks looks afterwards
 
 
-def test_an_image_that_nobody_holds_gives_back_what_it_has(kind: Kind) -> None:
-    image = kind("forgotten", b"x" * P)
-    del image
-    gc.collect()  # and no_leaks looks
+def test_images_are_compared_by_identity(kind: Kind, image: Image) -> None:
+    with kind("given", b"x" * P) as other:
+        assert image != other
+        assert len({image, other}) == 2
 
 
-def test_images_are_compared_by_identity(kind: Kind) -> None:
-    one, other = kind("one", b"x" * P), kind("one", b"x" * P)
-    assert one != other
-    assert len({one, other}) == 2
-    one.close()
-    other.close()
-
-
-def test_closing_from_many_threads_closes_once(kind: Kind, resources: Any) -> None:
-    """A second close of the same number would close a descriptor that somebody opened in between."""
+def test_closing_from_many_threads_closes_once(kind: Kind, calls: Any) -> None:
+    """A second close would close a descriptor of another owner that got the same number in between."""
     for _ in range(30):
         image = kind("contended", b"x" * P)
         slots = [Slot.create(2 * P) for _ in range(4)]
         for slot in slots:
             slot.instantiate(image, P)
         image.close()
-        before = _core.counters()
         start = threading.Barrier(len(slots))
 
         def destroy(slot: Slot, start: threading.Barrier = start) -> None:
@@ -333,20 +317,18 @@ def test_closing_from_many_threads_closes_once(kind: Kind, resources: Any) -> No
             slot.destroy()
 
         threads = [threading.Thread(target=destroy, args=(slot,)) for slot in slots]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        after = _core.counters()
-        assert after["close"] - before["close"] == (kind is MemfdImage)
+        with calls() as made:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        assert made.get("close", 0) == (kind is MemfdImage)
 
 
-def test_an_image_that_is_closed_while_it_is_being_laid_is_refused(
-    kind: Kind, monkeypatch: pytest.MonkeyPatch
+def test_image_that_is_closed_while_it_is_laid_is_refused(
+    image: Image, slot: Slot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A guest is closed by another thread between the question whether it is open and its mapping."""
-    image = kind("raced", b"x" * P)
-    slot = Slot.create(4 * P)
+    """Another thread closes a guest between the check that it is open and its mapping."""
     require_open = type(image).require_open
 
     def then_close(self: Image) -> None:
@@ -355,14 +337,8 @@ def test_an_image_that_is_closed_while_it_is_being_laid_is_refused(
         self.close()
 
     monkeypatch.setattr(Image, "require_open", then_close)
-    try:
+    with pytest.raises(UsedAfterClose):
         slot.instantiate(image, P)
-    except UsedAfterClose:
-        pass
-    else:
-        assert ctypes.string_at(slot.base, P) == b"x" * P
-    slot.check()
-    slot.destroy()
 
 
 # Failures
@@ -376,40 +352,39 @@ def memfd_of_a_page() -> Iterator[int]:
     os.close(fd)
 
 
-@pytest.fixture
-def pipe() -> Iterator[tuple[int, int]]:
-    ends = os.pipe()
-    yield ends
-    for end in ends:
-        os.close(end)
-
-
-STEPS = [
-    ("memfd_create", 0, "creating a memfd of 8192 bytes for the image of broken"),
-    ("ftruncate", 0, "creating a memfd"),
-    ("pwrite", 0, "writing the image of broken"),
-    ("fcntl", 0, "sealing the image of broken"),
-    ("mmap", 0, "mapping the image of broken"),
-]
-
-
-@pytest.mark.parametrize(("call", "skip", "what"), STEPS, ids=[step[0] for step in STEPS])
-@pytest.mark.parametrize("error", [errno.ENOMEM, errno.EPERM, errno.ENOSPC, errno.EMFILE])
-def test_building_fails_cleanly_at_each_system_call(
-    inject: Any, call: str, skip: int, what: str, error: int
+@pytest.mark.parametrize(
+    ("call", "what"),
+    [
+        ("memfd_create", f"creating a memfd of {2 * P} bytes for the image of broken"),
+        ("ftruncate", "creating a memfd"),
+        ("pwrite", "writing the image of broken"),
+        ("fcntl", "sealing the image of broken"),
+        ("mmap", "mapping the image of broken"),
+    ],
+)
+def test_building_that_fails_at_a_call_names_it_and_leaves_nothing(
+    inject: Any, call: str, what: str
 ) -> None:
-    inject(call, skip=skip, error=error)
-    with pytest.raises(SystemCallError) as caught:
-        MemfdImage("broken", b"x" * P + b"y")
-    assert what.replace("8192", str(2 * P)) in str(caught.value)
-    assert caught.value.errno == error
+    for error in (errno.ENOMEM, errno.EPERM, errno.ENOSPC, errno.EMFILE):
+        inject(call, error=error)
+        with pytest.raises(SystemCallError, match=what) as caught:
+            MemfdImage("broken", b"x" * P + b"y")
+        assert caught.value.errno == error
 
 
-def test_sealing_waits_for_whoever_still_holds_a_page(
-    memfd_of_a_page: int, pipe: tuple[int, int], calls: Any
-) -> None:
+@pytest.mark.parametrize("call", ["munmap", "close"])
+def test_giving_back_that_fails_is_told_and_can_be_repeated(inject: Any, call: str) -> None:
+    image = MemfdImage("stubborn", b"x")
+    inject(call, error=errno.ENOMEM)
+    with pytest.raises(SystemCallError, match=r"(unmapping|closing) the image of stubborn"):
+        image.close()
+    image.close()
+    image.close()
+
+
+def test_sealing_waits_while_a_page_is_held(memfd_of_a_page: int, calls: Any) -> None:
     """The kernel gives up after 0.15 s (memfd_wait_for_pins() in mm/memfd.c)."""
-    reader, writer = pipe
+    reader, writer = os.pipe()
     assert os.splice(memfd_of_a_page, writer, P, offset_src=0) == P  # the page itself, not a copy
     before = _core.counters()["fcntl"]
 
@@ -423,44 +398,34 @@ def test_sealing_waits_for_whoever_still_holds_a_page(
     with calls() as made:
         assert lib.ms_seal(memfd_of_a_page) == 0
     draining.join()
+    os.close(reader)
+    os.close(writer)
     assert 2 <= made["fcntl"] < 16
 
 
-def test_sealing_gives_up_where_somebody_can_write(memfd_of_a_page: int, calls: Any) -> None:
+def test_sealing_gives_up_if_the_file_stays_writable(memfd_of_a_page: int, calls: Any) -> None:
     with mmap.mmap(memfd_of_a_page, P), calls() as made:
         assert lib.ms_seal(memfd_of_a_page) == -errno.EBUSY
     assert made["fcntl"] == 16
 
 
-def test_a_kernel_that_does_not_know_noexec_is_asked_again_without(inject: Any, calls: Any) -> None:
+def test_kernel_that_does_not_know_noexec_is_asked_again_without(inject: Any, calls: Any) -> None:
     inject("memfd_create", error=errno.EINVAL)
     with calls() as made, MemfdImage("older kernel", b"x") as image:
         assert bytes_of(image, P)[:1] == b"x"
     assert made["memfd_create"] == 2
 
 
-@pytest.mark.parametrize("call", ["munmap", "close"])
-def test_giving_back_that_fails_is_told_and_can_be_repeated(inject: Any, call: str) -> None:
-    image = MemfdImage("stubborn", b"x")
-    inject(call, error=errno.ENOMEM)
-    with pytest.raises(SystemCallError, match=r"(unmapping|closing) the image of stubborn"):
-        image.close()
-    image.close()
-    image.close()  # and no_leaks looks
-
-
-def test_under_memfd_noexec_2_images_and_extensions_can_be_made(child: Any) -> None:
+def test_images_and_extensions_can_be_made_under_memfd_noexec_2(child: Any) -> None:
     """sysctl vm.memfd_noexec=2 refuses every memfd that does not ask for MFD_NOEXEC_SEAL."""
-    prefix = ["unshare", "--pid", "--fork", "--mount-proc"]
-    setting = "/proc/sys/vm/memfd_noexec"
-    try:
-        child(f"with open('{setting}', 'w') as f: f.write('2')", *prefix)
-    except (AssertionError, FileNotFoundError) as error:
-        pytest.skip(f"impossible: no namespace with a setting of its own: {error!s:.80}")
-    child(
-        f"""
-with open({setting!r}, "w") as f:
-    f.write("2")
+    source = """
+import sys
+try:
+    with open("/proc/sys/vm/memfd_noexec", "w") as setting:
+        setting.write("2")
+except OSError as error:
+    print(error)
+    sys.exit()
 from memslot_plugin import MemfdImage, Slot, _core
 P = _core.PAGE_SIZE
 with MemfdImage("strict", b"x") as image:
@@ -469,55 +434,15 @@ with MemfdImage("strict", b"x") as image:
     slot.grow(2 * P)
     slot.check()
     slot.destroy()
-""",
-        *prefix,
-    )
-
-
-def test_too_few_descriptors_name_the_knob(child: Any) -> None:
-    child(
-        """
-import resource
-from memslot_plugin import MemfdImage, SystemCallError
-from memslot_plugin.tests.profiles import examples
-resource.setrlimit(resource.RLIMIT_NOFILE, (16, 16))
-kept = []
-try:
-    for number in range(20):
-        kept.append(MemfdImage(f"image {number}", b"x"))
-except SystemCallError as error:
-    assert "creating a memfd" in str(error) and "RLIMIT_NOFILE (ulimit -n) is 16" in str(error)
-else:
-    raise AssertionError("made")
-kept.pop().close()
-MemfdImage("after", b"x").close()
+print("made")
 """
-    )
-
-
-def test_the_fallback_makes_no_system_call_to_build(calls: Any) -> None:
-    with calls() as made:
-        BytesImage("copied", b"x" * 5 * P).close()
-    assert made == {}
-
-
-def test_lifting_the_fallback_does_not_rely_on_madvise(calls: Any) -> None:
-    # Where MADV_DONTNEED is ignored (old user-mode qemu) the next guest would see this one's image.
-    with BytesImage("lifted", b"x" * P) as image:
-        slot = Slot.create(2 * P, P)
-        slot.instantiate(image, P)
-        with calls() as made:
-            assert image.lift(slot.base) == 0
-        assert "madvise" not in made
-        assert ctypes.string_at(slot.base, P) == bytes(P)
-        slot.destroy()
-
-
-def test_extents_are_shared_with_the_core(kind: Kind) -> None:
-    with kind("shared", sparse(60 * P, (0, b"x"), (50 * P, b"y"))) as image:
-        packed = image.c_extents[0 : image.c_count]
-        assert [(e.offset, e.length, e.file_offset) for e in packed] == [
-            (e.offset, e.length, e.file_offset) for e in image.extents
-        ]
-        assert [e.bytes[0] for e in packed] == [ord("x"), ord("y")]
-        assert {e.fd for e in packed} == {image.fd if isinstance(image, MemfdImage) else -1}
+    try:
+        printed = child(source, "unshare", "--pid", "--fork", "--mount-proc").stdout
+    except FileNotFoundError as error:
+        printed = str(error)
+    except AssertionError as error:
+        if "unshare: " not in str(error):
+            raise
+        printed = str(error)
+    if printed != "made\n":
+        pytest.skip(f"impossible: no namespace with a setting of its own: {printed:.80}")
