@@ -1,4 +1,4 @@
-"""After a reset an instance behaves as a new one does, whatever it did before: in place, or by a new instance."""
+"""After a reset an instance behaves as a new one does: in place, or by a new instance."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from typing import Any
 import pytest
 
 import memslot_plugin as memslot
-from memslot_hooks import hookimpl
+from memslot_plugin.tests.profiles import examples
 
 from . import toy
 from .cells import Cell
-
-PAGE = 65536
+from .toy import PAGE
 
 STATE = """
   (memory (export "memory") 1 4)
@@ -113,19 +112,16 @@ def resets(guest: memslot.Guest) -> tuple[int, int]:
     return counted.resets_in_place, counted.resets_by_instantiation
 
 
-@pytest.fixture(params=["spoil", "spoil_and_trap", "spoil_and_overflow"])
-def spoil(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
+SPOILS = ("spoil", "spoil_and_trap", "spoil_and_overflow")
 
 
-def test_memories_and_globals_of_every_type_come_back_in_place(real_cell: Cell, spoil: str) -> None:
+def test_reset_in_place_restores_memories_and_globals_of_every_type(real_cell: Cell) -> None:
     with started(real_cell, RESTORABLE) as (guest, instance):
         assert guest.report.verdict.in_place
         with guest.instantiate() as fresh:
             new = seen(fresh)
         address, load = instance._live().locate(0), instance.function("load")
-        for turn in range(1, 4):
+        for turn, spoil in enumerate(SPOILS, start=1):
             done(instance, spoil, turn)
             assert seen(instance) != new
             instance.set_global("shown", 77)
@@ -136,13 +132,13 @@ def test_memories_and_globals_of_every_type_come_back_in_place(real_cell: Cell, 
             assert resets(guest) == (turn, 0)
 
 
-def test_what_cannot_be_put_back_needs_a_new_instance(real_cell: Cell, spoil: str) -> None:
+def test_reset_of_what_cannot_be_put_back_makes_a_new_instance(real_cell: Cell) -> None:
     with started(real_cell, EVERYTHING) as (guest, instance):
         assert not guest.report.verdict.in_place
         assert any("table.set" in reason for reason in guest.report.verdict.reasons)
         with guest.instantiate() as fresh:
             new = seen(fresh, LOOK_MORE)
-        for turn in range(1, 4):
+        for turn, spoil in enumerate(SPOILS, start=1):
             instance.call("spoil_more", turn)
             done(instance, spoil, turn)
             assert seen(instance, LOOK_MORE) != new
@@ -151,33 +147,29 @@ def test_what_cannot_be_put_back_needs_a_new_instance(real_cell: Cell, spoil: st
             assert resets(guest) == (0, turn)
 
 
-def test_a_grown_memory_costs_that_reset_a_new_instance(real_cell: Cell) -> None:
+def test_reset_of_a_grown_memory_makes_a_new_instance_that_once(real_cell: Cell) -> None:
     with started(real_cell, GROWING) as (guest, instance):
         with guest.instantiate() as fresh:
             new = seen(fresh)
-        for turn in range(1, 4):
-            assert instance.call("grow", 2) == 1
+        grow = {
+            "guest": lambda: instance.call("grow", 2),
+            "embedder": lambda: instance.memory.grow(2),
+        }
+        for turn, who in enumerate(grow, start=1):
+            assert grow[who]() == 1
             instance.memory.write(3 * PAGE - 1, b"x")
             instance.reset()
             assert seen(instance) == new
-            assert resets(guest) == (turn - 1, turn)
+            assert resets(guest) == (turn - 1, turn), who
             assert instance.call("grow", 0) == 1
             assert instance.call("grow", 100) == -1, "neither grows anything"
             instance.call("spoil", 5)
             instance.reset()
             assert seen(instance) == new
-            assert resets(guest) == (turn, turn)
+            assert resets(guest) == (turn, turn), who
 
 
-def test_a_growth_by_the_embedder_counts_too(real_cell: Cell) -> None:
-    with started(real_cell, GROWING) as (guest, instance):
-        assert instance.memory.grow(1) == 1
-        instance.reset()
-        assert instance.memory.byte_size == PAGE
-        assert resets(guest) == (0, 1)
-
-
-def test_who_has_the_runtimes_own_objects_gets_a_new_instance(real_cell: Cell) -> None:
+def test_reset_after_the_runtimes_objects_were_taken_makes_a_new_instance(real_cell: Cell) -> None:
     with started(real_cell, RESTORABLE) as (guest, instance):
         assert instance.native is not None
         instance.reset()
@@ -186,23 +178,23 @@ def test_who_has_the_runtimes_own_objects_gets_a_new_instance(real_cell: Cell) -
         assert resets(guest) == (1, 1)
 
 
-def test_names_of_ours_are_nobody_elses_business(real_cell: Cell) -> None:
+def test_exports_that_memslot_adds_are_not_there_for_the_embedder(real_cell: Cell) -> None:
     with started(real_cell, RESTORABLE) as (guest, instance):
-        names = [each.export_name for each in guest.plan.saved_globals]
+        names = {each.export_name for each in guest.plan.saved_globals}
         assert names
-        assert None not in names
-        assert not set(names) & set(instance.exports)
+        assert not names & set(instance.exports)
         for name in names:
             assert name is not None
-            with pytest.raises(memslot.ExportNotFound):
-                instance.global_value(name)
-            with pytest.raises(memslot.ExportNotFound):
-                instance.set_global(name, 0)
-            with pytest.raises(memslot.ExportNotFound):
-                instance.function(name)
+            for use in (
+                instance.global_value,
+                lambda each: instance.set_global(each, 0),
+                instance.function,
+            ):
+                with pytest.raises(memslot.ExportNotFound):
+                    use(name)
 
 
-def test_a_start_function_runs_again(real_cell: Cell) -> None:
+def test_reset_runs_a_start_function_again(real_cell: Cell) -> None:
     text = """(module (memory (export "memory") 1) (global $shown (export "shown") (mut i32) (i32.const 0))
       (func $start (global.set $shown (i32.const 5)) (i32.store (i32.const 0) (i32.const 6))) (start $start)
       (func (export "load") (param i32) (result i64) (i64.load (local.get 0))))"""
@@ -214,7 +206,7 @@ def test_a_start_function_runs_again(real_cell: Cell) -> None:
         assert resets(guest) == (0, 1)
 
 
-def test_a_guest_without_a_memory(real_cell: Cell) -> None:
+def test_reset_of_a_guest_without_a_memory_is_in_place(real_cell: Cell) -> None:
     text = """(module (global $n (mut i32) (i32.const 1))
       (func (export "next") (result i32) (global.set $n (i32.add (global.get $n) (i32.const 1))) (global.get $n)))"""
     with started(real_cell, text) as (guest, instance):
@@ -222,43 +214,6 @@ def test_a_guest_without_a_memory(real_cell: Cell) -> None:
         instance.reset()
         assert instance.call("next") == 2
         assert resets(guest) == (1, 0)
-
-
-def test_a_host_function_cannot_reset_what_calls_it(real_cell: Cell) -> None:
-    text = """(module (import "env" "f" (func $f)) (memory (export "memory") 1)
-      (global $shown (export "shown") (mut i32) (i32.const 0))
-      (func (export "run") (global.set $shown (i32.const 3)) (call $f)))"""
-    held: list[memslot.Instance] = []
-
-    def again() -> None:
-        held[0].reset()
-
-    with started(real_cell, text, imports={"env": {"f": again}}) as (guest, instance):
-        held.append(instance)
-        with pytest.raises(memslot.InUse):
-            instance.call("run")
-        assert instance.global_value("shown") == 3
-        instance.reset()
-        assert instance.global_value("shown") == 0
-        assert resets(guest) == (1, 0)
-        held.clear()
-
-
-def test_a_host_function_that_raised_leaves_nothing(real_cell: Cell) -> None:
-    text = """(module (import "env" "f" (func $f)) (memory (export "memory") 1)
-      (global $shown (export "shown") (mut i32) (i32.const 0))
-      (func (export "run") (global.set $shown (i32.const 3)) (i32.store (i32.const 9) (i32.const 9)) (call $f)))"""
-
-    def fail() -> None:
-        raise KeyError("mine")
-
-    with started(real_cell, text, imports={"env": {"f": fail}}) as (guest, instance):
-        for turn in range(1, 3):
-            with pytest.raises(KeyError, match="mine"):
-                instance.call("run")
-            instance.reset()
-            assert (instance.global_value("shown"), instance.memory.read(9, 1)) == (0, b"\0")
-            assert resets(guest) == (turn, 0)
 
 
 WASI = """(module
@@ -285,54 +240,30 @@ WASI = """(module
   (data (i32.const 80) "/"))"""
 
 
-def test_captured_output_and_descriptors_are_new(real_cell: Cell, tmp_path: Path) -> None:
+def test_reset_renews_captured_output_and_descriptors(real_cell: Cell, tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("a note")
     folder = 3 if real_cell.host == "wasmtime" else 4
     wasi = memslot.Wasi(stdout="capture", preopened={"/data": str(tmp_path)})
     with started(real_cell, WASI, wasi=wasi) as (guest, instance):
+
+        def writes() -> None:
+            assert instance.call("write") == 0
+            assert instance.stdout == b"hello\n"
+
         with guest.instantiate() as fresh:
             first = fresh.call("open", folder)
-        assert instance.call("write") == 0
-        assert instance.stdout == b"hello\n"
+        writes()
         instance.reset()
         assert instance.stdout == b""
         assert resets(guest) == (1, 0)
-        assert instance.call("write") == 0
-        assert instance.stdout == b"hello\n"
+        writes()
         assert [instance.call("open", folder), instance.call("open", folder)] == [first, first + 1]
         assert instance.call("close", 0) == 0
         instance.reset()
-        assert instance.call("write") == 0
-        assert instance.stdout == b"hello\n"
+        writes()
         assert instance.call("open", folder) == first
         # wasmer has no new environment for an old instance.
         assert resets(guest) == ((2, 0) if real_cell.host == "wasmtime" else (1, 1))
-
-
-def test_a_plugin_that_cannot_reset_ends_the_instance(real_cell: Cell) -> None:
-    class Broken:
-        broken = False
-
-        @hookimpl(tryfirst=True)
-        def memslot_reset_memory(self, memory: Any) -> None:
-            if self.broken:
-                raise memslot.SystemCallError(12, "no memory")
-
-    plugin = Broken()
-    with real_cell.open(plugins=(plugin,)) as host:
-        guest = host.prepare(toy.assemble(RESTORABLE))
-        with guest.instantiate() as instance:
-            instance.call("spoil", 1)
-            plugin.broken = True
-            with pytest.raises(memslot.SystemCallError):
-                instance.reset()
-            plugin.broken = False
-            assert instance.closed
-            with pytest.raises(memslot.UsedAfterClose):
-                instance.call("size")
-        assert host.statistics().live_instances == 0
-        with guest.instantiate() as instance:
-            assert seen(instance)[0] == -1
 
 
 # Generated modules
@@ -346,13 +277,24 @@ VALUES = {
 }
 
 
+AS_I64 = {
+    "i32": "(i64.extend_i32_s {0})",
+    "i64": "{0}",
+    "f32": "(i64.extend_i32_u (i32.reinterpret_f32 {0}))",
+    "f64": "(i64.reinterpret_f64 {0})",
+    "v128": "(i64.xor (i64x2.extract_lane 0 {0}) (i64.shl (i64x2.extract_lane 1 {0}) (i64.const 1)))",
+}
+"""Code that shows the bits of a value."""
+
+
 def constant(rng: random.Random, kind: str) -> str:
     return f"({kind}.const {rng.choice(VALUES[kind])})"
 
 
-def generated(
-    rng: random.Random,
-) -> tuple[str, tuple[tuple[Any, ...], ...], tuple[tuple[Any, ...], ...]]:
+Calls = tuple[tuple[Any, ...], ...]
+
+
+def generated(rng: random.Random) -> tuple[str, Calls, Calls]:
     """A module, calls that change its state, and calls that look at all of it."""
     with_memory, with_table = rng.random() < 0.9, rng.random() < 0.4
     parts, look = [], []
@@ -362,33 +304,19 @@ def generated(
         for _ in range(rng.randint(0, 4)):
             at = rng.randrange(pages * PAGE - 8)
             parts.append(f'(data (i32.const {at}) "\\{rng.randrange(256):02x}bytes")')
-        parts.append('(data $passive "passive bytes")')
-        parts.append('(func (export "size") (result i32) (memory.size))')
-        parts.append('(func (export "load") (param i32) (result i64) (i64.load (local.get 0)))')
+        parts.append("""(data $passive "passive bytes") (func (export "size") (result i32) (memory.size))
+          (func (export "load") (param i32) (result i64) (i64.load (local.get 0)))""")
         look += [("size",)] + [("load", rng.randrange(3 * PAGE)) for _ in range(20)]
     if with_table:
-        parts.append("(table $t 3 6 funcref) (elem (i32.const 0) $one $two)")
-        parts.append(
-            '(func (export "element") (param i32) (result i32)'
-            " (call_indirect $t (result i32) (local.get 0)))"
-        )
+        parts.append("""(table $t 3 6 funcref) (elem (i32.const 0) $one $two)
+          (func (export "element") (param i32) (result i32) (call_indirect $t (result i32) (local.get 0)))""")
         look += [("element", place) for place in range(5)]
     parts.append("(func $one (result i32) (i32.const 1)) (func $two (result i32) (i32.const 2))")
     kinds = [rng.choice(list(VALUES)) for _ in range(rng.randint(1, 6))]
     for number, kind in enumerate(kinds):
         parts.append(f"(global $g{number} (mut {kind}) {constant(rng, kind)})")
-        parts.append(
-            f'(func (export "get{number}") (result i64) '
-            + {
-                "i32": f"(i64.extend_i32_s (global.get $g{number}))",
-                "i64": f"(global.get $g{number})",
-                "f32": f"(i64.extend_i32_u (i32.reinterpret_f32 (global.get $g{number})))",
-                "f64": f"(i64.reinterpret_f64 (global.get $g{number}))",
-                "v128": f"(i64.xor (i64x2.extract_lane 0 (global.get $g{number}))"
-                f" (i64.shl (i64x2.extract_lane 1 (global.get $g{number})) (i64.const 1)))",
-            }[kind]
-            + ")"
-        )
+        bits = AS_I64[kind].format(f"(global.get $g{number})")
+        parts.append(f'(func (export "get{number}") (result i64) {bits})')
         look.append((f"get{number}",))
     changes = []
     for number in range(rng.randint(1, 5)):
@@ -418,24 +346,23 @@ def generated(
     return f"(module {' '.join(parts)})", tuple(changes), tuple(look)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_generated_modules_start_anew(real_cell: Cell, seed: int) -> None:
-    rng = random.Random(seed)
+@pytest.mark.scales
+def test_reset_of_generated_modules_is_a_new_start(real_cell: Cell) -> None:
     with real_cell.serving(slots=2) as host:
-        for _ in range(10):
+        for seed in range(examples(15)):
+            rng = random.Random(seed)
             text, changes, look = generated(rng)
-            guest = host.prepare(toy.assemble(text))
             after = tuple(rng.choice(changes) for _ in range(4)) + look
-            with guest.instantiate() as fresh:
-                new = [done(fresh, *call) for call in look + after]
-            with guest.instantiate() as instance:
-                for _ in range(3):
-                    for call in rng.choices((*changes, *look), k=6):
-                        done(instance, *call)
-                    instance.reset()
-                    assert [done(instance, *call) for call in look + after] == new, text
-                    instance.reset()
-            guest.close()
+            with host.prepare(toy.assemble(text)) as guest:
+                with guest.instantiate() as fresh:
+                    new = [done(fresh, *call) for call in look + after]
+                with guest.instantiate() as instance:
+                    for _ in range(3):
+                        for call in rng.choices((*changes, *look), k=6):
+                            done(instance, *call)
+                        instance.reset()
+                        assert [done(instance, *call) for call in look + after] == new, text
+                        instance.reset()
         counted = host.statistics()
         assert counted.resets_in_place, "some are reset in place"
         assert counted.resets_by_instantiation, "some are not"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
-import time
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,63 +15,64 @@ from memslot_hooks import hookimpl
 from . import cells, toy
 from .cells import Cell
 
-COUNTER = """(module (memory (export "memory") 1) (global $n (mut i32) (i32.const 0))
+COUNTER = toy.assemble("""(module (memory (export "memory") 1) (global $n (mut i32) (i32.const 0))
   (func (export "next") (result i32)
     (global.set $n (i32.add (global.get $n) (i32.const 1)))
     (i32.store (i32.const 8) (global.get $n))
     (i32.load (i32.const 8)))
   (func (export "grow") (param i32) (result i32) (memory.grow (local.get 0)))
-  (func (export "trap") unreachable))"""
+  (func (export "trap") unreachable))""")
 
-SEEDED = """(module (import "env" "seed" (func $seed (result i64)))
+SEEDED = toy.assemble("""(module (import "env" "seed" (func $seed (result i64)))
   (memory (export "memory") 1) (global $state (mut i64) (i64.const 1))
   (func (export "reseed") (global.set $state (call $seed)))
   (func (export "draw") (result i64)
     (global.set $state (i64.mul (global.get $state) (i64.const 6364136223846793005))) (global.get $state))
-  (func (export "bad") unreachable))"""
+  (func (export "bad") unreachable))""")
 
 
-def test_each_lease_finds_a_pristine_instance(real_cell: Cell) -> None:
-    with real_cell.serving(slots=2) as host:
-        guest = host.prepare(toy.assemble(COUNTER))
-        for _ in range(5):
-            with guest.lease() as instance:
-                assert [instance.call("next"), instance.call("next")] == [1, 2]
-            with pytest.raises(memslot.UsedAfterClose):
-                instance.call("next")
-            cells.check(host)
-        counted = host.statistics()
-        assert (counted.instances, counted.resets_in_place) == (1, 5)
-        assert (counted.live_instances, counted.ready_instances) == (1, 1)
-        guest.close()
-        assert host.statistics().live_instances == 0
+@pytest.fixture
+def counter(real_cell: Cell) -> Iterator[memslot.Guest]:
+    with real_cell.serving(slots=2) as host, host.prepare(COUNTER) as guest:
+        yield guest
 
 
-def test_it_is_reset_however_the_block_ended(real_cell: Cell) -> None:
-    with real_cell.serving(slots=1) as host:
-        guest = host.prepare(toy.assemble(COUNTER))
-
-        def request(name: str) -> None:
-            with guest.lease() as instance:
-                assert instance.call("next") == 1
-                instance.call(name)
-
-        for name, error in (("trap", memslot.GuestTrap), ("missing", memslot.ExportNotFound)) * 2:
-            with pytest.raises(error):
-                request(name)
-        with guest.lease() as instance:
-            assert instance.call("grow", 1) == 1
-        with guest.lease() as instance:
-            assert instance.call("grow", 1) == 1
-            instance.close()
-        with guest.lease() as instance:
-            assert instance.call("next") == 1
-        guest.close()
+def lease_and(guest: memslot.Guest, *calls: str) -> list[Any]:
+    """What calls in a lease of their own return."""
+    with guest.lease() as instance:
+        return [instance.call(name) for name in calls]
 
 
-def test_as_many_as_the_setting_says_wait(real_cell: Cell) -> None:
-    with real_cell.serving(slots=4, ready_instances=2) as host:
-        guest = host.prepare(toy.assemble(COUNTER))
+def test_lease_resets_one_instance_after_each_request(counter: memslot.Guest) -> None:
+    host = counter.host
+    for _ in range(5):
+        with counter.lease() as instance:
+            assert [instance.call("next"), instance.call("next")] == [1, 2]
+        with pytest.raises(memslot.UsedAfterClose):
+            instance.call("next")
+        cells.check(host)
+    counted = host.statistics()
+    assert (counted.instances, counted.resets_in_place) == (1, 5)
+    assert (counted.live_instances, counted.ready_instances) == (1, 1)
+    counter.close()
+    assert host.statistics().live_instances == 0
+
+
+def test_lease_that_trapped_grew_or_was_closed_leaves_a_new_start(counter: memslot.Guest) -> None:
+    for name, error in (("trap", memslot.GuestTrap), ("missing", memslot.ExportNotFound)) * 2:
+        with pytest.raises(error):
+            lease_and(counter, "next", name)
+        assert lease_and(counter, "next") == [1]
+    with counter.lease() as instance:
+        assert instance.call("grow", 1) == 1
+    with counter.lease() as instance:
+        assert instance.call("grow", 1) == 1
+        instance.close()
+    assert lease_and(counter, "next") == [1]
+
+
+def test_ready_instances_are_at_most_as_many_as_the_setting_says(real_cell: Cell) -> None:
+    with real_cell.serving(slots=4, ready_instances=2) as host, host.prepare(COUNTER) as guest:
         leases = [guest.lease() for _ in range(3)]
         for lease in leases:
             lease.__enter__()
@@ -80,18 +81,15 @@ def test_as_many_as_the_setting_says_wait(real_cell: Cell) -> None:
         for lease in leases:
             lease.__exit__()
         assert host.statistics().ready_instances == 2
-        guest.close()
     with real_cell.serving(slots=1, ready_instances=0) as host:
-        guest = host.prepare(toy.assemble(COUNTER))
-        with guest.lease() as instance:
-            instance.call("next")
+        assert lease_and(host.prepare(COUNTER), "next") == [1]
         assert host.statistics().live_instances == 0
 
 
-def test_who_waits_ready_makes_room(real_cell: Cell) -> None:
-    with real_cell.serving(slots=2) as host:
-        first, second = (host.prepare(toy.assemble(COUNTER)) for _ in range(2))
-        with first.lease(), first.lease():
+def test_ready_instance_of_another_guest_makes_room(counter: memslot.Guest) -> None:
+    host = counter.host
+    with host.prepare(COUNTER) as second:
+        with counter.lease(), counter.lease():
             with pytest.raises(memslot.PoolExhausted):
                 second.instantiate()
             with pytest.raises(memslot.PoolTimeout), second.lease(wait_timeout=0.05):
@@ -100,77 +98,59 @@ def test_who_waits_ready_makes_room(real_cell: Cell) -> None:
         with second.lease() as instance, second.instantiate(wait_timeout=1):
             assert instance.call("next") == 1
             assert host.statistics().ready_instances == 0
-        with first.lease() as instance:
-            assert instance.call("next") == 1
-        for guest in (first, second):
+        assert lease_and(counter, "next") == [1]
+
+
+def test_ready_instances_end_with_their_guest_and_their_host(real_cell: Cell) -> None:
+    def close(guest: memslot.Guest) -> None:
+        guest.host.close()
+
+    def close_by_force(guest: memslot.Guest) -> None:
+        with guest.lease():
+            guest.host.close(force=True)
+
+    def close_guest(guest: memslot.Guest) -> None:
+        with guest.lease():
             guest.close()
+        assert guest.host.statistics().live_instances == 0
+
+    for end in (close, close_by_force, close_guest):
+        with real_cell.open(slots=2) as host:
+            guest = host.prepare(COUNTER)
+            assert lease_and(guest, "next") == [1]
+            end(guest)
+            with pytest.raises(memslot.UsedAfterClose), guest.lease():
+                pass
 
 
-def test_a_host_that_closes_ends_who_waits(real_cell: Cell) -> None:
-    host = real_cell.open(slots=2)
-    guest = host.prepare(toy.assemble(COUNTER))
-    with guest.lease():
-        pass
-    host.close()
-    with pytest.raises(memslot.UsedAfterClose), guest.lease():
-        pass
-    host = real_cell.open(slots=2)
-    guest = host.prepare(toy.assemble(COUNTER))
-    with guest.lease():
-        host.close(force=True)
-    host = real_cell.open(slots=2)
-    guest = host.prepare(toy.assemble(COUNTER))
-    with guest.lease():
-        guest.close()
-    assert host.statistics().live_instances == 0
-    host.close()
+def test_threads_share_ready_instances_or_are_told_not_to(counter: memslot.Guest) -> None:
+    wrong: list[BaseException] = []
+    served: list[int] = []
+
+    def serve() -> None:
+        try:
+            for _ in range(30):
+                with counter.lease(wait_timeout=20) as instance:
+                    assert [instance.call("next"), instance.call("next")] == [1, 2]
+                served.append(1)
+        except BaseException as error:  # noqa: BLE001 - looked at below
+            wrong.append(error)
+
+    threads = [threading.Thread(target=serve) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if counter.host.name == "wasmer":
+        assert [type(error) for error in wrong] == [memslot.WrongThread] * 8
+    else:
+        assert (wrong, len(served)) == ([], 240)
 
 
-def test_threads_share_what_waits_or_are_told_not_to(real_cell: Cell) -> None:
-    with real_cell.serving(slots=3) as host:
-        guest = host.prepare(toy.assemble(COUNTER))
-        wrong: list[BaseException] = []
-        served: list[int] = []
-
-        def serve() -> None:
-            try:
-                for _ in range(100):
-                    with guest.lease(wait_timeout=20) as instance:
-                        assert [instance.call("next"), instance.call("next")] == [1, 2]
-                        if len(served) % 10 == 0:
-                            time.sleep(0.001)
-                    served.append(1)
-            except BaseException as error:  # noqa: BLE001 - looked at below
-                wrong.append(error)
-
-        tasks = Path("/proc/self/task")
-        before = len(list(tasks.iterdir()))
-        threads = [threading.Thread(target=serve) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        while (
-            len(list(tasks.iterdir())) > before
-        ):  # the kernel's thread ends a little after Python's
-            time.sleep(0.001)
-        if real_cell.host == "wasmer":
-            assert {type(error) for error in wrong} == {memslot.WrongThread}
-        else:
-            assert not wrong
-            assert len(served) == 800
-        guest.close()
-        cells.check(host, in_use=0)
-
-
-def test_a_deadline_begins_with_the_lease_and_not_with_the_wait_before_it() -> None:
-    if cells.Cell("wasmtime", "memfd").missing:
-        pytest.skip("wasmtime is not installed")
+def test_deadline_begins_with_the_lease_and_not_with_the_wait_before_it() -> None:
+    if reason := Cell("wasmtime", "memfd").missing:
+        pytest.skip(reason)
     spin = '(module (memory (export "memory") 1) (func (export "spin") (loop br 0)) (func (export "f")))'
-
-    def configure(config: Any) -> None:
-        config.epoch_interruption = True
-
     wrong: list[str] = []
 
     def configure_store(store: Any) -> None:
@@ -179,7 +159,10 @@ def test_a_deadline_begins_with_the_lease_and_not_with_the_wait_before_it() -> N
         store.set_epoch_deadline(3)
 
     with memslot.open_host(
-        "wasmtime", slots=1, configure=configure, configure_store=configure_store
+        "wasmtime",
+        slots=1,
+        configure=lambda config: setattr(config, "epoch_interruption", True),
+        configure_store=configure_store,
     ) as host:
         guest = host.prepare(toy.assemble(spin))
         for _ in range(3):
@@ -192,33 +175,25 @@ def test_a_deadline_begins_with_the_lease_and_not_with_the_wait_before_it() -> N
                 with pytest.raises(memslot.GuestTrap, match="interrupt"):
                     instance.call("spin")
                 timer.join()
-            for _ in range(10):  # nobody leases it meanwhile
+            for _ in range(10):  # while it waits for its next lease
                 host.increment_epoch()
         assert host.statistics().instances == 1
         wrong.append("no deadline today")
-        with pytest.raises(ValueError, match="no deadline today"), guest.lease():
-            pass
+        with pytest.raises(ValueError, match="no deadline today"):
+            lease_and(guest)
         assert host.statistics().live_instances == 0
-        with guest.lease() as instance:
-            instance.call("f")
+        lease_and(guest, "f")
 
 
-def test_every_instance_of_a_snapshot_draws_its_own_numbers(real_cell: Cell) -> None:
-    seeds = iter(range(100, 1000))
-
-    def seed() -> int:
-        return next(seeds)
-
+def test_reseed_gives_each_instance_and_each_lease_of_a_snapshot_its_own_numbers(
+    real_cell: Cell,
+) -> None:
+    imports = {"env": {"seed": itertools.count(100).__next__}}
     with real_cell.serving(slots=4) as host:
-        module, imports = toy.assemble(SEEDED), {"env": {"seed": seed}}
-
-        def init(instance: memslot.Instance) -> None:
-            instance.call("draw")
-
-        same = host.prepare(module, imports=imports, init=init)
+        same = host.prepare(SEEDED, imports=imports, init=lambda instance: instance.call("draw"))
         with same.instantiate() as first, same.instantiate() as second:
             assert first.call("draw") == second.call("draw")
-        own = host.prepare(module, imports=imports, init=init, reseed="reseed")
+        own = host.prepare(SEEDED, imports=imports, init="draw", reseed="reseed")
         with own.instantiate() as first, own.instantiate() as second:
             drawn = [first.call("draw"), second.call("draw")]
             first.reset()
@@ -226,53 +201,34 @@ def test_every_instance_of_a_snapshot_draws_its_own_numbers(real_cell: Cell) -> 
             (fork,) = first.fork()
             drawn += [fork.call("draw"), first.call("draw")]
             fork.close()
-            assert len(set(drawn)) == 5
-        bad = host.prepare(module, imports=imports, init=init, reseed="bad")
+        made = host.statistics().instances
+        drawn += [lease_and(own, "draw")[0] for _ in range(5)]
+        assert host.statistics().instances == made + 1, "one for all leases"
+        assert len(set(drawn)) == 10
+        own.close()
+        bad = host.prepare(SEEDED, imports=imports, init="draw", reseed="bad")
         with pytest.raises(memslot.GuestTrap):
             bad.instantiate()
-        assert host.statistics().live_instances == 0
 
 
-def test_what_cannot_reseed_is_refused_before_anything_runs(plain_cell: Cell) -> None:
+def test_reseed_that_is_no_function_is_refused_before_anything_runs(plain_cell: Cell) -> None:
+    module = toy.A if plain_cell.host == "fake" else COUNTER
+    missing = memslot.ExportNotFound
     with plain_cell.serving(slots=2) as host:
-        fake = plain_cell.host == "fake"
-        module = toy.A if fake else toy.assemble(COUNTER)
         ran: list[object] = []
-        for init in (None, ran.append):
-            for reseed, error, said in (
-                (
-                    "missing",
-                    memslot.ExportNotFound,
-                    "exports no function 'missing' to be called after",
-                ),
-                ("memory", memslot.ExportNotFound, "exports no function 'memory'.*it exports: "),
-                (7, memslot.ArgumentError, "reseed is the name of an export, and not 7"),
-            ):
+        for reseed, error, said in (
+            ("missing", missing, "exports no function 'missing' to be called after"),
+            ("memory", missing, "exports no function 'memory'.*it exports: "),
+            (7, memslot.ArgumentError, "reseed is the name of an export, and not 7"),
+        ):
+            for init in (None, ran.append):
                 with pytest.raises(error, match=said):
                     host.prepare(module, init=init, reseed=reseed)
                 assert (host.statistics().guests, host.statistics().live_instances) == (0, 0)
         assert ran == []
 
 
-def test_an_instance_of_a_lease_is_seeded_before_each_request(real_cell: Cell) -> None:
-    seeds = iter(range(100, 1000))
-
-    def seed() -> int:
-        return next(seeds)
-
-    with real_cell.serving(slots=2) as host:
-        module, imports = toy.assemble(SEEDED), {"env": {"seed": seed}}
-        guest = host.prepare(module, imports=imports, init="draw", reseed="reseed")
-        drawn = []
-        for _ in range(5):
-            with guest.lease() as instance:
-                drawn.append(instance.call("draw"))
-        assert len(set(drawn)) == 5
-        assert host.statistics().instances == 2, "the one that was captured, and one for all leases"
-        guest.close()
-
-
-def test_what_a_host_function_raises_after_a_lease_is_logged(
+def test_reseed_that_raises_after_a_lease_is_logged(
     real_cell: Cell, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The request was served, and what its block raised is what its caller hears."""
@@ -283,66 +239,45 @@ def test_what_a_host_function_raises_after_a_lease_is_logged(
             raise KeyError("no seed")
         return 4
 
+    def request(error: type[BaseException] | None = None) -> None:
+        fails[0] = False
+        with guest.lease() as instance:
+            assert instance.memory.read(0, 1) == b"\4"
+            fails[0] = True
+            if error:
+                raise error
+
     module = toy.assemble("""(module (import "env" "draw" (func $draw (result i32))) (memory (export "memory") 1)
       (func (export "init")) (func (export "reseed") (i32.store (i32.const 0) (call $draw))))""")
     with real_cell.serving(slots=2) as host:
         guest = host.prepare(module, imports={"env": {"draw": draw}}, init="init", reseed="reseed")
-        with guest.lease() as instance:
-            assert instance.memory.read(0, 1) == b"\4"
-            fails[0] = True
-        fails[0] = False
-
-        def fail() -> None:
-            with guest.lease():
-                fails[0] = True
-                raise ZeroDivisionError
-
+        request()
         with pytest.raises(ZeroDivisionError):
-            fail()
+            request(ZeroDivisionError)
         assert caplog.text.count("could not be reset after its lease") == 2
         assert "no seed" in caplog.text
-        fails[0] = False
-        with guest.lease():
-            pass
-        guest.close()
+        assert host.statistics().live_instances == 0
 
 
-def test_an_instance_of_a_closed_guest_goes_on_and_cannot_be_reset(plain_cell: Cell) -> None:
-    with plain_cell.serving(slots=2) as host:
-        guest = host.prepare(toy.A)
-        with guest.instantiate() as instance:
-            instance.call("fill", 0, 8, 7)
-            guest.close()
-            with pytest.raises(memslot.UsedAfterClose, match="cannot be reset; prepare it again"):
-                instance.reset()
-            assert instance.memory.read(0, 8) == bytes([7]) * 8
-            assert instance.call("different", 0, 8, 7) == 0
+class Reseed:
+    """Writes its count into each instance that repeats a snapshot, while there is entropy."""
 
+    def __init__(self) -> None:
+        self.told: list[Any] = []
+        self.entropy = True
 
-def test_how_long_a_lease_may_wait_is_seconds(plain_cell: Cell) -> None:
-    with plain_cell.serving(slots=1) as host, host.prepare(toy.A) as guest:
-        for _ in range(2):
-            for wrong in ("soon", -1, float("nan")):
-                with pytest.raises(memslot.SettingError, match="it is seconds, at least 0"):
-                    guest.lease(wait_timeout=wrong)
-            with guest.lease(wait_timeout=0):
-                pass
+    @hookimpl
+    def memslot_instance_restored(self, instance: Any) -> None:
+        if not self.entropy:
+            raise OSError("no entropy")
+        self.told.append(instance)
+        instance.memory.write(0, bytes([len(self.told)]))
 
 
 def test_memslot_instance_restored_is_told(real_cell: Cell) -> None:
-    class Reseed:
-        def __init__(self) -> None:
-            self.told: list[Any] = []
-
-        @hookimpl
-        def memslot_instance_restored(self, instance: Any) -> None:
-            self.told.append(instance)
-            instance.memory.write(0, bytes([len(self.told)]))
-
     plugin = Reseed()
     with real_cell.open(slots=2, plugins=(plugin,)) as host:
-        guest = host.prepare(toy.assemble(COUNTER))
-        with guest.instantiate() as plain:
+        with host.prepare(COUNTER).instantiate() as plain:
             plain.reset()
             assert plugin.told == [], "only a snapshot repeats anything"
             captured = plain.snapshot()
@@ -357,44 +292,32 @@ def test_memslot_instance_restored_is_told(real_cell: Cell) -> None:
         plugin.told.clear()
 
 
-@pytest.mark.parametrize("grown", [False, True], ids=["in place", "anew"])
-def test_an_instance_that_could_not_be_given_its_own_randomness_is_closed(
-    real_cell: Cell, grown: bool
-) -> None:
-    class Reseed:
-        entropy = True
-
-        @hookimpl
-        def memslot_instance_restored(self) -> None:
-            if not self.entropy:
-                raise OSError("no entropy")
-
+def test_memslot_instance_restored_that_raises_closes_the_instance(real_cell: Cell) -> None:
     plugin = Reseed()
     with real_cell.open(slots=2, plugins=(plugin,)) as host:
-        with host.prepare(toy.assemble(COUNTER)).instantiate() as plain:
+        with host.prepare(COUNTER).instantiate() as plain:
             captured = plain.snapshot()
-        instance = captured.instantiate()
-        if grown:
-            instance.call("grow", 1)
-        plugin.entropy = False
-        with pytest.raises(OSError, match="no entropy"):
-            instance.reset()
-        assert instance.closed
-        with pytest.raises(OSError, match="no entropy"):
-            captured.instantiate()
-        with pytest.raises(OSError, match="no entropy"), captured.lease():
-            pass
-        cells.check(host, in_use=0)
+        for pages in (0, 1):  # a reset in place, and one by a new instance
+            plugin.entropy = True
+            instance = captured.instantiate()
+            instance.call("grow", pages)
+            plugin.entropy = False
+            for attempt in (instance.reset, captured.instantiate, captured.lease().__enter__):
+                with pytest.raises(OSError, match="no entropy"):
+                    attempt()
+            assert instance.closed
+            cells.check(host, in_use=0)
         plugin.entropy = True
         with captured.lease():
             plugin.entropy = False
         cells.check(host, in_use=0)  # its request was served: what came after it is logged
-        plugin.entropy = True
-        captured.instantiate().close()
+        plugin.told.clear()
 
 
 @pytest.mark.parametrize("source", ["random_get", "clock_time_get"])
-def test_who_may_repeat_random_numbers_is_warned(real_cell: Cell, source: str) -> None:
+def test_snapshot_that_may_repeat_random_numbers_is_warned_about(
+    real_cell: Cell, source: str
+) -> None:
     signature = {"random_get": "i32 i32", "clock_time_get": "i32 i64 i32"}[source]
     text = f"""(module (import "wasi_snapshot_preview1" "{source}" (func (param {signature}) (result i32)))
       (memory (export "memory") 1) (func (export "reseed")) (func (export "init")))"""
@@ -402,11 +325,10 @@ def test_who_may_repeat_random_numbers_is_warned(real_cell: Cell, source: str) -
         module, wasi = toy.assemble(text), memslot.Wasi()
         with pytest.warns(memslot.RepeatedRandomness, match=rf"{source}.*reseed=") as caught:
             host.prepare(module, wasi=wasi, init="init")
-        assert caught[0].filename == __file__
         host.prepare(module, wasi=wasi, init="init", reseed="reseed")
         with host.prepare(module, wasi=wasi).instantiate() as instance:
-            with pytest.warns(memslot.RepeatedRandomness) as caught:
+            with pytest.warns(memslot.RepeatedRandomness) as again:
                 instance.snapshot()
-            assert caught[0].filename == __file__
             with pytest.warns(memslot.RepeatedRandomness):
                 instance.fork()[0].close()
+        assert {caught[0].filename, again[0].filename} == {__file__}
