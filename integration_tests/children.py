@@ -1,7 +1,7 @@
 """Children on machines where something is refused, missing or short, for real: seccomp filters, limits, namespaces,
 control groups.
 
-Each way is a prefix of the child's command, so that they can be combined; what cannot be had here says why.
+Each way is a prefix of the child's command, so that they can be combined.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from .cells import HOSTS, Cell
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -37,23 +40,23 @@ if sys.argv[1]:
     refused.load()
 os.execv(sys.argv[3], sys.argv[3:])
 """
-"""Refuses system calls (or, IGNORED, does as if they had been made) and lowers limits, then becomes the program that
+"""Refuses system calls (or, IGNORED, returns 0 without making them) and lowers limits, then becomes the program that
 follows: both outlive execve(2).
 """
 
-MEMFD = "memfd_create:{}"
-SEALS = "fcntl:{}:1=1033"  # F_ADD_SEALS
-PAGEMAP_SCAN = "ioctl:{}:1=3227543056"  # 0xc0606610
-MADV_DONTNEED = "madvise:{}:2=4"
 
-WITHOUT_PROC = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh")
-"""Nothing is mounted at /proc, as in a bare chroot."""
+def hosts() -> list[Any]:
+    """Parameters that are the names of hosts."""
+    return [
+        pytest.param(name, marks=[pytest.mark.skip(reason=reason)] if reason else [])
+        for name in HOSTS
+        for reason in [Cell(name, "memfd").missing]
+    ]
 
-NOEXEC_MEMFDS = (
-    "unshare", "--mount", "--pid", "--fork", "--mount-proc",
-    "sh", "-c", 'echo 2 > /proc/sys/vm/memfd_noexec && exec "$@"', "sh",
-)  # fmt: skip
-"""vm.memfd_noexec = 2, which is a matter of the pid namespace."""
+
+def present() -> list[str]:
+    """Names of the hosts that this Python can open."""
+    return [name for name in HOSTS if Cell(name, "memfd").missing is None]
 
 
 def run(
@@ -62,9 +65,8 @@ def run(
     limits: str = "",
     environment: dict[str, str] | None = None,
     inside: Sequence[str] = (),
-    timeout: float = 120,
 ) -> subprocess.CompletedProcess[str]:
-    """A Python program with both allocators installed, whatever this leg of the matrix is limited to."""
+    """Run a Python program with both allocators installed, and without any variable of memslot's but these."""
     inherited = {
         name: value for name, value in os.environ.items() if not name.startswith("MEMSLOT_")
     }
@@ -75,8 +77,15 @@ def run(
         capture_output=True,
         text=True,
         check=False,
-        timeout=timeout,
+        timeout=180,
     )
+
+
+def output(*command: str, **how: Any) -> str:
+    """Return what such a program prints; it has to end well."""
+    done = run(*command, **how)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr
+    return done.stdout
 
 
 @functools.cache
@@ -88,10 +97,9 @@ def why_impossible(inside: tuple[str, ...]) -> str | None:
     return None if tried.returncode == 0 else tried.stderr.strip() or f"status {tried.returncode}"
 
 
-def require(inside: tuple[str, ...]) -> None:
-    """Skip a test where a child cannot be put inside of this."""
-    reason = why_impossible(inside)
-    if reason is not None:
+def require(*inside: str) -> None:
+    """Skip a test if a child cannot be put inside of this."""
+    if reason := why_impossible(inside):
         pytest.skip(f"impossible: {reason}")
 
 
@@ -103,17 +111,17 @@ def memory_group(limit: int) -> Iterator[Path]:
     """A control group with a limit on memory (bytes) below this process's own, or at the root of version 2; impossible
     without the right to make one.
     """
-    name = f"memslot-{os.getpid()}-{next(_numbers)}"
-    group, file = _place(name)
+    group, file = _place(f"memslot-{os.getpid()}-{next(_numbers)}")
     try:
         group.mkdir()
-    except OSError as error:
-        pytest.skip(f"impossible: a control group cannot be made: {error}")
-    try:
         try:
             (group / file).write_text(str(limit))
-        except OSError as error:
-            pytest.skip(f"impossible: a control group cannot be limited: {error}")
+        except OSError:
+            group.rmdir()
+            raise
+    except OSError as error:
+        pytest.skip(f"impossible: a control group with a limit cannot be made: {error}")
+    try:
         yield group
     finally:
         group.rmdir()
@@ -125,14 +133,7 @@ def _place(name: str) -> tuple[Path, str]:
         _, mounted, kind, options, *_ = line.split()
         if kind == "cgroup" and "memory" in options.split(","):
             return Path(mounted, own["memory"].lstrip("/"), name), "memory.limit_in_bytes"
-        if (
-            kind == "cgroup2"
-            and "memory" in Path(mounted, "cgroup.subtree_control").read_text().split()
-        ):
+        controllers = Path(mounted, "cgroup.subtree_control")
+        if kind == "cgroup2" and "memory" in controllers.read_text().split():
             return Path(mounted, name), "memory.max"
     pytest.skip("impossible: no control group hierarchy here limits memory")
-
-
-def joining(group: Path) -> tuple[str, ...]:
-    """What puts a child into a control group."""
-    return ("sh", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "sh")

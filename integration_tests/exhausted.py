@@ -1,8 +1,8 @@
-"""What a host does while this process runs out of something and afterwards, told as JSON.
+"""A process that runs out of each of `WAYS` in turn: what a host does meanwhile and afterwards, told as JSON.
 
-usage: python -m integration_tests.exhausted HOST BACKEND WHAT LEFT ...
+usage: python -m integration_tests.exhausted HOST BACKEND EVERY
 
-WHAT is a key of `WAYS`; each LEFT is how much of it is left, and one round of attempts is made for each.
+Each way has amounts that are left, and a round of attempts for each EVERY-th of them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ NORESERVE = 0x4000
 
 @contextmanager
 def limited(which: int, soft: int) -> Iterator[None]:
-    """Lowers a soft limit of this process for a block."""
+    """Lower a soft limit of this process for a block."""
     before = resource.getrlimit(which)
     resource.setrlimit(which, (soft, before[1]))
     try:
@@ -80,25 +80,20 @@ def mappings(left: int) -> Iterator[None]:
         C.munmap(base, length)
 
 
-def address_space(left: int) -> Any:
-    return limited(resource.RLIMIT_AS, status_bytes("VmSize") + left)
-
-
-def data(left: int) -> Any:
-    return limited(resource.RLIMIT_DATA, status_bytes("VmData") + left)
-
-
-def file_size(left: int) -> Any:
-    return limited(resource.RLIMIT_FSIZE, left)
-
-
-WAYS: dict[str, Callable[[int], Any]] = {
-    "descriptors": descriptors,
-    "mappings": mappings,
-    "address_space": address_space,
-    "data": data,
-    "file_size": file_size,
+WAYS: dict[str, tuple[Callable[[int], Any], tuple[int, ...]]] = {
+    "descriptors": (descriptors, (0, 1, 2)),
+    "mappings": (mappings, (0, 1, 2, 3, 5, 8, 64)),
+    "address_space": (
+        lambda left: limited(resource.RLIMIT_AS, status_bytes("VmSize") + left),
+        (0, 1_000_000, 3_000_000, 70_000_000, 600_000_000),
+    ),
+    "data": (
+        lambda left: limited(resource.RLIMIT_DATA, status_bytes("VmData") + left),
+        (0, 100_000, 400_000, 1_000_000, 100_000_000),
+    ),
+    "file_size": (lambda left: limited(resource.RLIMIT_FSIZE, left), (0, 4096, 200_000)),
 }
+"""Amounts (bytes, or things), the last of which is enough."""
 
 
 KILLED = ("wasmer", "mappings")
@@ -113,77 +108,84 @@ class Round:
         self.guest = guest
         self.compiles = compiles
         self.errors: list[str] = []
-        self.done: list[str] = []
 
     def attempt(self, name: str, step: Callable[[], Any]) -> Any:
         try:
-            result = step()
+            return step()
         except memslot.MemslotError as error:
             self.errors.append(f"{name}: {type(error).__name__}: {error}")
             return None
-        self.done.append(name)
-        return result
 
     def run(self) -> None:
-        instance = self.attempt("instantiate", self.guest.instantiate)
-        if instance is not None:
+        if instance := self.attempt("instantiate", self.guest.instantiate):
             self.serve(instance)
-        if not self.compiles:
-            return
-        other = self.attempt("prepare", lambda: self.host.prepare(toy.B))
-        if other is not None:
-            instance = self.attempt("instantiate another", other.instantiate)
-            if instance is not None:
+        if self.compiles and (other := self.attempt("prepare", lambda: self.host.prepare(toy.B))):
+            if instance := self.attempt("instantiate another", other.instantiate):
                 assert instance.memory.read(0, 2 * PAGE) == toy.pristine(toy.B)
                 self.attempt("close another", instance.close)
             self.attempt("close the guest", other.close)
 
     def serve(self, instance: memslot.Instance) -> None:
-        assert instance.memory.read(0, 2 * PAGE) == toy.pristine(toy.A)
-        instance.call("fill", 0, 2 * PAGE, 0xEE)
+        arrive(instance)
         grown = instance.call("grow", 6)
         assert instance.memory.byte_size == (2 if grown == -1 else 8) * PAGE
         self.errors += ["grow: -1"] * (grown == -1)
-        taken = self.attempt("snapshot", instance.snapshot) if self.compiles else None
-        if taken is not None:
+        if self.compiles and (taken := self.attempt("snapshot", instance.snapshot)):
             self.attempt("close the snapshot", taken.close)
         self.attempt("reset", instance.reset)
         if not instance.closed:
-            assert instance.memory.read(0, 2 * PAGE) == toy.pristine(toy.A)
-            instance.call("fill", 0, 2 * PAGE, 0xEE)
+            arrive(instance)
         self.attempt("close", instance.close)
+
+
+def arrive(instance: memslot.Instance) -> None:
+    assert instance.memory.read(0, 2 * PAGE) == toy.pristine(toy.A)
+    instance.call("fill", 0, 2 * PAGE, 0xEE)
 
 
 def serve_two(guest: memslot.Guest) -> None:
     """Two instances at once, in every slot that there is, which have seen other tenants."""
     with guest.instantiate() as first, guest.instantiate() as second:
-        for instance in (first, second):
-            assert instance.memory.read(0, 2 * PAGE) == toy.pristine(toy.A)
-            instance.call("fill", 0, 2 * PAGE, 0xEE)
+        arrive(first)
+        arrive(second)
 
 
-def tell(name: str, backend: str, way: str, amounts: list[int]) -> dict[str, Any]:
+def probe_without_descriptors() -> str:
+    """The error; a shortage of the moment must not pass for the kernel's last word."""
+    with descriptors(0):
+        try:
+            memslot.probe()
+        except memslot.SystemCallError as error:
+            said = str(error)
+    found = memslot.probe()
+    assert found.memfd.works
+    assert found.pagemap.works
+    return said
+
+
+def tell(name: str, backend: str, every: int) -> dict[str, Any]:
     """The rounds, each of which must leave the host serving and the process as it was."""
+    told: dict[str, Any] = {way: [] for way in WAYS}
+    told["probe"] = probe_without_descriptors()
     cell = cells.Cell(name, backend)
-    rounds = []
     with cell.open(slots=2, reserved="64MiB", guard="64KiB", bounds_checks="code") as host:
         guest = host.prepare(toy.A)
         serve_two(guest)
-        for left in amounts:
-            before = Footprint.now()
-            attempts = Round(host, guest, compiles=(name, way) != KILLED)
-            with WAYS[way](left):
-                attempts.run()
-            gc.collect()
-            cells.check(host, in_use=0)
-            serve_two(guest)
-            lost = Footprint.now().lost_since(before, mappings=16)
-            rounds.append(
-                {"left": left, "errors": attempts.errors, "done": attempts.done, "lost": lost}
-            )
-    return {"rounds": rounds, "limits": [pool.limit for pool in host.plugins.statistics()]}
+        for way, (running_out, amounts) in WAYS.items():
+            for left in amounts[::every]:
+                before = Footprint.now()
+                attempts = Round(host, guest, compiles=(name, way) != KILLED)
+                with running_out(left):
+                    attempts.run()
+                gc.collect()
+                cells.check(host, in_use=0)
+                serve_two(guest)
+                lost = Footprint.now().lost_since(before, mappings=16)
+                assert not lost, f"{way}, {left} left: {lost}"
+                told[way].append(attempts.errors)
+        assert [pool.limit for pool in host.plugins.statistics()] == [2]
+    return told
 
 
 if __name__ == "__main__":
-    name, backend, way, *amounts = sys.argv[1:]
-    print(json.dumps(tell(name, backend, way, [int(left) for left in amounts])))
+    print(json.dumps(tell(*sys.argv[1:3], int(sys.argv[3]))))

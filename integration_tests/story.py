@@ -1,6 +1,8 @@
 """What a host does with the toy guest, told as JSON: run on machines that refuse something, and compared.
 
-usage: python -m integration_tests.story [--without-traps] HOST ...
+usage: python -m integration_tests.story [--without-traps] HOST ... [SETTING=VALUE ...] [doctor]
+
+Prints a report per host with the default settings under "", then one per host under each SETTING=VALUE, then doctor's.
 """
 
 from __future__ import annotations
@@ -27,8 +29,6 @@ CALLS = (
     ("grow", 100),
     ("bump",),
 )
-
-
 TRAPS = {("load", 4 * PAGE), ("load", 2 * PAGE), ("fill_and_trap", 5, 5, 5)}
 """A runtime learns of them by a signal, which an emulator may not pass on."""
 
@@ -37,12 +37,11 @@ PROC = Path("/proc/self/maps").exists()
 with_traps = True
 
 
-def told(call: Any, *arguments: Any) -> Any:
-    """A result, or the error's name."""
-    if arguments in TRAPS and not with_traps:
+def result(instance: memslot.Instance, *call: Any) -> Any:
+    if call in TRAPS and not with_traps:
         return "left out"
     try:
-        return call(*arguments)
+        return instance.call(*call)
     except memslot.GuestTrap:
         return "trap"
 
@@ -52,53 +51,83 @@ def digest(instance: memslot.Instance) -> str:
     return hashlib.sha256(memory.read(0, memory.byte_size)).hexdigest()
 
 
-def tell(host: memslot.Host) -> list[Any]:
-    """Two guests in turn: what they hold, compute, grow to, trap at, and hold after a reset."""
+def tell(host: memslot.Host) -> dict[str, Any]:
+    """Two guests in turn: what they hold, compute, grow to, trap at, and hold after a reset.  Then warm a guest: the
+    error, and that its slots serve as before.
+    """
     happened: list[Any] = []
     guests = [host.prepare(module) for module in (toy.A, toy.B)]
-    for guest in (*guests, *guests):
+
+    def use(guest: memslot.Guest) -> None:
         with guest.instantiate() as instance:
             happened.append(digest(instance))
-            happened += [told(instance.call, *call) for call in CALLS]
+            happened.extend(result(instance, *call) for call in CALLS)
             happened.append(digest(instance))
             instance.reset()
-            happened += [
-                digest(instance),
-                told(instance.call, "load", 2 * PAGE),
-                instance.call("bump"),
-            ]
+            happened.append(digest(instance))
+            happened.extend(result(instance, *call) for call in (("load", 2 * PAGE), ("bump",)))
         if PROC:
             cells.check(host, in_use=0)
-    return happened
 
-
-def report(name: str) -> dict[str, Any]:
-    """What happened on a host, and who provided the memory; or the error that kept it from opening or serving, and what
-    a second such attempt has left behind.
-    """
-    options = {"functions": toy.FUNCTIONS} if name == "fake" else {}
-    told = attempt(name, options)
-    if told["error"] is not None and PROC:
-        before = Footprint.now()
-        attempt(name, options)
-        told["lost"] = Footprint.now().lost_since(before, mappings=4)
-    return told
-
-
-def attempt(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    for guest in (*guests, *guests):
+        use(guest)
+    pools = host.statistics().pools
+    with guests[0].instantiate() as instance:
+        instance.call("fill", 0, 2 * PAGE, 1)
+    warmed = None
     try:
-        with memslot.open_host(name, slots=2, **options) as host:
-            return {
-                "error": None,
-                "happened": tell(host),
-                "plugins": {pool.plugin: pool.leases for pool in host.statistics().pools},
-                "answers": {answer.plugin: answer.reason for answer in host.plugins.answers()},
-            }
+        guests[0].warm(2)
+    except memslot.SystemCallError as error:
+        warmed = str(error).partition("] ")[2]
+    use(guests[0])
+    return {
+        "error": None,
+        "happened": happened,
+        "plugins": {pool.plugin: pool.leases for pool in pools},
+        "answers": {answer.plugin: answer.reason for answer in host.plugins.answers()},
+        "warmed": warmed,
+        "limits": [pool.limit for pool in host.statistics().pools],
+    }
+
+
+def attempt(name: str, settings: dict[str, str]) -> dict[str, Any]:
+    options: dict[str, Any] = {"functions": toy.FUNCTIONS} if name == "fake" else {}
+    try:
+        with memslot.open_host(
+            name, settings=memslot.Settings(slots=2, **settings), **options
+        ) as host:
+            return tell(host)
     except memslot.MemslotError as error:
         return {"error": f"{type(error).__name__}: {error}"}
 
 
+def report(name: str, setting: str) -> dict[str, Any]:
+    """What happened on a host, and who provided the memory; or the error that kept it from opening or serving, and what
+    a second such attempt has left behind.
+    """
+    settings = dict([setting.split("=")]) if setting else {}
+    told = attempt(name, settings)
+    if told["error"] is not None and PROC:
+        before = Footprint.now()
+        attempt(name, settings)
+        told["lost"] = Footprint.now().lost_since(before, mappings=4)
+    return told
+
+
+def doctor() -> Any:
+    from click.testing import CliRunner
+
+    from memslot_plugin.cli import main
+
+    return json.loads(CliRunner().invoke(main, ["doctor", "--json"]).stdout)
+
+
 if __name__ == "__main__":
-    with_traps = "--without-traps" not in sys.argv
-    names = [name for name in sys.argv[1:] if not name.startswith("--")]
-    print(json.dumps({name: report(name) for name in names}))
+    words = sys.argv[1:]
+    with_traps = "--without-traps" not in words
+    settings = ["", *(word for word in words if "=" in word)]
+    names = [word for word in words if word in cells.HOSTS]
+    told = {setting: {name: report(name, setting) for name in names} for setting in settings}
+    if "doctor" in words:
+        told["doctor"] = doctor()
+    print(json.dumps(told))

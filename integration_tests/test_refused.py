@@ -1,4 +1,6 @@
-"""Machines where the kernel refuses something, for real: in child processes (children.py)."""
+"""Machines where the kernel refuses something, for real: one child process (children.py) for each refusal tells what
+every host does there under several settings, and what `memslot doctor` says.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +12,37 @@ from typing import Any
 
 import pytest
 
-from . import cells
-from .children import (
-    MADV_DONTNEED,
-    MEMFD,
-    NOEXEC_MEMFDS,
-    PAGEMAP_SCAN,
-    SEALS,
-    WITHOUT_PROC,
-    require,
-    run,
-)
+from .children import hosts, output, present, require, run
 
-HOSTS = [
-    pytest.param(name, marks=[pytest.mark.skip(reason=reason)] if reason else [])
-    for name in cells.HOSTS
-    for reason in [cells.Cell(name, "memfd").missing]
-]
+MEMFD = "memfd_create:{}"
+SEALS = "fcntl:{}:1=1033"  # F_ADD_SEALS
+PAGEMAP_SCAN = "ioctl:{}:1=3227543056"  # 0xc0606610
+DONTNEED = "madvise:{}:2=4"
+POPULATE = "madvise:{}:2=23"  # MADV_POPULATE_WRITE, Linux 5.14
+
+WITHOUT_PROC = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh")
+"""Nothing is mounted at /proc, as in a bare chroot."""
+
+NOEXEC_MEMFDS = (
+    "unshare", "--mount", "--pid", "--fork", "--mount-proc",
+    "sh", "-c", 'echo 2 > /proc/sys/vm/memfd_noexec && exec "$@"', "sh",
+)  # fmt: skip
+"""vm.memfd_noexec = 2, which is a matter of the pid namespace."""
+
+LITTLE = 6 << 30
+"""Bytes of address space: room for a slot of 4 GiB, and not for two."""
+
+SETTINGS = ("memfd=on", "memfd=off", "reset=pagemap", "plugins=anonymous", "reserved=1GiB")
+
+on_every_host = pytest.mark.parametrize("host", hosts())
+
+
+def refusals(rule: str, first: str, *others: str) -> list[Any]:
+    """A rule with errors, of which the first one is tried in T0 and the others in the gate."""
+    call = rule.partition(":")[0]
+    return [pytest.param(rule, first, id=f"{call}-{first}")] + [
+        pytest.param(rule, other, id=f"{call}-{other}", marks=pytest.mark.gate) for other in others
+    ]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,275 +56,201 @@ def _seccomp() -> None:
 
 @functools.cache
 def stories(
-    refused: str = "", limits: str = "", inside: tuple[str, ...] = (), **settings: str
+    refused: str = "", limits: str = "", inside: tuple[str, ...] = (), plugins: str = ""
 ) -> dict[str, Any]:
-    """The story on every host that is here, told by one process."""
-    names = [host for host in cells.HOSTS if cells.Cell(host, "memfd").missing is None]
-    environment = {f"MEMSLOT_{name.upper()}": value for name, value in settings.items()}
-    done = run(
-        "-m",
-        "integration_tests.story",
-        *names,
+    """Reports by setting and host, and doctor's; nothing may be left behind by a host that does not open."""
+    told = output(
+        *("-m", "integration_tests.story", *present(), *SETTINGS, "doctor"),
         refused=refused,
-        environment=environment,
         limits=limits,
         inside=inside,
+        environment={"MEMSLOT_PLUGINS": plugins} if plugins else {},
     )
-    assert done.returncode == 0, done.stderr
-    told = dict(json.loads(done.stdout))
-    for host, report in told.items():
-        assert not report.get("lost"), f"{host} left behind: {report['lost']}"
+    told = dict(json.loads(told))
+    for setting in ("", *SETTINGS):
+        for host, report in told[setting].items():
+            assert not report.get("lost"), f"{host} {setting} left behind: {report['lost']}"
     return told
 
 
-def unhindered(host: str) -> dict[str, Any]:
-    """What happens on this machine as it is."""
-    report = stories()[host]
+def assert_serves(report: dict[str, Any], host: str) -> None:
     assert report["error"] is None
-    return dict(report)
+    assert report["happened"] == stories()[""][host]["happened"]
 
 
-def doctor(**how: Any) -> dict[str, Any]:
-    done = run("-m", "memslot_plugin.cli", "doctor", "--json", **how)
-    assert done.returncode in {0, 1}, done.stderr
-    return dict(json.loads(done.stdout))
+def said(error: str) -> str:
+    return "left the old bytes" if error == "IGNORED" else os.strerror(getattr(errno, error))
 
 
-@pytest.mark.parametrize("error", ["ENOSYS", "EPERM", "EACCES"])
-@pytest.mark.parametrize("host", HOSTS)
-def test_without_memfd_create_the_anonymous_plugin_answers_the_same(host: str, error: str) -> None:
-    report = stories(refused=MEMFD.format(error))[host]
-    assert report["error"] is None
-    assert report["happened"] == unhindered(host)["happened"]
-    assert report["plugins"] == {"anonymous": 4 + 4 * (host == "wasmer")}
-    assert report["answers"]["memfd"].endswith(os.strerror(getattr(errno, error)))
-    assert unhindered(host)["plugins"]["memfd"] > 0
-    assert unhindered(host)["plugins"]["anonymous"] == 0
+@on_every_host
+def test_machine_that_refuses_nothing_answers_alike_under_every_setting(host: str) -> None:
+    told = stories()
+    for setting in ("", *SETTINGS):
+        assert_serves(told[setting][host], host)
+    assert told[""][host]["plugins"]["memfd"] > 0
+    assert told[""][host]["plugins"]["anonymous"] == 0
+    assert list(told["memfd=off"][host]["plugins"]) == ["anonymous"]
+    assert told["memfd=off"][host]["answers"]["memfd"] == "the setting memfd is off"
+    assert told["doctor"]["answering"] == "memfd"
 
 
-@pytest.mark.parametrize("error", ["ENOSYS", "EPERM", "EACCES"])
-def test_doctor_says_why_the_anonymous_plugin_answers(error: str) -> None:
-    report = doctor(refused=MEMFD.format(error))
-    said = os.strerror(getattr(errno, error))
-    assert report["works"] is True
-    assert report["answering"] == "anonymous"
-    assert report["probe"]["memfd"]["works"] is False
-    assert report["probe"]["memfd"]["detail"].endswith(said)
+NO_MEMFD = [
+    *refusals(MEMFD, "EPERM", "ENOSYS", "EACCES"),
+    *refusals(SEALS, "EINVAL", "EPERM"),
+]
+
+
+@pytest.mark.parametrize(("rule", "error"), NO_MEMFD)
+@on_every_host
+def test_memfd_refused_serves_from_anonymous_memory_unless_demanded(
+    host: str, rule: str, error: str
+) -> None:
+    told = stories(refused=rule.format(error))
+    report = told[""][host]
+    assert_serves(report, host)
+    assert report["plugins"] == {"anonymous": stories()[""][host]["plugins"]["memfd"]}
+    assert report["answers"]["memfd"].endswith(said(error))
+    demanded = told["memfd=on"][host]["error"]
+    assert demanded.startswith("Unsupported: memfd = on is not possible here: ")
+    assert demanded.endswith(f"{said(error)}; allowed: auto, off")
+
+
+@pytest.mark.parametrize(("rule", "error"), NO_MEMFD)
+def test_memfd_refused_doctor_names_the_reason(rule: str, error: str) -> None:
+    report = stories(refused=rule.format(error))["doctor"]
+    assert (report["works"], report["answering"]) == (True, "anonymous")
+    found = report["probe"]["memfd" if rule == MEMFD else "seals"]
+    assert found["works"] is False
+    assert found["detail"].endswith(said(error))
     (memfd,) = (plugin for plugin in report["plugins"] if plugin["plugin"] == "memfd")
-    assert (memfd["answers"], memfd["reason"]) == (False, report["probe"]["memfd"]["detail"])
+    assert (memfd["answers"], memfd["reason"]) == (False, found["detail"])
     assert report["allocation"]["works"] is True
 
 
-def test_doctor_says_it_to_people_too() -> None:
-    assert doctor()["answering"] == "memfd"
-    text = run("-m", "memslot_plugin.cli", "doctor", refused=MEMFD.format("EPERM")).stdout
-    assert "Operation not permitted" in " ".join(text.split())
+NO_SCAN = refusals(PAGEMAP_SCAN, "ENOTTY", "EPERM")
 
 
-@pytest.mark.parametrize("error", ["ENOSYS", "EPERM", "EACCES"])
-@pytest.mark.parametrize("host", HOSTS)
-def test_a_memfd_that_was_demanded_is_an_error(host: str, error: str) -> None:
-    report = stories(refused=MEMFD.format(error), memfd="on")[host]
-    said = os.strerror(getattr(errno, error))
-    assert report["error"].startswith("Unsupported: memfd = on is not possible here: ")
-    assert report["error"].endswith(f"{said}; allowed: auto, off")
+@pytest.mark.parametrize(("rule", "error"), NO_SCAN)
+@on_every_host
+def test_pagemap_scan_refused_serves_alike_unless_demanded(
+    host: str, rule: str, error: str
+) -> None:
+    told = stories(refused=rule.format(error))
+    for setting in ("", "plugins=anonymous"):
+        assert_serves(told[setting][host], host)
+    demanded = told["reset=pagemap"][host]["error"]
+    assert demanded.startswith("Unsupported: reset = pagemap is not possible here: PAGEMAP_SCAN: ")
+    assert demanded.endswith("allowed: auto, madvise, copy")
 
 
-@pytest.mark.parametrize("host", HOSTS)
-def test_a_memfd_that_was_switched_off(host: str) -> None:
-    report = stories(memfd="off")[host]
-    assert report["happened"] == unhindered(host)["happened"]
+@pytest.mark.parametrize(("rule", "error"), NO_SCAN)
+def test_pagemap_scan_refused_doctor_says_so(rule: str, error: str) -> None:
+    report = stories(refused=rule.format(error))["doctor"]
+    assert report["probe"]["pagemap"]["works"] is False
+    assert said(error) in report["probe"]["pagemap"]["detail"]
+    assert report["allocation"]["detail"].endswith("reset by madvise")
+
+
+NO_DONTNEED = refusals(DONTNEED, "IGNORED", "EPERM", "EINVAL")
+
+
+@pytest.mark.parametrize(("rule", "error"), NO_DONTNEED)
+@on_every_host
+def test_madv_dontneed_without_effect_serves_alike(host: str, rule: str, error: str) -> None:
+    told = stories(refused=rule.format(error))
+    for setting in ("", "plugins=anonymous"):
+        assert_serves(told[setting][host], host)
+
+
+@pytest.mark.parametrize(("rule", "error"), NO_DONTNEED)
+def test_madv_dontneed_without_effect_doctor_says_so(rule: str, error: str) -> None:
+    report = stories(refused=rule.format(error))["doctor"]
+    found = report["probe"]["dontneed"]
+    assert found["works"] is False
+    assert said(error) in found["detail"]
+    assert found["detail"].endswith("; slots are mapped over instead")
+    assert report["allocation"]["detail"].endswith("reset by remap")
+
+
+@pytest.mark.parametrize(("rule", "error"), refusals(POPULATE, "EINVAL", "ENOSYS", "EPERM"))
+@on_every_host
+def test_populate_refused_warming_raises_and_costs_no_slot(
+    host: str, rule: str, error: str
+) -> None:
+    report = stories(refused=rule.format(error))["reset=pagemap"][host]
+    assert_serves(report, host)
+    expected = "populating a slot (MADV_POPULATE_WRITE, Linux 5.14): "
+    assert report["warmed"].startswith(expected)
+    assert said(error) in report["warmed"]
+    assert set(report["limits"]) == {2}
+    assert stories()["reset=pagemap"][host]["warmed"] is None
+
+
+@pytest.mark.gate
+@on_every_host
+def test_everything_refused_at_once_serves_alike(host: str) -> None:
+    rules = MEMFD.format("EPERM"), PAGEMAP_SCAN.format("ENOTTY"), DONTNEED.format("EPERM")
+    report = stories(refused=",".join(rules))[""][host]
+    assert_serves(report, host)
     assert list(report["plugins"]) == ["anonymous"]
-    assert report["answers"]["memfd"] == "the setting memfd is off"
 
 
-@pytest.mark.parametrize("error", ["EPERM", "EINVAL"])
-@pytest.mark.parametrize("host", HOSTS)
-def test_a_memfd_that_cannot_be_sealed_is_none(host: str, error: str) -> None:
-    report = stories(refused=SEALS.format(error))[host]
-    assert report["happened"] == unhindered(host)["happened"]
-    assert list(report["plugins"]) == ["anonymous"]
-    assert report["answers"]["memfd"].endswith(os.strerror(getattr(errno, error)))
-
-
-@pytest.mark.parametrize("backend", cells.backends())
-@pytest.mark.parametrize("error", ["ENOTTY", "EPERM"])
-@pytest.mark.parametrize("host", HOSTS)
-def test_without_a_pagemap_scan_madvise_does_it(host: str, error: str, backend: str) -> None:
-    how = {"refused": PAGEMAP_SCAN.format(error), "plugins": backend}
-    report = stories(**how)[host]
-    assert report["happened"] == unhindered(host)["happened"]
-    demanded = stories(**how, reset="pagemap")[host]
-    assert demanded["error"].startswith(
-        "Unsupported: reset = pagemap is not possible here: PAGEMAP_SCAN: "
-    )
-    assert demanded["error"].endswith("allowed: auto, madvise, copy")
-
-
-@pytest.mark.parametrize("host", HOSTS)
-def test_everything_refused_at_once(host: str) -> None:
-    report = stories(refused=",".join((MEMFD.format("EPERM"), PAGEMAP_SCAN.format("ENOTTY"))))[host]
-    assert report["happened"] == unhindered(host)["happened"]
-    assert list(report["plugins"]) == ["anonymous"]
-
-
-LITTLE = 6 << 30
-"""Bytes of address space: room for a slot of 4 GiB, and not for two."""
-
-
-@pytest.mark.parametrize("host", HOSTS)
-def test_too_little_address_space_names_the_limit(host: str) -> None:
-    error = stories(limits=f"RLIMIT_AS={LITTLE}", plugins="memfd")[host]["error"]
+@on_every_host
+def test_address_space_short_error_names_the_limit(host: str) -> None:
+    told = stories(limits=f"RLIMIT_AS={LITTLE}", plugins="memfd")
+    error = told[""][host]["error"]
     assert error.startswith("SystemCallError: ")
     assert "mapping a memory in wasmer" in error or "address space for 2 slots" in error
     assert f"RLIMIT_AS (ulimit -v) is {LITTLE}" in error
-    smaller = stories(limits=f"RLIMIT_AS={LITTLE}", plugins="memfd", reserved="1GiB")[host]
+    smaller = told["reserved=1GiB"][host]
     if host == "wasmer":  # it reserves 6 GiB for each memory, whatever its maximum
         assert smaller["error"].startswith("SystemCallError: ")
     else:
-        assert smaller["happened"] == unhindered(host)["happened"]
+        assert_serves(smaller, host)
 
 
-# What follows refuses something else than a whole system call.
-
-
-@pytest.mark.parametrize("host", HOSTS)
-def test_where_memfds_must_not_be_executable_they_are_not(host: str) -> None:
-    require(NOEXEC_MEMFDS)
-    report = stories(inside=NOEXEC_MEMFDS)[host]
-    assert report["error"] is None
-    assert report["happened"] == unhindered(host)["happened"]
-    assert report["plugins"] == unhindered(host)["plugins"]
-    ours = "from memslot_plugin import MemfdImage; MemfdImage('x', b'x')"
-    assert run("-c", ours, inside=NOEXEC_MEMFDS).returncode == 0
+@pytest.mark.gate
+@on_every_host
+def test_executable_memfds_forbidden_serves_from_memfds(host: str) -> None:
+    require(*NOEXEC_MEMFDS)
+    report = stories(inside=NOEXEC_MEMFDS)[""][host]
+    assert_serves(report, host)
+    assert report["plugins"] == stories()[""][host]["plugins"]
     executable = "import ctypes; assert ctypes.CDLL(None).memfd_create(b'x', 0x10) >= 0"
     assert run("-c", executable, inside=NOEXEC_MEMFDS).returncode == 1, "nothing was forbidden"
 
 
-@pytest.mark.parametrize("error", ["EPERM", "EINVAL", "IGNORED"])
-@pytest.mark.parametrize("backend", cells.backends())
-@pytest.mark.parametrize("host", HOSTS)
-def test_where_madv_dontneed_does_nothing_slots_are_mapped_over(
-    host: str, backend: str, error: str
-) -> None:
-    report = stories(refused=MADV_DONTNEED.format(error), plugins=backend)[host]
-    assert report["error"] is None
-    assert report["happened"] == unhindered(host)["happened"]
+@on_every_host
+def test_proc_missing_drops_pages_and_wasmer_says_what_it_needs(host: str) -> None:
+    require(*WITHOUT_PROC)
+    told = stories(inside=WITHOUT_PROC)
+    for report in (told[""][host], told["plugins=anonymous"][host]):
+        if host == "wasmer":  # nothing else tells how much address space it reserves for a memory
+            assert report["error"].startswith("Unsupported: /proc/self/maps cannot be read (No")
+            assert report["error"].endswith("mount proc")
+        else:
+            assert_serves(report, host)
+    if host != "wasmer":
+        demanded = told["reset=pagemap"][host]["error"]
+        assert demanded.startswith("Unsupported: reset = pagemap is not possible here: ")
+        assert "opening /proc/self/pagemap: No such file or directory" in demanded
 
 
-@pytest.mark.parametrize("error", ["EPERM", "EINVAL", "IGNORED"])
-def test_doctor_says_that_madv_dontneed_does_nothing(error: str) -> None:
-    report = doctor(refused=MADV_DONTNEED.format(error))
-    said = report["probe"]["dontneed"]
-    reason = "left the old bytes" if error == "IGNORED" else os.strerror(getattr(errno, error))
-    assert said["works"] is False
-    assert reason in said["detail"]
-    assert said["detail"].endswith("; slots are mapped over instead")
-    assert report["allocation"]["detail"].endswith("reset by remap")
-
-
-@pytest.mark.parametrize("error", ["ENOTTY", "EPERM"])
-def test_doctor_says_that_there_is_no_pagemap_scan(error: str) -> None:
-    report = doctor(refused=PAGEMAP_SCAN.format(error))
-    said = report["probe"]["pagemap"]
-    assert said["works"] is False
-    assert os.strerror(getattr(errno, error)) in said["detail"]
-    assert report["allocation"]["detail"].endswith("reset by madvise")
-
-
-@pytest.mark.parametrize("error", ["EPERM", "EINVAL"])
-def test_doctor_says_that_nothing_can_be_sealed(error: str) -> None:
-    report = doctor(refused=SEALS.format(error))
-    said = report["probe"]["seals"]
-    assert said["works"] is False
-    assert said["detail"].endswith(os.strerror(getattr(errno, error)))
-    assert report["answering"] == "anonymous"
-
-
-@pytest.mark.parametrize("error", ["ENOSYS", "EPERM", "EINVAL"])
-@pytest.mark.parametrize("host", HOSTS)
-def test_pages_that_cannot_be_made_resident_ahead_are_an_error_and_cost_no_slot(
-    host: str, error: str
-) -> None:
-    """MADV_POPULATE_WRITE, Linux 5.14, is what warming asks for."""
-    done = run("-c", WARMING, host, refused=f"madvise:{error}:2=23")
-    assert done.returncode == 0, done.stderr
-    told = dict(json.loads(done.stdout))
-    said = os.strerror(getattr(errno, error))
-    assert told["error"].startswith("populating a slot (MADV_POPULATE_WRITE, Linux 5.14): ")
-    assert said in told["error"]
-    assert told["limit"] == 2
-
-
-WARMING = """
-import json, sys
-import memslot_plugin as memslot
-from integration_tests import cells, expect, toy
-host_name = sys.argv[1]
-with cells.Cell(host_name, "memfd", reset="pagemap").serving(slots=2) as host:
-    guest = host.prepare(toy.A)
-    with guest.instantiate() as instance:
-        instance.call("fill", 0, 2 * toy.PAGE, 1)
-    try:
-        guest.warm(2)
-    except memslot.SystemCallError as error:
-        said = str(error).partition("] ")[2]
-    expect.still_serves(host)
-    (pool,) = host.statistics().pools
-    print(json.dumps({"error": said, "limit": pool.limit}))
-"""
-
-
-@pytest.mark.parametrize("backend", cells.backends())
-@pytest.mark.parametrize("host", HOSTS)
-def test_without_proc_pages_are_dropped_and_wasmer_says_what_it_needs(
-    host: str, backend: str
-) -> None:
-    require(WITHOUT_PROC)
-    report = stories(inside=WITHOUT_PROC, plugins=backend)[host]
-    if host == "wasmer":  # nothing else tells how much address space it reserves for a memory
-        assert report["error"].startswith("Unsupported: /proc/self/maps cannot be read (No such")
-        assert report["error"].endswith("mount proc")
-        return
-    assert report["error"] is None
-    assert report["happened"] == unhindered(host)["happened"]
-    demanded = stories(inside=WITHOUT_PROC, plugins=backend, reset="pagemap")[host]
-    assert demanded["error"].startswith("Unsupported: reset = pagemap is not possible here: ")
-    assert "opening /proc/self/pagemap: No such file or directory" in demanded["error"]
-
-
-def test_doctor_works_without_proc() -> None:
-    require(WITHOUT_PROC)
-    report = doctor(inside=WITHOUT_PROC)
+def test_proc_missing_doctor_works() -> None:
+    require(*WITHOUT_PROC)
+    report = stories(inside=WITHOUT_PROC)["doctor"]
     assert report["works"] is True
     assert report["probe"]["pagemap"]["works"] is False
     assert "/proc/self/pagemap" in report["probe"]["pagemap"]["detail"]
     (mappings,) = (each for each in report["limits"] if each["name"] == "memory mappings")
     assert (mappings["value"], mappings["needed"]) == (None, None)
-    short = doctor(inside=WITHOUT_PROC, limits=f"RLIMIT_AS={LITTLE}")
-    assert short["works"] is False
-    assert (
-        "vm.max_map_count is unknown with unknown mappings in use" in short["allocation"]["detail"]
-    )
-    assert f"RLIMIT_AS (ulimit -v) is {LITTLE}" in short["allocation"]["detail"]
 
 
-def test_the_probe_does_not_take_a_shortage_of_the_moment_for_the_kernels_last_word() -> None:
-    done = run("-c", SHORT)
-    assert done.returncode == 0, done.stderr
-
-
-SHORT = """
-import os, resource
-import memslot_plugin as memslot
-from integration_tests.exhausted import descriptors
-with descriptors(0):
-    try:
-        memslot.probe()
-    except memslot.SystemCallError as error:
-        assert "RLIMIT_NOFILE (ulimit -n) is 200" in str(error), error
-    else:
-        raise AssertionError("it found out without a descriptor")
-found = memslot.probe()
-assert found.memfd.works and found.pagemap.works, found
-"""
+@pytest.mark.gate
+def test_proc_missing_and_address_space_short_doctor_names_the_limit() -> None:
+    require(*WITHOUT_PROC)
+    report = stories(inside=WITHOUT_PROC, limits=f"RLIMIT_AS={LITTLE}")["doctor"]
+    assert report["works"] is False
+    said = report["allocation"]["detail"]
+    assert "vm.max_map_count is unknown with unknown mappings in use" in said
+    assert f"RLIMIT_AS (ulimit -v) is {LITTLE}" in said
