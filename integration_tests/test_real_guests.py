@@ -7,62 +7,51 @@ from collections.abc import Callable, Iterator
 import pytest
 
 import memslot_plugin as memslot
+from memslot_plugin.tests.profiles import examples
 
-from . import cells
 from .cells import Cell
 from .javascript import IMPORTS, Pooled, evaluate
 from .leaks import MIB, Footprint
 
-LEASES = 1000
+LEASES = examples(250)
 RESIDENT_BOUND = 4 * MIB
 """How much more may be resident after so many leases: malloc and the interpreter breathe."""
 
 LEAVE_A_MESSAGE = """
   globalThis.secret = "of " + tenant; Array.prototype.last = function () { return secret; };
-  Object.prototype.left = secret; Math.random = () => secret; var kept = [secret].last(); kept
+  Object.prototype.left = secret; Math.random = () => secret; var kept = [secret].last();
+  var big = new Uint8Array(6e6).fill(7); kept
 """
-LOOK_AROUND = "[typeof secret, typeof [].last, typeof {}.left, typeof Math.random(), typeof kept, typeof tenant].join()"
+LOOK_AROUND = "[typeof secret, typeof [].last, typeof {}.left, typeof Math.random(), typeof kept, typeof big].join()"
 NOTHING = "undefined,undefined,undefined,number,undefined,undefined"
 
 
 @pytest.fixture(scope="module")
-def prepared(real_cell: Cell, quickjs: bytes) -> Iterator[tuple[memslot.Host, memslot.Guest]]:
-    """One host for all tests of a cell: compiling takes longer than most of them."""
+def guest(real_cell: Cell, quickjs: bytes) -> Iterator[memslot.Guest]:
+    """One for all tests of a cell: compiling takes longer than most of them."""
     with real_cell.serving(slots=4, audit=0.01, image_limit="1GiB") as host:
-        guest = host.prepare(quickjs, name="quickjs", imports=IMPORTS, wasi=memslot.Wasi())
-        with guest.instantiate(), guest.instantiate():
+        prepared = host.prepare(quickjs, name="quickjs", imports=IMPORTS, wasi=memslot.Wasi())
+        with prepared.instantiate(), prepared.instantiate():
             pass  # the pool keeps what the tests find when they begin
-        yield host, guest
+        yield prepared
 
 
-def test_its_memory_is_a_slot_with_an_image(prepared) -> None:
-    host, guest = prepared
+def test_quickjs_evaluates_javascript_in_a_slot_with_an_image(guest: memslot.Guest) -> None:
     (memory,) = guest.report.memories
-    assert guest.report.native is None
-    assert (memory.image, memory.reason) == (True, None)
+    assert (guest.report.native, memory.image, memory.reason) == (None, True, None)
     assert memory.data_bytes > 10_000
-    with guest.instantiate():
-        (pool,) = host.statistics().pools
-        assert (pool.plugin, pool.in_use) == (host.settings.plugins[0], 1)
-
-
-def test_it_evaluates_javascript(prepared) -> None:
-    _, guest = prepared
     with guest.instantiate() as instance:
+        (pool,) = guest.host.statistics().pools
+        assert (pool.plugin, pool.in_use) == (guest.host.settings.plugins[0], 1)
         machine = Pooled(instance)
-        assert evaluate(machine, "6 * 7") == "42"
-        assert evaluate(machine, "globalThis.x = 40; x + 2") == "42"
-        assert evaluate(machine, "x") == "40"
-        assert evaluate(machine, "[3, 1, 2].sort().map(x => x ** 2).join('-')") == "1-4-9"
-        assert (
-            evaluate(
-                machine,
-                r"'caf\u00e9 \u2615'.split('').length + JSON.stringify({a: [1n.toString()]})",
-            )
-            == '6{"a":["1"]}'
-        )
-        assert evaluate(machine, "/(\\d+)-(\\d+)/.exec('in 10-20')[2]") == "20"
-        assert evaluate(machine, "let f = n => n < 2 ? n : f(n - 1) + f(n - 2); f(15)") == "610"
+        for source, value in (
+            ("globalThis.x = 40; x + 2", "42"),
+            ("[3, 1, 2].sort().map(x => x ** 2).join('-')", "1-4-9"),
+            (r"'caf\u00e9 \u2615'.split('').length + JSON.stringify([1n.toString()])", '6["1"]'),
+            (r"/(\d+)-(\d+)/.exec('in 10-20')[2]", "20"),
+            ("let f = n => n < 2 ? n : f(n - 1) + f(n - 2); f(15)", "610"),
+        ):
+            assert evaluate(machine, source) == value
         with pytest.raises(ValueError, match="TypeError: nothing at all"):
             evaluate(machine, "throw new TypeError('nothing at all')")
         with pytest.raises(ValueError, match="SyntaxError"):
@@ -70,63 +59,43 @@ def test_it_evaluates_javascript(prepared) -> None:
         assert evaluate(machine, "x") == "40", "it goes on after an exception"
 
 
-def test_it_grows_and_traps_and_the_next_tenant_starts_anew(prepared) -> None:
-    host, guest = prepared
-    for _ in range(3):
-        with guest.instantiate() as instance:
-            machine = Pooled(instance)
-            size = instance.memory.byte_size
-            assert evaluate(machine, LOOK_AROUND) == NOTHING
-            assert (
-                evaluate(machine, "var big = new Uint8Array(6e6).fill(7); big.length") == "6000000"
-            )
-            assert instance.memory.byte_size > size + 5 * MIB
-            cells.check(host, in_use=1)
-        cells.check(host, in_use=0)
-        with guest.instantiate() as instance:
-            assert instance.memory.byte_size == size
-            assert evaluate(Pooled(instance), "typeof big") == "undefined"
-
-
-def test_tenants_never_see_each_others_globals(prepared) -> None:
-    _, guest = prepared
+def test_quickjs_tenants_that_grow_never_see_each_others_globals(guest: memslot.Guest) -> None:
     with guest.instantiate(tenant="ann") as first, guest.instantiate(tenant="bob") as second:
-        ann, bob = Pooled(first), Pooled(second)
+        ann, bob, size = Pooled(first), Pooled(second), first.memory.byte_size
         assert evaluate(ann, f"var tenant = 'ann'; {LEAVE_A_MESSAGE}") == "of ann"
+        assert first.memory.byte_size > size + 5 * MIB
         assert evaluate(bob, LOOK_AROUND) == NOTHING
         assert evaluate(bob, f"var tenant = 'bob'; {LEAVE_A_MESSAGE}") == "of bob"
-        assert (
-            evaluate(ann, "[].last() + ({}).left + Math.random() + tenant")
-            == "of annof annof annann"
-        )
+        said = evaluate(ann, "[].last() + ({}).left + Math.random() + tenant")
+        assert said == "of annof annof annann"
         first.reset()
+        assert first.memory.byte_size == size
         assert evaluate(Pooled(first), LOOK_AROUND) == NOTHING
         assert evaluate(bob, "secret") == "of bob"
     # One after the other in the same slots.
-    for number in range(8):
+    for number in range(4):
         with guest.instantiate() as instance:
-            machine = Pooled(instance)
-            assert evaluate(machine, LOOK_AROUND) == NOTHING
-            assert evaluate(machine, f"var tenant = {number}; {LEAVE_A_MESSAGE}") == f"of {number}"
+            assert evaluate(Pooled(instance), LOOK_AROUND) == NOTHING
+            said = evaluate(Pooled(instance), f"var tenant = {number}; {LEAVE_A_MESSAGE}")
+            assert said == f"of {number}"
 
 
-def test_a_thousand_leases_leave_the_process_as_it_was(
-    prepared, note: Callable[[str, object], None]
+@pytest.mark.scales
+def test_quickjs_leases_leave_the_process_as_it_was(
+    guest: memslot.Guest, note: Callable[[str, object], None]
 ) -> None:
-    host, guest = prepared
+    host = guest.host
 
-    def serve(number: int) -> None:
-        with guest.instantiate() as instance:
-            assert evaluate(
-                Pooled(instance), f"globalThis.seen = (globalThis.seen ?? 0) + 1; seen * {number}"
-            ) == str(number)
+    def serve(count: int) -> None:
+        for number in range(count):
+            with guest.instantiate() as instance:
+                source = f"globalThis.seen = (globalThis.seen ?? 0) + 1; seen * {number}"
+                assert evaluate(Pooled(instance), source) == str(number)
 
-    for number in range(50):
-        serve(number)
+    serve(50)
     leases = host.statistics().pools[0].leases
     before = Footprint.now()
-    for number in range(LEASES):
-        serve(number)
+    serve(LEASES)
     after = Footprint.now()
     assert not after.lost_since(before, mappings=2)
     note("resident bytes more", after.resident - before.resident)
@@ -135,6 +104,6 @@ def test_a_thousand_leases_leave_the_process_as_it_was(
     assert pool.leases == leases + LEASES
     assert (pool.in_use, pool.failed_resets) == (0, 0)
     if host.growth == "decide":
-        assert pool.created <= 2  # what the tests above had at once
+        assert pool.created <= 2  # as many as were used at once
     else:  # it grows when it boots, and wasmer cannot shrink it again: every memory is retired
         assert pool.created == pool.destroyed + pool.idle
