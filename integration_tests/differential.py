@@ -8,33 +8,43 @@ prints what was compared, and for each difference the seed, the module in hexade
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import contextlib
 import hashlib
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import memslot_plugin as memslot
 from memslot_plugin.settings import MIB
 
 from . import cells, native
 from .cells import Cell
-from .generated import FEATURES, Features, Generated, Import, generate
-from .native import Call, Outcome
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from .generated import FEATURES, Features, Import, generate
+from .native import Call, Outcome, Runtime
 
 FOREIGN = 20
 """One module in so many is made for another runtime, so that this one may refuse it."""
 
+SETTINGS = {"slots": 8, "image_limit": 256 * MIB}
+"""Room for three memories of two instances, and for every snapshot."""
+
+
+class Compared(Protocol):
+    """A module and what is done with an instance of it, before and after a snapshot."""
+
+    binary: bytes
+    imports: Sequence[Import]
+    calls: Sequence[Call]
+    probes: Sequence[Call]
+    snapshot_at: int
+
 
 @dataclass
 class Tally:
-    """What a run compared: differences are sentences with the seed and the module in them."""
+    """The counts of what a run compared, and its differences as sentences with the module in them."""
 
     counts: Counter[str] = field(default_factory=Counter)
     differences: list[str] = field(default_factory=list)
@@ -46,30 +56,19 @@ class Tally:
 def features_for(host: str, seed: int) -> Features:
     """What the host's runtime knows, and for a few modules what it may not know."""
     known = FEATURES[host]
-    if seed % FOREIGN:
-        return known
-    return dataclasses.replace(FEATURES["wasmtime"], bound_tables=known.bound_tables)
+    return known if seed % FOREIGN else FEATURES["wasmtime"] - ({"bound_tables"} - known)
 
 
-def settings_of(cell: Cell) -> dict[str, Any]:
-    """What the comparison changes: room for three memories of two instances, and for every snapshot."""
-    return {"slots": 8, "image_limit": 256 * MIB}
-
-
-def compare(host: memslot.Host, module: Generated, tally: Tally) -> None:
+def compare(host: memslot.Host, module: Compared, tally: Tally) -> None:
     """Run one module in every way there is, and note what differs from the runtime alone."""
-    imports = imports_of(module.imports)
-    everything = story(module)
     runtime = native.runtime(host.name)
-    alone = plain(runtime.run(module.binary, imports, everything))
+    alone = plain(runtime.run(module.binary, imports_of(module), story(module)))
     runtime.close()
-    tally.counts["modules"] += 1
+    kinds = Counter(outcome[0] for outcome in alone)
+    tally.counts.update(modules=1, traps=kinds["trap"], values=kinds["value"])
     tally.counts[f"natively {alone[0][0]}"] += 1
-    tally.counts["traps"] += sum(outcome[0] == "trap" for outcome in alone[1:])
-    tally.counts["values"] += sum(outcome[0] == "value" for outcome in alone)
-    for life, expected, found in lives(host, module, imports, alone, tally):
-        tally.counts["lives"] += 1
-        tally.counts[life] += 1
+    for life, expected, found in lives(host, module, alone, tally):
+        tally.counts.update(("lives", life))
         if plain(found) != expected:
             tally.differences.append(f"{module}\n{life}: {difference(expected, plain(found))}")
             return
@@ -79,8 +78,8 @@ def compare(host: memslot.Host, module: Generated, tally: Tally) -> None:
         tally.differences.append(f"{module}\nthe pool: {error}")
 
 
-def story(module: Generated) -> list[Call]:
-    """Everything that is asked of an instance: the state at first, where a snapshot may be taken, and at the end."""
+def story(module: Compared) -> list[Call]:
+    """The state at first, where a snapshot may be taken, and at the end, and the calls between."""
     at, probes = module.snapshot_at, module.probes
     return [*probes, *module.calls[:at], *probes, *module.calls[at:], *probes]
 
@@ -89,50 +88,58 @@ Life = tuple[str, list[Outcome], list[Outcome]]
 
 
 def lives(
-    host: memslot.Host,
-    module: Generated,
-    imports: native.Imports | None,
-    alone: list[Outcome],
-    tally: Tally,
+    host: memslot.Host, module: Compared, alone: list[Outcome], tally: Tally
 ) -> Iterator[Life]:
     """The name of a life, what the runtime alone did, and what happened in it."""
-    runtime = native.runtime(host.name)
-    everything = story(module)
+    runtime, everything = native.runtime(host.name), story(module)
+    objects = any(each.what != "function" for each in module.imports)
     try:
         guest = host.prepare(module.binary)
     except memslot.InvalidModule:
         yield "refused", alone, [("refused",)]
         return
     with guest:
-        objects = any(each.what != "function" for each in module.imports)
         tally.counts["guests that are reset in place"] += guest.in_place
         tally.counts["guests left to the runtime"] += guest.plan.native is not None
         for life in ("first instance", "instance in the slot it left"):
-            with Bound(host, guest, imports, objects) as bound:
-                yield life, alone, life_of(bound, everything, runtime)
+            with imports_for(guest, module, objects=objects) as given:
+                try:
+                    with guest.instantiate(**given) as instance:
+                        found = outcomes(instance, everything, runtime)
+                except memslot.GuestTrap as error:
+                    found = [runtime.reason(error.native)]
+                except memslot.LinkError:
+                    found = [("failed to start",)]
+                yield life, alone, found
         if objects or alone[0] != ("started",):
             return
-        given = {} if imports is None else {"imports": imports(native.runtime(host.name, host))}
-        with guest.instantiate(**given) as instance:
-            yield "before a reset", alone, outcomes(instance, everything, runtime)
-            instance.reset()
-            for call in module.calls[: module.snapshot_at]:
-                outcome_of(instance, call, runtime)
-            instance.reset()
-            yield "after two resets", alone, outcomes(instance, everything, runtime)
-        yield from lives_of_snapshots(guest, given, module, alone, tally)
+        with imports_for(guest, module, objects=False) as given:
+            yield from lives_after_resets(guest, given, module, alone)
+            yield from lives_of_snapshots(guest, given, module, alone, tally)
+
+
+def lives_after_resets(
+    guest: memslot.Guest, given: dict[str, Any], module: Compared, alone: list[Outcome]
+) -> Iterator[Life]:
+    runtime, everything = native.runtime(guest.host.name), story(module)
+    with guest.instantiate(**given) as instance:
+        yield "before a reset", alone, outcomes(instance, everything, runtime)
+        instance.reset()
+        for call in module.calls[: module.snapshot_at]:
+            outcome_of(instance, call, runtime)
+        instance.reset()
+        yield "after two resets", alone, outcomes(instance, everything, runtime)
 
 
 def lives_of_snapshots(
     guest: memslot.Guest,
     given: dict[str, Any],
-    module: Generated,
+    module: Compared,
     alone: list[Outcome],
     tally: Tally,
 ) -> Iterator[Life]:
     """A snapshot in the middle: both the instance and its copies go on as the runtime alone did."""
-    runtime = native.runtime(guest.host.name)
-    at = module.snapshot_at
+    runtime, at = native.runtime(guest.host.name), module.snapshot_at
     rest = [*module.probes, *module.calls[at:], *module.probes]
     expected = [alone[0], *alone[1 + len(module.probes) + at :]]
     with guest.instantiate(**given) as instance:
@@ -150,49 +157,11 @@ def lives_of_snapshots(
         yield "instance of a snapshot after a reset", expected, outcomes(instance, rest, runtime)
 
 
-class Bound:
-    """One instance with imports of its own, which end with it; None where it does not start."""
-
-    def __init__(
-        self,
-        host: memslot.Host,
-        guest: memslot.Guest,
-        imports: native.Imports | None,
-        objects: bool,
-    ) -> None:
-        self.guest = guest
-        self.made = native.runtime(host.name, host)
-        if objects and host.name == "wasmtime" and guest.plan.native is not None:
-            self.made = native.Wasmtime(host.native_engine)
-        self.binding = {} if imports is None else {"imports": imports(self.made)}
-        if objects:
-            self.binding.update(self.made.bound())
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.binding.clear()
-        self.made.close()
-
-
-def life_of(bound: Bound, calls: Sequence[Call], runtime: Any) -> list[Outcome]:
-    try:
-        instance = bound.guest.instantiate(**bound.binding)
-    except memslot.GuestTrap as error:
-        return [runtime.reason(error.native)]
-    except memslot.LinkError:
-        return [("failed to start",)]
-    with instance:
-        return outcomes(instance, calls, runtime)
-
-
-def outcomes(instance: memslot.Instance, calls: Iterable[Call], runtime: Any) -> list[Outcome]:
+def outcomes(instance: memslot.Instance, calls: Iterable[Call], runtime: Runtime) -> list[Outcome]:
     """What the calls gave, and then every exported memory."""
     found: list[Outcome] = [("started",), *(outcome_of(instance, call, runtime) for call in calls)]
-    at = {
-        name: memory.index for memory in instance.guest.plan.memories for name in memory.exported_as
-    }
+    memories = instance.guest.plan.memories
+    at = {name: memory.index for memory in memories for name in memory.exported_as}
     for name, kind in instance.exports.items():
         if kind == "memory":
             memory = instance.memories[at[name]]
@@ -200,7 +169,7 @@ def outcomes(instance: memslot.Instance, calls: Iterable[Call], runtime: Any) ->
     return found
 
 
-def outcome_of(instance: memslot.Instance, call: Call, runtime: Any) -> Outcome:
+def outcome_of(instance: memslot.Instance, call: Call, runtime: Runtime) -> Outcome:
     name, *arguments = call
     try:
         return "value", instance.call(name, *arguments)
@@ -233,26 +202,36 @@ def difference(expected: Sequence[Outcome], found: Sequence[Outcome]) -> str:
 # Imports
 
 
-def imports_of(wanted: Sequence[Import]) -> native.Imports | None:
-    """What a generated module imports, made of a runtime's own objects and of Python functions."""
-    if not wanted:
+def imports_of(module: Compared) -> native.Imports | None:
+    """What a module imports, made of a runtime's own objects and of Python functions."""
+    if not module.imports:
         return None
+    return lambda natives: {"env": {each.name: _made(each, natives) for each in module.imports}}
 
-    def make(natives: Any) -> Mapping[str, Mapping[str, Any]]:
-        return {"env": {each.name: _made(each, natives) for each in wanted}}
 
-    return make
+@contextlib.contextmanager
+def imports_for(
+    guest: memslot.Guest, module: Compared, *, objects: bool
+) -> Iterator[dict[str, Any]]:
+    """What `instantiate` is given: imports of the instance's own, which end with it."""
+    host = guest.host
+    made = native.runtime(host.name, host)
+    if objects and host.name == "wasmtime" and guest.plan.native is not None:
+        made = native.Wasmtime(host.native_engine)
+    imports = imports_of(module)
+    given = {} if imports is None else {"imports": imports(made)}
+    if objects:
+        given.update(made.bound())
+    yield given
+    given.clear()
+    made.close()
 
 
 def _made(each: Import, natives: Any) -> Any:
     if each.what == "function":
         return _host_function(each.detail)
-    if each.what == "i32":
-        return natives.i32(*each.detail)
-    if each.what == "memory":
-        minimum, maximum = each.detail
-        return natives.memory(minimum, maximum, b"of the embedder" if minimum else b"")
-    return natives.table(*each.detail)
+    content = (b"of the embedder",) if each.what == "memory" and each.detail[0] else ()
+    return getattr(natives, each.what)(*each.detail, *content)
 
 
 def _host_function(results: Sequence[str]) -> Callable[..., Any]:
@@ -274,7 +253,7 @@ def _host_function(results: Sequence[str]) -> Callable[..., Any]:
 def run(cell: Cell, seeds: Iterable[int], tally: Tally | None = None) -> Tally:
     """The modules of these seeds on one host in one cell; stops after a few differences."""
     tally = Tally() if tally is None else tally
-    with cell.open(**settings_of(cell)) as host:
+    with cell.open(**SETTINGS) as host:
         for seed in seeds:
             compare(host, generate(seed, features_for(cell.host, seed)), tally)
             if len(tally.differences) > 4:

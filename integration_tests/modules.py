@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from . import cells, native, toy
+from .generated import Import
 
 ACCESS = """
   (func (export "load") (param i32) (result i32) (i32.load8_u (local.get 0)))
@@ -44,10 +44,12 @@ class Module:
     calls: tuple[native.Call, ...] = WALK
     image: tuple[bool, ...] = (True,)
     reason: str = ""
-    imports: native.Imports | None = None
+    imports: tuple[Import, ...] = ()
     trailer: bytes = b""
     native_on: tuple[str, ...] = ()
     """Hosts that cannot have any slot for it."""
+    probes: tuple[native.Call, ...] = ()
+    snapshot_at: int = 2
 
     @property
     def binary(self) -> bytes:
@@ -58,11 +60,6 @@ def custom_section(name: str, payload: bytes) -> bytes:
     content = bytes([len(name)]) + name.encode() + payload
     assert len(content) < 128
     return bytes([0, len(content)]) + content
-
-
-def env(**entries: Any) -> native.Imports:
-    """Imports of the module "env"; each entry is made from the runtime's natives."""
-    return lambda natives: {"env": {name: make(natives) for name, make in entries.items()}}
 
 
 # fmt: off  # a table: one call per line would be ten times as long
@@ -126,14 +123,14 @@ MODULES = {
               (data (i32.const 0) "constant") (data (global.get 0) "dynamic") {ACCESS})""",
         image=(False,),
         reason="place it at a constant",
-        imports=env(base=lambda natives: natives.i32(1000)),
+        imports=(Import("base", "i32", (1000,)),),
     ),
     "a-dynamic-offset-out-of-bounds": Module(
         f"""(module (import "env" "base" (global i32)) (memory (export "memory") 1 3)
               (data (i32.const 0) "constant") (data (global.get 0) "dynamic") {ACCESS})""",
         image=(False,),
         reason="place it at a constant",
-        imports=env(base=lambda natives: natives.i32(65530)),
+        imports=(Import("base", "i32", (65530,)),),
     ),
     "an-offset-that-is-computed": Module(
         f"""(module (memory (export "memory") 1 3)
@@ -220,13 +217,13 @@ MODULES = {
               (data (i32.const 8) "of the guest") {ACCESS})""",
         image=(False,),
         reason="It is imported as env.memory and belongs to whoever provides it",
-        imports=env(memory=lambda natives: natives.memory(1, 3, b"of the embedder")),
+        imports=(Import("memory", "memory", (1, 3)),),
     ),
     "an-imported-memory-too-small": Module(
         f'(module (import "env" "memory" (memory 2 3)) (data (i32.const 8) "x") {ACCESS})',
         image=(False,),
         reason="belongs to whoever provides it",
-        imports=env(memory=lambda natives: natives.memory(1, 3)),
+        imports=(Import("memory", "memory", (1, 3)),),
     ),
     "two-memories": Module(
         """(module (memory $a (export "a") 1 2) (memory $b (export "b") 2 4) (memory $c (export "c") 1)
@@ -259,7 +256,7 @@ MODULES = {
              (func (export "store") (i32.store $b (i32.const 65532) (i32.load $a (i32.const 2)))))""",
         (("sum",), ("store",), ("sum",)),
         image=(False, True),
-        imports=env(memory=lambda natives: natives.memory(1, 3)),
+        imports=(Import("memory", "memory", (1, 3)),),
         native_on=("wasmer",),
     ),
     "a-shared-memory": Module(
@@ -338,7 +335,7 @@ MODULES = {
                 (i32.load (i32.const 0)))
               {ACCESS})""",
         (("f", 21), *WALK),
-        imports=env(twice=lambda _: lambda value: value * 2),
+        imports=(Import("twice", "function", ("i32",)),),
     ),
     "several-results": Module(
         f"""(module (memory (export "memory") 1 3)

@@ -7,8 +7,9 @@ holds at the end.  Errors are compared by their kind, traps also by the runtime'
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from types import FunctionType
+from typing import Any, NamedTuple
 
 import memslot_plugin as memslot
 
@@ -16,13 +17,16 @@ Outcome = tuple[Any, ...]
 Call = tuple[Any, ...]
 """The name of a function and its arguments."""
 
+Imports = Callable[["Runtime"], Mapping[str, Mapping[str, Any]]]
+"""Makes what a module imports: Python functions, and objects of the runtime's own."""
 
-class Natives(Protocol):
-    """Makes what a module may import besides Python functions: objects of a runtime's own."""
-
-    def memory(self, minimum: int, maximum: int, content: bytes = b"") -> Any: ...
-    def i32(self, value: int) -> Any: ...
-    def table(self, minimum: int, maximum: int) -> Any: ...
+KINDS = {
+    "FuncType": "func",
+    "FunctionType": "func",
+    "MemoryType": "memory",
+    "GlobalType": "global",
+    "TableType": "table",
+}
 
 
 class Declared(NamedTuple):
@@ -32,35 +36,51 @@ class Declared(NamedTuple):
     functions: dict[tuple[str, str], int]
 
 
-def _declared(exports: Iterable[Any], imports: Iterable[Any]) -> Declared:
-    kinds = {"FuncType": "func", "FunctionType": "func", "MemoryType": "memory"}
-    kinds |= {"GlobalType": "global", "TableType": "table"}
-    return Declared(
-        {each.name: kinds.get(type(each.type).__name__, "tag") for each in exports},
-        {
-            (each.module, each.name): len(each.type.results)
-            for each in imports
-            if kinds.get(type(each.type).__name__) == "func"
-        },
-    )
+class Runtime:
+    """What both runtimes have in common; the module that was compiled last is kept."""
 
-
-Imports = Callable[[Natives], Mapping[str, Mapping[str, Any]]]
-
-
-class _Runtime:
-    """What both runtimes have in common: the module that was compiled last is kept."""
-
+    errors: tuple[type[BaseException], ...]
+    memories: tuple[type, ...]
     _last: tuple[bytes, Any] | None = None
 
-    def _compile(self, module: bytes) -> Any:
-        """The module, or None where the runtime refuses it."""
-        raise NotImplementedError
+    def run(self, module: bytes, imports: Imports | None, calls: Sequence[Call]) -> list[Outcome]:
+        """What becomes of a module that is given these imports, and then these calls."""
+        compiled = self.compiled(module)
+        if compiled is None:
+            return [("refused",)]
+        types = {(each.module, each.name): each.type for each in compiled.imports}
+        given = {
+            namespace: {
+                name: self._function(value, types[namespace, name]) if _is_python(value) else value
+                for name, value in entries.items()
+            }
+            for namespace, entries in (imports(self) if imports else {}).items()
+        }
+        try:
+            exports = self._instantiate(compiled, given)
+        except self.errors as error:
+            return [self.reason(error)]
+        outcomes: list[Outcome] = [("started",)]
+        for name, *arguments in calls:
+            try:
+                outcomes.append(("value", self._call(exports[name], *arguments)))
+            except self.errors as error:
+                outcomes.append(self.reason(error))
+        for name, export in exports.items():
+            if isinstance(export, self.memories):
+                outcomes.append(("memory", name, self._content(export)))
+        return outcomes
 
     def declared(self, module: bytes) -> Declared | None:
         """What a module that compiles exports and imports."""
         compiled = self.compiled(module)
-        return None if compiled is None else _declared(compiled.exports, compiled.imports)
+        if compiled is None:
+            return None
+        imported = [each for each in compiled.imports if _kind(each) == "func"]
+        return Declared(
+            {each.name: _kind(each) for each in compiled.exports},
+            {(each.module, each.name): len(each.type.results) for each in imported},
+        )
 
     def compiled(self, module: bytes) -> Any:
         """The module, or None where the runtime refuses it."""
@@ -69,13 +89,23 @@ class _Runtime:
         return self._last[1]
 
 
-class Wasmtime(_Runtime):
+def _kind(declared: Any) -> str:
+    return KINDS.get(type(declared.type).__name__, "tag")
+
+
+def _is_python(given: Any) -> bool:
+    return isinstance(given, FunctionType)
+
+
+class Wasmtime(Runtime):
     """wasmtime-py with its default engine."""
 
     def __init__(self, engine: Any = None) -> None:
         import wasmtime
 
         self.wasmtime = wasmtime
+        self.errors = wasmtime.Trap, wasmtime.WasmtimeError
+        self.memories = wasmtime.Memory, wasmtime.SharedMemory
         self.engine = engine or wasmtime.Engine()
         self.store = wasmtime.Store(self.engine)
 
@@ -91,40 +121,12 @@ class Wasmtime(_Runtime):
         return self.wasmtime.Global(self.store, kind, self.wasmtime.Val.i32(value))
 
     def table(self, minimum: int, maximum: int) -> Any:
-        kind = self.wasmtime.TableType(
-            self.wasmtime.ValType.funcref(), self.wasmtime.Limits(minimum, maximum)
-        )
+        limits = self.wasmtime.Limits(minimum, maximum)
+        kind = self.wasmtime.TableType(self.wasmtime.ValType.funcref(), limits)
         return self.wasmtime.Table(self.store, kind, None)
 
-    def run(self, module: bytes, imports: Imports | None, calls: Sequence[Call]) -> list[Outcome]:
-        wasmtime, store = self.wasmtime, self.store
-        compiled = self.compiled(module)
-        if compiled is None:
-            return [("refused",)]
-        linker = wasmtime.Linker(self.engine)
-        for namespace, entries in (imports(self) if imports else {}).items():
-            for name, given in entries.items():
-                if callable(given) and not isinstance(given, wasmtime.Func):
-                    kind = next(
-                        i.type for i in compiled.imports if (i.module, i.name) == (namespace, name)
-                    )
-                    given = wasmtime.Func(store, kind, given)  # noqa: PLW2901
-                linker.define(store, namespace, name, given)
-        try:
-            instance = linker.instantiate(store, compiled)
-        except (wasmtime.Trap, wasmtime.WasmtimeError) as error:
-            return [self.reason(error)]
-        outcomes: list[Outcome] = [("started",)]
-        exports = instance.exports(store)
-        for name, *arguments in calls:
-            try:
-                outcomes.append(("value", exports[name](store, *arguments)))
-            except (wasmtime.Trap, wasmtime.WasmtimeError) as error:
-                outcomes.append(self.reason(error))
-        for name, export in exports.items():
-            if isinstance(export, (wasmtime.Memory, wasmtime.SharedMemory)):
-                outcomes.append(("memory", name, self.content(export)))
-        return outcomes
+    def _function(self, called: Any, kind: Any) -> Any:
+        return self.wasmtime.Func(self.store, kind, called)
 
     def _compile(self, module: bytes) -> Any:
         try:
@@ -132,7 +134,17 @@ class Wasmtime(_Runtime):
         except self.wasmtime.WasmtimeError:
             return None
 
-    def content(self, memory: Any) -> bytes:
+    def _instantiate(self, compiled: Any, given: Mapping[str, Mapping[str, Any]]) -> Any:
+        linker = self.wasmtime.Linker(self.engine)
+        for namespace, entries in given.items():
+            for name, value in entries.items():
+                linker.define(self.store, namespace, name, value)
+        return linker.instantiate(self.store, compiled).exports(self.store)
+
+    def _call(self, function: Any, *arguments: Any) -> Any:
+        return function(self.store, *arguments)
+
+    def _content(self, memory: Any) -> bytes:
         address = ctypes.cast(memory.data_ptr(self.store), ctypes.c_void_p).value or 0
         return ctypes.string_at(address, memory.data_len(self.store))
 
@@ -149,13 +161,16 @@ class Wasmtime(_Runtime):
         self.store.close()
 
 
-class Wasmer(_Runtime):
+class Wasmer(Runtime):
     """wasmer-python with its default engine."""
+
+    errors = (RuntimeError,)
 
     def __init__(self, store: Any = None) -> None:
         import wasmer
 
         self.wasmer = wasmer
+        self.memories = (wasmer.Memory,)
         self.store = store or wasmer.Store()
 
     def memory(self, minimum: int, maximum: int, content: bytes = b"") -> Any:
@@ -166,33 +181,8 @@ class Wasmer(_Runtime):
     def i32(self, value: int) -> Any:
         return self.wasmer.Global(self.store, self.wasmer.Value.i32(value))
 
-    def run(self, module: bytes, imports: Imports | None, calls: Sequence[Call]) -> list[Outcome]:
-        compiled = self.compiled(module)
-        if compiled is None:
-            return [("refused",)]
-        given = {
-            namespace: {
-                name: self._function(compiled, namespace, name, value) if callable(value) else value
-                for name, value in entries.items()
-            }
-            for namespace, entries in (imports(self) if imports else {}).items()
-        }
-        try:
-            instance = self.wasmer.Instance(compiled, given)
-        except RuntimeError as error:
-            return [self.reason(error)]
-        outcomes: list[Outcome] = [("started",)]
-        exports = {name: export for name, export in instance.exports}  # noqa: C416 - it has no keys()
-        for name, *arguments in calls:
-            try:
-                result = exports[name](*arguments)
-                outcomes.append(("value", list(result) if isinstance(result, tuple) else result))
-            except RuntimeError as error:
-                outcomes.append(self.reason(error))
-        for name, export in exports.items():
-            if isinstance(export, self.wasmer.Memory):
-                outcomes.append(("memory", name, self.content(export)))
-        return outcomes
+    def _function(self, called: Any, kind: Any) -> Any:
+        return self.wasmer.Function(self.store, called, kind)
 
     def _compile(self, module: bytes) -> Any:
         try:
@@ -203,96 +193,33 @@ class Wasmer(_Runtime):
                 return None
             raise
 
-    def _function(self, compiled: Any, namespace: str, name: str, value: Any) -> Any:
-        kind = next(i.type for i in compiled.imports if (i.module, i.name) == (namespace, name))
-        return self.wasmer.Function(self.store, value, kind)
+    def _instantiate(self, compiled: Any, given: Mapping[str, Mapping[str, Any]]) -> Any:
+        return {name: export for name, export in self.wasmer.Instance(compiled, given).exports}  # noqa: C416 - it has no keys()
 
-    def content(self, memory: Any) -> bytes:
+    def _call(self, function: Any, *arguments: Any) -> Any:
+        result = function(*arguments)
+        return list(result) if isinstance(result, tuple) else result
+
+    def _content(self, memory: Any) -> bytes:
         return bytes(memory.buffer)
 
     def reason(self, error: BaseException) -> Outcome:
         text = str(error)
         if "link error" in text.lower() or "Error while importing" in text:
             return ("failed to start",)
-        return "trap", text.splitlines()[
-            0
-        ]  # the others say where in the module, which is another one
+        # The lines after the first say where in the module, and a rewritten module is another one.
+        return "trap", text.splitlines()[0]
 
     def bound(self) -> dict[str, Any]:
         """wasmer's objects belong to no instance."""
         return {}
 
     def close(self) -> None:
-        """Nothing: wasmer frees what nobody holds."""
+        """Nothing: wasmer frees what nothing refers to."""
 
 
-def runtime(host: str, opened: memslot.Host | None = None) -> Wasmtime | Wasmer:
+def runtime(host: str, opened: memslot.Host | None = None) -> Runtime:
     """The runtime alone; with a host, on its engine or store, to make what its guests may import."""
     if host == "wasmtime":
         return Wasmtime(None if opened is None else opened.engine)
     return Wasmer(None if opened is None else opened.store)
-
-
-def pooled(
-    host: memslot.Host, module: bytes, imports: Imports | None, calls: Sequence[Call]
-) -> list[list[Outcome]]:
-    """The outcomes in three lives of a guest: a first instance, one in the slot that it left, and a reset one.
-
-    With imports of the runtime's own each life has new ones, and there is no third.
-    """
-    native = runtime(host.name)
-    try:
-        guest = host.prepare(module)
-    except memslot.InvalidModule:
-        return [[("refused",)]]
-    lives = []
-    with guest:
-        for reset in (False, False, True):
-            if reset and imports is not None:
-                break
-            made = runtime(host.name, host)
-            binding = {} if imports is None else {"imports": imports(made), **made.bound()}
-            lives.append(_life(guest, binding, calls, native, reset=reset))
-            made.close()  # ends the instances in it
-    return lives
-
-
-def _life(
-    guest: memslot.Guest,
-    binding: dict[str, Any],
-    calls: Sequence[Call],
-    native: Any,
-    *,
-    reset: bool,
-) -> list[Outcome]:
-    try:
-        instance = guest.instantiate(**binding)
-    except memslot.GuestTrap as error:
-        return [native.reason(error.native)]
-    except memslot.LinkError:
-        return [("failed to start",)]
-    with instance:
-        outcomes = _outcomes(instance, calls, native)
-        if reset:
-            instance.reset()
-            outcomes = _outcomes(instance, calls, native)
-    return outcomes
-
-
-def _outcomes(instance: memslot.Instance, calls: Sequence[Call], native: Any) -> list[Outcome]:
-    outcomes: list[Outcome] = [("started",)]
-    for name, *arguments in calls:
-        try:
-            outcomes.append(("value", instance.call(name, *arguments)))
-        except memslot.GuestTrap as error:
-            outcomes.append(native.reason(error.native))
-    exported = {
-        name: index
-        for index, memory in enumerate(instance.guest.plan.memories)
-        for name in memory.exported_as
-    }
-    for name, kind in instance.exports.items():
-        if kind == "memory":
-            memory = instance.memories[exported[name]]
-            outcomes.append(("memory", name, memory.read(0, memory.byte_size)))
-    return outcomes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,88 +15,66 @@ from . import modules, toy
 from .generated import FEATURES, generate
 
 CORE = Path(_core.__file__).parent
+SOURCE = CORE / "analyse.c"
 TARGET = Path(__file__).with_name("fuzz_decoder.c")
-SANITIZERS = "-fsanitize=address,undefined"
+FLAGS = ("-g", "-O1", "-std=c11", "-D_GNU_SOURCE", "-DALONE=1", "-Wall", "-Wextra", "-Werror")
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 
-if not (CORE / "analyse.c").exists():
+if not SOURCE.exists():
     pytest.skip("impossible: a wheel has no sources of the core", allow_module_level=True)
 
-
-@pytest.fixture(scope="module")
-def fuzz(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    program = tmp_path_factory.mktemp("fuzz") / "fuzz"
-    command = [
-        "cc",
-        "-g",
-        "-O1",
-        "-std=c11",
-        "-D_GNU_SOURCE",
-        "-DALONE=1",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-    ]
-    command += [SANITIZERS, "-fno-sanitize-recover=undefined", f"-I{CORE}", str(TARGET)]
-    done = subprocess.run(
-        [*command, str(CORE / "analyse.c"), "-o", str(program)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return program
+Fuzz = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Contents of code sections, each behind a byte that says how many things of each kind there are."""
-    folder = tmp_path_factory.mktemp("corpus")
+@pytest.fixture
+def fuzz(tmp_path: Path) -> Fuzz:
+    """Compiles a decoder and runs it: a seed, rounds.
+
+    The corpus is contents of code sections, each behind a byte that says how many things of each kind there are.
+    """
     sources = [toy.A, *(each.binary for each in modules.MODULES.values())]
     sources += [generate(seed, FEATURES["wasmtime"]).binary for seed in range(60)]
+    corpus = []
     for number, source in enumerate(sources):
         section = wasm.parse(source).section(wasm.SectionId.CODE)
         if section is not None:
-            code = source[section.payload : section.end]
-            (folder / str(number)).write_bytes(bytes([number]) + code)
-    return sorted(folder.iterdir())
+            corpus.append(tmp_path / str(number))
+            corpus[-1].write_bytes(bytes([number]) + source[section.payload : section.end])
+
+    def run(decoder: Path, *options: int) -> subprocess.CompletedProcess[str]:
+        program = tmp_path / "fuzz"
+        compiler = ["cc", *FLAGS, *SANITIZERS, f"-I{CORE}", TARGET, decoder, "-o", program]
+        subprocess.run(compiler, check=True)
+        command = [program, *map(str, options), *corpus]
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+
+    return run
 
 
-def run(program: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(program), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
+@pytest.mark.scales
+def test_decoder_under_sanitizers_reads_and_marks_nothing_outside(fuzz: Fuzz) -> None:
+    done = fuzz(SOURCE, 0, examples(250))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("rounds of 64 executions\n")
 
 
-def test_nothing_is_read_or_marked_outside(fuzz: Path, corpus: list[Path]) -> None:
-    for seed in range(4):
-        done = run(fuzz, seed, examples(250), *corpus)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.endswith("rounds of 64 executions\n")
-
-
-def test_the_target_notices_what_does_not_hold(corpus: list[Path], tmp_path: Path) -> None:
-    """A decoder that looks one byte too far, and one that forgets what it counted."""
-    right = (CORE / "analyse.c").read_text()
-    for number, (old, new) in enumerate(
-        [
-            (
-                "if ((size_t)(in->end - in->at) < length)",
-                "if ((size_t)(in->end - in->at) + 1 < length)",
-            ),
-            ("if (index >= space->count)", "if (index > space->count)"),
-            ("    report->sites++;\n", "    report->sites += report->sites != 3;\n"),
-        ]
-    ):
-        assert right.count(old) == 1
-        wrong = tmp_path / f"wrong{number}.c"
-        wrong.write_text(right.replace(old, new))
-        program = tmp_path / f"wrong{number}"
-        command = ["cc", "-g", "-O1", "-D_GNU_SOURCE", "-DALONE=1", SANITIZERS, f"-I{CORE}"]
-        subprocess.run([*command, str(TARGET), str(wrong), "-o", str(program)], check=True)
-        done = run(program, 1, 3000, *corpus)
-        assert done.returncode != 0, new
-        assert "AddressSanitizer" in done.stderr or "does not hold" in done.stderr
+@pytest.mark.gate
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (
+            "if ((size_t)(in->end - in->at) < length)",
+            "if ((size_t)(in->end - in->at) + 1 < length)",
+        ),
+        ("if (index >= space->count)", "if (index > space->count)"),
+        ("    report->sites++;\n", "    report->sites += report->sites != 3;\n"),
+    ],
+    ids=["looks a byte too far", "marks a thing too far", "forgets what it counted"],
+)
+def test_decoder_with_a_mistake_is_noticed(fuzz: Fuzz, tmp_path: Path, old: str, new: str) -> None:
+    right, wrong = SOURCE.read_text(), tmp_path / "wrong.c"
+    assert right.count(old) == 1
+    wrong.write_text(right.replace(old, new))
+    done = fuzz(wrong, 1, 3000)
+    assert done.returncode != 0
+    assert "AddressSanitizer" in done.stderr or "does not hold" in done.stderr

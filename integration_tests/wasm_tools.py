@@ -50,15 +50,13 @@ def run(*arguments: str, given: bytes | None = None) -> bytes:
 
 def smith(seed: int, folder: Path, *, gc: bool) -> bytes:
     """The module that wasm-smith makes of this seed; with objects of the GC proposal one may take seconds to start."""
-    shape = {**SHAPE, "gc-enabled": str(gc).lower()}
-    options = [part for name, value in shape.items() for part in _option(name, value)]
     path = folder / "smith.wasm"
-    run("smith", *options, "-o", str(path), given=random.Random(seed).randbytes(4000))
+    shape = {**SHAPE, "gc-enabled": str(gc).lower(), "output": path}
+    options = [
+        f"--{name}" if value is None else f"--{name}={value}" for name, value in shape.items()
+    ]
+    run("smith", *options, given=random.Random(seed).randbytes(4000))
     return path.read_bytes()
-
-
-def _option(name: str, value: Any) -> tuple[str, ...]:
-    return (f"--{name}",) if value is None else (f"--{name}", str(value))
 
 
 def count_instructions(module: bytes, folder: Path) -> Counter[str]:
@@ -79,7 +77,7 @@ def count_instructions(module: bytes, folder: Path) -> Counter[str]:
 
 
 class Smithed:
-    """A module of wasm-smith's as the comparison takes it: every export of numbers is called, with a few arguments."""
+    """A module of wasm-smith's as the comparison takes it: calls of every export of numbers, with a few arguments."""
 
     def __init__(self, seed: int, signatures: dict[str, tuple[str, ...]], binary: bytes) -> None:
         rng = random.Random(seed)

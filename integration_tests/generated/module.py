@@ -79,9 +79,9 @@ class Generated(Segments):
         rng, note = self.rng, b""
         if rng.random() < 0.05:
             note = emit.section(0, emit.name("note") + rng.randbytes(rng.randint(0, 9)))
-        if payload == b"\x00" and number not in (START, DATA_COUNT):
-            if number == TAG or rng.random() < 0.9:
-                return note
+        empty = payload == b"\x00" and number not in (START, DATA_COUNT)
+        if empty and (number == TAG or rng.random() < 0.9):
+            return note
         return note + emit.section(number, payload, rng.choice((0, 0, 5)))
 
     def _table(self, table: Table) -> bytes:

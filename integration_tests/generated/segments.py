@@ -25,7 +25,7 @@ class Segments(Declarations):
         if rng.random() < 0.25:  # a global holds it, perhaps one that is not known beforehand
             found = world.constants(kind)
             if self.sound:
-                found = [g for g in found if g.imported or (g.initial or last + 1) <= last]
+                found = [g for g in found if g.imported or g.initial in range(last + 1)]
             if found:
                 chosen = rng.choice(found)
                 return code((0x23, chosen.index), END), chosen.initial

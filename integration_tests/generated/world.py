@@ -16,8 +16,10 @@ bound_tables: a table can be made outside of a module, to be imported.
 
 FEATURES = {
     "wasmtime": frozenset(
-        "multi_memory memory64 threads table64 extended_const filled_tables tail_calls exceptions"
-        " externref_tables bound_tables".split()
+        [
+            *("multi_memory", "memory64", "threads", "table64", "extended_const", "filled_tables"),
+            *("tail_calls", "exceptions", "externref_tables", "bound_tables"),
+        ]
     ),
     "wasmer": frozenset[str](),
 }
