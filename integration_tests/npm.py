@@ -36,20 +36,6 @@ class Package:
             return member.read()
 
 
-LODASH = Package(
-    "lodash",
-    "4.18.1",
-    "74c22789c4cf544f1dd5ee68b5fc269a3971919a14a6254bc32793754b22fc26"
-    "a3fe07f3cdb941702139b111d5fc0b23b829b15abb5ed93346498b82782abed1",
-    "lodash.js",
-)
-HANDLEBARS = Package(
-    "handlebars",
-    "4.7.10",
-    "3f954931533baa0067eaf8d7330f161bdb9523e9dc7f6a62ef68f875ee32cf96"
-    "542cb8f6446a8b61a28e606b20cab562434b5e3ce565375b430825d7b45a972a",
-    "dist/handlebars.js",
-)
 RUBY = Package(
     "@ruby/3.4-wasm-wasi",
     "2.10.1",

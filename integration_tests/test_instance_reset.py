@@ -318,32 +318,33 @@ def generated(rng: random.Random) -> tuple[str, Calls, Calls]:
         bits = AS_I64[kind].format(f"(global.get $g{number})")
         parts.append(f'(func (export "get{number}") (result i64) {bits})')
         look.append((f"get{number}",))
-    changes = []
+    changes: list[tuple[str]] = []
     for number in range(rng.randint(1, 5)):
-        body = []
-        for _ in range(rng.randint(1, 6)):
-            choice = rng.random()
-            place = rng.randrange(len(kinds))
-            if choice < 0.4 or not with_memory:
-                body.append(f"(global.set $g{place} {constant(rng, kinds[place])})")
-            elif choice < 0.8:
-                body.append(
-                    f"(i64.store (i32.const {rng.randrange(3 * PAGE)}) (i64.const {rng.randrange(1 << 62)}))"
-                )
-            elif choice < 0.87:
-                body.append(f"(drop (memory.grow (i32.const {rng.randint(0, 2)})))")
-            elif choice < 0.9:
-                body.append("(memory.init $passive (i32.const 5) (i32.const 1) (i32.const 7))")
-            elif choice < 0.93:
-                body.append("(data.drop $passive)")
-            elif choice < 0.97 and with_table:
-                body.append(f"(table.set $t (i32.const {rng.randrange(4)}) (ref.func $two))")
-            else:
-                body.append("unreachable")
-        parts.append(f'(func (export "change{number}") {" ".join(body)})')
+        body = " ".join(
+            change(rng, kinds, with_memory, with_table) for _ in range(rng.randint(1, 6))
+        )
+        parts.append(f'(func (export "change{number}") {body})')
         changes.append((f"change{number}",))
     parts.append("(elem declare func $two)")
     return f"(module {' '.join(parts)})", tuple(changes), tuple(look)
+
+
+def change(rng: random.Random, kinds: list[str], with_memory: bool, with_table: bool) -> str:
+    choice, place = rng.random(), rng.randrange(len(kinds))
+    if choice < 0.4 or not with_memory:
+        return f"(global.set $g{place} {constant(rng, kinds[place])})"
+    if choice < 0.8:
+        at, value = rng.randrange(3 * PAGE), rng.randrange(1 << 62)
+        return f"(i64.store (i32.const {at}) (i64.const {value}))"
+    if choice < 0.87:
+        return f"(drop (memory.grow (i32.const {rng.randint(0, 2)})))"
+    if choice < 0.9:
+        return "(memory.init $passive (i32.const 5) (i32.const 1) (i32.const 7))"
+    if choice < 0.93:
+        return "(data.drop $passive)"
+    if choice < 0.97 and with_table:
+        return f"(table.set $t (i32.const {rng.randrange(4)}) (ref.func $two))"
+    return "unreachable"
 
 
 @pytest.mark.scales

@@ -146,7 +146,7 @@ def test_access_out_of_bounds_traps_and_reaches_no_neighbour(
     tenant_cell: Cell, note: Callable[[str, object], None]
 ) -> None:
     if tenant_cell.host == "fake":
-        pytest.skip("impossible: the fake host runs no code; test_matrix has its bounds")
+        pytest.skip("impossible: the fake host runs no code")
     with tenant_cell.serving(slots=3) as host:
         neighbour, guest = host.prepare(toy.A), host.prepare(toy.assemble(hostile.accesses()))
         with (
