@@ -155,9 +155,14 @@ ANYWHERE: tuple[Attack, ...] = (
 IN_CODE: tuple[Attack, ...] = (set_globals, overflowed_the_stack, host_function_raised)
 
 
-def attacks(host: str) -> tuple[Attack, ...]:
-    """The attacks that a host can be tried with; the fake one runs no code."""
-    return ANYWHERE if host == "fake" else ANYWHERE + IN_CODE
+def attacks(host: str) -> list[tuple[str, Attack]]:
+    """Guests and what each of them does; the fake host runs no code."""
+    found = [("attacker", attack) for attack in ANYWHERE]
+    found += [("no image", every_byte), ("no image", grown)]
+    if host != "fake":
+        found += [("attacker", attack) for attack in IN_CODE]
+        found += [("spoiler", spoilt_the_table), ("spoiler", grown)]
+    return found
 
 
 # -- out of bounds

@@ -166,39 +166,6 @@ def test_memory_that_a_plugin_releases_twice_is_refused(host: memslot.Host) -> N
     cells.check(host, in_use=0)
 
 
-def test_another_thread_is_served_or_told_whose_objects_these_are(plain_cell: Cell) -> None:
-    """wasmer confines its objects to their thread, the others serve all."""
-    with plain_cell.serving(slots=2) as host:
-        guest = host.prepare(toy.A)
-        instance = guest.instantiate()
-        caught: list[BaseException] = []
-
-        def elsewhere() -> None:
-            for use in (
-                lambda: instance.call("load", 16),
-                lambda: instance.memory.read(0, 1),
-                instance.reset,
-                lambda: guest.instantiate().close(),
-                lambda: host.prepare(toy.B).close(),
-                instance.close,
-            ):
-                try:
-                    use()
-                except BaseException as error:  # noqa: BLE001 - wasmer's own is no Exception
-                    caught.append(error)
-
-        thread = threading.Thread(target=elsewhere)
-        thread.start()
-        thread.join()
-        if host.name == "wasmer":
-            assert [type(error) for error in caught] == [memslot.WrongThread] * 6
-            assert all("open one host per thread" in str(error) for error in caught)
-            assert instance.call("load", 16) == ord("t")
-            instance.close()
-        assert instance.closed
-        assert host.name == "wasmer" or not caught
-
-
 def test_host_that_does_not_exist_is_refused_with_the_reason() -> None:
     said = "setting host = 'wasmtim' is not allowed: it is one of auto, wasmtime, wasmer, fake"
     with raises(memslot.SettingError, said, ValueError):

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 import memslot_plugin as memslot
-from memslot_plugin.tests.profiles import examples
 
 from . import toy
 from .cells import Cell
@@ -345,25 +344,3 @@ def change(rng: random.Random, kinds: list[str], with_memory: bool, with_table: 
     if choice < 0.97 and with_table:
         return f"(table.set $t (i32.const {rng.randrange(4)}) (ref.func $two))"
     return "unreachable"
-
-
-@pytest.mark.scales
-def test_reset_of_generated_modules_is_a_new_start(real_cell: Cell) -> None:
-    with real_cell.serving(slots=2) as host:
-        for seed in range(examples(15)):
-            rng = random.Random(seed)
-            text, changes, look = generated(rng)
-            after = tuple(rng.choice(changes) for _ in range(4)) + look
-            with host.prepare(toy.assemble(text)) as guest:
-                with guest.instantiate() as fresh:
-                    new = [done(fresh, *call) for call in look + after]
-                with guest.instantiate() as instance:
-                    for _ in range(3):
-                        for call in rng.choices((*changes, *look), k=6):
-                            done(instance, *call)
-                        instance.reset()
-                        assert [done(instance, *call) for call in look + after] == new, text
-                        instance.reset()
-        counted = host.statistics()
-        assert counted.resets_in_place, "some are reset in place"
-        assert counted.resets_by_instantiation, "some are not"

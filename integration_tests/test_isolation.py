@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import gc
+import itertools
 import zlib
 from collections.abc import Callable
 
@@ -48,8 +48,17 @@ def look_around(instance: memslot.Instance, name: str) -> None:
     assert instance.call("different", 0, 16, 0) == 0
     for address in (len(expected), MAXIMUM * PAGE - 1, MAXIMUM * PAGE, -1):
         traps(instance, "load", address)
-    with pytest.raises(memslot.AccessOutOfBounds):
-        memory.read(len(expected), 1)
+    assert memory.read(len(expected), 0) == b""
+    for offset, length in (
+        (-1, 1),
+        (len(expected), 1),
+        (len(expected) - 1, 2),
+        (0, -1),
+        (2**40, 1),
+    ):
+        said = f"outside memory 0 of {len(expected)} bytes"
+        with pytest.raises(memslot.AccessOutOfBounds, match=said):
+            memory.read(offset, length)
     if code:  # what Python functions keep for themselves is theirs
         assert instance.call("bump") == 8
         assert instance.call("sum_of_globals") == hostile.SUM_OF_GLOBALS
@@ -65,59 +74,37 @@ def look_around(instance: memslot.Instance, name: str) -> None:
     assert memory.read(len(expected), (MAXIMUM - before) * PAGE) == bytes((MAXIMUM - before) * PAGE)
 
 
-def leave_by_closing(instance: memslot.Instance) -> None:
-    instance.close()
-
-
-def leave_by_a_reset(instance: memslot.Instance) -> None:
-    instance.reset()
-    look_around(instance, instance.guest.name)
-    instance.close()
-
-
-def leave_by_dropping(instance: memslot.Instance) -> None:
-    """The caller holds the last reference, and drops it after this."""
-
-
-WAYS_OUT = (leave_by_closing, leave_by_a_reset, leave_by_dropping)
+def attack_and_leave(guest: memslot.Guest, attack: hostile.Attack, way: str) -> None:
+    if way == "lease":
+        with guest.lease() as instance:
+            attack(instance)
+        return
+    instance = guest.instantiate(tenant="mallory")
+    attack(instance)
+    if way == "reset":
+        instance.reset()
+        look_around(instance, guest.name)
+    if way != "drop":
+        instance.close()
 
 
 def test_next_tenant_after_each_attack_finds_nothing(tenant_cell: Cell) -> None:
     """Each attack, each way to go, and each kind of next tenant, in the only slot."""
     with tenant_cell.serving(slots=1) as host:
         guests = prepare(host)
-        attacks = [("attacker", attack) for attack in hostile.attacks(tenant_cell.host)]
-        if tenant_cell.host != "fake":
-            attacks += [("spoiler", hostile.spoilt_the_table), ("spoiler", hostile.grown)]
-        turn = part_of(tenant_cell)
-        for name, attack in attacks:
-            for leave in WAYS_OUT:
-                for _ in range(TIMES):
-                    instance = guests[name].instantiate(tenant="mallory")
-                    attack(instance)
-                    leave(instance)
-                    del instance
-                    turn += 1
-                    after = NEXT[turn % len(NEXT)]
-                    try:
-                        with guests[after].instantiate(tenant="alice") as victim:
-                            look_around(victim, after)
-                    except BaseException as error:
-                        what = f"{after} after {name} {attack.__name__}, {leave.__name__}"
-                        raise AssertionError(what) from error
-        gc.collect()
-
-
-def test_lease_after_each_attack_finds_nothing(tenant_cell: Cell) -> None:
-    with tenant_cell.serving(slots=2) as host:
-        guests = prepare(host)
-        for attack in hostile.attacks(tenant_cell.host):
-            for name in ("attacker", "no image"):
-                for _ in range(2):
-                    with guests[name].lease() as instance:
-                        look_around(instance, name)
-                    with guests[name].lease() as instance:
-                        attack(instance)
+        ways = ("close", "reset", "drop", "lease")
+        attacks = itertools.product(hostile.attacks(tenant_cell.host), ways, range(TIMES))
+        for turn, ((name, attack), way, _) in enumerate(attacks, start=part_of(tenant_cell)):
+            # After a lease the next one has the same instance.
+            after = name if way == "lease" else NEXT[turn % len(NEXT)]
+            try:
+                attack_and_leave(guests[name], attack, way)
+                ask = guests[after].lease if way == "lease" else guests[after].instantiate
+                with ask() as victim:
+                    look_around(victim, after)
+            except BaseException as error:
+                what = f"{after} after {name} {attack.__name__}, {way}"
+                raise AssertionError(what) from error
         for guest in guests.values():
             guest.close()
 

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
 import memslot_plugin as memslot
-from memslot_plugin.tests.profiles import examples
 
 from .cells import Cell
 from .javascript import IMPORTS, Pooled, evaluate
-from .leaks import MIB, Footprint
-
-LEASES = examples(250)
-RESIDENT_BOUND = 4 * MIB
-"""How much more may be resident after so many leases: malloc and the interpreter breathe."""
+from .leaks import MIB
 
 LEAVE_A_MESSAGE = """
   globalThis.secret = "of " + tenant; Array.prototype.last = function () { return secret; };
@@ -78,32 +73,3 @@ def test_quickjs_tenants_that_grow_never_see_each_others_globals(guest: memslot.
             assert evaluate(Pooled(instance), LOOK_AROUND) == NOTHING
             said = evaluate(Pooled(instance), f"var tenant = {number}; {LEAVE_A_MESSAGE}")
             assert said == f"of {number}"
-
-
-@pytest.mark.scales
-def test_quickjs_leases_leave_the_process_as_it_was(
-    guest: memslot.Guest, note: Callable[[str, object], None]
-) -> None:
-    host = guest.host
-
-    def serve(count: int) -> None:
-        for number in range(count):
-            with guest.instantiate() as instance:
-                source = f"globalThis.seen = (globalThis.seen ?? 0) + 1; seen * {number}"
-                assert evaluate(Pooled(instance), source) == str(number)
-
-    serve(50)
-    leases = host.statistics().pools[0].leases
-    before = Footprint.now()
-    serve(LEASES)
-    after = Footprint.now()
-    assert not after.lost_since(before, mappings=2)
-    note("resident bytes more", after.resident - before.resident)
-    assert after.resident <= before.resident + RESIDENT_BOUND
-    (pool,) = host.statistics().pools
-    assert pool.leases == leases + LEASES
-    assert (pool.in_use, pool.failed_resets) == (0, 0)
-    if host.growth == "decide":
-        assert pool.created <= 2  # as many as were used at once
-    else:  # it grows when it boots, and wasmer cannot shrink it again: every memory is retired
-        assert pool.created == pool.destroyed + pool.idle

@@ -156,29 +156,22 @@ def test_service_evaluates_each_script_in_an_instance_that_was_reset(service: Se
 
 
 def test_service_says_what_a_script_did_wrong(service: Service) -> None:
-    for script, said in (
-        ("throw new TypeError('nothing at all')", "TypeError: nothing at all"),
-        ("6 *", "SyntaxError"),
-        ("let f = () => f() + 1; f()", "call stack exhausted"),
-        ("throw {toString() { throw 1; }}", "gave up"),
+    for script, status, said in (
+        ("throw new TypeError('nothing at all')", 422, "TypeError: nothing at all"),
+        ("6 *", 422, "SyntaxError"),
+        ("let f = () => f() + 1; f()", 422, "call stack exhausted"),
+        ("throw {toString() { throw 1; }}", 422, "gave up"),
+        (b"\xff", 400, "a script is text in UTF-8"),
+        ("let a = []; for (;;) a.push(new Uint8Array(1e6).fill(7))", 422, "out of memory"),
+        ("new Uint8Array(1e9).length", 422, "InternalError: out of memory"),
+        ("'x'.repeat(65537)", 422, "the value has more than 65536 bytes of text"),
+        (" " * (2**18 + 1), 413, "a script has at most 262144 bytes"),
     ):
-        status, answer = service.evaluate(script)
-        assert status == 422, answer
-        assert said in answer
-    assert service.evaluate(b"\xff") == (400, "a script is text in UTF-8")
-
-
-def test_service_limits_memory_and_output_of_a_script(service: Service) -> None:
-    bomb = "let a = []; for (;;) a.push(new Uint8Array(1e6).fill(7))"
-    for script, answer in (
-        (bomb, (422, "InternalError: out of memory")),
-        ("new Uint8Array(1e9).length", (422, "InternalError: out of memory")),
-        ("'x'.repeat(65536)", (200, "x" * 65536)),
-        ("'x'.repeat(65537)", (422, "the value has more than 65536 bytes of text")),
-        (" " * 2**18, (200, "undefined")),
-        (" " * (2**18 + 1), (413, "a script has at most 262144 bytes")),
-    ):
-        assert service.evaluate(script) == answer
+        answer = service.evaluate(script)
+        assert answer[0] == status, answer
+        assert said in answer[1]
+    assert service.evaluate("'x'.repeat(65536)") == (200, "x" * 65536)
+    assert service.evaluate(" " * 2**18) == (200, "undefined")
 
 
 def test_service_interrupts_endless_scripts_and_serves_others_meanwhile(service: Service) -> None:
@@ -210,28 +203,6 @@ def test_service_whose_instances_are_all_in_use_sheds_load(service: Service) -> 
         until(lambda: service.ask("/health")[0] == 503, "it is healthy without an instance")
     # A script that came while a request of this test had the last instance was shed, too.
     assert {status for status, _ in answers} <= {504, 503}
-
-
-def test_service_with_many_clients_answers_each(service: Service) -> None:
-    answers: list[tuple[int, tuple[int, str]]] = []
-
-    def client(first: int) -> None:
-        for number in range(first, first + 20):
-            script = f"var mine = (globalThis.mine || 0) + {number}; mine"
-            answer = service.evaluate(script)
-            while answer[0] == 503:
-                time.sleep(0.01)
-                answer = service.evaluate(script)
-            answers.append((number, answer))
-
-    threads = [threading.Thread(target=client, args=(100 * place,)) for place in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(answers) == 120
-    for number, answer in answers:
-        assert answer == (200, str(number))
 
 
 @pytest.mark.gate
