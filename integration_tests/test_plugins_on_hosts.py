@@ -8,54 +8,43 @@ from typing import Any
 import pytest
 
 import memslot_plugin as memslot
-from memslot_hooks import LinearMemory, MemoryRequest, ResetResult, hookimpl
+from memslot_hooks import hookimpl
 
 from . import cells, toy
 from .cells import Cell
 from .toy import PAGE
 
 
-class Journal:
-    """Writes down every watching hook."""
-
-    def __init__(self) -> None:
-        self.heard: list[tuple[Any, ...]] = []
-
-    @hookimpl
-    def memslot_guest_prepared(self, guest_id: str, report: Any) -> None:
-        self.heard.append(("prepared", guest_id.partition("#")[0], report.memories[0].image))
-
-    @hookimpl
-    def memslot_memory_created(self, memory: LinearMemory) -> None:
-        self.heard.append(("created", memory.request.tenant, memory.byte_size))
-
-    @hookimpl
-    def memslot_memory_reset(self, memory: LinearMemory, result: ResetResult) -> None:
-        assert result.nanoseconds >= 0
-        self.heard.append(("reset", memory.request.tenant, result.strategy))
-
-    @hookimpl
-    def memslot_pool_exhausted(self, request: MemoryRequest, limit: int, in_use: int) -> None:
-        self.heard.append(("exhausted", request.tenant, limit, in_use))
-
-
 def test_watching_hooks_hear_a_life_in_order(plain_cell: Cell) -> None:
-    journal = Journal()
+    heard: list[tuple[Any, ...]] = []
+
+    class Journal:
+        @hookimpl
+        def memslot_guest_prepared(self, guest_id, report):
+            heard.append(("prepared", guest_id.partition("#")[0], report.memories[0].image))
+
+        @hookimpl
+        def memslot_memory_created(self, memory):
+            heard.append(("created", memory.request.tenant, memory.byte_size))
+
+        @hookimpl
+        def memslot_memory_reset(self, memory, result):
+            heard.append(("reset", memory.request.tenant, result.strategy))
+
+        @hookimpl
+        def memslot_pool_exhausted(self, request, limit, in_use):
+            heard.append(("exhausted", request.tenant, limit, in_use))
+
     cell = plain_cell.with_changes(reset="madvise")
-    with cell.serving(slots=1, plugins=(journal,)) as host:
+    with cell.serving(slots=1, plugins=(Journal(),)) as host:
         guest = host.prepare(toy.A, name="toy")
         with guest.instantiate(tenant="ann") as instance:
             with pytest.raises(memslot.PoolExhausted):
                 guest.instantiate(tenant="bob")
             instance.call("store", 0, 1)
             instance.reset()
-    assert journal.heard == [
-        ("prepared", "toy", True),
-        ("created", "ann", 2 * PAGE),
-        ("exhausted", "bob", 1, 1),
-        ("reset", "ann", "madvise"),
-        ("reset", "ann", "madvise"),
-    ]
+    begun = [("prepared", "toy", True), ("created", "ann", 2 * PAGE), ("exhausted", "bob", 1, 1)]
+    assert heard == [*begun, ("reset", "ann", "madvise"), ("reset", "ann", "madvise")]
 
 
 class Limit:
@@ -65,7 +54,7 @@ class Limit:
         self.asked: list[tuple[str, int, int]] = []
 
     @hookimpl(tryfirst=True)
-    def memslot_grow_memory(self, memory: LinearMemory, byte_size: int) -> bool | None:
+    def memslot_grow_memory(self, memory, byte_size):
         self.asked.append((memory.request.growth, memory.byte_size // PAGE, byte_size // PAGE))
         return False if byte_size > 3 * PAGE else None
 
@@ -128,8 +117,7 @@ def test_failure_of_a_plugin_reaches_the_caller_and_costs_no_slot(
 
 
 def test_host_without_allocators_raises_at_each_instance(plain_cell: Cell) -> None:
-    blocked = plain_cell.settings(plugins=(), blocked=("memfd", "anonymous"))
-    with memslot.open_host(plain_cell.host, settings=blocked) as host:
+    with plain_cell.open(plugins=(), blocked=("memfd", "anonymous")) as host:
         guest = host.prepare(toy.A)
         for _ in range(2):
             with pytest.raises(memslot.PluginError, match="memslot_create_memory"):

@@ -1,12 +1,17 @@
-"""`__all__` is the promise: it is what is there and documented, and importing it imports no runtime."""
+"""The public surface: `__all__` is what is there and documented; the errors are the tree that is drawn."""
 
 from __future__ import annotations
 
+import builtins
+import copy
 import dataclasses
 import enum
+import errno
 import importlib.metadata
 import importlib.resources
 import inspect
+import pickle
+import re
 import typing
 from typing import Any
 
@@ -15,6 +20,9 @@ import pytest
 import memslot_hooks
 import memslot_plugin
 from memslot_hooks import types as travelling
+from memslot_plugin import errors
+from memslot_plugin.errors import MemslotError
+from memslot_plugin.hosts.short_of import short_of
 
 PACKAGES = (memslot_plugin, memslot_hooks)
 PUBLIC = [(f"{each.__name__}.{n}", getattr(each, n)) for each in PACKAGES for n in each.__all__]
@@ -87,3 +95,67 @@ sys.meta_path.pop(0)
 import memslot_plugin
 assert not {"wasmtime", "wasmer", "rich", "click"} & set(sys.modules), sorted(sys.modules)
 """)
+
+
+# The tree of errors: one base, a builtin under each leaf, attributes that travel between processes
+
+DRAWN = {
+    found[1]: (getattr(builtins, found[2]), len(found[0].split("+--")[0]))
+    for found in re.finditer(r"[ |]*\+-- (\w+) +\((\w+)\)", errors.__doc__ or "")
+}
+LEAVES: list[type[MemslotError]] = [
+    value
+    for value in vars(errors).values()
+    if inspect.isclass(value) and issubclass(value, MemslotError) and value is not MemslotError
+]
+
+
+def test_the_drawn_tree_is_the_tree_and_public() -> None:
+    assert set(DRAWN) == {leaf.__name__ for leaf in LEAVES}
+    for leaf in LEAVES:
+        builtin, depth = DRAWN[leaf.__name__]
+        assert issubclass(leaf, builtin), leaf
+        (parent,) = [base for base in leaf.__bases__ if issubclass(base, MemslotError)]
+        parent_depth = DRAWN[parent.__name__][1] if parent is not MemslotError else 0
+        assert parent_depth == depth - 4, leaf
+        assert getattr(memslot_plugin, leaf.__name__) is leaf
+
+
+NATIVE = RuntimeError("native")
+ATTRIBUTES: dict[str, tuple[tuple[object, ...], dict[str, Any]]] = {
+    "GuestTrap": (("unreachable", NATIVE), {"native": NATIVE}),
+    "GuestExit": ((7,), {"code": 7}),
+    "SystemCallError": ((errno.ENOMEM, "mapping"), {"errno": errno.ENOMEM, "strerror": "mapping"}),
+    "PoolExhausted": (("none left",), {"limit": 4, "in_use": 3}),
+    "PoolTimeout": (("none left",), {"limit": 4, "in_use": 3}),
+}
+"""Arguments and attributes; the latter are given by keyword to those of the pool."""
+
+
+@pytest.mark.parametrize("leaf", LEAVES, ids=lambda leaf: leaf.__name__)
+def test_error_holds_its_attributes_also_in_another_process(leaf: type[MemslotError]) -> None:
+    """An exception that cannot be unpickled breaks the pool of processes that it was raised in."""
+    arguments, attributes = ATTRIBUTES.get(leaf.__name__, (("what happened",), {}))
+    error = leaf(*arguments, **attributes if "limit" in attributes else {})
+    for arrived in (error, copy.copy(error), pickle.loads(pickle.dumps(error))):
+        assert type(arrived) is leaf
+        assert str(arrived) == str(error) != ""
+        for name, value in attributes.items():
+            assert repr(getattr(arrived, name)) == repr(value), name
+    assert "exit status 7" in str(errors.GuestExit(7))
+    assert errors.GuestTrap("m").native is None
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("mmap failed to allocate 0x5000 bytes; Cannot allocate memory (os error 12)", 12),
+        ('SystemCall(Os { code: 24, kind: Other, message: "Too many open files" })', 24),
+        ("unknown import: env.code has not been defined", None),
+        ("the guest says: os error 12", None),
+    ],
+)
+def test_shortage_of_a_runtime_is_found_in_its_text(text: str, number: int | None) -> None:
+    found = short_of(text, "compiling x")
+    assert (None if found is None else found.errno) == number
+    assert found is None or str(found).startswith(f"[Errno {number}] compiling x: {text}: ")

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 from hypothesis import given
@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 
 from memslot_plugin import SettingError, Settings
 from memslot_plugin.settings import GIB, KIB, MIB, parse_size
+
+Toml = Callable[[str], Path]
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +27,7 @@ def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def toml(tmp_path: Path) -> Callable[[str], Path]:
+def toml(tmp_path: Path) -> Toml:
     """Writes a settings file."""
 
     def write(text: str) -> Path:
@@ -40,7 +42,7 @@ def toml(tmp_path: Path) -> Callable[[str], Path]:
 
 
 def test_keywords_come_before_environment_before_file_before_defaults(
-    toml: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    toml: Toml, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = toml('[memslot]\nslots = -3\nguard = "3MiB"\nreserved = "3GiB"\nstrategy = "random"\n')
     monkeypatch.setenv("MEMSLOT_SLOTS", "2")
@@ -54,29 +56,19 @@ def test_keywords_come_before_environment_before_file_before_defaults(
 
 
 @pytest.mark.parametrize("table", ["memslot", "tool.memslot"])
-def test_table_may_be_in_a_pyproject(toml: Callable[[str], Path], table: str) -> None:
+def test_table_may_be_in_a_pyproject(toml: Toml, table: str) -> None:
     text = f'[build-system]\nrequires = []\n[{table}]\nslots = 7\nplugins = ["a", "b"]\n'
     found = Settings.from_file(str(toml(text)))
     assert (found.slots, found.plugins) == (7, ("a", "b"))
 
 
-@pytest.mark.parametrize(
-    ("text", "names"),
-    [
-        ("memfd,mine", ("memfd", "mine")),
-        (" a , ,b,", ("a", "b")),
-        ("one", ("one",)),
-        ("", ()),
-    ],
-)
-def test_names_are_separated_by_commas(
-    monkeypatch: pytest.MonkeyPatch, text: str, names: tuple[str, ...]
-) -> None:
+@pytest.mark.parametrize("text", ["memfd,mine", " memfd , ,mine,", ""])
+def test_names_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    names = ("memfd", "mine") if text else ()
     assert Settings().plugins is None
     monkeypatch.setenv("MEMSLOT_PLUGINS", text)
-    monkeypatch.setenv("MEMSLOT_BLOCKED", text)
-    assert Settings().plugins == Settings().blocked == names
-    assert Settings(plugins=text).plugins == Settings(blocked=list(names)).blocked == names
+    assert Settings().plugins == Settings(blocked=text).blocked == names
+    assert Settings(plugins=list(names)).plugins == names
     assert Settings(plugins=None).plugins is None
 
 
@@ -119,13 +111,11 @@ def test_whole_sizes_are_exact(number: int, unit: str) -> None:
         (" 1gib ", GIB),
         ("1.5GiB", GIB * 3 // 2),
         ("0.001kB", 1),
+        ("4.35kB", 4350),  # not 4349.99, as a float would have it
         ("2TB", 2 * 10**12),
-        ("9007199254740993", 2**53 + 1),  # more than a float can tell apart
-        ("0.1MB", 100_000),
-        ("4.35kB", 4350),
     ],
 )
-def test_sizes_may_have_blanks_small_letters_and_fractions(text: str, size: int) -> None:
+def test_size_may_have_blanks_small_letters_and_a_fraction(text: str, size: int) -> None:
     assert Settings(memory_limit=text).memory_limit == size
 
 
@@ -135,12 +125,9 @@ NUMBERS = ["slots", "max_unused_warm_slots", "ready_instances"]
 SIZES = ["reserved", "guard", "memory_limit", "image_limit", "keep_resident"]
 FLOATS = ["audit", "wait_timeout"]
 CHOICES = {
-    "allocation": ["pooling", "on-demand"],
-    "strategy": ["affinity", "next-available", "random"],
-    "growth": ["mprotect", "ftruncate"],
-    "bounds_checks": ["guard", "code"],
-    "memfd": ["auto", "on", "off"],
-    "reset": ["auto", "madvise", "pagemap", "copy"],
+    name: [str(value) for value in get_args(field.annotation)]
+    for name, field in Settings.model_fields.items()
+    if get_origin(field.annotation) is Literal
 }
 NAMED = "names, separated by commas or as a list of text"
 NOT_NEGATIVE = [*NUMBERS[1:], *SIZES[1:], *FLOATS]
@@ -177,12 +164,11 @@ WRONG: list[tuple[list[str], list[Any], str]] = [
 def test_wrong_value_is_one_clear_sentence(name: str) -> None:
     tried = [(value, said) for names, values, said in WRONG if name in names for value in values]
     assert tried
+    assert Settings.model_fields[name].description
     for value, said in tried:
         sentence = refusal(name, value)
-        assert sentence.startswith(f"setting {name} = {repr(value)[:60]}"), value
-        assert "is not allowed: " in sentence, value
-        assert said in sentence, value
-        assert "\n" not in sentence, value
+        begin = re.escape(f"setting {name} = {repr(value)[:60]}")
+        assert re.fullmatch(rf"{begin}.* is not allowed: .*{said}.*", sentence), value
         assert "pydantic" not in sentence, value
         assert len(sentence) < 400, value
 
@@ -194,26 +180,11 @@ def refusal(name: str, value: Any) -> str:
         return str(error)
 
 
-def test_every_setting_is_described() -> None:
-    assert [name for name, f in Settings.model_fields.items() if not f.description] == []
-
-
-@pytest.mark.parametrize(("name", "text"), [("slots", "many"), ("reserved", "lots")])
-def test_wrong_value_of_the_environment_is_the_same_sentence(
-    monkeypatch: pytest.MonkeyPatch, name: str, text: str
-) -> None:
-    monkeypatch.setenv(f"MEMSLOT_{name.upper()}", text)
-    with pytest.raises(SettingError, match=f"^setting {name} = '{text}' is not allowed: "):
-        Settings()
-
-
-def test_several_wrong_values_are_a_sentence_each() -> None:
-    with pytest.raises(SettingError) as caught:
-        Settings(slots=0, reset="x", nonsense=1)
-    first, second, third = re.split(r"; (?=setting |unknown )", str(caught.value))
-    assert first.startswith("setting slots = 0 is not allowed: ")
-    assert second.startswith("setting reset = 'x' is not allowed: ")
-    assert third.startswith("unknown setting nonsense; allowed: host, plugins")
+def test_several_wrong_values_are_a_sentence_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEMSLOT_SLOTS", "many")
+    several = "^setting slots = 'many' is not allowed: .*; setting reset = 'x' is not allowed: .*;"
+    with pytest.raises(SettingError, match=several + " unknown setting nonsense; allowed: host, "):
+        Settings(reset="x", nonsense=1)
 
 
 @pytest.mark.parametrize(
@@ -232,19 +203,18 @@ def test_several_wrong_values_are_a_sentence_each() -> None:
         ("[memslot]\nslots = 2020-01-01\n", "setting slots = .* is not allowed"),
     ],
 )
-def test_wrong_file_is_one_clear_sentence(
-    toml: Callable[[str], Path], text: str, sentence: str
-) -> None:
+def test_wrong_file_is_one_clear_sentence(toml: Toml, text: str, sentence: str) -> None:
     with pytest.raises(SettingError, match=sentence):
         Settings.from_file(toml(text))
 
 
-def test_file_that_cannot_be_read_says_why(tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match=r"nowhere\.toml cannot be read: No such file"):
-        Settings.from_file(tmp_path / "nowhere.toml")
-    with pytest.raises(SettingError, match="cannot be read: Is a directory"):
-        Settings.from_file(tmp_path)
-    broken = tmp_path / "broken.toml"
-    broken.write_bytes(b"[memslot]\n\xff\xfe")
+def test_file_that_cannot_be_read_says_why(toml: Toml) -> None:
+    path = toml("")
+    path.write_bytes(b"[memslot]\n\xff\xfe")
     with pytest.raises(SettingError, match="is not TOML: 'utf-8'"):
-        Settings.from_file(broken)
+        Settings.from_file(path)
+    with pytest.raises(SettingError, match="cannot be read: Is a directory"):
+        Settings.from_file(path.parent)
+    path.unlink()
+    with pytest.raises(SettingError, match=r"service\.toml cannot be read: No such file"):
+        Settings.from_file(path)
