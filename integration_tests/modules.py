@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from memslot_plugin.tests.encode import custom
+
 from . import cells, native, toy
 from .generated import Import
 
@@ -54,12 +56,6 @@ class Module:
     @property
     def binary(self) -> bytes:
         return toy.assemble(self.text) + self.trailer
-
-
-def custom_section(name: str, payload: bytes) -> bytes:
-    content = bytes([len(name)]) + name.encode() + payload
-    assert len(content) < 128
-    return bytes([0, len(content)]) + content
 
 
 # fmt: off  # a table: one call per line would be ten times as long
@@ -300,9 +296,7 @@ MODULES = {
     ),
     "custom-sections": Module(
         f'(module $named (memory (export "memory") 1 3) (data (i32.const 8) "data") (func $inner) {ACCESS})',
-        trailer=custom_section("producers", b"\0")
-        + custom_section("x", b"\1\2\3")
-        + custom_section("x", b""),
+        trailer=custom("producers", b"\0") + custom("x", b"\1\2\3") + custom("x", b""),
     ),
     "a-start-function": Module(
         f"""(module (memory (export "memory") 1 3) (data (i32.const 8) "data") (global $seen (mut i32) (i32.const 0))

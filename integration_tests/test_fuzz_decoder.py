@@ -58,7 +58,6 @@ def test_decoder_under_sanitizers_reads_and_marks_nothing_outside(fuzz: Fuzz) ->
     assert done.stdout.endswith("rounds of 64 executions\n")
 
 
-@pytest.mark.gate
 @pytest.mark.parametrize(
     ("old", "new"),
     [

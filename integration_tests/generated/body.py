@@ -31,8 +31,7 @@ class Body(Values):
             self.tail_call()
         own = self.locals[len(self.parameters) :]
         declared = emit.vector(*(b"\x01" + emit.CODES[kind] for kind in own))
-        content = declared + bytes(self.code) + END
-        return emit.unsigned(len(content)) + content
+        return emit.sized(declared + bytes(self.code) + END)
 
     def burn(self) -> None:
         """Trap if there is no fuel, and take one of it."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable
 
-from memslot_plugin.tests.encode import END, HEADER, name, section, unsigned, vector
+from memslot_plugin.tests.encode import END, HEADER, custom, name, section, sized, unsigned, vector
 from memslot_plugin.tests.encode import signed as _signed
 
-__all__ = ["END", "HEADER", "name", "section", "unsigned", "vector"]
+__all__ = ["END", "HEADER", "custom", "name", "section", "sized", "unsigned", "vector"]
 
 CODES = {
     "i32": b"\x7f",

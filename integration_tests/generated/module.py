@@ -48,7 +48,7 @@ class Generated(Segments):
         self._wrap()
         start = self._start()
         kinds = [*(world.functions[index] for index in own), *(kind for kind, _ in self._wrappers)]
-        bodies += [unsigned(len(body)) + body for _, body in self._wrappers]
+        bodies += [emit.sized(body) for _, body in self._wrappers]
         memories = [
             emit.limits(m.minimum, m.maximum, wide=m.address == "i64", shared=m.shared)
             for m in world.memories
@@ -78,7 +78,7 @@ class Generated(Segments):
         """A section, perhaps behind a custom one; an empty vector is rarely written."""
         rng, note = self.rng, b""
         if rng.random() < 0.05:
-            note = emit.section(0, emit.name("note") + rng.randbytes(rng.randint(0, 9)))
+            note = emit.custom("note", rng.randbytes(rng.randint(0, 9)))
         empty = payload == b"\x00" and number not in (START, DATA_COUNT)
         if empty and (number == TAG or rng.random() < 0.9):
             return note

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .declarations import Declarations
-from .emit import CODES, END, code, constant, unsigned, vector
+from .emit import CODES, END, code, constant, sized, unsigned, vector
 from .opcodes import ADD, MULTIPLY, PAGE, SUBTRACT
 from .world import Data, Elements
 
@@ -48,7 +48,7 @@ class Segments(Declarations):
         content = repeated if rng.random() < 0.4 else rng.randbytes(length)
         if not world.memories or rng.random() < 0.25:
             world.data.append(Data(length))
-            return b"\x01" + unsigned(length) + content
+            return b"\x01" + sized(content)
         memory = rng.choice(world.memories)
         size = memory.minimum * PAGE
         if self.sound:
@@ -57,7 +57,7 @@ class Segments(Declarations):
         spelt = memory.index or rng.random() < 0.2
         head = b"\x02" + unsigned(memory.index) if spelt else b"\x00"
         world.data.append(Data(len(content), memory.index, place, content))
-        return head + offset + unsigned(len(content)) + content
+        return head + offset + sized(content)
 
     def _element_segments(self) -> list[bytes]:
         return [self._element_segment(n) for n in range(self.rng.choice((0, 1, 1, 2, 4)))]

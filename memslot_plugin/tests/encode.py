@@ -32,10 +32,14 @@ def signed(value: int) -> bytes:
     return bytes(out)
 
 
+def sized(content: bytes) -> bytes:
+    """Bytes behind their number."""
+    return unsigned(len(content)) + content
+
+
 def name(text: str) -> bytes:
     """A string behind its length."""
-    encoded = text.encode()
-    return unsigned(len(encoded)) + encoded
+    return sized(text.encode())
 
 
 def vector(*entries: bytes) -> bytes:
@@ -46,3 +50,8 @@ def vector(*entries: bytes) -> bytes:
 def section(number: int, payload: bytes, length: int = 0) -> bytes:
     """A section; `length` bytes are taken to write its size."""
     return bytes([number]) + unsigned(len(payload), length) + payload
+
+
+def custom(text: str, contents: bytes = b"") -> bytes:
+    """A custom section of this name."""
+    return section(0, name(text) + contents)

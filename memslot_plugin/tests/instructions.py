@@ -5,6 +5,7 @@ Each stands between two `unreachable`, where any operands are valid.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import product
 
 PREAMBLE = """
@@ -20,6 +21,13 @@ PREAMBLE = """
   (elem $x funcref (ref.func $imported)) (elem $y funcref (ref.func $imported))
 """
 """What the instructions refer to.  There is one imported function, and another before the tests."""
+
+
+def module(texts: Iterable[str]) -> str:
+    """One function per instruction, which stands between two `unreachable`, where any operands are valid."""
+    bodies = (f"(func (local i32) unreachable {text} unreachable)" for text in texts)
+    return f"(module {PREAMBLE} {' '.join(bodies)})"
+
 
 INTEGERS = {"i32": 32, "i64": 64}
 FLOATS = ("f32", "f64")
