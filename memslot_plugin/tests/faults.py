@@ -1,4 +1,4 @@
-"""Failures of the core's system calls: what each may plausibly fail with, and a walk over all of them.
+"""Failures of the core's system calls: the errnos that each may plausibly give, and a walk over all of them.
 
 A *life* is a function that uses memslot from beginning to end.  It is run once to count its system calls, and then
 once per fault: each call of it x each occurrence x each errno.
@@ -16,35 +16,30 @@ from memslot_plugin import _core
 from memslot_plugin.tests.profiles import LONG
 
 PLAUSIBLE: dict[str, tuple[int, ...]] = {
-    "mmap": (errno.ENOMEM, errno.EAGAIN, errno.EPERM, errno.EACCES, errno.ENFILE, errno.EINVAL),
-    "munmap": (errno.ENOMEM, errno.EINVAL, errno.EPERM),
-    "mprotect": (errno.ENOMEM, errno.EACCES, errno.EINVAL, errno.EPERM),
-    "madvise": (errno.EINVAL, errno.ENOMEM, errno.EAGAIN, errno.EPERM, errno.EFAULT),
-    "memfd_create": (
-        errno.EMFILE,
-        errno.ENFILE,
-        errno.ENOMEM,
-        errno.ENOSYS,
-        errno.EPERM,
-        errno.EACCES,
-        errno.EINVAL,
-    ),
-    "ftruncate": (errno.ENOMEM, errno.EFBIG, errno.EINTR, errno.EINVAL, errno.EIO, errno.EPERM),
-    "pwrite": (errno.ENOSPC, errno.ENOMEM, errno.EINTR, errno.EFBIG, errno.EIO, errno.EPERM),
-    "fcntl": (errno.EPERM, errno.EINVAL, errno.EBUSY, errno.ENOMEM),
-    "close": (errno.EIO, errno.EINTR, errno.ENOSPC),
-    "pagemap_scan": (errno.ENOTTY, errno.EPERM, errno.EINVAL, errno.ENOMEM, errno.EINTR),
+    call: tuple(getattr(errno, name) for name in names.split())
+    for call, names in {
+        "mmap": "ENOMEM EAGAIN EPERM EACCES ENFILE EINVAL",
+        "munmap": "ENOMEM EINVAL EPERM",
+        "mprotect": "ENOMEM EACCES EINVAL EPERM",
+        "madvise": "EINVAL ENOMEM EAGAIN EPERM EFAULT",
+        "memfd_create": "EMFILE ENFILE ENOMEM ENOSYS EPERM EACCES EINVAL",
+        "ftruncate": "ENOMEM EFBIG EINTR EINVAL EIO EPERM",
+        "pwrite": "ENOSPC ENOMEM EINTR EFBIG EIO EPERM",
+        "fcntl": "EPERM EINVAL EBUSY ENOMEM",
+        "close": "EIO EINTR ENOSPC",
+        "pagemap_scan": "ENOTTY EPERM EINVAL ENOMEM EINTR",
+    }.items()
 }
-"""What the manual pages, a seccomp profile (EPERM, EACCES, ENOSYS) and mseal(2) (EPERM) may answer."""
+"""Answers of the manual pages, of a seccomp profile (EPERM, EACCES, ENOSYS) and of mseal(2) (EPERM)."""
 
 MADE_AGAIN = {
     ("pwrite", errno.EINTR),
     ("pagemap_scan", errno.EINTR),
     ("memfd_create", errno.EINVAL),  # a kernel that does not know MFD_NOEXEC_SEAL
-    ("fcntl", errno.EBUSY),  # somebody holds a page of what is to be sealed
+    ("fcntl", errno.EBUSY),  # another holder of a page that is to be sealed
     ("ftruncate", errno.EINVAL),  # of a new memfd, for the core makes both calls at once
 }
-"""Failures after which the same call is made again, so that nobody hears of them."""
+"""Failures after which the same call is made again, so that no error is raised."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +62,7 @@ class Fault:
 
 @dataclass
 class Injection:
-    """What became of a fault: whether the life got that far, and what memslot logged."""
+    """The outcome of a fault: true in `hit` if the life got that far, and memslot's log."""
 
     fault: Fault
     hit: bool = False
@@ -105,9 +100,7 @@ def injected(fault: Fault) -> Iterator[Injection]:
 
 
 def calls_of(life: Callable[[], object]) -> dict[str, int]:
-    """How often each system call is made by a life in which nothing fails: the fewer of two, for the kernel may have
-    one made again.
-    """
+    """Count the system calls of a life in which nothing fails: the fewer of two, for one may be made again."""
     fewest: dict[str, int] = {}
     for _ in range(2):
         before = _core.counters()
@@ -120,9 +113,7 @@ def calls_of(life: Callable[[], object]) -> dict[str, int]:
 
 
 def every(made: dict[str, int], *, thorough: bool = LONG) -> Iterator[Fault]:
-    """Every fault of a life that makes so many calls; without `thorough` each occurrence fails with one errno, in
-    turn.
-    """
+    """Yield every fault of a life that makes so many calls; not `thorough`, with one errno per occurrence, in turn."""
     for call, number in made.items():
         errors = PLAUSIBLE[call]
         for skip in range(number):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import logging
 import math
 import resource
 import threading
@@ -46,9 +44,6 @@ def lease(pool: Pool, guest: object = "a", **how: Any) -> Slot:
     return pool.lease(None, P, affinity=guest, **how)
 
 
-# Exhaustion and waiting
-
-
 def test_exhausted_pool_names_limit_and_use_and_goes_on_serving(pool: Pool) -> None:
     slot = lease(pool)
     with pytest.raises(
@@ -69,50 +64,33 @@ def test_exhausted_pool_names_limit_and_use_and_goes_on_serving(pool: Pool) -> N
     assert pool.statistics().exhausted == 3
 
 
-@pytest.mark.parametrize("give_back", ["release", "abandon", "retire"])
-def test_waiting_lease_is_woken_by_a_release_in_another_thread(pool: Pool, give_back: str) -> None:
+@pytest.mark.parametrize("event", ["release", "abandon", "retire", "close"])
+def test_waiting_lease_is_woken_by_another_thread(pool: Pool, event: str) -> None:
     holders = [Holder()]
     slot = lease(pool, holder=holders[0])
 
     def later() -> None:
         while not pool._waiting:
             time.sleep(0.001)
-        if give_back == "abandon":
+        if event == "abandon":
             holders.clear()
+        elif event == "close":
+            with pool._lock:  # no other lease may come between release and close
+                del pool._leased[slot]
+                pool._retire(slot)
+                pool._closed = True
         else:
-            pool.release(slot, retire=give_back == "retire")
+            pool.release(slot, retire=event == "retire")
 
     thread = threading.Thread(target=later)
     thread.start()
-    again = lease(pool, "b", timeout=30)
+    if event == "close":
+        with pytest.raises(UsedAfterClose):
+            lease(pool, "b", timeout=30)
+    else:
+        pool.release(lease(pool, "b", timeout=30))
     thread.join()
-    pool.release(again)
-
-
-def test_closing_wakes_a_waiting_lease(pool: Pool) -> None:
-    slot = lease(pool)
-    raised: list[BaseException] = []
-
-    def wait() -> None:
-        try:
-            lease(pool, timeout=30)
-        except UsedAfterClose as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=wait)
-    thread.start()
-    while not pool._waiting:
-        time.sleep(0.001)
-    with pool._lock:  # no other lease may come between release and close
-        del pool._leased[slot]
-        pool._retire(slot)
-        pool._closed = True
-    thread.join(20)
     pool._closed = False
-    assert len(raised) == 1
-
-
-# Holders that go
 
 
 @pytest.mark.parametrize("released", ["before its holder went", "after its holder went"])
@@ -143,23 +121,6 @@ def test_claim_that_was_cut_short_before_it_had_a_slot_is_dropped(pool: Pool) ->
     assert list(pool._abandoned) == [claim]
     cycle(pool, "a")
     assert not pool._abandoned
-
-
-def test_abandoned_slot_that_cannot_be_reset_is_destroyed_and_logged(
-    pool: Pool, inject: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    holder = Holder()
-    slot = lease(pool, holder=holder)
-    del holder
-    inject("madvise", error=errno.ENOMEM)
-    with caplog.at_level(logging.ERROR, "memslot"):
-        assert cycle(pool, "b") == slot.base
-    assert slot.state is State.DESTROYED
-    assert pool.statistics().failed_resets == 1
-    assert "MADV_DONTNEED" in caplog.text
-
-
-# Refusals
 
 
 def test_slot_is_released_once_and_to_its_own_pool(make_pool: Make) -> None:
@@ -234,54 +195,6 @@ def test_too_little_address_space_names_the_limit(make_pool: Make, allocation: s
             with pytest.raises(SystemCallError, match=sentence):
                 lease(pool)
     assert pool.statistics().in_use == 0
-
-
-# Failures of giving back
-
-
-@pytest.mark.parametrize("allocation", ["pooling", "on-demand"])
-def test_slot_that_cannot_be_destroyed_now_is_destroyed_later(
-    make_pool: Make, inject: Any, allocation: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    pool = make_pool(1, allocation=allocation)
-    slot = lease(pool)
-    inject("mmap" if allocation == "pooling" else "munmap", error=errno.ENOMEM)
-    with caplog.at_level(logging.ERROR, "memslot"):
-        pool.release(slot, retire=True)
-    assert "could not be destroyed" in caplog.text
-    assert pool.statistics().limit == (0 if allocation == "pooling" else 1)
-    pool.check()
-    cycle(pool, "b")
-    assert pool.statistics().limit == 1
-
-
-@pytest.mark.parametrize("allocation", ["pooling", "on-demand"])
-def test_closing_again_gives_back_what_could_not_be_given_back(
-    make_pool: Make, image: Image, inject: Any, allocation: str
-) -> None:
-    pool = make_pool(2, allocation=allocation)
-    slots = [pool.lease(image, 4 * P, affinity=i) for i in range(2)]
-    if allocation == "on-demand":
-        inject("munmap", error=errno.ENOMEM)
-    for slot in slots:
-        pool.release(slot)
-    inject("munmap", error=errno.ENOMEM)
-    with pytest.raises(SystemCallError, match="unmapping"):
-        pool.close()
-    with pytest.raises(UsedAfterClose):
-        lease(pool)
-    pool.close()
-
-
-def test_closing_goes_on_after_one_slot_failed(make_pool: Make, inject: Any) -> None:
-    pool = make_pool(3, growth="ftruncate")
-    slots = [lease(pool, i) for i in range(3)]
-    for slot in slots:
-        pool.release(slot)
-    inject("close", skip=1, error=errno.EIO)
-    with pytest.raises(SystemCallError, match="closing a slot's extension"):
-        pool.close()
-    pool.close()
 
 
 def test_check_finds_a_place_with_two_owners_or_none_and_an_unknown_idle_slot(

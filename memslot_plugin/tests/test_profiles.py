@@ -1,56 +1,100 @@
-"""The profiles of the property tests."""
+"""The tiers, the profiles of the property tests, and --require-hosts."""
 
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).parent
-ASK = """
-from hypothesis import settings
 from memslot_plugin.tests import profiles
+
+SAMPLE = """
+import pytest
+from hypothesis import given, settings, strategies
+from memslot_plugin.tests import profiles
+
 profiles.load()
-print(profiles.FACTOR, profiles.EXPENSIVE, profiles.examples(7), settings().max_examples, settings().derandomize)
+
+@pytest.mark.gate
+@pytest.mark.parametrize("cell", ["wasmtime-memfd"])
+def test_host(cell):
+    pass
+
+@given(strategies.none())
+def test_property(drawn):
+    assert settings().max_examples == 100 and settings().derandomize
+
+@pytest.mark.scales
+def test_scaled():
+    assert profiles.examples(3) == 12
+
+@pytest.mark.long
+def test_long():
+    raise AssertionError
+
+def test_plain():
+    raise AssertionError
+
+@pytest.mark.gate
+@pytest.mark.parametrize("reason", ["impossible: an old kernel", "not installed"])
+def test_skipped(reason):
+    pytest.skip(reason)
 """
 
 
-def asked(**environment: str) -> subprocess.CompletedProcess[str]:
-    kept = {
-        name: value for name, value in os.environ.items() if name not in ("CI", "MEMSLOT_PROFILE")
-    }
-    return subprocess.run(
-        [sys.executable, "-c", ASK],
-        env=kept | environment,
+def gate(folder: Path, *options: str) -> tuple[int, str]:
+    """Run the sample as `pytest -m gate` in a process of its own; return its exit status and output."""
+    (folder / "test_sample.py").write_text(SAMPLE)
+    command = [sys.executable, "-m", "pytest", "-p", "memslot_plugin.tests.tiers", "-m", "gate"]
+    done = subprocess.run(
+        [*command, "-rA", "--rootdir", str(folder), "-c", os.devnull, *options, str(folder)],
+        env={name: value for name, value in os.environ.items() if "PYTEST" not in name},
         capture_output=True,
         text=True,
         check=False,
+        timeout=120,
     )
+    return done.returncode, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(
-    ("environment", "answer"),
-    [
-        ({}, "1 False 7 100 False"),
-        ({"CI": "1"}, "1 False 7 100 True"),
-        ({"MEMSLOT_PROFILE": "expensive"}, "60 True 420 6000 False"),
-        ({"MEMSLOT_PROFILE": "expensive", "CI": "1"}, "60 True 420 6000 False"),
-    ],
-)
-def test_a_profile_multiplies_the_examples(environment: dict[str, str], answer: str) -> None:
-    assert asked(**environment).stdout.strip() == answer
+@pytest.mark.parametrize(("profile", "factor"), [("", 1), ("gate", 4), ("long", 240)])
+def test_profile_multiplies_the_examples(
+    monkeypatch: pytest.MonkeyPatch, profile: str, factor: int
+) -> None:
+    monkeypatch.setenv("MEMSLOT_PROFILE", profile)
+    found = runpy.run_path(profiles.__file__)
+    assert (found["examples"](7), found["LONG"]) == (7 * factor, profile == "long")
 
 
-def test_a_profile_that_does_not_exist_is_refused() -> None:
-    done = asked(MEMSLOT_PROFILE="cheap")
-    assert done.returncode != 0
-    assert "MEMSLOT_PROFILE=cheap is not allowed: it is expensive, or not set" in done.stderr
+def test_profile_that_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEMSLOT_PROFILE", "cheap")
+    with pytest.raises(
+        ValueError, match="MEMSLOT_PROFILE=cheap is not allowed: it is gate or long"
+    ):
+        runpy.run_path(profiles.__file__)
 
 
-def test_nobody_else_reads_the_variable() -> None:
-    asks = 'environ.get("MEMSLOT_PROFILE"'
-    readers = [path.name for path in TESTS.rglob("*.py") if asks in path.read_text()]
-    assert sorted(readers) == ["profiles.py", "test_profiles.py"]
+def test_gate_selects_its_tests_and_fails_on_skips_and_hosts_that_are_possible(
+    tmp_path: Path,
+) -> None:
+    status, output = gate(tmp_path, "-n", "2", "--require-hosts=wasmtime,wasmer")
+    assert status == 1, output
+    assert "3 passed, 2 skipped" in output
+    assert "skipped as impossible: 1\n" in output
+    faults = [line for line in output.splitlines() if line.startswith("ERROR")]
+    assert faults == [
+        "ERROR skipped, and not impossible: test_sample.py::test_skipped[not installed]: not installed",
+        "ERROR no test passed on the required host wasmer",
+    ]
+
+
+def test_gate_allows_skips_that_are_impossible(tmp_path: Path) -> None:
+    options = ("--require-hosts=wasmtime", "-k", "not installed", "-p", "no:xdist")
+    status, output = gate(tmp_path, *options)
+    assert status == 0, output
+    assert "3 passed, 1 skipped, 3 deselected" in output
+    assert "ERROR" not in output

@@ -1,20 +1,19 @@
 """The slot's behaviours with their system calls counted, what a slot refuses, and what it is after a failure.
 
-The numbers in names are those of the design, section 5; behaviours of images are in test_image.py, of pools in
-test_pool.py. The bytes of any sequence of steps are compared in test_pool_model.py.
+The numbers are those of the design, section 5; behaviours of images are in test_image.py, of pools in test_pool.py.
+The bytes of any sequence of steps are compared in test_pool_model.py, failures of any call in test_faults.py.
 """
 
 from __future__ import annotations
 
 import ast
-import ctypes
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from memslot_plugin import BytesImage, Image, MemfdImage, Slot, State, _core
+from memslot_plugin import Image, Slot, State, _core
 from memslot_plugin._core import PAGE_SIZE as P
 from memslot_plugin._core import ffi, lib
 from memslot_plugin.errors import (
@@ -32,64 +31,50 @@ from memslot_plugin.tests.slots import RESERVED, content, expected, fill, needs_
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 MakeImage = Callable[..., Image]
+Step = Callable[[Slot, Image, Image], object]
+
+COSTS: dict[str, tuple[Step, int, int, int]] = {
+    "06 same image and size": (lambda slot, one, _: slot.instantiate(one, 50 * P), 0, 0, 0),
+    "06 same image, larger": (lambda slot, one, _: slot.instantiate(one, 60 * P), 0, 0, 1),
+    "06 same image, smaller": (lambda slot, one, _: slot.instantiate(one, 45 * P), 0, 0, 1),
+    "07 another image": (lambda slot, _, other: slot.instantiate(other, 50 * P), 2, 1, 0),
+    "07 another, smaller": (lambda slot, _, other: slot.instantiate(other, 5 * P), 2, 1, 1),
+    "07 no image": (lambda slot, *_: slot.instantiate(None, 50 * P), 2, 0, 0),
+    "11 destroyed twice": (lambda slot, *_: (slot.destroy(), slot.destroy()), 1, 0, 0),
+}
+"""Steps from a clean slot with an image of two extents of 50 pages: the numbers of mmap calls, of further ones unless
+images are copied, and of mprotect calls.
+"""
+
+
+@pytest.mark.parametrize("step", COSTS)
+def test_step_from_a_clean_slot_makes_its_calls_only(
+    slot: Slot, make_image: MakeImage, reset: Any, calls: Any, step: str
+) -> None:
+    one, other = make_image((2, b"1" * 2 * P), (40, b"1")), make_image((3, b"2" * 2 * P))
+    do, mapped, laid, protected = COSTS[step]
+    slot.instantiate(one, 50 * P)
+    use(slot, reset)
+    with calls() as made:
+        do(slot, one, other)
+    mapped += 0 if one.copied else laid
+    assert {"mmap": 0, "mprotect": 0, **made} == {"mmap": mapped, "mprotect": protected}
+    slot.check()
+    if slot.state is State.DESTROYED:
+        (found,) = mappings(slot.base, slot.base + RESERVED)
+        assert (found.permissions, found.inode) == ("---p", 0)
+    else:
+        assert content(slot) == expected(slot.image, slot.accessible)
 
 
 def test_05_slot_over_an_accessible_range_makes_no_call(reservation: int, calls: Any) -> None:
     _core.check(lib.ms_allow(reservation, 4 * P), "allowing")
     with calls() as made:
         slot = Slot(reservation, RESERVED, 4 * P)
-    assert made == {}
-    slot.check()
-    with calls() as made:
         assert not slot.instantiate(None, 4 * P)
     assert made == {}
+    slot.check()
     slot.destroy()
-
-
-def test_06_same_image_and_size_make_no_call(
-    slot: Slot, make_image: MakeImage, reset: Any, calls: Any
-) -> None:
-    image = make_image((0, b"x" * P), (40, b"y"))
-    slot.instantiate(image, 48 * P)
-    for _ in range(3):
-        use(slot, reset)
-        with calls() as made:
-            assert slot.instantiate(image, 48 * P) is False
-        assert made == {}
-
-
-def test_06_image_and_size_change_independently(
-    slot: Slot, make_image: MakeImage, calls: Any
-) -> None:
-    one, other = make_image((0, b"x" * P)), make_image((1, b"y" * P))
-    slot.instantiate(one, 8 * P)
-    for image, pages, kinds in [
-        (one, 16, {"mprotect"}),
-        (one, 8, {"mprotect"}),
-        (other, 8, {"mmap"}),
-        (other, 16, {"mprotect"}),
-        (one, 4, {"mmap", "mprotect"}),
-    ]:
-        use(slot)
-        with calls() as made:
-            assert slot.instantiate(image, pages * P)
-        assert set(made) == kinds, (image, pages)
-        slot.check()
-        assert content(slot) == expected(image, pages * P)
-
-
-def test_07_another_image_remaps_the_ranges_of_both_only(
-    slot: Slot, make_image: MakeImage, calls: Any
-) -> None:
-    one = make_image((2, b"1" * 2 * P), (40, b"1"))
-    other = make_image((3, b"2" * 2 * P))
-    slot.instantiate(one, 50 * P)
-    use(slot)
-    with calls() as made:
-        slot.instantiate(other, 50 * P)
-    copied = isinstance(one, BytesImage)
-    assert made == {"mmap": len(one.extents) + (0 if copied else len(other.extents))}
-    assert content(slot) == expected(other, 50 * P)
 
 
 def test_07_no_image_after_an_image_leaves_zeros_also_above_the_new_size(
@@ -103,8 +88,8 @@ def test_07_no_image_after_an_image_leaves_zeros_also_above_the_new_size(
     assert content(slot) == bytes(50 * P)
 
 
-def test_08_growing_is_one_mprotect_of_the_new_bytes(
-    slot: Slot, make_image: MakeImage, calls: Any
+def test_08_growing_is_one_mprotect_of_the_new_bytes_and_09_only_it_is_reset_by_one(
+    slot: Slot, make_image: MakeImage, reset: Any, calls: Any
 ) -> None:
     slot.instantiate(make_image((0, b"x" * P)), 4 * P)
     for pages, number in ((5, 1), (20, 1), (64, 1), (64, 0)):
@@ -116,68 +101,35 @@ def test_08_growing_is_one_mprotect_of_the_new_bytes(
         slot.grow(65 * P)
     with pytest.raises(SlotError, match="cannot shrink"):
         slot.grow(63 * P)
-    use(slot)
-    assert slot.accessible == 4 * P
-
-
-def test_08_shrinking_at_the_next_use_is_one_mprotect_of_the_tail(slot: Slot, calls: Any) -> None:
-    slot.instantiate(None, 32 * P)
-    use(slot)
-    with calls() as made:
-        slot.instantiate(None, 8 * P)
-    assert made == {"mprotect": 1}
-    slot.check()
-
-
-def test_09_reset_protects_only_a_memory_that_grew(
-    slot: Slot, make_image: MakeImage, reset: Any, calls: Any
-) -> None:
-    image = make_image((1, b"x" * P))
-    for grown in (False, True):
-        slot.instantiate(image, 4 * P)
-        if grown:
-            slot.grow(40 * P)
+    for protected in (1, 0):
         with calls() as made:
             use(slot, reset)
-        assert made.get("mprotect", 0) == grown
+        assert made.get("mprotect", 0) == protected
         assert "mmap" not in made
+        assert slot.accessible == 4 * P
+        slot.instantiate(slot.image, 4 * P)
 
 
-@pytest.fixture
-def extending(reservation: int) -> Iterator[Slot]:
-    slot = Slot(reservation, RESERVED, growth="ftruncate")
-    yield slot
-    slot.destroy()
-
-
-def test_10_growth_by_ftruncate_maps_once_and_grows_by_ftruncate(
-    extending: Slot, make_image: MakeImage, reset: Any, calls: Any
+@pytest.mark.parametrize("maximum", [4, 40])
+def test_10_growth_by_ftruncate_maps_once_and_grows_by_ftruncate_to_the_maximum(
+    reservation: int, make_image: MakeImage, reset: Any, calls: Any, maximum: int
 ) -> None:
-    slot, image = extending, make_image((1, b"x" * P))
-    slot.instantiate(image, 4 * P, maximum=40 * P)
-    slot.check()
+    slot, image = Slot(reservation, RESERVED, growth="ftruncate"), make_image((1, b"x" * P))
+    slot.instantiate(image, 4 * P, maximum=maximum * P)
     for _ in range(2):
-        for pages in (5, 20, 40):
+        for pages in (5, 20, 40) if maximum == 40 else ():
             with calls() as made:
                 slot.grow(pages * P)
             assert made == {"ftruncate": 1}
             slot.check()
+        with pytest.raises(MemoryTooLarge):
+            slot.grow((maximum + 1) * P)
         with calls() as made:
             use(slot, reset)
-        assert made["ftruncate"] == 1
+            assert not slot.instantiate(image, 4 * P, maximum=maximum * P)
+        assert made.get("ftruncate", 0) == (maximum == 40)
         assert not {"mprotect", "mmap"} & set(made)
-        with calls() as made:
-            assert not slot.instantiate(image, 4 * P, maximum=40 * P)
-        assert made == {}
-    with pytest.raises(MemoryTooLarge):
-        slot.grow(41 * P)
-
-
-def test_10_maximum_bounds_an_ftruncate_slot_also_if_it_is_the_minimum(extending: Slot) -> None:
-    extending.instantiate(None, 4 * P, maximum=4 * P)
-    with pytest.raises(MemoryTooLarge):
-        extending.grow(5 * P)
-    extending.check()
+    slot.destroy()
 
 
 def test_10_access_past_the_end_of_an_extension_is_a_sigbus(child: Any) -> None:
@@ -203,40 +155,37 @@ assert touch(32) == -signal.SIGSEGV
     )
 
 
-def test_11_destroying_inside_a_reservation_covers_it(
-    reservation: int, make_image: MakeImage, calls: Any
+@pytest.mark.parametrize("byte_size", [1, P - 1, P + 1, 3 * P + 17])
+def test_size_between_pages_is_rounded_up(slot: Slot, byte_size: int, calls: Any) -> None:
+    assert slot.instantiate(None, byte_size)
+    assert slot.accessible == _core.align_up(byte_size)
+    use(slot)
+    with calls() as made:
+        assert slot.instantiate(None, byte_size) is False
+    assert made == {}
+    slot.grow(byte_size + P + 1)
+    slot.check()
+
+
+def test_reset_of_an_empty_memory_makes_no_call(slot: Slot, reset: Any, calls: Any) -> None:
+    slot.instantiate(None, 0)
+    with calls() as made:
+        slot.reset(reset)
+    assert made == {}
+
+
+@needs_pagemap
+def test_purge_gives_back_resident_pages_also_of_a_grown_memory(
+    slot: Slot, make_image: MakeImage
 ) -> None:
-    slot = Slot(reservation, RESERVED)
-    slot.instantiate(make_image((0, b"x" * P)), 8 * P)
-    with calls() as made:
-        slot.destroy()
-        slot.destroy()
-    assert made == {"mmap": 1}
-    assert slot.state is State.DESTROYED
-    slot.check()
-    (found,) = mappings(reservation, reservation + RESERVED)
-    assert (found.permissions, found.inode) == ("---p", 0)
-
-
-def test_11_destroying_a_slot_of_its_own_unmaps_it(make_image: MakeImage, calls: Any) -> None:
-    slot = Slot.create(RESERVED, P, guard=4 * P)
-    slot.instantiate(make_image((0, b"x")), P)
-    with calls() as made:
-        slot.destroy()
-    assert made == {"munmap": 1}
-    assert not list(mappings(slot.base, slot.base + RESERVED + 4 * P))
-
-
-def test_13_slot_of_its_own_has_the_right_size_from_the_start(calls: Any) -> None:
-    with calls() as made:
-        slot = Slot.create(RESERVED, 8 * P)
-        slot.instantiate(None, 8 * P)
-    assert made == {"mmap": 2}
-    slot.check()
-    slot.destroy()
-
-
-# The kernel's side
+    slot.instantiate(make_image((0, b"x" * P)), 32 * P)
+    slot.grow(RESERVED)
+    use(slot, choose("copy", 1 << 30))
+    report = ffi.new("ms_reset_report *")
+    for kept in (64, 0):
+        lib.ms_count_private(pagemap_descriptor(), slot.base, RESERVED, report)
+        assert report.private_pages == kept
+        slot.purge()
 
 
 def test_kernel_sees_exactly_the_counted_calls_in_their_ranges(strace: Any) -> None:
@@ -318,72 +267,6 @@ print([slot.base, P, {name: n - before[name] for name, n in _core.counters().ite
         assert len(of_pool) == counted[name.removesuffix("64")] > 0, (name, of_pool)
 
 
-# Sizes, and resets of little
-
-
-@pytest.mark.parametrize("byte_size", [1, P - 1, P + 1, 3 * P + 17])
-def test_size_between_pages_is_rounded_up(slot: Slot, byte_size: int, calls: Any) -> None:
-    assert slot.instantiate(None, byte_size)
-    assert slot.accessible == _core.align_up(byte_size)
-    use(slot)
-    with calls() as made:
-        assert slot.instantiate(None, byte_size) is False
-    assert made == {}
-    slot.grow(byte_size + P + 1)
-    slot.check()
-
-
-def test_reset_of_an_empty_memory_makes_no_call(slot: Slot, reset: Any, calls: Any) -> None:
-    slot.instantiate(None, 0)
-    with calls() as made:
-        slot.reset(reset)
-    assert made == {}
-    slot.instantiate(None, 0)
-    slot.grow(4 * P)
-    use(slot, reset)
-    assert slot.accessible == 0
-
-
-def test_reset_counts_the_bytes_that_it_restored(slot: Slot, reset: Any) -> None:
-    slot.instantiate(None, 8 * P)
-    for page in (0, 1, 5):
-        ctypes.memset(slot.base + page * P, 9, 1)
-    result = slot.reset(reset)
-    assert result.dirty_bytes == (None if result.strategy == "madvise" else 3 * P)
-    assert result.nanoseconds > 0
-    slot.instantiate(None, 8 * P)
-    assert slot.reset(choose("copy", 1 << 30)).dirty_bytes == 0
-
-
-def test_image_is_told_from_an_earlier_one_with_the_same_descriptor_number(slot: Slot) -> None:
-    numbers = set()
-    for byte in (b"1", b"2"):
-        with MemfdImage("reused", byte * P) as image:
-            numbers.add(image.fd)
-            slot.instantiate(image, P)
-            assert content(slot) == byte * P
-            use(slot)
-            slot.purge()
-    assert len(numbers) == 1
-
-
-@needs_pagemap
-def test_purge_gives_back_resident_pages_also_of_a_grown_memory(make_image: MakeImage) -> None:
-    slot = Slot.create(RESERVED)
-    slot.instantiate(make_image((0, b"x" * P)), 32 * P)
-    slot.grow(RESERVED)
-    use(slot, choose("copy", 1 << 30))
-    report = ffi.new("ms_reset_report *")
-    kept = []
-    for step in (lambda: None, slot.purge):
-        step()
-        lib.ms_count_private(pagemap_descriptor(), slot.base, RESERVED, report)
-        kept.append(report.private_pages)
-    assert kept == [64, 0]
-    slot.check()
-    slot.destroy()
-
-
 # Refusals
 
 
@@ -453,9 +336,6 @@ def test_memory_that_does_not_fit_is_refused_and_leaves_the_slot_clean(
     assert slot.state is State.CLEAN
 
 
-# Failures
-
-
 def test_failed_reset_leaves_a_slot_that_the_next_use_maps_over(
     slot: Slot, make_image: MakeImage, inject: Any
 ) -> None:
@@ -470,13 +350,11 @@ def test_failed_reset_leaves_a_slot_that_the_next_use_maps_over(
         slot.reset(madvise)
     slot.instantiate(image, 4 * P)
     slot.grow(8 * P)
-    slot.check()
     assert content(slot) == expected(image, 8 * P)
 
 
 def test_failed_cover_is_told_and_repeated(reservation: int, inject: Any) -> None:
     slot = Slot(reservation, RESERVED)
-    slot.instantiate(None, 8 * P)
     inject("mmap", error=errno.ENOMEM)
     with pytest.raises(SystemCallError, match="covering a slot"):
         slot.destroy()
