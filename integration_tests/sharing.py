@@ -1,8 +1,9 @@
-"""What other processes do with a guest that was shared: importable by them, as multiprocessing demands."""
+"""What other processes do with a guest: importable by them, as multiprocessing demands."""
 
 from __future__ import annotations
 
 import socket
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from memslot_plugin.smaps import mappings
 from . import cells, toy
 from .cells import Cell
 
+TEXT = f"""(module (memory (export "memory") 40 60) (data (i32.const 16) "from the module") {toy.CODE})"""
+
 
 def facts(instance: memslot.Instance) -> dict[str, Any]:
-    """The inodes that an instance's memory maps, and the kernel's account of those mappings, in KiB."""
+    """Return the inodes that an instance's memory maps, and the kernel's account of them, in KiB."""
     base, size = instance._live().memories[0].base, instance.memory.byte_size
     found: dict[str, Any] = {"Rss": 0, "Pss": 0, "Private_Dirty": 0}
     inside = False
@@ -31,7 +34,7 @@ def facts(instance: memslot.Instance) -> dict[str, Any]:
 
 
 def use(guest: memslot.Guest) -> dict[str, Any]:
-    """Everything that a worker does with a guest: call, write, reset, read."""
+    """Call, write, reset and read, as a worker does, and return what was found."""
     with guest.instantiate() as instance:
         before = instance.memory.read(0, instance.memory.byte_size)
         answers = [instance.call("load", 7)]
@@ -40,37 +43,37 @@ def use(guest: memslot.Guest) -> dict[str, Any]:
         answers.append(instance.call("load", 7))
         assert instance.memory.read(0, instance.memory.byte_size) == before
         found = facts(instance)
-        instance.memory.write(9, b"mine alone")
-        instance.reset()
     with guest.lease() as instance:
         answers.append(instance.call("load", 7))
     loaded = None if guest.loaded is None else asdict(guest.loaded)
-    return {"answers": answers, "sum": sum(before), "loaded": loaded, **found}
+    return {"answers": answers, "checksum": zlib.crc32(before), "loaded": loaded, **found}
 
 
-def attach_and_use(cell: Cell, shared: SharedGuest, connection: Any) -> None:
-    """In a worker: on a host of its own."""
+def work(
+    cell: Cell, connection: Any, shared: SharedGuest, more: tuple[Any, str, Path] | None
+) -> None:
+    """Use, in a worker with a host of its own, what was its argument; then what comes through a queue, a socket
+    and a file.
+    """
     with cell.serving(slots=2, image_limit="64MiB") as host:
-        guest = host.attach(shared, trust_code=True)
-        shared.close()
-        connection.send(use(guest))
-        connection.recv()
-        cells.check(host)
-        guest.close()
+
+        def attached(found: SharedGuest) -> memslot.Guest:
+            with found:
+                return host.attach(found, trust_code=True)
+
+        def tell(guest: memslot.Guest) -> None:
+            connection.send(use(guest))
+            connection.recv()
+            cells.check(host)
+            guest.close()
+
+        tell(attached(shared))
+        if more is not None:
+            queue, path, file = more
+            tell(attached(queue.get()))
+            with socket.socket(socket.AF_UNIX) as other:
+                other.connect(path)
+                found = SharedGuest.receive(other)
+            tell(attached(found))
+            tell(host.load(file, trust_code=True))
     connection.send("closed")
-
-
-def attach_from_queue(cell: Cell, queue: Any, connection: Any) -> None:
-    """In a worker that was there before the guest was."""
-    attach_and_use(cell, queue.get(), connection)
-
-
-def receive_and_use(cell: Cell, path: str, connection: Any) -> None:
-    """In a worker that knows the path of a socket and nothing else."""
-    with socket.socket(socket.AF_UNIX) as other:
-        other.connect(path)
-        shared = SharedGuest.receive(other)
-    attach_and_use(cell, shared, connection)
-
-
-TEXT = f"""(module (memory (export "memory") 40 60) (data (i32.const 16) "from the module") {toy.CODE})"""
