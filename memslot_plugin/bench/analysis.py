@@ -29,7 +29,7 @@ _BODY = bytes.fromhex(
 """A function as compilers write it: mostly locals, constants, loads, stores and branches."""
 
 
-def module(byte_size: int = BYTES) -> bytes:
+def module(byte_size: int) -> bytes:
     """A module of one memory, one global, and about `byte_size` bytes of functions."""
     count = byte_size // (len(_BODY) + 1)
     functions = unsigned_leb128(count)
@@ -50,7 +50,7 @@ def module(byte_size: int = BYTES) -> bytes:
 def measure(bench: Bench, seconds: float = 2.0) -> Family:
     """Parse, analyse and hash in turns."""
     bench.say("analysis: 30 MB of code")
-    data = module()
+    data = module(BYTES)
     parsed = wasm.parse(data)
     samples = bench.rounds(
         {

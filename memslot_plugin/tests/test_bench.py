@@ -1,41 +1,62 @@
-"""The benchmark: what it measures with, how a run is kept and shown; its figures are nobody's business here."""
+"""The benchmark: how it measures, how a run is kept and shown, and when a limit holds."""
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
+import memslot_plugin.bench
 from memslot_plugin._core import PAGE_SIZE as P
 from memslot_plugin._core import lib
-from memslot_plugin.bench import FAMILIES, Bench, cycle, grids, report, request, reset, run, warm
+from memslot_plugin.bench import (
+    FAMILIES,
+    Bench,
+    cycle,
+    grids,
+    report,
+    request,
+    ruby,
+    run,
+    scaling,
+    snapshot,
+)
 from memslot_plugin.bench import results as r
 from memslot_plugin.bench.memory import Guestless, Pages, guestless, image_of, strategy
-from memslot_plugin.bench.worker import received
 from memslot_plugin.cli import main
 from memslot_plugin.errors import MemslotError
+from memslot_plugin.hosts import alone, open_host
 from memslot_plugin.image import MemfdImage
 from memslot_plugin.probe import probe
 
 MIB = 1 << 20
+Measure = Callable[..., r.Family]
+
+HOSTS = [name for name in alone.KNOWN if importlib.util.find_spec(name)]
+if sys.version_info >= (3, 11) and "wasmer" in HOSTS:
+    HOSTS.remove("wasmer")
 
 pytestmark = [
     pytest.mark.skipif(not probe().memfd.works, reason="impossible: no memfd, no image to measure"),
     pytest.mark.skipif(not probe().pagemap.works, reason="impossible: no PAGEMAP_SCAN here"),
 ]
 
-needs_a_runtime = pytest.mark.skipif(
-    not (importlib.util.find_spec("wasmtime") or importlib.util.find_spec("wasmer")),
-    reason="no runtime is installed",
-)
+needs_a_runtime = pytest.mark.skipif(not HOSTS, reason="no runtime is installed")
+
+
+class Once(Bench):
+    """A benchmark that measures each case in one round."""
+
+    def rounds(self, subjects: Any, seconds: float, **_: int) -> dict[str, list[float]]:
+        return super().rounds(subjects, seconds, fewest=1, most=1, warm_up=0)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +71,7 @@ def guest(image: MemfdImage) -> Iterator[Guestless]:
         yield made
 
 
-# What it measures with
+# Memory
 
 
 def content(guest: Guestless) -> bytes:
@@ -63,7 +84,7 @@ def changed(before: bytes, after: bytes) -> list[int]:
     ]
 
 
-def test_pages_are_written_each_time_anew_and_no_others(guest: Guestless) -> None:
+def test_pages_written_twice_change_each_time_and_no_others_do(guest: Guestless) -> None:
     pages, before = Pages([0, 3, 255]), content(guest)
     for _ in range(2):
         pages.write(guest.slot.base)
@@ -72,52 +93,36 @@ def test_pages_are_written_each_time_anew_and_no_others(guest: Guestless) -> Non
         before = after
 
 
-@pytest.mark.parametrize("count", [0, 1, 7, 256])
-def test_spread_pages_are_different_and_inside(count: int) -> None:
-    pages = Pages.spread(count, MIB)  # kept: a slice of its array does not own the numbers
-    offsets = set(pages.offsets[0:count])
-    assert len(offsets) == count
-    assert all(offset < MIB and offset % P == 0 for offset in offsets)
+def test_spread_pages_are_distinct_and_inside() -> None:
+    for count in (0, 1, 7, 256):
+        pages = Pages.spread(count, MIB)  # kept: a slice of its array does not own the numbers
+        offsets = set(pages.offsets[0:count])
+        assert len(offsets) == count
+        assert all(offset < MIB and offset % P == 0 for offset in offsets)
     assert Pages.spread(1000, MIB).count == 256
 
 
-@pytest.mark.parametrize("how", ["pagemap", "madvise", "auto"])
-def test_the_floor_and_the_reset_do_the_same(guest: Guestless, how: str) -> None:
+@pytest.mark.parametrize("how", ["pagemap", "madvise", "auto", "copy"])
+def test_floor_and_reset_restore_the_same_bytes(guest: Guestless, how: str) -> None:
     pristine, pages = content(guest), Pages.spread(16, MIB)
-    pages.write(guest.slot.base)
-    floor = guest.floor_by_madvise() if how == "madvise" else guest.floor_by_pagemap(pages)
-    assert content(guest) == pristine
-    pages.write(guest.slot.base)
-    assert content(guest) != pristine
-    took = guest.reset(strategy(how))
-    assert content(guest) == pristine
-    assert floor > 0
-    assert took > 0
+    floors = {"madvise": guest.floor_by_madvise, "copy": lambda: guest.floor_by_copy(pages)}
+    floor = floors.get(how, lambda: guest.floor_by_pagemap(pages))
+    for restore in (floor, lambda: guest.reset(strategy(how))):
+        pages.write(guest.slot.base)
+        assert content(guest) != pristine
+        assert restore() > 0
+        assert content(guest) == pristine
 
 
-def test_reading_makes_nothing_private(guest: Guestless) -> None:
+def test_reading_makes_no_page_private(guest: Guestless) -> None:
     assert lib.ms_bench_read(guest.slot.base, MIB) > 0
     assert guest.slot.private_runs() == []
-
-
-def test_a_received_image_is_the_same_file_and_closes_only_its_own() -> None:
-    with image_of(MIB) as made:
-        descriptor = made.fd
-        copy = received(os.dup(descriptor), MIB)
-        try:
-            with guestless(copy, MIB) as one, guestless(made, MIB) as other:
-                assert content(one) == content(other)
-                Pages([5]).write(one.slot.base)
-                assert changed(content(other), content(one)) == [5]
-        finally:
-            copy.close()
-        assert made.fd == descriptor
 
 
 # Rows, claims, runs
 
 
-def test_a_spread_is_a_median_with_quartiles() -> None:
+def test_spread_is_a_median_with_quartiles() -> None:
     assert r.Spread.of([4, 1, 3, 2, 5]) == r.Spread(3, 2, 4, 5)
     assert r.Spread.of([7.5]) == r.Spread(7.5, 7.5, 7.5, 1)
 
@@ -131,132 +136,279 @@ def test_ratios_are_taken_round_by_round() -> None:
 
 
 @pytest.mark.parametrize(
-    ("measured", "limit", "at_least", "holds"),
-    [
-        (1.2, 1.25, False, True),
-        (1.3, 1.25, False, False),
-        (4, 4, True, True),
-        (3.9, 4, True, False),
-    ],
+    ("measured", "at_least", "holds"),
+    [(4, False, True), (4.1, False, False), (4, True, True), (3.9, True, False)],
 )
-def test_a_claim_holds_up_to_its_limit(
-    measured: float, limit: float, at_least: bool, holds: bool
-) -> None:
-    assert r.Claim("", measured, limit, at_least=at_least).holds is holds
+def test_claim_holds_up_to_its_limit(measured: float, at_least: bool, holds: bool) -> None:
+    assert r.Claim("", measured, 4, at_least=at_least).holds is holds
 
 
-def test_numbers_for_people() -> None:
-    assert [r.times(number) for number in (0.9, 1.066, 12.34, 1234)] == [
-        "0.90x",
-        "1.07x",
-        "12.3x",
-        "1,234x",
-    ]
+def test_numbers_are_written_for_people() -> None:
+    shown = [r.times(number) for number in (0.9, 1.066, 12.34, 1234)]
+    assert shown == ["0.90x", "1.07x", "12.3x", "1,234x"]
     assert r.claimed(r.Claim("", 371.0, 500.0, kind="nanoseconds")) == "0.37 us"
     assert r.claimed(r.Claim("", 2.004, 4.0, kind="count")) == "2"
 
 
-@pytest.fixture(scope="module")
-def measured(image: MemfdImage) -> r.Run:
-    """A little of several families."""
-    bench = Bench(quick=True)
-    rows = tuple(reset.cases(bench, image, 1, 16, reads=["nothing", "300 pages"], seconds=0.02))
-    with image_of(warm.GUEST) as larger:
-        warmed = tuple(warm.cases(bench, larger, 1, seconds=0.02))
-    families = (r.Family("reset", rows, (reset.over_the_floor(rows),)), r.Family("warm", warmed))
-    names = ("date", "processor", "processors", "kernel", "python")
-    return r.Run({"versions": {"memslot": "1"}, **dict.fromkeys(names, "?")}, True, families)
+RESET = {"strategy": "auto", "MiB": 1, "read": "300 pages", "pages written": 16}
+CYCLE = {"strategy": "auto", "pages written": 64, "where": "side by side"}
+LARGE = {"guest": "4 MiB", "pages written": 1, "host": "wasmer", "against": "wasmer alone"}
+
+MADE: list[tuple[str, float, float, dict[str, Any], list[tuple[float, float]]]] = [
+    ("reset", 1.2, 1, RESET, [(1.2, 1.25)]),
+    ("reset", 1.3, 1, {**RESET, "strategy": "pagemap"}, [(1.3, 1.25)]),
+    ("reset", 9, 1, {**RESET, "strategy": "copy"}, []),
+    ("reset", 9, 1, {**RESET, "read": "nothing"}, []),
+    ("reset", 9, 1, {**RESET, "pages written": 0}, []),
+    ("cycle", 5, 1, CYCLE, [(5, 4)]),
+    ("cycle", 9, 1, {**CYCLE, "where": "over 64 MiB"}, []),
+    ("cycle", 1.1, 1, {"workload": "steady", "strategy": "auto"}, [(1.1, 1.25)]),
+    ("cycle", 9, 1, {"workload": "steady", "strategy": "madvise"}, []),
+    ("request", 70, 1, {**LARGE, "memslot": request.NEW}, [(70, 60)]),
+    ("request", 200, 1, {**LARGE, "memslot": request.RESET}, [(200, 150)]),
+    ("density", 50, 1, {"host": "wasmer", "what": "bytes"}, [(50, 40)]),
+    ("density", 9, 1, {"host": "wasmtime", "what": "bytes"}, []),
+    ("density", 1, 2, {"host": "wasmtime", "what": "mappings"}, [(2, 4)]),
+    ("snapshot", 12, 1, {"guest": "QuickJS", "host": "wasmtime"}, [(12, 10)]),
+    ("snapshot", 190, 1, {"guest": "lodash", "host": "wasmer"}, [(190, 200)]),
+    ("snapshot", 1, 9e4, {"guest": snapshot.LEASED, "host": "wasmer"}, [(9e4, 2e5)]),
+    ("snapshot", 800, 4e5, {"guest": snapshot.UNUSED, "host": "wasmer"}, [(4e5, 1e6), (800, 500)]),
+    ("hooks", 6, 1, {"implemented by": "no plugin"}, [(6, 5)]),
+    ("analysis", 0.9, 1, {"what": "analysed"}, [(0.9, 0.25)]),
+    ("analysis", 20, 1, {"what": "parsed"}, [(20, 10)]),
+]
+"""Family, ratio, cost and labels of a row, and the measured numbers and limits of its claims."""
 
 
-def test_every_way_to_reset_is_measured_and_copy_where_the_guest_is_small(
-    image: MemfdImage, monkeypatch: pytest.MonkeyPatch
+def row(ratio: float, cost: float, labels: dict[str, Any]) -> r.Row:
+    """A row whose samples are alike."""
+    one, other = (r.Spread(each, each, each, 1) for each in (ratio, cost))
+    return r.Row(labels, "x", one, other, other)
+
+
+def claims_about(name: str, rows: list[r.Row]) -> tuple[r.Claim, ...]:
+    family = FAMILIES[name]
+    return tuple((family.over_the_floor if name == "reset" else family.claims)(rows))
+
+
+@pytest.mark.parametrize("case", MADE, ids=lambda case: f"{case[0]}: {[*case[3].values()]}")
+def test_claim_judges_a_row_that_has_a_limit(case: Any) -> None:
+    name, ratio, cost, labels, expected = case
+    claims = claims_about(name, [row(ratio, cost, labels)])
+    assert [(claim.measured, claim.limit) for claim in claims] == expected
+
+
+def test_claim_over_the_floor_is_about_the_worst_number_of_pages() -> None:
+    rows = [
+        row(ratio, 1, {**RESET, "pages written": pages})
+        for ratio, pages in ((1.2, 1), (1.3, 64), (1.1, 256))
+    ]
+    assert [claim.measured for claim in claims_about("reset", rows)] == [1.3]
+
+
+@pytest.mark.parametrize(("bare", "expected"), [(1.95, [(1.5, 1.7), (1.9, 1.8)]), (1.5, [])])
+def test_claims_about_two_are_made_where_two_bare_loops_do_the_work_of_two(
+    bare: float, expected: list[tuple[float, float]]
 ) -> None:
-    def named(mebibytes: int) -> set[r.Label]:
-        rows = reset.cases(Bench(quick=True), image, mebibytes, 1, reads=["nothing"], seconds=0.002)
-        return {row.labels["strategy"] for row in rows}
-
-    assert named(1) == {"madvise", "pagemap", "auto", "copy"}
-    monkeypatch.setattr(reset, "COPIED", 0)
-    assert named(1) == {"madvise", "pagemap", "auto"}
+    ratios = {scaling.MACHINE: bare, scaling.THREADS: 1.5, scaling.FORK: 1.9}
+    claims = claims_about("scaling", [row(ratio, 1, {"two": two}) for two, ratio in ratios.items()])
+    assert [(claim.measured, claim.limit) for claim in claims] == expected
 
 
-def test_a_run_survives_json(measured: r.Run) -> None:
-    text = json.dumps(measured.document())
-    assert r.Run.read(json.loads(text)) == measured
-    assert json.loads(text)["families"][0]["claims"][0]["holds"] in (True, False)
+def made(*names: str) -> r.Run:
+    """A run of made families, each of which could not measure something."""
+    families = []
+    for name in names:
+        rows = [
+            row(ratio, cost, labels) for family, ratio, cost, labels, _ in MADE if family == name
+        ]
+        families.append(
+            r.Family(name, tuple(rows), claims_about(name, rows), (f"{name}: reasons",))
+        )
+    words = ("date", "processor", "processors", "kernel", "python")
+    return r.Run({"versions": {"memslot": "1"}, **dict.fromkeys(words, "?")}, True, (*families,))
 
 
-def test_every_row_has_its_place_in_a_table(measured: r.Run) -> None:
-    for family in measured.families:
-        cells = [cell for grid in grids(family) for row in grid.rows for cell in row]
-        assert len([cell for cell in cells if cell.endswith(("x", ")"))]) == len(family.rows)
-
-
-def test_the_report_replaces_its_section_and_nothing_else(measured: r.Run) -> None:
-    page = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
-    once = report.insert(page, measured)
+def test_report_replaces_its_section_and_nothing_else() -> None:
+    found = made("reset", "analysis")
+    once = report.insert(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n", found)
     assert once.startswith("before\n")
     assert once.endswith("after\n")
     assert "old" not in once
     assert "| read | MiB | 16 |" in once
-    assert " us" not in report.section(measured)  # ratios, never bare times
-    assert report.insert(once, measured) == once
+    assert " us" not in report.section(found)  # ratios, never bare times
+    assert report.insert(once, found) == once
     with pytest.raises(ValueError, match="section"):
-        report.insert("no markers", measured)
+        report.insert("no markers", found)
 
 
-def test_every_family_says_what_it_is() -> None:
-    assert list(FAMILIES) == ["reset", "cycle", "request", "density", "warm", "scaling"]
-    for name, family in FAMILIES.items():
-        assert (family.__doc__ or "").startswith(f"Family `{name}`: ")
+# Families
 
 
-def test_a_workload_measures_all_strategies() -> None:
-    with image_of(cycle.GUEST) as large:
-        rows = list(cycle.workload(Bench(quick=True), large, f"steady {cycle.FEW} pages", 0.05))
-    assert [row.labels["strategy"] for row in rows] == ["madvise", "pagemap", "auto"]
-    assert any(row.ratio == r.Spread(1, 1, 1, row.ratio.count) for row in rows)
+def bench(*arguments: str | Path) -> Result:
+    runner = CliRunner(env={"COLUMNS": "160"})
+    return runner.invoke(main, ["bench", *map(str, arguments)])
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> Measure:
+    """Measures a family once, with smaller constants, by the command; its tables have to be rectangles."""
+
+    def measured(name: str, *options: str | Path, **small: object) -> r.Family:
+        monkeypatch.setattr(memslot_plugin.bench, "Bench", Once)
+        for constant, value in small.items():
+            monkeypatch.setattr(FAMILIES[name], constant, value)
+        result = bench("--quick", "--json", "--only", name, *options)
+        assert (result.exit_code, result.stderr) == (0, ""), result.output
+        found = r.Run.read(json.loads(result.stdout))
+        assert (found.quick, [each.name for each in found.families]) == (True, [name])
+        assert found.machine["versions"]["memslot"]
+        (family,) = found.families
+        for grid in grids(family):
+            assert {len(line) for line in grid.rows} == {len(grid.columns)}
+        return family
+
+    return measured
+
+
+def values(family: r.Family, label: str) -> set[r.Label]:
+    return {each.labels[label] for each in family.rows if label in each.labels}
+
+
+def cells(family: r.Family) -> int:
+    """Ratios that the tables show."""
+    shown = (cell for grid in grids(family) for line in grid.rows for cell in line)
+    return sum(cell.endswith(("x", ")")) for cell in shown)
+
+
+PEERS = {f"{host} alone" for host in HOSTS}
+if "wasmtime" in HOSTS:
+    PEERS |= {"its pool, the better", *(["extism"] if importlib.util.find_spec("extism") else [])}
+
+RESETS, ALL = {"madvise", "pagemap", "auto", "copy"}, set(cycle.WORKLOADS)
+BYTES_AND_MAPPINGS = {"QUICK_INSTANCES": 2, "KNOWN": HOSTS[:1]}
+QUICK_RESET = {"QUICK_IMAGES": (1, 2), "QUICK_DIRTY": (0, 1), "COPIED": 1}
+QUICK_CYCLE = {"QUICK_WRITTEN": (64,), "GUEST": 4 * MIB, "BLOCK": 2, "SHORT_BLOCK": 2}
+QUICK_REQUEST = {"SIZES": (65536,), "WRITTEN": (1,), "BLOCK": 4}
+
+SMALL: list[tuple[str, dict[str, Any], str, set[str], int, int]] = [
+    ("reset", QUICK_RESET, "strategy", RESETS, 2 * 3 * (4 + 3), 7),  # copy for the smaller guest
+    ("cycle", QUICK_CYCLE, "workload", ALL, 2 * 2 + 5 * 3, 6),
+    ("request", QUICK_REQUEST, "against", PEERS, 2 * len(PEERS), len(HOSTS)),
+    ("density", BYTES_AND_MAPPINGS, "what", {"bytes", "mappings"}, 0, len(HOSTS[:1])),
+    ("warm", {"SLOTS": 8, "WRITTEN": (1,)}, "of first requests", {"median", "p99"}, 2, 0),
+    ("hooks", {"CALLS": 20}, "implemented by", {"no plugin", "one plugin", "two plugins"}, 3, 3),
+    ("analysis", {"BYTES": 100_000}, "what", {"parsed", "analysed"}, 2, 2),
+]
+"""Family, smaller constants, a label, its values in the rows, ratios in the tables, and claims."""
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case[0])
+def test_family_measured_once_has_a_row_for_each_case(case: Any, measured: Measure) -> None:
+    name, small, label, expected, shown, claims = case
+    if name in ("request", "density") and not HOSTS:
+        pytest.skip("no runtime is installed")
+    family = measured(name, **small)
+    assert values(family, label) == expected
+    assert (cells(family), len(family.claims)) == (shown, claims)
+
+
+def test_family_scaling_adds_threads_and_processes(measured: Measure) -> None:
+    processes = {scaling.FORK: scaling.PROCESSES[scaling.FORK]}
+    family = measured("scaling", QUICK_SECONDS=0.01, PROCESSES=processes)
+    threads = {scaling.THREADS} if "wasmtime" in HOSTS else set()
+    assert values(family, "two") == {scaling.MACHINE, scaling.FORK, *threads}
+    with image_of(scaling.GUEST) as image:
+        assert scaling._spawned(image, 1, 0.01) > 0
+
+
+GUEST = """(module (import "rb-js-abi-host" "eval" (func)) (memory (export "memory") 1)
+  (data (i32.const 0) "\\10\\00\\00\\00\\02\\00\\00\\00\\07") (data (i32.const 16) "42")
+  (func (export "_initialize"))
+  (func (export "qjs_alloc") (param i32) (result i32) (i32.const 1024))
+  (func (export "eval_code") (param i32 i32 i32) (result i32) (i32.eqz (local.get 1)))
+  (func (export "get_string") (param i32) (result i32) (i32.const 0))
+  (func (export "qjs_last_ptr") (result i32) (i32.const 16))
+  (func (export "qjs_last_len") (result i32) (i32.const 2))
+  (func (export "cabi_realloc") (param i32 i32 i32 i32) (result i32) (i32.const 1024))
+  (func (export "ruby-init: func(args: list<string>) -> ()") (param i32 i32))
+  (func (export "rb-eval-string-protect: func(str: string) -> tuple<handle<rb-abi-value>, s32>")
+    (param i32 i32) (result i32) (select (i32.const 8) (i32.const 4) (local.get 1)))
+  (func (export "rstring-ptr: func(value: handle<rb-abi-value>) -> string") (param i32) (result i32)
+    (i32.const 0)))"""
+"""Answers 42 to every script, as QuickJS and as CRuby; an empty script fails."""
 
 
 @needs_a_runtime
-def test_requests_are_compared_with_every_peer_that_is_here() -> None:
-    host = "wasmtime" if importlib.util.find_spec("wasmtime") else "wasmer"
-    rows = list(request.cases(Bench(quick=True), host, 64 * 1024, 1, seconds=0.05))
-    assert {row.labels["memslot"] for row in rows} == {request.NEW, request.RESET}
-    assert f"{host} alone" in {row.baseline for row in rows}
-    if host == "wasmtime":
-        assert "its pool, the better" in {row.baseline for row in rows}
+def test_family_snapshot_measures_the_guests_of_a_folder_and_names_the_others(
+    measured: Measure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    module = alone.assemble(GUEST)
+    (tmp_path / "my-ruby.wasm").write_bytes(module)
+    (tmp_path / "lodash.min.js").write_text("var _")
+    # The installed package: found, and not imported.
+    package = tmp_path / "site" / "quickjs_rs"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise AssertionError")
+    (package / "_guest.wasm").write_bytes(module)
+    monkeypatch.syspath_prepend(package.parent)
+    monkeypatch.setitem(snapshot._IMPORTS, "rb-js-abi-host", {"eval": lambda: 0})
+    lodash = snapshot.SCRIPTS["lodash"]._replace(answer="42")
+    scripts = {"QuickJS": snapshot.SCRIPTS["QuickJS"], "lodash": lodash}
+    small = {"SCRIPTS": scripts, "RUBY_ANSWER": "42"}
+    family = measured("snapshot", "--guests", tmp_path, **small)
+    assert values(family, "host") == set(HOSTS)
+    assert values(family, "guest") == {"QuickJS", "lodash", snapshot.LEASED, snapshot.UNUSED}
+    assert "handlebars, because --guests names no folder with handlebars*.js" in family.skipped
+    assert cells(family) == len(family.rows)
 
 
-def test_a_run_stops_where_it_is_told_to() -> None:
+@needs_a_runtime
+def test_real_guest_that_fails_is_an_error() -> None:
+    module = alone.assemble(GUEST)
+    imports = ruby.imports(module)
+    with pytest.raises(RuntimeError, match="there is no JavaScript here, and eval was called"):
+        imports["rb-js-abi-host"]["eval"]()
+    with (
+        open_host(HOSTS[0]) as host,
+        host.prepare(module, imports=imports).instantiate() as instance,
+    ):
+        with pytest.raises(ValueError, match="status 1 to b''"):
+            snapshot._Prompt(instance, 8).ask(b"")
+        with pytest.raises(ValueError, match="with state 7"):
+            ruby.evaluate(instance, "")
+
+
+def test_run_stops_where_check_raises() -> None:
     def stop() -> None:
         raise MemslotError("enough")
 
     with pytest.raises(MemslotError, match="enough"):
-        run(Bench(quick=True, check=stop), only=["warm"])
+        run(Bench(quick=True, check=stop), only=["hooks"])
 
 
 # The command
 
-
-def bench(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(main, ["bench", *map(str, arguments)])
+HOLDS, FAILS = made("hooks"), made("hooks", "snapshot")  # lodash: 190 times of 200
 
 
-def test_the_command_prints_a_run_as_json() -> None:
-    result = bench("--quick", "--only", "warm", "--json")
-    assert result.exit_code == 0, result.output
-    found = r.Run.read(json.loads(result.stdout))
-    assert [family.name for family in found.families] == ["warm"]
-    assert found.quick
-    assert found.machine["versions"]["memslot"]
-
-
-def test_the_command_prints_tables() -> None:
-    result = bench("--quick", "--only", "warm")
-    assert result.exit_code == 0, result.output
-    assert "after Pool.warm" in result.stdout
-    assert "p99" in result.stdout
+@pytest.mark.parametrize(
+    ("found", "options", "code"),
+    [(HOLDS, ["--check"], 0), (FAILS, ["--check"], 1), (FAILS, [], 0)],
+    ids=["holds", "fails", "unchecked"],
+)
+def test_check_exits_with_1_where_a_claim_does_not_hold(
+    found: r.Run, options: list[str], code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memslot_plugin.bench, "run", lambda *_: found)
+    result = bench(*options, "--json")
+    assert (result.exit_code, result.stderr) == (code, "")
+    assert r.Run.read(json.loads(result.stdout)) == found
+    result = bench(*options)
+    assert (result.exit_code, result.stderr) == (code, "")
+    assert "Not measured: hooks: reasons" in result.stdout
+    verdicts = [line.split()[-1] for line in result.stdout.splitlines() if " at least " in line]
+    assert verdicts == ["yes", *(["yes", "no", "yes"] if found is FAILS else [])]
 
 
 @pytest.mark.parametrize(
@@ -264,74 +416,43 @@ def test_the_command_prints_tables() -> None:
     [
         (["--host", "fake"], "--host fake is not allowed: auto, wasmtime, wasmer"),
         (["--plot", "run.gif"], "a plot is .svg or .png, not run.gif"),
+        (["--plot", "run.svg"], "a plot needs matplotlib (import of matplotlib.figure"),
+        (["--plot", "run.svg"], "install memslot[plot], or use --json"),
+        (["--guests", __file__], "is a file"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_measured(
-    arguments: list[str], says: str
+def test_impossible_options_are_refused_before_anything_is_measured(
+    arguments: list[str], says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(memslot_plugin.bench, "run", None)
     result = bench(*arguments)
-    assert result.exit_code == 2
+    assert (result.exit_code, result.stdout) == (2, "")
     assert says in result.stderr
 
 
-BEGINNINGS = {".svg": b"<?xml", ".png": b"\x89PNG"}
-
-
-def in_a_process(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Of its own, for numpy and extism have threads that stay."""
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)], capture_output=True, text=True, check=False
-    )
-
-
-@pytest.mark.parametrize("suffix", BEGINNINGS)
-def test_a_plot_is_a_picture(tmp_path: Path, suffix: str) -> None:
-    picture = tmp_path / f"run{suffix}"
-    done = in_a_process(
-        "-m", "memslot_plugin.cli", "bench", "--quick", "--only", "warm", "--plot", picture
-    )
-    assert done.returncode == 0, done.stderr
-    assert picture.read_bytes().startswith(BEGINNINGS[suffix])
-    assert picture.stat().st_size > 10_000
-
-
-WITHOUT_MATPLOTLIB = """
-import sys
-class Hidden:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "matplotlib":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Hidden())
-from memslot_plugin.cli import main
-main(sys.argv[1:])
+DRAW = """
+import json, sys
+from memslot_plugin.bench import plot
+from memslot_plugin.bench.results import Run
+from memslot_plugin.errors import SettingError
+run, (svg, png, nowhere) = Run.read(json.load(sys.stdin)), sys.argv[1:]
+plot.draw(run, svg)
+plot.draw(run, png)
+try:
+    plot.draw(run, nowhere)
+except SettingError as error:
+    print(error)
 """
 
 
-def test_a_plot_without_matplotlib_is_a_sentence_before_anything_is_measured(
-    tmp_path: Path,
-) -> None:
-    done = in_a_process("-c", WITHOUT_MATPLOTLIB, "bench", "--plot", tmp_path / "run.svg")
-    assert done.returncode == 2, done.stderr
-    assert "a plot needs matplotlib (No module named 'matplotlib" in done.stderr
-    assert "install memslot[plot], or use --json" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
-    assert list(tmp_path.iterdir()) == []
-
-
-PEERS = """
-from memslot_plugin.bench.guests import writer
-from memslot_plugin.bench.peers import peers
-found = peers("wasmtime", writer(65536), "touch_1")
-for serve in found.values():
-    serve()
-print(*found, sep=", ")
-"""
-
-
-@pytest.mark.skipif(not importlib.util.find_spec("wasmtime"), reason="wasmtime is not installed")
-def test_everybody_who_is_compared_with_serves_a_request() -> None:
-    done = in_a_process("-c", PEERS)
+def test_plot_is_a_picture_in_both_formats(tmp_path: Path) -> None:
+    """In a process of its own, for numpy has threads that stay."""
+    svg, png, nowhere = tmp_path / "run.svg", tmp_path / "run.png", tmp_path / "none" / "run.svg"
+    command = [sys.executable, "-c", DRAW, *map(str, (svg, png, nowhere))]
+    document = json.dumps(made("hooks", "analysis").document())
+    done = subprocess.run(command, input=document, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("wasmtime alone, ")
-    assert "extism" in done.stdout.strip().split(", ")
+    assert done.stdout == f"the plot cannot be written to {nowhere}: No such file or directory\n"
+    assert svg.read_bytes().startswith(b"<?xml")
+    assert png.read_bytes().startswith(b"\x89PNG")
