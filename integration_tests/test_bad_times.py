@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable
 from typing import Any
-
-import pytest
 
 import memslot_plugin as memslot
 from memslot_hooks import hookimpl
 
-from . import cells, toy
+from . import toy
 from .cells import Cell
 from .expect import raises
 from .toy import PAGE
@@ -63,22 +60,6 @@ def test_timeout_that_is_no_number_of_seconds_is_refused(host: memslot.Host) -> 
                     wait(wait_timeout=wrong)
         with guest.lease(wait_timeout=0):
             pass
-
-
-def test_wait_for_a_slot_ends_when_one_comes_back(plain_cell: Cell) -> None:
-    if plain_cell.host == "wasmer":
-        pytest.skip(
-            "impossible: wasmer's objects live on one thread, so no other gives a slot back"
-        )
-    with plain_cell.serving(slots=1, wait_timeout=30) as host:
-        guest = host.prepare(toy.A)
-        instance = guest.instantiate()
-        instance.call("fill", 0, 2 * PAGE, 0xEE)
-        timer = threading.Timer(0.1, instance.close)
-        timer.start()
-        with guest.instantiate() as waited:
-            assert waited.memory.read(0, 2 * PAGE) == toy.pristine(toy.A)
-        timer.join()
 
 
 def test_host_with_live_instances_closes_by_force_and_is_not_used_again(plain_cell: Cell) -> None:
@@ -145,25 +126,6 @@ def test_guest_that_was_closed_makes_no_instance_and_resets_none(host: memslot.H
     create = host.plugins.armed.create_memory
     each_raises([lambda: create(request)], "the image of toy was closed; prepare the guest again")
     assert image.closed
-
-
-def test_memory_that_a_plugin_releases_twice_is_refused(host: memslot.Host) -> None:
-    guest = host.prepare(toy.A)
-    (request,) = guest.requests
-    armed = host.plugins.armed
-    memory = armed.create_memory(request)
-    slot = memory.slot
-    armed.release_memory(memory)
-    uses = (
-        lambda: armed.release_memory(memory),
-        lambda: armed.reset_memory(memory),
-        lambda: armed.grow_memory(memory, 3 * PAGE),
-    )
-    each_raises(uses, "was released before")
-    said = "this slot is not leased from this pool: it was released before"
-    with raises(memslot.SlotError, said, RuntimeError):
-        cells.pool(host).release(slot)
-    cells.check(host, in_use=0)
 
 
 def test_host_that_does_not_exist_is_refused_with_the_reason() -> None:
