@@ -52,9 +52,7 @@ def test_every_program_has_an_expectation() -> None:
     "name",
     ["first_steps.py", "tenants.py", pytest.param("asyncio_calls.py", marks=pytest.mark.gate)],
 )
-def test_example_prints_what_it_says(
-    name: str, host: str, backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_example_prints_what_it_says(name: str, host: str, backend: str, monkeypatch: Any) -> None:
     if missing := Cell(host, backend).missing:
         pytest.skip(missing)
     if host == "wasmer" and name == "asyncio_calls.py":

@@ -91,9 +91,7 @@ def test_memory_lives_through_its_hooks(make: Make) -> None:
 
 
 @pytest.mark.parametrize("failed", [False, True])
-def test_released_memory_is_used_no_more_also_where_its_reset_failed(
-    make: Make, inject: Any, failed: bool
-) -> None:
+def test_released_memory_is_used_no_more(make: Make, inject: Any, failed: bool) -> None:
     allocator = make(slots=1)
     memory = created(allocator, request_for())
     if failed:
@@ -226,27 +224,20 @@ def test_memory_grown_by_a_runtime_is_retired_also_if_no_report_came(make: Make)
 # Machines and settings without memfd
 
 
-@pytest.mark.parametrize("broken", ["memfd", "seals"])
-def test_memfd_allocator_without_sealed_memfds_degrades_or_refuses(
-    monkeypatch: pytest.MonkeyPatch, broken: str
-) -> None:
-    changes: dict[str, Any] = {broken: Finding(False, "Operation not permitted")}
-    found = replace(probe(), **changes)
-    monkeypatch.setattr(allocators, "probe", lambda: found)
-    assert_silent(MemfdAllocator(), Settings(), "Operation not permitted")
-    with pytest.raises(Unsupported, match=r"memfd = on .* Operation not permitted; .*: auto, off"):
-        MemfdAllocator().memslot_open_host(Settings(memfd="on"))
-    assert AnonymousAllocator().memslot_describe().answers
-
-
-def test_memfd_allocator_that_is_off_leaves_the_answer_to_the_fallback() -> None:
-    assert_silent(MemfdAllocator(), Settings(memfd="off"), "the setting memfd is off")
-
-
-def assert_silent(memfd: MemfdAllocator, settings: Settings, reason: str) -> None:
-    memfd.memslot_open_host(settings)
+@pytest.mark.parametrize("broken", ["memfd", "seals", "setting"])
+def test_memfd_allocator_without_sealed_memfds_is_silent(monkeypatch: Any, broken: Any) -> None:
+    setting, reason = Settings(memfd="off"), "the setting memfd is off"
+    if broken != "setting":
+        setting, reason = Settings(), "Operation not permitted"
+        found = replace(probe(), **dict[str, Any]({broken: Finding(False, reason)}))
+        monkeypatch.setattr(allocators, "probe", lambda: found)
+        with pytest.raises(Unsupported, match=rf"memfd = on .* {reason}; allowed: auto, off"):
+            MemfdAllocator().memslot_open_host(Settings(memfd="on"))
+    memfd = MemfdAllocator()
+    memfd.memslot_open_host(setting)
     assert memfd.memslot_create_memory(request_for()) is None
     assert memfd.memslot_build_image(CONTENT) is None
     assert memfd.memslot_statistics() is None
     answer = memfd.memslot_describe()
     assert (answer.answers, answer.reason) == (False, reason)
+    assert AnonymousAllocator().memslot_describe().answers

@@ -7,7 +7,6 @@ import inspect
 import re
 import runpy
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,10 +14,6 @@ import pytest
 from memslot_hooks import DECIDING, HOOKS, LIFECYCLE, WATCHING, MemslotSpecs, docs, specs
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-in_checkout = pytest.mark.skipif(
-    not (CHECKOUT / "docs" / "hooks.md").exists(),
-    reason="impossible: docs/hooks.md is in the checkout alone",
-)
 
 
 def test_every_hook_is_of_one_kind() -> None:
@@ -51,49 +46,34 @@ def test_page_documents_every_hook_and_fences_every_example() -> None:
     assert not fenced
 
 
-@pytest.fixture
-def generate(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Runs docs/generate.py with these arguments and returns its exit status."""
+@pytest.mark.skipif(
+    not (CHECKOUT / "docs/hooks.md").exists(), reason="impossible: the checkout alone has pages"
+)
+def test_pages_of_the_checkout_are_current_and_a_stale_one_fails_with_a_diff(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     main = runpy.run_path(str(CHECKOUT / "docs" / "generate.py"))["main"]
 
-    def run(*arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["generate.py", *arguments])
+    def generate(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["generate.py", *arguments, "--root", str(tmp_path)])
         status: int = main()
         return status
 
-    return run
-
-
-@in_checkout
-def test_pages_of_the_checkout_are_current(
-    generate: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
-    status = generate("--check")
-    assert (status, capsys.readouterr().out) == (0, ""), "run python docs/generate.py"
-
-
-@in_checkout
-def test_stale_page_fails_the_check_with_a_diff(
-    generate: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    root = ("--root", str(tmp_path))
     (tmp_path / "docs").mkdir()
     for copied in ("README.md", "docs/benchmark.json"):
         (tmp_path / copied).write_bytes((CHECKOUT / copied).read_bytes())
-    assert generate("--check", *root) == 1  # hooks.md is missing
-    assert generate(*root) == 0
-    for name, said in {
-        "docs/hooks.md": "### memslot_reset_memory",
-        "README.md": "bare loops:",
-    }.items():
+    assert generate("--check") == 1  # hooks.md is missing
+    assert generate() == 0
+    for name, said in (("docs/hooks.md", "### memslot_reset_memory"), ("README.md", "bare loops:")):
         page = tmp_path / name
         text = page.read_text()
-        assert text == (CHECKOUT / name).read_text()
+        assert text == (CHECKOUT / name).read_text(), "run python docs/generate.py"
         page.write_text(text.replace(said, "gone"))
         capsys.readouterr()
-        assert generate("--check", *root) == 1
+        assert generate("--check") == 1
         diff = capsys.readouterr().out
         assert f"{page.name} (stored)" in diff
         assert said in diff
         assert said not in page.read_text()  # a check writes nothing
         page.write_text(text)
+    assert generate("--check") == 0

@@ -63,7 +63,7 @@ def test_table_may_be_in_a_pyproject(toml: Toml, table: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["memfd,mine", " memfd , ,mine,", ""])
-def test_names_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_names_are_separated_by_commas(monkeypatch: Any, text: str) -> None:
     names = ("memfd", "mine") if text else ()
     assert Settings().plugins is None
     monkeypatch.setenv("MEMSLOT_PLUGINS", text)
@@ -110,7 +110,6 @@ def test_whole_sizes_are_exact(number: int, unit: str) -> None:
         ("64 MiB", 64 * MIB),
         (" 1gib ", GIB),
         ("1.5GiB", GIB * 3 // 2),
-        ("0.001kB", 1),
         ("4.35kB", 4350),  # not 4349.99, as a float would have it
         ("2TB", 2 * 10**12),
     ],
