@@ -42,7 +42,7 @@ class Cell:
 
     @property
     def pairs(self) -> set[tuple[tuple[int, str], ...]]:
-        """Each two of the five coordinates, with their places."""
+        """All pairs of the five coordinates, with their places."""
         return set(itertools.combinations(enumerate(astuple(self)), 2))
 
     @property
@@ -109,7 +109,7 @@ def pool(host: memslot.Host) -> memslot.Pool:
 
 
 def check(host: memslot.Host, *, in_use: int | None = None) -> None:
-    """Every pool's invariant, and how many of its slots are leased."""
+    """Check every pool's invariant, and how many of its slots are leased."""
     host.statistics()  # takes back what was dropped
     for name, each in pools(host):
         each.check()

@@ -72,7 +72,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def warm() -> None:
-    """Everything that a process makes once and keeps: compiler threads, the kernel's record of the probe."""
+    """Make what a process makes once and keeps: compiler threads, the kernel's record of the probe."""
     memslot.probe()
     for cell in cells.PLAIN_CELLS:
         if cell.missing is None:
@@ -90,7 +90,7 @@ def warm() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def frozen(warm: None) -> None:
-    """What was made before this module, reports of pytest by the thousand, is not visited by each collection below."""
+    """Keep collections from visiting what was made before this module, reports of pytest by the thousand."""
     gc.collect()
     gc.freeze()
 
@@ -111,7 +111,7 @@ def leaks(frozen: None) -> Iterator[None]:
 
 @pytest.fixture
 def host(plain_cell: Cell) -> Iterator[memslot.Host]:
-    """A host with two slots that still serves after everything that a test did to it."""
+    """A host with two slots, which has to serve after all that a test did to it."""
     with plain_cell.serving(slots=2) as opened:
         yield opened
         expect.still_serves(opened)

@@ -1,4 +1,4 @@
-"""What every test of something wrong expects: an error of memslot's own tree, and a host that goes on serving."""
+"""The outcome of every mistake: an error of memslot's own tree, and a host that goes on serving."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .toy import PAGE
 
 
 def still_serves(host: memslot.Host) -> None:
-    """Two instances at once, pristine, in slots that may have had other tenants."""
+    """Use two pristine instances at once, in slots that may have had other tenants."""
     guest = host.prepare(toy.A)
     with guest.instantiate() as first, guest.instantiate() as second:
         for instance in (first, second):
@@ -23,14 +23,14 @@ def still_serves(host: memslot.Host) -> None:
 
 
 def raises(expected: type[memslot.MemslotError], match: str, builtin: type[Exception]) -> Any:
-    """As `pytest.raises`, for an error that somebody who knows only the builtin would catch as well."""
+    """Return `pytest.raises` for an error that is also the builtin one, and can be caught as such."""
     assert issubclass(expected, builtin)
     assert issubclass(expected, memslot.MemslotError)
     return pytest.raises(expected, match=match)
 
 
 def still_serves_with_one_slot(host: memslot.Host) -> None:
-    """The same one after the other."""
+    """Use two pristine instances one after the other."""
     for _ in range(2):
         with host.prepare(toy.A) as guest, guest.instantiate() as instance:
             assert instance.memory.read(0, 2 * PAGE) == toy.pristine(toy.A)

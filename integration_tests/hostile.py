@@ -72,7 +72,7 @@ def pristine(name: str) -> bytes:
 
 
 class Raised(Exception):
-    """By the host function."""
+    """An error of the host function."""
 
 
 def help_(number: int) -> None:
@@ -198,7 +198,7 @@ def accesses() -> str:
 
 
 def signed(address: int) -> int:
-    """As an i32 argument."""
+    """Return an address as an i32 argument."""
     return address - 2**32 if address >= 2**31 else address
 
 

@@ -1,4 +1,4 @@
-"""What this process holds of the kernel's: descriptors, mappings and threads, before and after."""
+"""The kernel's objects that this process holds, before and after: descriptors, mappings and threads."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Footprint:
 
     @classmethod
     def now(cls) -> Footprint:
-        """Without garbage, unless something frozen by `gc.freeze` is part of it."""
+        """Collect garbage, and measure; what `gc.freeze` froze is not collected."""
         gc.collect()
         images = mappings = reserved = 0
         for line in Path("/proc/self/maps").read_text(errors="surrogateescape").splitlines():
@@ -57,7 +57,7 @@ class Footprint:
         )
 
     def lost_since(self, before: Footprint, *, mappings: int) -> list[str]:
-        """What is there now and was not before, in words; `mappings` more of them are allowed."""
+        """Return what was not there before, in words; `mappings` more of them are allowed."""
         more = dict(self.descriptors - before.descriptors)
         for name, allowed in {
             "images": 0,
@@ -72,7 +72,7 @@ class Footprint:
 
 
 def _of_each(folder: str, read: Callable[[Path], str]) -> list[str]:
-    """What `read` says of each entry of /proc/self/FOLDER that has not just ended."""
+    """Read each entry of /proc/self/FOLDER that has not just ended."""
     found = []
     for entry in Path("/proc/self", folder).iterdir():
         with suppress(FileNotFoundError, ProcessLookupError):

@@ -81,7 +81,7 @@ LOOK_MORE = (
 
 
 def done(instance: memslot.Instance, name: str, *arguments: Any) -> Any:
-    """What a call returns, or that it trapped."""
+    """Return the result of a call, or that it trapped."""
     try:
         return instance.call(name, *arguments)
     except memslot.GuestTrap:
@@ -89,7 +89,7 @@ def done(instance: memslot.Instance, name: str, *arguments: Any) -> Any:
 
 
 def seen(instance: memslot.Instance, calls: tuple[tuple[Any, ...], ...] = LOOK) -> list[Any]:
-    """Everything that the guest and the embedder can see of an instance, which changes it."""
+    """Return all that the guest and the embedder can see of an instance, which changes it."""
     found: list[Any] = [instance.global_value("shown"), instance.memory.byte_size]
     return found + [done(instance, *call) for call in calls]
 
@@ -105,7 +105,7 @@ def started(
 
 
 def resets(guest: memslot.Guest) -> tuple[int, int]:
-    """How many were in place, and how many by a new instance."""
+    """Return the number of resets in place, and by a new instance."""
     counted = guest.host.statistics()
     assert counted.resets == counted.resets_in_place + counted.resets_by_instantiation
     return counted.resets_in_place, counted.resets_by_instantiation

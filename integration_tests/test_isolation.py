@@ -19,9 +19,9 @@ from .toy import PAGE
 pytestmark = pytest.mark.scales
 
 TIMES = 6 if LONG else 1
-"""How often each attack is followed by each way to go; the next tenant is another one each time."""
+"""Rounds of each attack with each way to go; the next tenant is another one each time."""
 PART = 1 if LONG else 12
-"""In T0 and T1 each cell tries one of so many parts of the accesses out of bounds."""
+"""Parts of the accesses out of bounds, of which each cell tries one."""
 
 NEXT = ("attacker", "other image", "no image", "smaller", "larger", "spoiler")
 
@@ -39,7 +39,7 @@ def prepare(host: memslot.Host) -> dict[str, memslot.Guest]:
 
 
 def look_around(instance: memslot.Instance, name: str) -> None:
-    """Everything that a tenant can reach is as its module says."""
+    """Compare all that a tenant can reach with what its module says."""
     expected = hostile.pristine(name)
     memory, code = instance.memory, instance.guest.host.name != "fake"
     assert memory.byte_size == len(expected)
@@ -89,7 +89,7 @@ def attack_and_leave(guest: memslot.Guest, attack: hostile.Attack, way: str) -> 
 
 
 def test_next_tenant_after_each_attack_finds_nothing(tenant_cell: Cell) -> None:
-    """Each attack, each way to go, and each kind of next tenant, in the only slot."""
+    """Try each attack, each way to go, and each kind of next tenant, in the only slot."""
     with tenant_cell.serving(slots=1) as host:
         guests = prepare(host)
         ways = ("close", "reset", "drop", "lease")

@@ -39,7 +39,7 @@ def counter(real_cell: Cell) -> Iterator[memslot.Guest]:
 
 
 def lease_and(guest: memslot.Guest, *calls: str) -> list[Any]:
-    """What calls in a lease of their own return."""
+    """Return the results of calls in a lease of their own."""
     with guest.lease() as instance:
         return [instance.call(name) for name in calls]
 
