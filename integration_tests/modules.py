@@ -17,34 +17,29 @@ ACCESS = """
   (func (export "size") (result i32) (memory.size))
 """
 WALK = (
-    ("size",),
-    ("load", 0),
-    ("load", 8),
-    ("load64", 65528),
-    ("load64", 65529),
-    ("store", 65535, 7),
-    ("store", 65536, 7),
-    ("load", 65535),
-    ("grow", 1),
-    ("store", 65536, 9),
-    ("load", 65536),
-    ("load", -1),
-    ("grow", 1),
-    ("grow", -1),
-    ("size",),
-    ("store", 0, 255),
-    ("load", 0),
+    *(("size",), ("load", 0), ("load", 8), ("load64", 65528), ("load64", 65529)),
+    *(("store", 65535, 7), ("store", 65536, 7), ("load", 65535)),
+    *(("grow", 1), ("store", 65536, 9), ("load", 65536), ("load", -1)),
+    *(("grow", 1), ("grow", -1), ("size",), ("store", 0, 255), ("load", 0)),
 )
 """Calls that touch both ends of the first page, grow, and touch what is new."""
+
+MEMORY = '(memory (export "memory") 1 3)'
+EMBEDDED = (Import("memory", "memory", (1, 3)),)
 
 
 @dataclass(frozen=True)
 class Module:
-    """`image` says of each memory whether it gets an image, `reason` is part of what the report says if not."""
+    """The fields of a module beside its memory and the functions above; without a memory all of its fields.
 
-    text: str
+    `reason` is a part of what the report says if there is no image.
+    """
+
+    fields: str = ""
     calls: tuple[native.Call, ...] = WALK
-    image: tuple[bool, ...] = (True,)
+    memory: str | None = MEMORY
+    images: tuple[bool, ...] | None = None
+    """For each memory: true if it has an image. By default one memory, with an image if there is no reason."""
     reason: str = ""
     imports: tuple[Import, ...] = ()
     trailer: bytes = b""
@@ -55,94 +50,70 @@ class Module:
 
     @property
     def binary(self) -> bytes:
-        return toy.assemble(self.text) + self.trailer
+        others = "" if self.memory is None else f"{self.memory} {ACCESS}"
+        return toy.assemble(f"(module {self.fields} {others})") + self.trailer
 
 
 # fmt: off  # a table: one call per line would be ten times as long
 MODULES = {
     "no-memory": Module(
-        """(module (global $g (mut i32) (i32.const 5))
-             (func (export "f") (param i32) (result i32)
-               (global.set $g (i32.add (global.get $g) (local.get 0))) (global.get $g))
-             (func (export "divide") (param i32 i32) (result i32)
-               (i32.div_s (local.get 0) (local.get 1))))""",
+        """(global $g (mut i32) (i32.const 5))
+           (func (export "f") (param i32) (result i32)
+             (global.set $g (i32.add (global.get $g) (local.get 0))) (global.get $g))
+           (func (export "divide") (param i32 i32) (result i32) (i32.div_s (local.get 0) (local.get 1)))""",
         (("f", 37), ("f", 1), ("divide", 7, 2), ("divide", 7, 0), ("divide", -(2**31), -1)),
-        image=(),
+        memory=None,
+        images=(),
     ),
-    "nothing-at-all": Module("(module)", (), image=()),
-    "plain": Module(
-        f'(module (memory (export "memory") 1 3) (data (i32.const 8) "data") {ACCESS})'
-    ),
-    "without-data": Module(f'(module (memory (export "memory") 1 3) {ACCESS})'),
-    "not-exported": Module(f'(module (memory 1 3) (data (i32.const 8) "data") {ACCESS})'),
-    "without-a-maximum": Module(
-        f'(module (memory (export "memory") 1) (data (i32.const 8) "data") {ACCESS})'
-    ),
+    "nothing-at-all": Module(calls=(), memory=None, images=()),
+    "plain": Module('(data (i32.const 8) "data")'),
+    "without-data": Module(),
+    "not-exported": Module('(data (i32.const 8) "data")', memory="(memory 1 3)"),
+    "without-a-maximum": Module('(data (i32.const 8) "d")', memory='(memory (export "memory") 1)'),
     "exported-twice": Module(
-        f"""(module (memory (export "one") (export "two") 1 3) (data (i32.const 8) "data") {ACCESS})"""
+        '(data (i32.const 8) "data")', memory='(memory (export "one") (export "two") 1 3)'
     ),
     "names-that-python-would-mind": Module(
-        f"""(module (memory (export "__class__") 1 3) (data (i32.const 8) "d") {ACCESS}
-              (func (export "") (result i32) (i32.const 3))
-              (func (export "caf\u00e9 \u2615") (result i32) (i32.const 4)))""",
+        """(data (i32.const 8) "d") (func (export "") (result i32) (i32.const 3))
+           (func (export "caf\u00e9 \u2615") (result i32) (i32.const 4))""",
         (*WALK, ("",), ("caf\u00e9 \u2615",)),
+        memory='(memory (export "__class__") 1 3)',
     ),
-    "ends-at-the-last-byte": Module(
-        f'(module (memory (export "memory") 1 3) (data (i32.const 65531) "tail!") {ACCESS})'
-    ),
+    "ends-at-the-last-byte": Module('(data (i32.const 65531) "tail!")'),
     "overlapping-segments": Module(
-        f"""(module (memory (export "memory") 1 3) (data (i32.const 4) "first one") (data (i32.const 8) "second")
-              (data (i32.const 0) "zeroth") (data (i32.const 5) "") {ACCESS})"""
+        """(data (i32.const 4) "first one") (data (i32.const 8) "second")
+           (data (i32.const 0) "zeroth") (data (i32.const 5) "")"""
     ),
     "zero-length-segments": Module(
-        f"""(module (memory (export "memory") 1 3) (data (i32.const 0) "") (data (i32.const 65536) "")
-              (data (i32.const 77) "") {ACCESS})"""
+        '(data (i32.const 0) "") (data (i32.const 65536) "") (data (i32.const 77) "")'
     ),
     "zero-length-beyond-the-end": Module(
-        f'(module (memory (export "memory") 1 3) (data (i32.const 65537) "") {ACCESS})',
-        image=(False,),
-        reason="instantiation traps",
+        '(data (i32.const 65537) "")', reason="instantiation traps"
     ),
     "out-of-bounds": Module(
-        f"""(module (memory (export "memory") 1 3) (data (i32.const 0) "written first")
-              (data (i32.const 65530) "too long") {ACCESS})""",
-        image=(False,),
+        '(data (i32.const 0) "written first") (data (i32.const 65530) "too long")',
         reason="Data segment 1 ends at byte 65538 and the memory starts with 65536",
     ),
-    "far-out-of-bounds": Module(
-        f'(module (memory (export "memory") 1 3) (data (i32.const -1) "a") {ACCESS})',
-        image=(False,),
-        reason="instantiation traps",
-    ),
-    "a-dynamic-offset": Module(
-        f"""(module (import "env" "base" (global i32)) (memory (export "memory") 1 3)
-              (data (i32.const 0) "constant") (data (global.get 0) "dynamic") {ACCESS})""",
-        image=(False,),
-        reason="place it at a constant",
-        imports=(Import("base", "i32", (1000,)),),
-    ),
-    "a-dynamic-offset-out-of-bounds": Module(
-        f"""(module (import "env" "base" (global i32)) (memory (export "memory") 1 3)
-              (data (i32.const 0) "constant") (data (global.get 0) "dynamic") {ACCESS})""",
-        image=(False,),
-        reason="place it at a constant",
-        imports=(Import("base", "i32", (65530,)),),
-    ),
+    "far-out-of-bounds": Module('(data (i32.const -1) "a")', reason="instantiation traps"),
+    **{
+        name: Module(
+            """(import "env" "base" (global i32)) (data (i32.const 0) "constant")
+               (data (global.get 0) "dynamic")""",
+            reason="place it at a constant",
+            imports=(Import("base", "i32", (base,)),),
+        )
+        for name, base in (("a-dynamic-offset", 1000), ("a-dynamic-offset-out-of-bounds", 65530))
+    },
     "an-offset-that-is-computed": Module(
-        f"""(module (memory (export "memory") 1 3)
-              (data (offset (i32.add (i32.const 6) (i32.mul (i32.const 2) (i32.const 3)))) "sum") {ACCESS})""",
+        '(data (offset (i32.add (i32.const 6) (i32.mul (i32.const 2) (i32.const 3)))) "sum")'
     ),
-    "an-import-missing": Module(
-        f"""(module (import "env" "f" (func)) (memory (export "memory") 1 3) (data (i32.const 8) "x") {ACCESS})"""
-    ),
+    "an-import-missing": Module('(import "env" "f" (func)) (data (i32.const 8) "x")'),
     "passive-segments": Module(
-        f"""(module (memory (export "memory") 1 3) (data $p "passive bytes") (data (i32.const 3) "active")
-              (data $q "")
-              (func (export "init") (param i32 i32 i32)
-                (memory.init $p (local.get 0) (local.get 1) (local.get 2)))
-              (func (export "init_empty") (param i32) (memory.init $q (local.get 0) (i32.const 0) (i32.const 0)))
-              (func (export "drop") (data.drop $p))
-              {ACCESS})""",
+        """(data $p "passive bytes") (data (i32.const 3) "active") (data $q "")
+           (func (export "init") (param i32 i32 i32)
+             (memory.init $p (local.get 0) (local.get 1) (local.get 2)))
+           (func (export "init_empty") (param i32) (memory.init $q (local.get 0) (i32.const 0) (i32.const 0)))
+           (func (export "drop") (data.drop $p))""",
         (
             ("load", 100),
             ("init", 100, 0, 13),
@@ -161,16 +132,15 @@ MODULES = {
         ),
     ),
     "active-segments-used-as-passive": Module(
-        f"""(module (memory (export "memory") 1 3) (data $a (i32.const 3) "active")
-              (func (export "init") (param i32) (memory.init $a (i32.const 50) (i32.const 0) (local.get 0)))
-              (func (export "drop") (data.drop $a)) {ACCESS})""",
+        """(data $a (i32.const 3) "active")
+           (func (export "init") (param i32) (memory.init $a (i32.const 50) (i32.const 0) (local.get 0)))
+           (func (export "drop") (data.drop $a))""",
         (("init", 0), ("init", 1), ("init", 6), ("drop",), ("init", 1), ("load", 3), ("load", 50)),
     ),
     "bulk-operations": Module(
-        f"""(module (memory (export "memory") 1 3) (data (i32.const 10) "to be copied")
-              (func (export "copy") (param i32 i32 i32) (memory.copy (local.get 0) (local.get 1) (local.get 2)))
-              (func (export "fill") (param i32 i32 i32) (memory.fill (local.get 0) (local.get 1) (local.get 2)))
-              {ACCESS})""",
+        """(data (i32.const 10) "to be copied")
+           (func (export "copy") (param i32 i32 i32) (memory.copy (local.get 0) (local.get 1) (local.get 2)))
+           (func (export "fill") (param i32 i32 i32) (memory.fill (local.get 0) (local.get 1) (local.get 2)))""",
         (
             ("copy", 14, 10, 12),
             ("copy", 65530, 10, 12),
@@ -183,8 +153,7 @@ MODULES = {
         ),
     ),
     "minimum-0": Module(
-        f'(module (memory (export "memory") 0 2) {ACCESS})',
-        (
+        calls=(
             ("size",),
             ("load", 0),
             ("grow", 1),
@@ -194,42 +163,43 @@ MODULES = {
             ("grow", 2),
             ("size",),
         ),
+        memory='(memory (export "memory") 0 2)',
     ),
     "minimum-0-with-an-empty-segment": Module(
-        f'(module (memory (export "memory") 0 2) (data (i32.const 0) "") {ACCESS})',
+        '(data (i32.const 0) "")',
         (("size",), ("load", 0), ("grow", 1), ("load", 0)),
+        memory='(memory (export "memory") 0 2)',
     ),
     "minimum-0-with-data": Module(
-        f'(module (memory (export "memory") 0 2) (data (i32.const 0) "a") {ACCESS})',
-        image=(False,),
+        '(data (i32.const 0) "a")',
+        memory='(memory (export "memory") 0 2)',
         reason="instantiation traps",
     ),
     "minimum-and-maximum-0": Module(
-        f'(module (memory (export "memory") 0 0) {ACCESS})',
-        (("size",), ("load", 0), ("grow", 0), ("grow", 1)),
+        calls=(("size",), ("load", 0), ("grow", 0), ("grow", 1)),
+        memory='(memory (export "memory") 0 0)',
     ),
     "an-imported-memory": Module(
-        f"""(module (import "env" "memory" (memory 1 3)) (export "memory" (memory 0))
-              (data (i32.const 8) "of the guest") {ACCESS})""",
-        image=(False,),
+        '(import "env" "memory" (memory 1 3)) (export "memory" (memory 0)) (data (i32.const 8) "data")',
+        memory="",
         reason="It is imported as env.memory and belongs to whoever provides it",
-        imports=(Import("memory", "memory", (1, 3)),),
+        imports=EMBEDDED,
     ),
     "an-imported-memory-too-small": Module(
-        f'(module (import "env" "memory" (memory 2 3)) (data (i32.const 8) "x") {ACCESS})',
-        image=(False,),
+        '(import "env" "memory" (memory 2 3)) (data (i32.const 8) "x")',
+        memory="",
         reason="belongs to whoever provides it",
-        imports=(Import("memory", "memory", (1, 3)),),
+        imports=EMBEDDED,
     ),
     "two-memories": Module(
-        """(module (memory $a (export "a") 1 2) (memory $b (export "b") 2 4) (memory $c (export "c") 1)
-             (data (memory $a) (i32.const 0) "first") (data (memory $b) (i32.const 131070) "22")
-             (func (export "load") (param i32 i32) (result i32)
-               (i32.add (i32.load8_u $a (local.get 0)) (i32.load8_u $b (local.get 1))))
-             (func (export "store") (param i32 i32) (i32.store8 $b (local.get 0) (local.get 1)))
-             (func (export "copy") (memory.copy $c $a (i32.const 9) (i32.const 0) (i32.const 5)))
-             (func (export "grow") (param i32) (result i32) (memory.grow $b (local.get 0)))
-             (func (export "grow_c") (param i32) (result i32) (memory.grow $c (local.get 0))))""",
+        """(memory $a (export "a") 1 2) (memory $b (export "b") 2 4) (memory $c (export "c") 1)
+           (data (memory $a) (i32.const 0) "first") (data (memory $b) (i32.const 131070) "22")
+           (func (export "load") (param i32 i32) (result i32)
+             (i32.add (i32.load8_u $a (local.get 0)) (i32.load8_u $b (local.get 1))))
+           (func (export "store") (param i32 i32) (i32.store8 $b (local.get 0) (local.get 1)))
+           (func (export "copy") (memory.copy $c $a (i32.const 9) (i32.const 0) (i32.const 5)))
+           (func (export "grow") (param i32) (result i32) (memory.grow $b (local.get 0)))
+           (func (export "grow_c") (param i32) (result i32) (memory.grow $c (local.get 0)))""",
         (
             ("load", 0, 131070),
             ("load", 65536, 0),
@@ -242,33 +212,34 @@ MODULES = {
             ("grow_c", 1),
             ("grow_c", 70000),
         ),
-        image=(True, True, True),
+        memory=None,
+        images=(True, True, True),
         native_on=("wasmer",),
     ),
     "an-imported-and-a-defined-memory": Module(
-        """(module (import "env" "memory" (memory $a 1 3)) (memory $b (export "b") 1 2)
-             (data (memory $a) (i32.const 0) "theirs") (data (memory $b) (i32.const 0) "ours")
-             (func (export "sum") (result i32) (i32.add (i32.load $a (i32.const 0)) (i32.load $b (i32.const 0))))
-             (func (export "store") (i32.store $b (i32.const 65532) (i32.load $a (i32.const 2)))))""",
+        """(import "env" "memory" (memory $a 1 3)) (memory $b (export "b") 1 2)
+           (data (memory $a) (i32.const 0) "theirs") (data (memory $b) (i32.const 0) "ours")
+           (func (export "sum") (result i32) (i32.add (i32.load $a (i32.const 0)) (i32.load $b (i32.const 0))))
+           (func (export "store") (i32.store $b (i32.const 65532) (i32.load $a (i32.const 2))))""",
         (("sum",), ("store",), ("sum",)),
-        image=(False, True),
-        imports=(Import("memory", "memory", (1, 3)),),
+        memory=None,
+        images=(False, True),
+        imports=EMBEDDED,
         native_on=("wasmer",),
     ),
     "a-shared-memory": Module(
-        f"""(module (memory 1 2 shared) (data (i32.const 8) "shared") {ACCESS}
-              (func (export "add") (param i32) (result i32)
-                (i32.atomic.rmw.add (i32.const 16) (local.get 0))))""",
+        """(data (i32.const 8) "shared")
+           (func (export "add") (param i32) (result i32) (i32.atomic.rmw.add (i32.const 16) (local.get 0)))""",
         (*WALK, ("add", 3), ("add", 4)),
-        image=(False,),
+        memory="(memory 1 2 shared)",
         reason="shared between threads",
         native_on=cells.HOSTS,
     ),
     "64-bit-addresses": Module(
-        """(module (memory (export "memory") i64 1 3) (data (i64.const 8) "wide")
-             (func (export "load") (param i64) (result i32) (i32.load8_u (local.get 0)))
-             (func (export "store") (param i64 i32) (i32.store8 (local.get 0) (local.get 1)))
-             (func (export "grow") (param i64) (result i64) (memory.grow (local.get 0))))""",
+        """(memory (export "memory") i64 1 3) (data (i64.const 8) "wide")
+           (func (export "load") (param i64) (result i32) (i32.load8_u (local.get 0)))
+           (func (export "store") (param i64 i32) (i32.store8 (local.get 0) (local.get 1)))
+           (func (export "grow") (param i64) (result i64) (memory.grow (local.get 0)))""",
         (
             ("load", 8),
             ("load", 65535),
@@ -284,69 +255,62 @@ MODULES = {
             ("grow", 1),
             ("grow", 1),
         ),
+        memory=None,
     ),
     "64-bit-addresses-without-a-maximum": Module(
-        """(module (memory (export "memory") i64 1) (data (i64.const 8) "wide")
-             (func (export "load") (param i64) (result i32) (i32.load8_u (local.get 0)))
-             (func (export "grow") (param i64) (result i64) (memory.grow (local.get 0))))""",
+        """(memory (export "memory") i64 1) (data (i64.const 8) "wide")
+           (func (export "load") (param i64) (result i32) (i32.load8_u (local.get 0)))
+           (func (export "grow") (param i64) (result i64) (memory.grow (local.get 0)))""",
         (("load", 8), ("load", 65536), ("grow", 1), ("load", 65536)),
-        image=(False,),
+        memory=None,
         reason="64-bit addresses and no maximum",
         native_on=cells.HOSTS,
     ),
     "custom-sections": Module(
-        f'(module $named (memory (export "memory") 1 3) (data (i32.const 8) "data") (func $inner) {ACCESS})',
+        '(data (i32.const 8) "data") (func $inner)',
         trailer=custom("producers", b"\0") + custom("x", b"\1\2\3") + custom("x", b""),
     ),
     "a-start-function": Module(
-        f"""(module (memory (export "memory") 1 3) (data (i32.const 8) "data") (global $seen (mut i32) (i32.const 0))
-              (func $start (global.set $seen (i32.load (i32.const 8))) (i32.store (i32.const 400) (i32.const 77)))
-              (start $start) (func (export "seen") (result i32) (global.get $seen)) {ACCESS})""",
+        """(data (i32.const 8) "data") (global $seen (mut i32) (i32.const 0)) (start $start)
+           (func $start (global.set $seen (i32.load (i32.const 8))) (i32.store (i32.const 400) (i32.const 77)))
+           (func (export "seen") (result i32) (global.get $seen))""",
         (("seen",), *WALK),
     ),
     "a-start-function-that-grows": Module(
-        f"""(module (memory (export "memory") 1 3) (data (i32.const 8) "data")
-              (func $start (drop (memory.grow (i32.const 1))) (i32.store (i32.const 131068) (i32.const 77)))
-              (start $start) {ACCESS})"""
+        """(data (i32.const 8) "data") (start $start)
+           (func $start (drop (memory.grow (i32.const 1))) (i32.store (i32.const 131068) (i32.const 77)))"""
     ),
     "a-start-function-that-traps": Module(
-        f"""(module (memory (export "memory") 1 3) (data (i32.const 8) "data")
-              (func $start (i32.store (i32.const 4) (i32.const 77)) (unreachable)) (start $start) {ACCESS})"""
+        """(data (i32.const 8) "data") (start $start)
+           (func $start (i32.store (i32.const 4) (i32.const 77)) (unreachable))"""
     ),
     "tables-and-references": Module(
-        f"""(module (memory (export "memory") 1 3) (data (i32.const 8) "data") (type $t (func (result i32)))
-              (table (export "table") 4 8 funcref) (elem (i32.const 0) $one $two)
-              (func $one (result i32) (i32.const 1)) (func $two (result i32) (i32.load8_u (i32.const 8)))
-              (func $odd (param i32)) (elem (i32.const 2) $odd)
-              (func (export "through") (param i32) (result i32) (call_indirect (type $t) (local.get 0)))
-              {ACCESS})""",
+        """(data (i32.const 8) "data") (type $t (func (result i32)))
+           (table (export "table") 4 8 funcref) (elem (i32.const 0) $one $two)
+           (func $one (result i32) (i32.const 1)) (func $two (result i32) (i32.load8_u (i32.const 8)))
+           (func $odd (param i32)) (elem (i32.const 2) $odd)
+           (func (export "through") (param i32) (result i32) (call_indirect (type $t) (local.get 0)))""",
         (("through", 0), ("through", 1), ("through", 2), ("through", 3), ("through", 4), *WALK),
     ),
     "host-functions": Module(
-        f"""(module (import "env" "twice" (func $twice (param i32) (result i32)))
-              (memory (export "memory") 1 3) (data (i32.const 8) "data")
-              (func (export "f") (param i32) (result i32) (i32.store (i32.const 0) (call $twice (local.get 0)))
-                (i32.load (i32.const 0)))
-              {ACCESS})""",
+        """(import "env" "twice" (func $twice (param i32) (result i32))) (data (i32.const 8) "data")
+           (func (export "f") (param i32) (result i32) (i32.store (i32.const 0) (call $twice (local.get 0)))
+             (i32.load (i32.const 0)))""",
         (("f", 21), *WALK),
         imports=(Import("twice", "function", ("i32",)),),
     ),
     "several-results": Module(
-        f"""(module (memory (export "memory") 1 3)
-              (func (export "divide") (param i32 i32) (result i32 i64)
-                (i32.div_u (local.get 0) (local.get 1)) (i64.extend_i32_s (i32.rem_u (local.get 0) (local.get 1))))
-              (func (export "floats") (param f32 f64) (result f64)
-                (f64.add (f64.promote_f32 (local.get 0)) (local.get 1)))
-              {ACCESS})""",
+        """(func (export "divide") (param i32 i32) (result i32 i64)
+             (i32.div_u (local.get 0) (local.get 1)) (i64.extend_i32_s (i32.rem_u (local.get 0) (local.get 1))))
+           (func (export "floats") (param f32 f64) (result f64)
+             (f64.add (f64.promote_f32 (local.get 0)) (local.get 1)))""",
         (("divide", 17, 5), ("divide", 1, 0), ("floats", 0.5, 0.25), *WALK),
     ),
     "every-way-to-trap": Module(
-        f"""(module (memory (export "memory") 1 3) (data (i32.const 8) "data")
-              (func $deep (export "deep") (param i32) (result i32)
-                (i32.add (i32.const 1) (call $deep (i32.add (local.get 0) (i32.load (i32.const 0))))))
-              (func (export "unreachable") (unreachable))
-              (func (export "to_int") (param f64) (result i32) (i32.trunc_f64_s (local.get 0)))
-              {ACCESS})""",
+        """(data (i32.const 8) "data") (func (export "unreachable") (unreachable))
+           (func $deep (export "deep") (param i32) (result i32)
+             (i32.add (i32.const 1) (call $deep (i32.add (local.get 0) (i32.load (i32.const 0))))))
+           (func (export "to_int") (param f64) (result i32) (i32.trunc_f64_s (local.get 0)))""",
         (("deep", 0), ("unreachable",), ("to_int", 1e30), ("to_int", float("nan")), *WALK),
     ),
 }

@@ -5,6 +5,7 @@ Each stands between two `unreachable`, where any operands are valid.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from itertools import product
 
@@ -29,201 +30,99 @@ def module(texts: Iterable[str]) -> str:
     return f"(module {PREAMBLE} {' '.join(bodies)})"
 
 
-INTEGERS = {"i32": 32, "i64": 64}
-FLOATS = ("f32", "f64")
+def expand(patterns: str) -> list[str]:
+    """One text per combination of the alternatives in braces; patterns stand on lines or between semicolons."""
+    found = []
+    for pattern in filter(None, map(str.strip, re.split("[;\n]", patterns))):
+        parts = re.split("[{}]", pattern)  # what stands in braces has an odd place
+        choices = [part.split() if place % 2 else [part] for place, part in enumerate(parts)]
+        found += map("".join, product(*choices))
+    return found
 
 
-def integers(kind: str) -> list[str]:
-    arithmetic = (
-        "clz ctz popcnt add sub mul div_s div_u rem_s rem_u and or xor shl shr_s shr_u rotl"
-    )
-    comparison = "rotr eqz eq ne lt_s lt_u gt_s gt_u le_s le_u ge_s ge_u"
-    return [f"{kind}.{name}" for name in f"{arithmetic} {comparison}".split()]
+MVP = """
+unreachable; nop; br 0; br_if 0; br_table 0; br_table 0 0 0 0 0; return; drop
+call $imported; call_indirect (type $i); call_indirect $u (type $f)
+select; select (result i32); select (result (ref null $s))
+local.{get set tee} 0; global.{get set} $g
+memory.size; memory.grow
+i32.const {0 -1 63 64 2147483647 -2147483648}
+i64.const {0 -1 1099511627776 9223372036854775807 -9223372036854775808}
+f32.const 1.5; f64.const -nan:0x8000000000001
+{i32 i64}.{clz ctz popcnt add sub mul div_s div_u rem_s rem_u and or xor shl shr_s shr_u rotl rotr}
+{i32 i64}.{eqz eq ne lt_s lt_u gt_s gt_u le_s le_u ge_s ge_u}
+{f32 f64}.{abs neg ceil floor trunc nearest sqrt add sub mul div min max copysign}
+{f32 f64}.{eq ne lt gt le ge}
+i32.wrap_i64; i64.extend_i32_{s u}; f32.demote_f64; f64.promote_f32
+{i32 i64}.trunc_{f32 f64}_{s u}; {f32 f64}.convert_{i32 i64}_{s u}
+i32.reinterpret_f32; i64.reinterpret_f64; f32.reinterpret_i32; f64.reinterpret_i64
+"""
 
+ACCESSES = """
+{i32 i64 f32 f64}.{load store}
+{i32 i64}.load{8 16}_{s u}; i64.load32_{s u}; {i32 i64}.store{8 16}; i64.store32
+"""
 
-def floats(kind: str) -> list[str]:
-    arithmetic = "abs neg ceil floor trunc nearest sqrt add sub mul div min max copysign"
-    return [f"{kind}.{name}" for name in f"{arithmetic} eq ne lt gt le ge".split()]
+LATER = """
+i32.extend{8 16}_s; i64.extend{8 16 32}_s
+{i32 i64}.trunc_sat_{f32 f64}_{s u}
+memory.init $d; memory.init $o $c; data.drop $d; memory.copy; memory.copy $o $m
+memory.fill; memory.fill $o; table.init $x; table.init $u $y; elem.drop $x
+table.copy; table.copy $u $t; table.{get set} {$t $u}
+table.grow $t; table.size $u; table.fill $t
+ref.null {func extern exn any $s}; ref.is_null; ref.func $imported
+return_call $imported; return_call_indirect $u (type $f)
+call_ref $f; return_call_ref $f; ref.as_non_null; br_on_null 0
+memory.size $o; memory.grow $o; i32.load $o offset=5; i64.store8 $o
+i32.load $w offset=0xffffffffff; memory.size $w; v128.load $o align=16
+i64.{add128 sub128 mul_wide_s mul_wide_u}
+throw $e; throw_ref
+"""
+"""Up to references, several memories, 64-bit addresses, wide arithmetic and exceptions."""
 
+GC = """
+ref.eq; struct.new $s; struct.new_default $s; struct.get $s $a; struct.get_{s u} $s $b
+struct.set $s {$a $b}; array.new $n; array.new_default $n; array.new_fixed $n 3
+array.new_data $n $d; array.new_elem $r $x; array.get $n; array.get_{s u} $p; array.set $n
+array.len; array.fill $n; array.copy $n $n; array.init_data $n $c; array.init_elem $r $y
+ref.test (ref $s); ref.test (ref null any); ref.cast (ref $s); ref.cast (ref null i31)
+any.convert_extern; extern.convert_any; ref.i31; i31.get_{s u}
+"""
 
-ACCESSES = [
-    *(f"{kind}.{access}" for kind in (*INTEGERS, *FLOATS) for access in ("load", "store")),
-    *(
-        f"{kind}.load{bits}_{sign}"
-        for kind, size in INTEGERS.items()
-        for bits in (8, 16, 32)
-        if bits < size
-        for sign in "su"
-    ),
-    *(
-        f"{kind}.store{bits}"
-        for kind, size in INTEGERS.items()
-        for bits in (8, 16, 32)
-        if bits < size
-    ),
-]
+SIMD = """
+v128.load offset=3; v128.store; v128.load{8x8 16x4 32x2}_{s u}; v128.load{8 16 32 64}_splat
+v128.load{32 64}_zero; v128.{load store}{8 16 32 64}_lane 1
+v128.load8_lane $o offset=300 15; v128.const i64x2 1 -1
+i8x16.shuffle 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 31; i8x16.swizzle
+{i8x16 i16x8 i32x4 i64x2 f32x4 f64x2}.splat
+i8x16.replace_lane 15; i16x8.replace_lane 7; {i32x4 f32x4}.replace_lane 3
+{i64x2 f64x2}.replace_lane 1; {i8x16 i16x8}.extract_lane_{s u} 7
+{i32x4 i64x2 f32x4 f64x2}.extract_lane 1
+{i8x16 i16x8 i32x4}.{eq ne lt_s lt_u gt_s gt_u le_s le_u ge_s ge_u min_s min_u max_s max_u}
+{i8x16 i16x8 i32x4 i64x2}.{abs neg all_true bitmask shl shr_s shr_u add sub}
+{i8x16 i16x8}.{add_sat_s add_sat_u sub_sat_s sub_sat_u avgr_u}; i8x16.popcnt
+{i16x8 i32x4 i64x2}.mul; i64x2.{eq ne lt_s gt_s le_s ge_s}
+i8x16.narrow_i16x8_{s u}; i16x8.narrow_i32x4_{s u}; i16x8.q15mulr_sat_s; i32x4.dot_i16x8_s
+i16x8.extadd_pairwise_i8x16_{s u}; i32x4.extadd_pairwise_i16x8_{s u}
+i16x8.{extend extmul}_{low high}_i8x16_{s u}; i32x4.{extend extmul}_{low high}_i16x8_{s u}
+i64x2.{extend extmul}_{low high}_i32x4_{s u}
+i32x4.trunc_sat_f32x4_{s u}; i32x4.trunc_sat_f64x2_{s u}_zero
+{f32x4 f64x2}.{eq ne lt gt le ge ceil floor trunc nearest abs neg sqrt add sub mul div}
+{f32x4 f64x2}.{min max pmin pmax}; f32x4.convert_i32x4_{s u}; f32x4.demote_f64x2_zero
+f64x2.convert_low_i32x4_{s u}; f64x2.promote_low_f32x4
+v128.{not and andnot or xor bitselect any_true}
+i8x16.relaxed_swizzle; i32x4.relaxed_trunc_f32x4_{s u}; i32x4.relaxed_trunc_f64x2_{s u}_zero
+{f32x4 f64x2}.relaxed_{madd nmadd min max}; {i8x16 i16x8 i32x4 i64x2}.relaxed_laneselect
+i16x8.relaxed_q15mulr_s; i16x8.relaxed_dot_i8x16_i7x16_s; i32x4.relaxed_dot_i8x16_i7x16_add_s
+"""
 
-MVP = [
-    "unreachable",
-    "nop",
-    "br 0",
-    "br_if 0",
-    "br_table 0",
-    "br_table 0 0 0 0 0",
-    "return",
-    "call $imported",
-    "call_indirect (type $i)",
-    "call_indirect $u (type $f)",
-    "drop",
-    "select",
-    "select (result i32)",
-    "select (result (ref null $s))",
-    *(f"local.{what} 0" for what in ("get", "set", "tee")),
-    "global.get $g",
-    "global.set $g",
-    *ACCESSES,
-    *(f"{access} offset=70000 align=1" for access in ACCESSES),
-    "memory.size",
-    "memory.grow",
-    *(f"i32.const {value}" for value in (0, -1, 63, 64, 0x7FFFFFFF, -0x80000000)),
-    *(f"i64.const {value}" for value in (0, -1, 1 << 40, (1 << 63) - 1, -(1 << 63))),
-    "f32.const 1.5",
-    "f64.const -nan:0x8000000000001",
-    *integers("i32"),
-    *integers("i64"),
-    *floats("f32"),
-    *floats("f64"),
-    "i32.wrap_i64",
-    "i64.extend_i32_s",
-    "i64.extend_i32_u",
-    "f32.demote_f64",
-    "f64.promote_f32",
-    *(f"{a}.trunc_{b}_{sign}" for a, b, sign in product(INTEGERS, FLOATS, "su")),
-    *(f"{b}.convert_{a}_{sign}" for a, b, sign in product(INTEGERS, FLOATS, "su")),
-    "i32.reinterpret_f32",
-    "i64.reinterpret_f64",
-    "f32.reinterpret_i32",
-    "f64.reinterpret_i64",
-]
-
-LATER = [
-    # sign extension
-    *("i32.extend8_s", "i32.extend16_s", "i64.extend8_s", "i64.extend16_s", "i64.extend32_s"),
-    # saturating conversions
-    *(f"{a}.trunc_sat_{b}_{sign}" for a, b, sign in product(INTEGERS, FLOATS, "su")),
-    # bulk memory and reference types
-    *("memory.init $d", "memory.init $o $c", "data.drop $d", "memory.copy", "memory.copy $o $m"),
-    *("memory.fill", "memory.fill $o", "table.init $x", "table.init $u $y", "elem.drop $x"),
-    *("table.copy", "table.copy $u $t", "table.get $t", "table.get $u", "table.set $t"),
-    *("table.set $u", "table.grow $t", "table.size $u", "table.fill $t"),
-    *("ref.null func", "ref.null extern", "ref.null exn", "ref.null any", "ref.null $s"),
-    *("ref.is_null", "ref.func $imported"),
-    # tail calls
-    *("return_call $imported", "return_call_indirect $u (type $f)"),
-    # typed function references
-    *("call_ref $f", "return_call_ref $f", "ref.as_non_null", "br_on_null 0"),
-    # several memories, 64-bit addresses
-    *("memory.size $o", "memory.grow $o", "i32.load $o offset=5", "i64.store8 $o"),
-    *("i32.load $w offset=0xffffffffff", "memory.size $w", "v128.load $o align=16"),
-    # wide arithmetic
-    *("i64.add128", "i64.sub128", "i64.mul_wide_s", "i64.mul_wide_u"),
-    # exceptions
-    *("throw $e", "throw_ref"),
-]
-
-GC = [
-    *("ref.eq", "struct.new $s", "struct.new_default $s", "struct.get $s $a"),
-    *("struct.get_s $s $b", "struct.get_u $s $b", "struct.set $s $a", "struct.set $s $b"),
-    *("array.new $n", "array.new_default $n", "array.new_fixed $n 3", "array.new_data $n $d"),
-    *("array.new_elem $r $x", "array.get $n", "array.get_s $p", "array.get_u $p", "array.set $n"),
-    *("array.len", "array.fill $n", "array.copy $n $n", "array.init_data $n $c"),
-    *("array.init_elem $r $y", "ref.test (ref $s)", "ref.test (ref null any)"),
-    *("ref.cast (ref $s)", "ref.cast (ref null i31)", "any.convert_extern"),
-    *("extern.convert_any", "ref.i31", "i31.get_s", "i31.get_u"),
-]
-
-SHAPES = {"i8x16": 16, "i16x8": 8, "i32x4": 4, "i64x2": 2, "f32x4": 4, "f64x2": 2}
-
-
-def lanes(shape: str, names: str) -> list[str]:
-    return [f"{shape}.{name}" for name in names.split()]
-
-
-COMPARE = "eq ne lt_s lt_u gt_s gt_u le_s le_u ge_s ge_u"
-SHIFT = "shl shr_s shr_u"
-SATURATE = "add_sat_s add_sat_u sub_sat_s sub_sat_u"
-WHOLE = "abs neg all_true bitmask"
-REAL = "eq ne lt gt le ge ceil floor trunc nearest abs neg sqrt add sub mul div min max pmin pmax"
-
-
-def halves(name: str, shape: str) -> str:
-    return " ".join(
-        f"{name}_{half}_{shape}_{sign}" for half, sign in product(("low", "high"), "su")
-    )
-
-
-SIMD = [
-    *("v128.load offset=3", "v128.store"),
-    *(f"v128.load{shape}_{sign}" for shape, sign in product(("8x8", "16x4", "32x2"), "su")),
-    *(f"v128.load{bits}_splat" for bits in (8, 16, 32, 64)),
-    *(f"v128.load{bits}_zero" for bits in (32, 64)),
-    *(f"v128.{what}{bits}_lane 1" for what in ("load", "store") for bits in (8, 16, 32, 64)),
-    *("v128.load8_lane $o offset=300 15", "v128.const i64x2 1 -1"),
-    "i8x16.shuffle 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 31",
-    "i8x16.swizzle",
-    *(f"{shape}.splat" for shape in SHAPES),
-    *(f"{shape}.replace_lane {count - 1}" for shape, count in SHAPES.items()),
-    *(f"{shape}.extract_lane_{sign} 7" for shape, sign in product(("i8x16", "i16x8"), "su")),
-    *(f"{shape}.extract_lane 1" for shape in ("i32x4", "i64x2", "f32x4", "f64x2")),
-    *lanes("i8x16", f"{COMPARE} {WHOLE} {SHIFT} {SATURATE} add sub min_s min_u max_s max_u"),
-    *lanes("i8x16", "avgr_u popcnt narrow_i16x8_s narrow_i16x8_u"),
-    *lanes("i16x8", f"{COMPARE} {WHOLE} {SHIFT} {SATURATE} add sub mul min_s min_u max_s max_u"),
-    *lanes("i16x8", "avgr_u q15mulr_sat_s narrow_i32x4_s narrow_i32x4_u"),
-    *lanes("i16x8", "extadd_pairwise_i8x16_s extadd_pairwise_i8x16_u"),
-    *lanes("i16x8", f"{halves('extend', 'i8x16')} {halves('extmul', 'i8x16')}"),
-    *lanes("i32x4", f"{COMPARE} {WHOLE} {SHIFT} add sub mul min_s min_u max_s max_u dot_i16x8_s"),
-    *lanes("i32x4", "extadd_pairwise_i16x8_s extadd_pairwise_i16x8_u"),
-    *lanes("i32x4", f"{halves('extend', 'i16x8')} {halves('extmul', 'i16x8')}"),
-    *lanes("i32x4", "trunc_sat_f32x4_s trunc_sat_f32x4_u"),
-    *lanes("i32x4", "trunc_sat_f64x2_s_zero trunc_sat_f64x2_u_zero"),
-    *lanes("i64x2", f"eq ne lt_s gt_s le_s ge_s {WHOLE} {SHIFT} add sub mul"),
-    *lanes("i64x2", f"{halves('extend', 'i32x4')} {halves('extmul', 'i32x4')}"),
-    *lanes("f32x4", f"{REAL} convert_i32x4_s convert_i32x4_u demote_f64x2_zero"),
-    *lanes("f64x2", f"{REAL} convert_low_i32x4_s convert_low_i32x4_u promote_low_f32x4"),
-    *lanes("v128", "not and andnot or xor bitselect any_true"),
-    # relaxed
-    "i8x16.relaxed_swizzle",
-    *lanes("i32x4", "relaxed_trunc_f32x4_s relaxed_trunc_f32x4_u"),
-    *lanes("i32x4", "relaxed_trunc_f64x2_s_zero relaxed_trunc_f64x2_u_zero"),
-    *(
-        f"{shape}.relaxed_{name}"
-        for shape, name in product(("f32x4", "f64x2"), ("madd", "nmadd", "min", "max"))
-    ),
-    *(f"{shape}.relaxed_laneselect" for shape in ("i8x16", "i16x8", "i32x4", "i64x2")),
-    *("i16x8.relaxed_q15mulr_s", "i16x8.relaxed_dot_i8x16_i7x16_s"),
-    "i32x4.relaxed_dot_i8x16_i7x16_add_s",
-]
-
-WIDTHS = [
-    (kind, bits) for kind, size in INTEGERS.items() for bits in (8, 16, 32, 64) if bits <= size
-]
-
-ATOMICS = [
-    *("memory.atomic.notify", "memory.atomic.wait32 offset=8", "memory.atomic.wait64"),
-    "atomic.fence",
-    *(
-        f"{kind}.atomic.load{'' if bits == INTEGERS[kind] else f'{bits}_u'}"
-        for kind, bits in WIDTHS
-    ),
-    *(f"{kind}.atomic.store{'' if bits == INTEGERS[kind] else bits}" for kind, bits in WIDTHS),
-    *(
-        f"{kind}.atomic.rmw.{name}"
-        if bits == INTEGERS[kind]
-        else f"{kind}.atomic.rmw{bits}.{name}_u"
-        for name in ("add", "sub", "and", "or", "xor", "xchg", "cmpxchg")
-        for kind, bits in WIDTHS
-    ),
-]
+ATOMICS = expand("""
+memory.atomic.notify; memory.atomic.wait32 offset=8; memory.atomic.wait64; atomic.fence
+{i32 i64}.atomic.{load load8_u load16_u store store8 store16}; i64.atomic.{load32_u store32}
+{i32 i64}.atomic.rmw.{add sub and or xor xchg cmpxchg}
+{i32 i64}.atomic.rmw{8 16}.{add sub and or xor xchg cmpxchg}_u
+i64.atomic.rmw32.{add sub and or xor xchg cmpxchg}_u
+""")
 
 STRUCTURED = {
     "block end": "02 0b",
@@ -251,4 +150,10 @@ LEGACY = {
 }
 """Of the first exceptions, which wasmtime assembles and does not run."""
 
-PLAIN = list(dict.fromkeys([*MVP, *LATER, *GC, *SIMD, *ATOMICS]))
+_ACCESSES = expand(ACCESSES)
+PLAIN = [
+    *expand(MVP + LATER + GC + SIMD),
+    *_ACCESSES,
+    *(f"{access} offset=70000 align=1" for access in _ACCESSES),
+    *ATOMICS,
+]

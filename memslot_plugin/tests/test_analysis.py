@@ -7,6 +7,7 @@ import json
 import mmap
 import tracemalloc
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -216,10 +217,8 @@ def test_instructions_in_any_order_and_nesting_are_counted_one_by_one(
     report = analysis.analyse(module)
     assert (report.not_understood, report.instructions) == (None, counted)
     assert report.bodies == len(bodies)
-    starts, at = [], code_section(source).payload + len(unsigned(len(bodies)))
-    for each_body in map(sized, bodies):
-        starts.append(at + len(each_body) - len(bodies[len(starts)]))
-        at += len(each_body)
+    ends = accumulate(map(len, map(sized, bodies)), initial=source.index(sized(bodies[0])))
+    starts = [end - len(body) for end, body in zip(list(ends)[1:], bodies, strict=True)]
     placed = [(name, IMPORTED + number, starts[number] + at) for name, number, at in sites]
     found = analysis.find_sites(module, tuple(Instruction))
     assert [(site.instruction, site.function, site.offset) for site in found] == placed
@@ -441,85 +440,62 @@ def test_integer_is_understood_as_long_as_a_runtime_allows(engine: Any) -> None:
 # The verdict
 
 
-def verdict_of(text: str) -> analysis.Verdict:
-    module = wasm.parse(assemble(text))
-    return analysis.verdict(module, analysis.analyse(module))
+def judge(text: str) -> tuple[wasm.Module, analysis.CodeReport, analysis.Verdict]:
+    """The module with these fields, what its code does, and how it can be reset."""
+    module = wasm.parse(assemble(f"(module {text})"))
+    report = analysis.analyse(module)
+    return module, report, analysis.verdict(module, report)
 
 
+TABLE, DATA = "(table 1 funcref)", '(memory 1) (data $d "x")'
 REFUSED = [
     (
-        """(module (table 1 funcref) (func (export "f") (table.set (i32.const 0) (ref.null func))
-             (table.set (i32.const 0) (ref.null func))))""",
+        f'{TABLE} (func (export "f") unreachable table.set unreachable table.set)',
         'The code has table.set in function 0 (exported as "f"), at byte 0x',
     ),
+    (f"{TABLE} (func unreachable table.grow unreachable)", "a table cannot shrink."),
+    (f"{TABLE} (func unreachable table.fill)", "table.fill in function 0"),
+    (f"{TABLE} (func unreachable table.copy)", "table.copy in function 0"),
+    (f"{TABLE} (elem $e func) (func unreachable table.init $e)", "table.init in function 0"),
+    ("(elem $e func) (func elem.drop $e)", "a segment that was dropped does not come back."),
+    (f"{DATA} (func data.drop $d)", "data.drop in function 0"),
     (
-        """(module (table 1 funcref) (func (drop (table.grow (ref.null func) (i32.const 1)))))""",
-        "a table cannot shrink.",
-    ),
-    (
-        """(module (table 1 funcref)
-             (func (table.fill (i32.const 0) (ref.null func) (i32.const 1))))""",
-        "table.fill in function 0",
-    ),
-    (
-        """(module (table 1 funcref)
-             (func (table.copy (i32.const 0) (i32.const 0) (i32.const 1))))""",
-        "table.copy in function 0",
-    ),
-    (
-        """(module (table 1 funcref) (elem $e func)
-             (func (table.init $e (i32.const 0) (i32.const 0) (i32.const 0))))""",
-        "table.init in function 0",
-    ),
-    (
-        "(module (elem $e func) (func (elem.drop $e)))",
-        "a segment that was dropped does not come back.",
-    ),
-    ('(module (memory 1) (data $d "x") (func (data.drop $d)))', "data.drop in function 0"),
-    (
-        """(module (memory 1) (data $d "x")
-             (func (memory.init $d (i32.const 0) (i32.const 0) (i32.const 1))))""",
+        f"{DATA} (func unreachable memory.init $d)",
         "whether its segment is still there cannot be seen from outside.",
     ),
     (
-        """(module (type $s (struct (field (mut i32)))) (global $g (ref $s) (struct.new_default $s))
-             (func (struct.set $s 0 (global.get $g) (i32.const 1))))""",
+        "(type $s (struct (field (mut i32)))) (func unreachable struct.set $s 0)",
         "struct.set in function 0",
     ),
     (
-        """(module (type $a (array (mut i32)))
-             (global $g (ref $a) (array.new_default $a (i32.const 3)))
-             (func (array.set $a (global.get $g) (i32.const 0) (i32.const 1))))""",
+        "(type $a (array (mut i32))) (func unreachable array.set $a)",
         "an object that the instance keeps cannot be put back.",
     ),
     (
-        """(module (func $f) (global $g (mut funcref) (ref.null func))
-             (elem declare func $f) (func (global.set $g (ref.func $f))))""",
+        "(global $g (mut funcref) (ref.null func)) (func unreachable global.set $g)",
         "Global 0 holds references, (ref null func), and is assigned to; a reference cannot be saved.",
     ),
     (
-        '(module (global (export "g") (mut externref) (ref.null extern)))',
+        '(global (export "g") (mut externref) (ref.null extern))',
         'Global 0 holds references, (ref null extern), and is exported as "g"',
     ),
     (
-        "(module (func $f) (start $f))",
+        "(func $f) (start $f)",
         "Function 0 starts each new instance and does not run at a reset in place;",
     ),
     (
-        """(module (import "env" "m" (memory 1)) (data (i32.const 0) "x"))""",
+        '(import "env" "m" (memory 1)) (data (i32.const 0) "x")',
         "Each new instance copies data into the memory that is imported as env.m;",
     ),
     (
-        """(module (import "env" "t" (table 1 funcref)) (func $f) (elem (i32.const 0) $f))""",
+        '(import "env" "t" (table 1 funcref)) (func $f) (elem (i32.const 0) $f)',
         "Each new instance may put its functions into the table that is imported as env.t;",
     ),
     (
-        """(module (type $f (func)) (type $c (cont $f)) (elem declare func $z)
-             (func $z (drop (cont.new $c (ref.func $z)))))""",
+        "(type $f (func)) (type $c (cont $f)) (func unreachable cont.new $c unreachable)",
         "What the code does cannot be proven: the opcode 0xe0 is not known here (at byte",
     ),
 ]
-
 
 CAPTURED = ("segment", "Global", "starts each")
 """Words in the reasons of what a snapshot captures, though a reset in place would not restore it."""
@@ -527,9 +503,7 @@ CAPTURED = ("segment", "Global", "starts each")
 
 @pytest.mark.parametrize(("text", "reason"), REFUSED)
 def test_state_that_a_reset_in_place_could_miss_is_a_reason(text: str, reason: str) -> None:
-    module = wasm.parse(assemble(text))
-    report = analysis.analyse(module)
-    verdict = analysis.verdict(module, report)
+    module, report, verdict = judge(text)
     assert not verdict.in_place
     (said,) = verdict.reasons
     assert reason in said
@@ -543,50 +517,46 @@ def test_state_that_a_reset_in_place_could_miss_is_a_reason(text: str, reason: s
         assert captured.endswith(".")
 
 
-PROVEN = [
-    "(module)",
-    """(module (memory (export "m") 1) (global (mut i32) (i32.const 1))
-         (func (global.set 0 (i32.const 2)) (i32.store (i32.const 0) (i32.const 1))))""",
-    """(module (table 2 funcref) (func $f) (elem (i32.const 0) $f)
-         (func (call_indirect (i32.const 0)) (drop (table.get (i32.const 1))) (drop (table.size))))""",
-    "(module (global $g (mut funcref) (ref.null func)) (func (drop (global.get $g))))",
-    """(module (import "env" "m" (memory 1)) (func (i32.store (i32.const 0) (i32.const 1))))""",
-    """(module (memory 1) (data "never used") (func (memory.fill (i32.const 0) (i32.const 1)
-         (i32.const 5)) (memory.copy (i32.const 0) (i32.const 1) (i32.const 2))))""",
-    """(module (type $s (struct (field (mut i32)))) (func (drop (struct.new_default $s))))""",
-]
-
-
-@pytest.mark.parametrize("text", PROVEN)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "(memory 1) (global (mut i32) (i32.const 1)) (func unreachable global.set 0 unreachable i32.store)",
+        f"{TABLE} (func unreachable call_indirect unreachable table.get drop table.size drop)",
+        "(global $g (mut funcref) (ref.null func)) (func (drop (global.get $g)))",
+        '(import "env" "m" (memory 1)) (func unreachable i32.store)',
+        f"{DATA} (func unreachable memory.fill unreachable memory.copy)",
+        "(type $s (struct (field (mut i32)))) (func (drop (struct.new_default $s)))",
+    ],
+)
 def test_module_that_writes_only_memories_and_globals_is_reset_in_place(text: str) -> None:
-    verdict = verdict_of(text)
+    *_, verdict = judge(text)
     assert (verdict.in_place, verdict.reasons) == (True, ())
 
 
 def test_start_function_that_was_dropped_is_no_reason() -> None:
-    module = wasm.parse(assemble("(module (func $f) (start $f))"))
-    assert analysis.verdict(module, analysis.analyse(module), start_dropped=True).in_place
+    module, report, _ = judge("(func $f) (start $f)")
+    assert analysis.verdict(module, report, start_dropped=True).in_place
 
 
 def test_state_that_must_be_watched_is_a_condition() -> None:
-    verdict = verdict_of(
-        """(module (memory 1) (table (export "t") (export "u") 1 funcref)
-             (func (export "grow") (drop (memory.grow (i32.const 1)))))"""
+    *_, verdict = judge(
+        """(memory 1) (table (export "t") (export "u") 1 funcref)
+           (func (export "grow") (drop (memory.grow (i32.const 1))))"""
     )
     assert verdict.in_place
     growth, table = verdict.conditions
-    assert growth.startswith(
-        'The code has memory.grow in function 0 (exported as "grow"), at byte 0x'
-    )
+    said = 'The code has memory.grow in function 0 (exported as "grow"), at byte 0x'
+    assert growth.startswith(said)
     assert growth.endswith("; after a growth only a new instance has the right size.")
     assert table.startswith('Table 0 is exported as "t" and "u"; who was given')
 
 
 def test_imported_state_belongs_to_the_embedder() -> None:
-    verdict = verdict_of(
-        """(module (import "a" "m" (memory 1)) (import "a" "t" (table 1 funcref))
-             (import "a" "g" (global (mut i32))) (import "a" "c" (global i32))
-             (export "again" (table 0)) (func (global.set 0 (i32.const 1))))"""
+    *_, verdict = judge(
+        """(import "a" "m" (memory 1)) (import "a" "t" (table 1 funcref))
+           (import "a" "g" (global (mut i32))) (import "a" "c" (global i32))
+           (export "again" (table 0)) (func (global.set 0 (i32.const 1)))"""
     )
     assert verdict.in_place
     assert verdict.conditions == ()
@@ -598,19 +568,15 @@ def test_imported_state_belongs_to_the_embedder() -> None:
 
 
 def test_global_changes_if_code_assigns_to_it_or_the_embedder_can() -> None:
-    module = wasm.parse(
-        assemble(
-            """(module (import "env" "g" (global (mut i32)))
-                 (global $a (mut i32) (i32.const 0)) (global $b (mut v128) (v128.const i64x2 0 0))
-                 (global $c (mut i32) (i32.const 0)) (global $d i32 (i32.const 0))
-                 (global $e (export "e") (mut i32) (i32.const 0)) (export "d" (global $d))
-                 (func (global.set 0 (i32.const 0)) (global.set $a (i32.const 0))
-                   (global.set $b (v128.const i64x2 1 1))))"""
-        )
+    module, report, verdict = judge(
+        """(import "env" "g" (global (mut i32)))
+           (global $a (mut i32) (i32.const 0)) (global $b (mut v128) (v128.const i64x2 0 0))
+           (global $c (mut i32) (i32.const 0)) (global $d i32 (i32.const 0))
+           (global $e (export "e") (mut i32) (i32.const 0)) (export "d" (global $d))
+           (func unreachable global.set 0 unreachable global.set $a unreachable global.set $b)"""
     )
-    report = analysis.analyse(module)
     assert report.globals_set == (0, 1, 2)
     assert analysis.changing_globals(module, report) == (1, 2, 5)
-    assert analysis.verdict(module, report).vector_globals == (2,)
+    assert verdict.vector_globals == (2,)
     unclear = dataclasses.replace(report, not_understood="The code is odd.", globals_set=())
     assert analysis.changing_globals(module, unclear) == (1, 2, 3, 5)

@@ -385,150 +385,126 @@ def test_module_with_nothing_to_rewrite_stays_the_same_object() -> None:
     assert wasm.rewrite(wasm.parse(single), minimums={0: 1}) is single
 
 
+EMPTIED = {"emptied": [0]}
+UNNAMED = {"emptied": [0], "named_segments": 0}
 IMPORTED = {"import_memory": ImportName("h", "m")}
-AS_IMPORT = b"\x01h\x01m\x02"
-TYPES = (1, vector(b"\x60\x00\x00"))
-BOUNDED = (5, vector(b"\x01\x01\x02"))
 BASES = (2, vector(imported_global(), imported_global(I64)))
-WIDE = (5, vector(b"\x00\x01", b"\x04\x01"))
-SUM, DIFFERENCE = (i32(8) + i32(n) + operator for n, operator in ((1, b"\x6a"), (0, b"\x6b")))
+TWO = (5, vector(b"\x00\x01", b"\x04\x01"))
+TYPES, BOUNDED = (1, vector(b"\x60\x00\x00")), (5, vector(b"\x01\x01\x02"))
 FLAGGED = b"\x02\x00" + i32(8) + END  # a memory index that need not be written
 ODD = b"\x03\x81\x80\x00\x00"  # an empty function section whose size takes three bytes
-LONG_OFFSET = b"\x41\x80\x00"
-SEGMENTS = (
-    active(i32(8), b"first"),
-    passive(b"second"),
-    active(i32(-1), b""),
-    active(LONG_OFFSET, b"more bytes than needed"),
-    active(i32(9), b"not emptied"),
-)
+FIRST, SECOND, THIRD = active(i32(8), b"first"), passive(b"second"), active(i32(-1), b"")
+FOURTH, FIFTH = active(b"\x41\x80\x00", b"more than needed"), active(i32(9), b"not emptied")
+EMPTY_FIRST, EMPTY_FOURTH = active(i32(8), b""), active(b"\x41\x80\x00", b"")
 
 
 def counted(*segments: bytes) -> bytes:
     return build(MEMORY, section(12, unsigned(len(segments))), (11, vector(*segments)))
 
 
-@pytest.mark.parametrize(
-    ("before", "options", "after"),
-    [
-        pytest.param(
-            EVERYTHING,
-            {"emptied": [0]},
-            EVERYTHING.replace(
-                section(11, vector(active(i32(8), b"hello"), passive(b"later"))),
-                section(11, vector(active(i32(8), b""), passive(b"later"))),
-            ),
-            id="an emptied segment keeps index, memory and offset, and nothing else moves",
+def memories(*types: bytes) -> bytes:
+    return build((5, vector(*types)))
+
+
+def imported(limits: bytes) -> tuple[int, bytes]:
+    """An import section with a memory only."""
+    return 2, vector(b"\x01h\x01m\x02" + limits)
+
+
+def left(named: int | None) -> dict[str, Any]:
+    """Options with which segments are left out that code does not name."""
+    return {"emptied": [0, 2, 3], "named_segments": named}
+
+
+ALL = counted(FIRST, SECOND, THIRD, FOURTH, FIFTH)
+SUM, DIFFERENCE = (i32(8) + i32(n) + operator for n, operator in ((1, b"\x6a"), (0, b"\x6b")))
+REWRITINGS: dict[str, tuple[bytes, dict[str, Any], bytes]] = {
+    "emptied segment keeps its place": (
+        EVERYTHING,
+        EMPTIED,
+        EVERYTHING.replace(
+            section(11, vector(active(i32(8), b"hello"), passive(b"later"))),
+            section(11, vector(active(i32(8), b""), passive(b"later"))),
         ),
-        pytest.param(
-            build(
-                BASES,
-                WIDE,
-                (11, vector(active(b"\x23\x00", b"a"), active(b"\x23\x01", b"", memory=1))),
-            ),
-            {"emptied": [0, 1]},
-            build(BASES, WIDE, (11, vector(active(i32(0), b""), active(i64(0), b"", memory=1)))),
-            id="an emptied segment whose offset is not constant goes to zero",
+    ),
+    "emptied segment whose offset is not constant goes to zero": (
+        build(BASES, TWO, (11, vector(active(b"\x23\x00", b"a"), active(b"\x23\x01", b"", 1)))),
+        {"emptied": [0, 1]},
+        build(BASES, TWO, (11, vector(active(i32(0), b""), active(i64(0), b"", 1)))),
+    ),
+    "no segment is named": (ALL, left(0), counted(SECOND, FIFTH)),
+    "one segment is named": (ALL, left(1), counted(EMPTY_FIRST, SECOND, FIFTH)),
+    "three segments are named": (ALL, left(3), counted(EMPTY_FIRST, SECOND, THIRD, FIFTH)),
+    "all segments may be named": (
+        ALL,
+        left(None),
+        counted(EMPTY_FIRST, SECOND, THIRD, EMPTY_FOURTH, FIFTH),
+    ),
+    "only segment is left out": (with_data(active(i32(3), b"")), UNNAMED, with_data()),
+    **{
+        f"segment that a runtime may refuse stays, with {what}": (
+            with_data(head + sized(b"data")),
+            UNNAMED,
+            with_data(head + sized(b"")),
+        )
+        for what, head in (
+            ("an offset of another type", b"\x00" + i64(8) + END),
+            ("a sum", b"\x00" + SUM + END),
+            ("a difference", b"\x00" + DIFFERENCE + END),
+            ("a memory index that need not be written", FLAGGED),
+        )
+    },
+    "memory becomes the last import": (
+        EVERYTHING,
+        IMPORTED,
+        EVERYTHING.replace(section(*MEMORY), b"").replace(
+            section(2, vector(*IMPORTS)),
+            section(2, vector(*IMPORTS, b"\x01h\x01m\x02\x00\x01")),
         ),
-        *(
-            pytest.param(
-                counted(*SEGMENTS),
-                {"emptied": [0, 2, 3], "named_segments": named},
-                counted(*kept),
-                id=f"emptied segments that no code names are left out: {named} named",
-            )
-            for named, kept in (
-                (0, [SEGMENTS[1], SEGMENTS[4]]),
-                (1, [active(i32(8), b""), SEGMENTS[1], SEGMENTS[4]]),
-                (3, [active(i32(8), b""), *SEGMENTS[1:3], SEGMENTS[4]]),
-                (
-                    None,
-                    [active(i32(8), b""), *SEGMENTS[1:3], active(LONG_OFFSET, b""), SEGMENTS[4]],
-                ),
-            )
-        ),
-        pytest.param(
-            with_data(active(i32(3), b"")),
-            {"emptied": [0], "named_segments": 0},
-            with_data(),
-            id="the only segment is left out",
-        ),
-        *(
-            pytest.param(
-                with_data(active(offset, b"data")),
-                {"emptied": [0], "named_segments": 0},
-                with_data(active(offset, b"")),
-                id=f"an offset that a runtime may refuse is never left out: {which}",
-            )
-            for which, offset in (("a type", i64(8)), ("a sum", SUM), ("a difference", DIFFERENCE))
-        ),
-        pytest.param(
-            with_data(FLAGGED + sized(b"data")),
-            {"emptied": [0], "named_segments": 0},
-            with_data(FLAGGED + sized(b"")),
-            id="a memory index that a runtime may refuse is never left out",
-        ),
-        pytest.param(
-            EVERYTHING,
+    ),
+    **{
+        f"import section is made {where}": (
+            build(*before, BOUNDED, *after),
             IMPORTED,
-            EVERYTHING.replace(section(*MEMORY), b"").replace(
-                section(2, vector(*IMPORTS)),
-                section(2, vector(*IMPORTS, AS_IMPORT + b"\x00\x01")),
-            ),
-            id="the memory becomes the last import",
-        ),
-        *(
-            pytest.param(
-                build(*first, BOUNDED, *last),
-                IMPORTED,
-                build(*first, (2, vector(AS_IMPORT + b"\x01\x01\x02")), *last),
-                id=f"an import section is made where it belongs: {which}",
-            )
-            for which, first, last in (
-                ("alone", [], []),
-                ("between custom ones", [custom("a")], [custom("b")]),
-                ("behind the types", [TYPES, custom("a")], [custom("b")]),
-            )
-        ),
-        pytest.param(
-            build(custom("a"), (3, b"\x00"), custom("b"), MEMORY),
-            IMPORTED,
-            build(custom("a"), (2, vector(AS_IMPORT + b"\x00\x01")), (3, b"\x00"), custom("b")),
-            id="a missing section is put before the first that follows it in the order",
-        ),
-        pytest.param(
-            build(ODD, MEMORY, (11, vector(active(i32(0), b"x")))),
-            {"emptied": [0]},
-            build(ODD, MEMORY, (11, vector(active(i32(0), b"")))),
-            id="a size that was written in an unusual way stays so",
-        ),
-        pytest.param(
-            build((5, vector(b"\x01\x01\x04", b"\x05\x01\x04"))),
-            {"minimums": {1: 3}},
-            build((5, vector(b"\x01\x01\x04", b"\x05\x03\x04"))),
-            id="a minimum is raised in the section",
-        ),
-        pytest.param(
-            build(MEMORY),
-            {"minimums": {0: 200}},
-            build((5, vector(b"\x00\xc8\x01"))),
-            id="a raised minimum takes more bytes",
-        ),
-        pytest.param(
-            build(MEMORY),
-            {"minimums": {0: 2}, **IMPORTED},
-            build((2, vector(AS_IMPORT + b"\x00\x02"))),
-            id="a minimum is raised in the import",
-        ),
-        pytest.param(
-            build((5, b"\x01\x08\x01\x10")),
-            IMPORTED,
-            build((2, vector(AS_IMPORT + b"\x08\x01\x10"))),
-            id="a page size that is spelt out stays spelt out",
-        ),
-    ],
-)
-def test_module_is_rewritten_exactly(before: bytes, options: Any, after: bytes) -> None:
+            build(*before, imported(b"\x01\x01\x02"), *after),
+        )
+        for where, before, after in (
+            ("alone", [], []),
+            ("between custom sections", [custom("a")], [custom("b")]),
+            ("behind the types", [TYPES, custom("a")], [custom("b")]),
+        )
+    },
+    "import section is made before what follows in the order": (
+        build(custom("a"), (3, b"\x00"), custom("b"), MEMORY),
+        IMPORTED,
+        build(custom("a"), imported(b"\x00\x01"), (3, b"\x00"), custom("b")),
+    ),
+    "size that was written in an unusual way stays so": (
+        build(ODD, MEMORY, (11, vector(FIRST))),
+        EMPTIED,
+        build(ODD, MEMORY, (11, vector(EMPTY_FIRST))),
+    ),
+    "minimum is raised in the section": (
+        memories(b"\x01\x01\x04", b"\x05\x01\x04"),
+        {"minimums": {1: 3}},
+        memories(b"\x01\x01\x04", b"\x05\x03\x04"),
+    ),
+    "minimum takes more bytes": (build(MEMORY), {"minimums": {0: 200}}, memories(b"\x00\xc8\x01")),
+    "minimum is raised in the import": (
+        build(MEMORY),
+        {"minimums": {0: 2}, **IMPORTED},
+        build(imported(b"\x00\x02")),
+    ),
+    "page size stays spelt out": (
+        memories(b"\x08\x01\x10"),
+        IMPORTED,
+        build(imported(b"\x08\x01\x10")),
+    ),
+}
+
+
+@pytest.mark.parametrize(("before", "options", "after"), REWRITINGS.values(), ids=REWRITINGS)
+def test_module_is_rewritten_exactly(before: bytes, options: dict[str, Any], after: bytes) -> None:
     assert wasm.rewrite(wasm.parse(before), **options) == after
 
 
