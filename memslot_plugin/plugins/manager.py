@@ -419,8 +419,7 @@ def _installed(
     # A distribution that is just being reinstalled stands in the metadata twice: one name for one
     # and the same object is one plugin.
     once = {
-        (entry.name, entry.value): entry
-        for entry in importlib.metadata.entry_points(group=PROJECT)
+        (entry.name, entry.value): entry for entry in importlib.metadata.entry_points(group=PROJECT)
     }
     # Parse the metadata of each distribution once: two of our entry points share one.
     parsed: dict[int, tuple[str | None, str | None]] = {id(None): (None, None)}
