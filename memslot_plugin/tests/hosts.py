@@ -206,7 +206,10 @@ class Growth:
 
 
 class Raises:
-    """A host function that raises one error, again and again."""
+    """A host function that raises one error, again and again.
+
+    Clear the error's traceback at the end: its frames hold the instance, and so what the function is linked into.
+    """
 
     def __init__(self, error: BaseException) -> None:
         self.error = error

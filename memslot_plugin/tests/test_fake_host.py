@@ -62,8 +62,6 @@ def test_functions_get_memories_within_bounds_and_have_no_globals() -> None:
             instance.global_value("count")
         assert (instance.stdout, len(instance.memory)) == (b"", 2 * PAGE)
         assert dict(instance.exports) == dict.fromkeys(functions, "func")
-        with pytest.raises(memslot.AccessOutOfBounds, match="outside memory 0 of 131072 bytes"):
-            instance.memory.read(2 * PAGE, 1)
 
 
 def test_module_that_needs_a_runtime_is_refused() -> None:

@@ -27,8 +27,6 @@ from memslot_plugin.tests.profiles import FACTOR
 Serve = Callable[..., AbstractContextManager[Host]]
 
 on_runtimes = pytest.mark.parametrize("name", hosts.RUNTIMES, indirect=True)
-BUILTIN = (RuntimeError, TypeError, OverflowError, RecursionError, KeyboardInterrupt, SystemExit)
-
 on_deciding_hosts = pytest.mark.parametrize("name", hosts.DECIDING, indirect=True)
 
 
@@ -250,7 +248,10 @@ def test_closed_guest_gives_its_image_back(host: Host, resources: Any) -> None:
     assert (now.image_mappings, now.descriptors) == (before.image_mappings, before.descriptors)
 
 
-def test_growth_by_no_number_of_pages_is_refused(name: str, instance: Instance) -> None:
+def test_growth_by_the_embedder_is_made_or_refused(name: str, instance: Instance) -> None:
+    assert (instance.memory.grow(1), instance.memory.grow(0), instance.call("size")) == (2, 3, 3)
+    instance.memory.write(3 * PAGE - 1, b"!")
+    assert instance.call("get", 3 * PAGE - 1) == ord("!")
     for pages in (-1, 2**60):
         error = memslot.ArgumentError if name == "wasmer" else memslot.GrowthRefused
         with pytest.raises(error, match=r"memory 0 of (the guest )?echo"):
@@ -317,6 +318,9 @@ def test_trap_of_a_start_function_gives_the_slot_back(serve: Serve) -> None:
             assert instance.call("get", 8) == ord("h")
 
 
+BUILTIN = (RuntimeError, TypeError, OverflowError, RecursionError, KeyboardInterrupt, SystemExit)
+
+
 @on_runtimes
 @pytest.mark.parametrize("kind", [*BUILTIN, memslot.GuestTrap])
 def test_import_that_raises_is_heard_as_it_is(host: Host, kind: type[BaseException]) -> None:
@@ -333,6 +337,7 @@ def test_import_that_raises_is_heard_as_it_is(host: Host, kind: type[BaseExcepti
                     instance.call("run", 1)
                 assert caught.value is error
             assert instance.memory.byte_size == PAGE
+    error.__traceback__ = None
 
 
 @on_runtimes
@@ -348,6 +353,7 @@ def test_import_that_raises_in_a_start_function_is_heard_as_it_is(host: Host) ->
         assert in_use(host) == 0
     with guest.instantiate(imports={"env": {"f": abs}}) as instance:
         assert instance.memory.read(0, 1) == b"\x09"
+    error.__traceback__ = None
 
 
 @on_runtimes

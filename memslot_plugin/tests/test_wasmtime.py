@@ -197,6 +197,7 @@ def test_import_with_references_raises_its_own_error(host: WasmtimeHost) -> None
             with pytest.raises(ValueError, match="mine") as caught:
                 instance.call(*arguments)
             assert caught.value is error
+    error.__traceback__ = error.__context__ = None
     with host.prepare(text, imports={"env": {"f": len}}).instantiate() as instance:
         assert instance.call("run", "four") == 4
     from wasmtime import _func
@@ -210,6 +211,7 @@ def test_import_that_raises_wasmtimes_own_error_is_heard_as_it_is(host: Wasmtime
         with pytest.raises(wasmtime.WasmtimeError) as caught:
             instance.call("run", 1)
         assert caught.value is error
+    error.__traceback__ = None
 
 
 def test_import_that_raised_in_a_bare_call_is_not_heard_at_a_later_trap(host: WasmtimeHost) -> None:
