@@ -191,7 +191,7 @@ def test_guest_whose_image_could_not_be_unmapped_is_closed_again(
     inject: Any, resources: Any
 ) -> None:
     before = resources()
-    with serving("fake", memfd="on") as host:
+    with serving("fake", settings=memslot.Settings(plugins=["memfd"])) as host:
         guest = hosts.prepare(host)
         inject("munmap", error=12)
         with pytest.raises(memslot.SystemCallError, match="unmapping the image of"):
