@@ -42,8 +42,8 @@ the guest's caller. They are fired by hosts, in the middle of a request: be quic
 
 ## Enabling a plugin
 
-By *entry point*, for a plugin that is a distribution of its own. It is loaded by every host once it
-is installed:
+By *entry point*, for a plugin that is a distribution of its own. Every host of a process that starts
+after the installation loads it:
 
 ```toml
 [project.entry-points.memslot]

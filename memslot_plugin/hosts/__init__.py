@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from memslot_plugin.errors import HostUnavailable, PluginError, SettingError
 from memslot_plugin.hosts.base import Host, HostStatistics
@@ -16,6 +16,9 @@ from memslot_plugin.hosts.saved import Loaded
 from memslot_plugin.hosts.wasi import Wasi
 from memslot_plugin.plugins import Plugins
 from memslot_plugin.settings import Settings
+
+if TYPE_CHECKING:
+    from memslot_plugin.hosts.wasmtime import WasmtimeHost
 
 __all__ = [
     "FakeHost",
@@ -41,6 +44,26 @@ imported.
 """
 
 AUTOMATIC = ("wasmtime", "wasmer")
+
+
+@overload
+def open_host(
+    name: Literal["wasmtime"],
+    *,
+    settings: Settings | None = None,
+    plugins: Sequence[object] = (),
+    **options: Any,
+) -> WasmtimeHost: ...
+
+
+@overload
+def open_host(
+    name: str | None = None,
+    *,
+    settings: Settings | None = None,
+    plugins: Sequence[object] = (),
+    **options: Any,
+) -> Host: ...
 
 
 def open_host(
