@@ -16,16 +16,16 @@ import memslot_plugin
 FOLDERS = tuple(str(Path(package.__file__).parent) for package in (memslot_plugin, memslot_hooks))
 TESTS = str(Path(memslot_plugin.__file__).parent / "tests")
 EVENTS = ("call", "line", "return")
-"""Where a frame begins, before each of its lines, and where it returns to whoever has not stored the result yet."""
+"""The start of a frame, each of its lines, and its return to a caller that has not stored the result yet."""
 
 
 def ours(code: CodeType) -> bool:
-    """Whether the code is memslot's, and no finalizer: what is raised in one reaches nobody, wherever it came from."""
+    """True if the code is memslot's, and no finalizer: what is raised in one reaches no caller.
+
+    A generator that is not exhausted is closed by a finalizer too.
+    """
     name = code.co_filename
-    finalizer = code.co_name in (
-        "__del__",
-        "<genexpr>",
-    )  # a generator that is not exhausted is closed by one
+    finalizer = code.co_name in ("__del__", "<genexpr>")
     return name.startswith(FOLDERS) and not name.startswith(TESTS) and not finalizer
 
 
@@ -44,26 +44,21 @@ def unreachable(code: CodeType) -> frozenset[int]:
         if "WITH_EXCEPT_START" in (each.opname, then.opname)
         or each.opname in ("NOP", "POP_BLOCK", "SETUP_FINALLY", "POP_EXCEPT")
     }
+    silent = ("POP_BLOCK", "NOP", "SWAP", "ROT_TWO", "PRECALL", "CACHE")
     for place, each in enumerate(found):
-        rest = [
-            later
-            for later in found[place : place + 10]
-            if later.opname not in ("POP_BLOCK", "NOP", "SWAP", "ROT_TWO", "PRECALL", "CACHE")
-        ]
+        rest = [later for later in found[place : place + 10] if later.opname not in silent]
         nones = [
             later.opname == "DUP_TOP" or (later.opname == "LOAD_CONST" and later.argval is None)
             for later in rest[:3]
         ]
-        if nones == [True] * 3 and (rest[3].opname, rest[3].arg) in (
-            ("CALL", 2),
-            ("CALL_FUNCTION", 3),
-        ):
+        exits = (("CALL", 2), ("CALL_FUNCTION", 3))
+        if nones == [True] * 3 and (rest[3].opname, rest[3].arg) in exits:
             ends.add(each.offset)
     return frozenset(ends)
 
 
 def finalizing(frame: FrameType | None) -> bool:
-    """Whether the frame was called by a finalizer."""
+    """True if the frame was called by a finalizer."""
     while frame is not None:
         if frame.f_code.co_name == "__del__":
             return True
@@ -72,10 +67,10 @@ def finalizing(frame: FrameType | None) -> bool:
 
 
 class Tracing:
-    """Counts the events of what `run` is given, on the thread that runs it; `reached` is called at each."""
+    """The events of what `run` is given, on the thread that runs it; `reached` is called with each place."""
 
     def __init__(self) -> None:
-        self.seen = 0
+        self.places: list[str] = []
 
     def run(self, action: Callable[[], Any]) -> Any:
         sys.settrace(self._enter)
@@ -84,40 +79,42 @@ class Tracing:
         finally:
             sys.settrace(None)
 
-    def reached(self, frame: FrameType, event: str) -> None:
+    def reached(self, frame: FrameType) -> None:
         raise NotImplementedError
 
     def _enter(self, frame: FrameType, event: str, argument: Any) -> Any:
         return self._step(frame, event, argument) if ours(frame.f_code) else None
 
     def _step(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if event in EVENTS and frame.f_lasti not in unreachable(frame.f_code):
-            self.seen += 1
-            self.reached(frame, event)
+        code = frame.f_code
+        if event in EVENTS and frame.f_lasti not in unreachable(code):
+            place = f"{event} at {Path(code.co_filename).name}:{frame.f_lineno} in {code.co_name}"
+            self.places.append(place)
+            self.reached(frame)
         return self._step
 
 
-def place_of(frame: FrameType, event: str) -> str:
-    """Where an event was, for whoever reads a failure."""
-    code = frame.f_code
-    return f"{event} at {Path(code.co_filename).name}:{frame.f_lineno} in {code.co_name}"
-
-
 class Interruption(Tracing):
-    """Raises `error` at the `at`-th event, or never."""
+    """Raises `error` at the `at`-th event, or never; the last of `places` is where that was."""
 
     def __init__(self, error: BaseException | None = None, at: int = 0) -> None:
         super().__init__()
         self.error = error
         self.at = at
-        self.place = ""
-        """Where the exception was raised."""
 
-    def reached(self, frame: FrameType, event: str) -> None:
-        if self.seen >= self.at and self.error is not None and not finalizing(frame):
-            self.place = place_of(frame, event)
+    def reached(self, frame: FrameType) -> None:
+        if len(self.places) >= self.at and self.error is not None and not finalizing(frame):
             sys.settrace(None)
             raise self.error
+
+    def cut(self, action: Callable[[], Any]) -> None:
+        """Run it, and let nothing but the interruption end it."""
+        try:
+            self.run(action)
+        except BaseException as error:
+            if error is not self.error:
+                raise
+        self.error = None  # its traceback holds what it went through
 
 
 class Halts(Tracing):
@@ -129,6 +126,6 @@ class Halts(Tracing):
         self.every = every
         self.first = first
 
-    def reached(self, frame: FrameType, event: str) -> None:
-        if self.seen % self.every == self.first % self.every:
-            self.halt(place_of(frame, event))
+    def reached(self, frame: FrameType) -> None:
+        if len(self.places) % self.every == self.first % self.every:
+            self.halt(self.places[-1])

@@ -1,28 +1,39 @@
-"""KeyboardInterrupt and MemoryError at every line of every verb: nothing is lost, and the host goes on serving."""
+"""KeyboardInterrupt and MemoryError in every verb: nothing is lost, and the host goes on serving.
+
+T0 and the gate interrupt each verb at some of its lines, and a night at every event, on every plain cell.
+"""
 
 from __future__ import annotations
 
 import gc
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
 import memslot_plugin as memslot
-from memslot_plugin.tests.profiles import EXPENSIVE
+from memslot_plugin.tests.profiles import FACTOR, LONG
 
 from . import cells, toy
 from .cells import Cell
+from .children import ROOT
 from .interrupts import Interruption
 from .leaks import Footprint
 from .toy import PAGE
 
-TRIED = 4000 if EXPENSIVE else 40
-"""At how many events at most a verb is interrupted; each Python begins at another one."""
-
 ERRORS = (KeyboardInterrupt, MemoryError)
+
+sampled = pytest.mark.parametrize(
+    "sample",
+    [
+        pytest.param(cell, marks=pytest.mark.skip(reason=cell.missing) if cell.missing else ())
+        for cell in (cells.PLAIN_CELLS if LONG else cells.SAMPLE_CELLS)
+    ],
+    ids=str,
+)
 
 TABLE = toy.assemble(
     f"""(module (memory (export "memory") 2 8) (table 1 funcref)
@@ -35,145 +46,97 @@ class World:
     """A host that lives through all interruptions of one verb."""
 
     def __init__(self, cell: Cell) -> None:
-        self.cell = cell
-        self.host = self.open()
+        self.host = cell.open(slots=3, audit=0.0)
         self.guest = self.host.prepare(toy.A)
         self.table = self.host.prepare(TABLE)
 
-    def open(self) -> memslot.Host:
-        return self.cell.open(slots=3, audit=0.0)
+    def nothing(self) -> None:
+        return None
 
-    def dirty(self, guest: memslot.Guest) -> memslot.Instance:
-        instance = guest.instantiate()
+    def instance(self, guest: memslot.Guest | None = None) -> memslot.Instance:
+        instance = (guest or self.guest).instantiate()
         instance.call("fill", 0, PAGE, 0xEE)
         return instance
 
+    def grown(self) -> memslot.Instance:
+        instance = self.instance()
+        instance.call("grow", 1)
+        return instance
 
-Verb = Callable[[World], Any]
-Setup = Callable[[World], Any]
+    def with_a_table(self) -> memslot.Instance:
+        return self.instance(self.table)
+
+    def fork(self) -> memslot.Instance:
+        with self.instance() as parent:
+            return parent.fork(1)[0]
+
+    def all_slots_waiting(self) -> None:
+        """Leave ready instances of another guest in every slot: a lease has to end one."""
+        leases = [self.table.lease() for _ in range(3)]
+        for each in leases:
+            each.__enter__()
+        for each in leases:
+            each.__exit__()
+
+    def one_waiting(self) -> None:
+        with self.guest.lease():
+            pass
+
+    def another_guest(self) -> memslot.Guest:
+        guest = self.host.prepare(toy.B)
+        self.instance(guest).close()
+        return guest
+
+    def dropped(self) -> None:
+        self.instance()
+
+    def serves(self) -> None:
+        """Check that nothing is leased but what waits ready, and that guests find pristine memories."""
+        gc.collect()
+        counted = self.host.statistics()
+        assert counted.live_instances == counted.ready_instances
+        cells.check(self.host, in_use=counted.ready_instances)
+        with self.guest.instantiate() as first, self.table.instantiate() as second:
+            assert first.memory.read(0, 2 * PAGE) == toy.pristine(toy.A)
+            assert first.call("bump") == 8
+            assert second.memory.read(0, 2 * PAGE) == bytes(2 * PAGE)
+            first.call("fill", 0, 2 * PAGE, 0xDD)
+            second.call("fill", 0, 2 * PAGE, 0xDD)
 
 
-def instantiate(world: World, _: Any) -> Any:
-    return world.guest.instantiate(tenant="ann")
-
-
-def waits(world: World, _: Any) -> Any:
-    return world.guest.instantiate(wait_timeout=5)
-
-
-def close(world: World, instance: Any) -> Any:
-    instance.close()
-
-
-def reset(world: World, instance: Any) -> Any:
-    instance.reset()
-
-
-def grow(world: World, instance: Any) -> Any:
+def grow(world: World, instance: memslot.Instance) -> None:
     instance.call("grow", 1)
     instance.memory.write(0, instance.memory.read(1, 5))
     instance.memory.grow(1)
 
 
-def lease(world: World, _: Any) -> Any:
+def lease(world: World, _: None) -> None:
     with world.guest.lease() as instance:
         instance.call("store", 9, 9)
 
 
-def snapshot(world: World, instance: Any) -> Any:
-    return instance.snapshot()
-
-
-def fork(world: World, instance: Any) -> Any:
-    return instance.fork(2)
-
-
-def prepare(world: World, _: Any) -> Any:
-    return world.host.prepare(toy.B)
-
-
-def initialise(world: World, _: Any) -> Any:
-    return world.host.prepare(toy.B, init="bump")
-
-
-def close_guest(world: World, guest: Any) -> Any:
-    guest.close()
-
-
-def warm(world: World, _: Any) -> Any:
-    return world.guest.warm(2)
-
-
-def statistics(world: World, _: Any) -> Any:
-    return world.host.statistics()
-
-
-def nothing(world: World) -> None:
-    return None
-
-
-def an_instance(world: World) -> Any:
-    return world.dirty(world.guest)
-
-
-def a_grown_instance(world: World) -> Any:
-    instance = world.dirty(world.guest)
-    instance.call("grow", 1)
-    return instance
-
-
-def one_with_a_table(world: World) -> Any:
-    return world.dirty(world.table)
-
-
-def all_slots_waiting(world: World) -> Any:
-    """Ready instances of another guest in every slot: whoever wants one has to end one."""
-    leases = [world.table.lease() for _ in range(3)]
-    for each in leases:
-        each.__enter__()
-    for each in leases:
-        each.__exit__()
-
-
-def one_waiting(world: World) -> Any:
-    with world.guest.lease():
-        pass
-
-
-def a_fork(world: World) -> Any:
-    with world.dirty(world.guest) as parent:
-        return parent.fork(1)[0]
-
-
-def another_guest(world: World) -> Any:
-    guest = world.host.prepare(toy.B)
-    world.dirty(guest).close()
-    return guest
-
-
-def dropped(world: World) -> Any:
-    world.dirty(world.guest)
-
-
-VERBS: dict[str, tuple[Setup, Callable[[World, Any], Any]]] = {
-    "instantiate": (nothing, instantiate),
-    "instantiate where instances wait ready": (all_slots_waiting, waits),
-    "close": (an_instance, close),
-    "close a grown instance": (a_grown_instance, close),
-    "close a fork": (a_fork, close),
-    "reset": (an_instance, reset),
-    "reset by a new instance": (one_with_a_table, reset),
-    "reset after growth": (a_grown_instance, reset),
-    "grow": (an_instance, grow),
-    "lease": (nothing, lease),
-    "lease what waits": (one_waiting, lease),
-    "snapshot": (an_instance, snapshot),
-    "fork": (an_instance, fork),
-    "prepare": (nothing, prepare),
-    "prepare with init": (nothing, initialise),
-    "close a guest": (another_guest, close_guest),
-    "warm": (nothing, warm),
-    "statistics": (dropped, statistics),
+VERBS: dict[str, tuple[Callable[[World], Any], Callable[[World, Any], Any]]] = {
+    "instantiate": (World.nothing, lambda world, _: world.guest.instantiate(tenant="ann")),
+    "instantiate where instances wait": (
+        World.all_slots_waiting,
+        lambda world, _: world.guest.instantiate(wait_timeout=5),
+    ),
+    "close": (World.instance, lambda _, instance: instance.close()),
+    "close a grown instance": (World.grown, lambda _, instance: instance.close()),
+    "close a fork": (World.fork, lambda _, instance: instance.close()),
+    "reset": (World.instance, lambda _, instance: instance.reset()),
+    "reset by a new instance": (World.with_a_table, lambda _, instance: instance.reset()),
+    "reset after growth": (World.grown, lambda _, instance: instance.reset()),
+    "grow": (World.instance, grow),
+    "lease": (World.nothing, lease),
+    "lease what waits": (World.one_waiting, lease),
+    "snapshot": (World.instance, lambda _, instance: instance.snapshot()),
+    "fork": (World.instance, lambda _, instance: instance.fork(2)),
+    "prepare": (World.nothing, lambda world, _: world.host.prepare(toy.B)),
+    "prepare with init": (World.nothing, lambda world, _: world.host.prepare(toy.B, init="bump")),
+    "close a guest": (World.another_guest, lambda _, guest: guest.close()),
+    "warm": (World.nothing, lambda world, _: world.guest.warm(2)),
+    "statistics": (World.dropped, lambda world, _: world.host.statistics()),
 }
 
 
@@ -181,63 +144,46 @@ def interrupted(world: World, verb: str, interruption: Interruption) -> None:
     """One verb, interrupted; its result and its arguments are dropped."""
     setup, action = VERBS[verb]
     given = setup(world)
-    try:
-        interruption.run(lambda: action(world, given))
-    except BaseException as error:
-        if error is not interruption.error:
-            raise
+    interruption.cut(lambda: action(world, given))
 
 
 @contextmanager
-def no_noise() -> Iterator[None]:
-    """What finalizers and callbacks could not raise is a failure."""
+def judged(interruption: Interruption) -> Iterator[None]:
+    """Names the place in a failure; what finalizers and callbacks could not raise is one too."""
     heard: list[Any] = []
     before, sys.unraisablehook = sys.unraisablehook, heard.append
     try:
         yield
+        assert not heard, heard
+    except BaseException as wrong:
+        raise AssertionError(f"interrupted by the {interruption.places[-1]}") from wrong
     finally:
         sys.unraisablehook = before
-    assert not heard, heard
 
 
-def serves(world: World) -> None:
-    """Nothing is leased but what waits ready, and the guest finds a pristine memory."""
-    gc.collect()
-    counted = world.host.statistics()
-    assert counted.live_instances == counted.ready_instances
-    cells.check(world.host, in_use=counted.ready_instances)
-    with world.guest.instantiate() as first, world.table.instantiate() as second:
-        assert first.memory.read(0, 2 * PAGE) == toy.pristine(toy.A)
-        assert first.call("bump") == 8
-        assert second.memory.read(0, 2 * PAGE) == bytes(2 * PAGE)
-        first.call("fill", 0, 2 * PAGE, 0xDD)
-        second.call("fill", 0, 2 * PAGE, 0xDD)
-
-
-def places(events: int) -> range:
-    """Which events a verb is interrupted at."""
-    stride = max(events // TRIED, 1)
-    return range(1 + sys.version_info.minor % stride, events + 1, stride)
+def interruptions(places: Sequence[str]) -> Iterator[Interruption]:
+    """One for each event to be interrupted, of an action that has quietly been through these places."""
+    events: Sequence[int] = range(1, len(places) + 1)
+    if not LONG:
+        lines = dict(zip(reversed(places), reversed(events), strict=True))  # where each is first
+        events = sorted(lines.values())[1 :: max(len(lines) // (4 * FACTOR), 1)]
+    for number, at in enumerate(events):
+        yield Interruption(ERRORS[number % 2]("injected"), at)
 
 
 def interrupt(cell: Cell, verb: str) -> int:
-    """Everything that can happen to one verb; how many events it has."""
+    """Interrupt one verb, again and again; return how many events it has."""
     world = World(cell)
     try:
-        interrupted(world, verb, Interruption())  # whatever is made once
+        interrupted(world, verb, Interruption())  # makes what is made once
         quiet = Interruption()
         interrupted(world, verb, quiet)
-        assert quiet.seen > 3
+        assert len(quiet.places) > 3
         before = Footprint.now()
-        for number, at in enumerate(places(quiet.seen)):
-            interruption = Interruption(ERRORS[number % 2]("injected"), at)
-            try:
-                with no_noise():
-                    interrupted(world, verb, interruption)
-                    interruption.error = None  # its traceback holds what it went through
-                    serves(world)
-            except BaseException as wrong:
-                raise AssertionError(f"{verb}: interrupted by the {interruption.place}") from wrong
+        for interruption in interruptions(quiet.places):
+            with judged(interruption):
+                interrupted(world, verb, interruption)
+                world.serves()
         world.table.close()
         world.guest.close()
         left = Footprint.now().descriptors - before.descriptors
@@ -246,28 +192,31 @@ def interrupt(cell: Cell, verb: str) -> int:
     except BaseException:
         world.host.close(force=True)
         raise
-    return quiet.seen
+    return len(quiet.places)
 
 
+@pytest.mark.scales
 @pytest.mark.parametrize("verb", VERBS)
-def test_an_exception_at_any_line_loses_nothing(
-    plain_cell: Cell, verb: str, note: Callable[[str, object], None]
+@sampled
+def test_verb_interrupted_at_any_line_loses_nothing(
+    sample: Cell, verb: str, note: Callable[[str, object], None]
 ) -> None:
-    note("events", interrupt(plain_cell, verb))
+    note("events", interrupt(sample, verb))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("verb", ["instantiate", "close a grown instance", "reset after growth"])
 @pytest.mark.parametrize(
     "changes",
     [{"allocation": "on-demand"}, {"growth": "ftruncate"}, {"reset": "madvise"}],
     ids=lambda changes: "-".join(changes.values()),
 )
-def test_nor_in_the_other_ways_of_allocating(
+def test_verb_interrupted_in_other_ways_of_allocating_loses_nothing(
     plain_cell: Cell, changes: dict[str, str], verb: str
 ) -> None:
     cell = plain_cell.with_changes(**changes)
     if cell.refused:
-        pytest.skip(cell.refused)
+        pytest.skip("impossible: wasmer grows its mappings by mprotect itself")
     interrupt(cell, verb)
 
 
@@ -282,45 +231,46 @@ def busy_host(cell: Cell) -> tuple[memslot.Host, list[Any]]:
     return host, [used, used.fork(1), guests]
 
 
-def cut_short(interruption: Interruption, action: Callable[[], Any]) -> None:
-    """Run it, and let nothing else than the interruption be raised."""
-    try:
-        interruption.run(action)
-    except BaseException as error:
-        if error is not interruption.error:
-            raise AssertionError(interruption.place) from error
-    interruption.error = None
+def open_and_close(cell: Cell, interruption: Interruption) -> None:
+    interruption.cut(lambda: cell.open().close())
 
 
-def test_closing_a_host_goes_on_where_it_was_cut_short(plain_cell: Cell) -> None:
-    def close(interruption: Interruption) -> None:
-        host, held = busy_host(plain_cell)
-        cut_short(interruption, lambda: host.close(force=True))
-        host.close(force=True)
-        with pytest.raises(memslot.UsedAfterClose):
-            held[-1][0].instantiate()
+def close_by_force(cell: Cell, interruption: Interruption) -> None:
+    host, held = busy_host(cell)
+    interruption.cut(lambda: host.close(force=True))
+    host.close(force=True)
+    with pytest.raises(memslot.UsedAfterClose):
+        held[-1][0].instantiate()
 
+
+@pytest.mark.scales
+@pytest.mark.parametrize("life", [open_and_close, close_by_force])
+@sampled
+def test_host_whose_opening_or_closing_is_interrupted_leaves_nothing(
+    sample: Cell, life: Callable[[Cell, Interruption], None]
+) -> None:
+    life(sample, Interruption())
     quiet = Interruption()
-    close(quiet)
+    life(sample, quiet)
     before = Footprint.now()
-    for number, at in enumerate(places(quiet.seen)):
-        interruption = Interruption(ERRORS[number % 2]("injected"), at)
-        with no_noise():
-            close(interruption)
+    for interruption in interruptions(quiet.places):
+        with judged(interruption):
+            life(sample, interruption)
             lost = Footprint.now().lost_since(before, mappings=64)
-            assert not lost, (interruption.place, lost)
+            assert not lost
 
 
-def test_opening_a_host_leaves_nothing_where_it_was_cut_short(plain_cell: Cell) -> None:
-    def open_and_close() -> None:
-        plain_cell.open().close()
-
-    open_and_close()
-    quiet = Interruption()
-    quiet.run(plain_cell.open).close()
-    before = Footprint.now()
-    for number, at in enumerate(places(quiet.seen)):
-        with no_noise():
-            cut_short(Interruption(ERRORS[number % 2]("injected"), at), open_and_close)
-    lost = Footprint.now().lost_since(before, mappings=32)
-    assert not lost
+@pytest.mark.gate
+@pytest.mark.long
+@sampled
+def test_real_signals_at_random_moments_lose_nothing(
+    sample: Cell, note: Callable[[str, object], None]
+) -> None:
+    command = [sys.executable, "-m", "integration_tests.interrupted_by_signals"]
+    command += [sample.host, sample.backend, "60" if LONG else "1"]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=180, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert int(done.stdout) > 1
+    note("interrupts", int(done.stdout))
