@@ -128,16 +128,15 @@ def test_a_prepared_guest_comes_back_as_it_was(host: memslot.FakeHost, tmp_path:
         assert getattr(again.report, field) == getattr(guest.report, field), field
 
 
-def test_what_was_loaded_can_be_saved_again(host: memslot.FakeHost, saved: Path) -> None:
+def test_a_loaded_guest_can_be_saved_again(host: memslot.FakeHost, saved: Path) -> None:
     guest = host.load(saved)
     again = saved.with_name("again")
     guest.save(again)
     assert content(host.load(again)) == EXPECTED
     with guest.instantiate() as instance:
         instance.memory.write(100, b"more")
+        more = instance.memory.read(0, 3 * WASM_PAGE)
         instance.snapshot().save(again)
-    more = bytearray(EXPECTED)
-    more[100:104] = b"more"
     found = host.load(again)
     assert content(found) == more
     assert found.report.changes == guest.report.changes
@@ -149,27 +148,24 @@ def test_a_layered_guest_is_saved_flat(host: memslot.FakeHost, tmp_path: Path) -
     guest = host.prepare(MODULE)
     for step in range(6):
         with guest.instantiate() as instance:
-            instance.call("put", step * 20 * P // 10 + 1, 7)
+            instance.call("put", 2 * step * P + 1, 7)
             expected = instance.memory.read(0, 3 * WASM_PAGE)
             guest = instance.snapshot()
-    image = guest.images[0]
-    assert isinstance(image, memslot.Image)
-    assert image.inherited_bytes
     guest.save(tmp_path / "flat")
     loaded = host.load(tmp_path / "flat")
-    flat = loaded.images[0]
+    layered, flat = (each.images[0] for each in (guest, loaded))
+    assert isinstance(layered, memslot.Image)
     assert isinstance(flat, memslot.Image)
+    assert layered.inherited_bytes
     assert (flat.inherited_bytes, len({*flat.backings})) == (0, 1)
-    assert len(flat.extents) <= len(image.extents)
+    assert len(flat.extents) <= len(layered.extents)
     assert content(loaded) == expected
 
 
 def test_every_memory_comes_back(host: memslot.FakeHost, tmp_path: Path) -> None:
-    guest = host.prepare(TWO_MEMORIES)
-    with guest.instantiate() as instance:
+    with host.prepare(TWO_MEMORIES).instantiate() as instance:
         instance.memories[1].write(2 * WASM_PAGE - 2, b"ab")
-        taken = instance.snapshot()
-    taken.save(tmp_path / "two")
+        instance.snapshot().save(tmp_path / "two")
     loaded = host.load(tmp_path / "two")
     assert content(loaded, 0) == bytes(WASM_PAGE)
     assert content(loaded, 1) == bytes(2 * WASM_PAGE - 2) + b"ab"
@@ -262,79 +258,67 @@ def test_a_descriptor_may_change_unless_sealed_immutable_or_its_owners_alone(
         os.close(fd)
 
 
-@pytest.mark.parametrize(
-    ("backend", "option"), [("memfd", "on"), ("memfd", "off"), ("anonymous", "on")]
-)
-def test_a_file_that_is_changed_later_changes_guests_only_if_it_is_mapped(
-    host: memslot.FakeHost, saved: Path, backend: str, option: Any
-) -> None:
-    guest = host.load(saved, share_file=option)
-    saved.chmod(0o644)
-    with saved.open("r+b") as file:
-        data = file.read()
-        file.seek(data.index(b"written"))
-        file.write(b"WRITTEN")
-    with guest.instantiate() as instance:
-        found = instance.memory.read(5 * P, 7)
-    assert found == (b"WRITTEN" if (backend, option) == ("memfd", "on") else b"written")
-    with pytest.raises(memslot.InvalidContainer, match="its digest is wrong"):
-        host.load(saved)
-
-
-def test_a_file_that_is_cut_later_ends_the_process_only_if_it_is_mapped(saved: Path) -> None:
+def test_a_file_that_is_changed_or_cut_later_harms_only_guests_that_map_it(saved: Path) -> None:
     program = f"""
 import os
+from pathlib import Path
 import memslot_plugin as memslot
+path = Path({str(saved)!r})
 host = memslot.FakeHost(memslot.Settings(plugins=("memfd",), slots=2, reserved="1MiB"))
-guests = [host.load({str(saved)!r}, share_file=option) for option in ("off", "on")]
-os.chmod({str(saved)!r}, 0o644)
-os.truncate({str(saved)!r}, 0)
-for guest in guests:
-    with guest.instantiate() as instance:
-        print(instance.memory.read({5 * P}, 7), flush=True)
+guests = [host.load(path, share_file=option) for option in ("off", "on")]
+
+def read():
+    for guest in guests:
+        with guest.instantiate() as instance:
+            print(instance.memory.read({5 * P}, 7).decode(), flush=True)
+
+path.chmod(0o644)
+with path.open("r+b") as file:
+    at = file.read().index(b"written")
+    file.seek(at)
+    file.write(b"WRITTEN")
+read()
+try:
+    host.load(path)
+except memslot.InvalidContainer as error:
+    print("its digest is wrong" in str(error))
+os.truncate(path, 0)
+read()
 """
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.stdout == "b'written'\n", done.stderr
+    assert done.stdout.split() == ["written", "WRITTEN", "True", "written"], done.stderr
     assert done.returncode == -7, "SIGBUS, as the documentation says"
 
 
-def test_replacing_or_deleting_a_file_leaves_its_guests_alone(
-    host: memslot.FakeHost, saved: Path
-) -> None:
-    guest = host.load(saved)
-    host.prepare(MODULE).save(saved)
-    assert content(guest) == EXPECTED
-    saved.unlink()
-    assert content(guest) == EXPECTED
-
-
-def test_without_proc_a_file_is_mapped_all_the_same(
+def test_a_file_that_is_replaced_or_deleted_leaves_its_guests_alone_even_without_proc(
     host: memslot.FakeHost, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def missing(*_: int) -> Iterator[Any]:
         raise FileNotFoundError(errno.ENOENT, "no /proc")
 
-    monkeypatch.setattr("memslot_plugin.backing.mappings", missing)
-    guest = host.load(saved)
-    monkeypatch.undo()
-    assert content(guest) == EXPECTED
+    with monkeypatch.context() as patched:
+        patched.setattr("memslot_plugin.backing.mappings", missing)
+        guests = [host.load(saved)]
+    guests.append(host.load(saved))
+    host.prepare(MODULE).save(saved)
+    assert content(guests[0]) == EXPECTED
+    saved.unlink()
+    assert [content(guest) for guest in guests] == [EXPECTED, EXPECTED]
 
 
 # What is refused
 
 
-def test_what_is_not_there_or_no_file_is_refused(host: memslot.FakeHost, tmp_path: Path) -> None:
+def test_what_is_missing_no_file_or_unreadable_is_refused(
+    host: memslot.FakeHost, saved: Path, tmp_path: Path
+) -> None:
     with pytest.raises(memslot.GuestNotFound, match="there is no saved guest at"):
         host.load(tmp_path / "none")
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe", Path("/dev/zero")):
         with pytest.raises(memslot.InvalidContainer, match="is no file"):
             host.load(path)
-    assert host.statistics().guests == 0
-
-
-def test_what_may_not_be_read_is_refused(host: memslot.FakeHost, saved: Path) -> None:
     saved.chmod(0)
     user = os.geteuid()
     try:
@@ -344,6 +328,7 @@ def test_what_may_not_be_read_is_refused(host: memslot.FakeHost, saved: Path) ->
             host.load(saved)
     finally:
         os.seteuid(user)
+    assert host.statistics().guests == 0
 
 
 def test_a_closed_guest_and_a_closed_host_save_nothing(
@@ -366,12 +351,6 @@ def test_a_key_is_long_and_secret(host: memslot.FakeHost, saved: Path) -> None:
     for key in (b"", b"short", "k" * 32):
         with pytest.raises(memslot.SettingError, match="a key is at least 16 secret bytes"):
             guest.save(saved, key=key)  # type: ignore[arg-type]
-    guest.save(saved, key=b"k" * 16)
-    with pytest.raises(memslot.InvalidContainer, match="was saved with a key"):
-        host.load(saved)
-    loaded = host.load(saved, key=b"k" * 16)
-    assert loaded.loaded is not None
-    assert loaded.loaded.authentic
 
 
 def test_images_of_another_kind_are_refused(tmp_path: Path) -> None:
@@ -403,29 +382,14 @@ def test_a_file_that_the_settings_leave_no_image_for_is_refused(saved: Path) -> 
             assert host.statistics().guests == 0
 
 
-ABOUT: dict[str, Any] = {
-    "writer": "somebody",
-    "name": "x",
-    "snapshot": True,
-    "reseed": None,
-    "source_bytes": 1,
-    "segments": [],
-    "changes": [],
-}
-EMPTIED = MODULE.replace(
-    b"\x0b\x0c\x01\x00\x41\xf0\xa2\x04\x0b\x04data", b"\x0b\x08\x01\x00\x41\xf0\xa2\x04\x0b\x00"
-)
+ABOUT: dict[str, Any] = {"writer": "w", "name": "x", "snapshot": True, "reseed": None}
+ABOUT |= {"source_bytes": 1, "segments": [], "changes": []}
+EMPTIED = MODULE.replace(b"\x0b\x0c", b"\x0b\x08").replace(b"\x04data", b"\x00")
 
 
 def write(path: Path, **changes: Any) -> Path:
-    values: dict[str, Any] = {
-        "about": ABOUT,
-        "source_sha256": bytes(32),
-        "module": EMPTIED,
-        "code": {},
-        "images": {0: [Stored(0, P, 0, 0)]},
-        "pieces": [memoryview(b"x" * P)],
-    }
+    values: dict[str, Any] = {"about": ABOUT, "source_sha256": bytes(32), "module": EMPTIED}
+    values |= {"code": {}, "images": {0: [Stored(0, P, 0, 0)]}, "pieces": [memoryview(b"x" * P)]}
     container.write(path, Contents(**{**values, **changes}))
     return path
 
@@ -441,12 +405,17 @@ def write(path: Path, **changes: Any) -> Path:
             {"images": {0: [Stored(2 * n * P, P, 0, 0) for n in range(MAX_EXTENTS + 1)]}},
             f"has {MAX_EXTENTS + 1} extents for memory 0",
         ),
-        ({"about": {**ABOUT, "name": 7}}, "makes no sense"),
-        ({"about": {**ABOUT, "snapshot": 1}}, "makes no sense"),
-        ({"about": {**ABOUT, "reseed": []}}, "makes no sense"),
-        ({"about": {**ABOUT, "segments": [7]}}, "makes no sense"),
-        ({"about": {**ABOUT, "segments": [{"index": 0}]}}, "makes no sense"),
-        ({"about": {**ABOUT, "changes": [None]}}, "makes no sense"),
+        *(
+            ({"about": {**ABOUT, field: wrong}}, "makes no sense")
+            for field, wrong in (
+                ("name", 7),
+                ("snapshot", 1),
+                ("reseed", []),
+                ("segments", [7]),
+                ("segments", [{"index": 0}]),
+                ("changes", [None]),
+            )
+        ),
         ({"about": {}}, "makes no sense"),
     ],
 )
@@ -586,14 +555,3 @@ def test_a_hostile_file_is_loaded_or_refused_and_leaves_nothing(seed: int) -> No
             assert host.statistics().guests == 0
         else:
             content(guest)
-
-
-def test_the_file_says_what_stands_in_it(saved: Path) -> None:
-    fd = os.open(saved, os.O_RDONLY)
-    found = container.read(fd, "it")
-    os.close(fd)
-    assert found.about["source_bytes"] == len(MODULE)
-    assert found.source_sha256 == hashlib.sha256(MODULE).digest()
-    assert found.module == EMPTIED
-    assert [(each.offset // P, each.length // P) for each in found.images[0]] == [(5, 1), (17, 1)]
-    assert all(each.file == 0 and not each.file_offset % P for each in found.images[0])
