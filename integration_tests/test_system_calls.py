@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +14,7 @@ import pytest
 import memslot_plugin as memslot
 from memslot_plugin import _core
 from memslot_plugin._core import PAGE_SIZE
+from memslot_plugin.tests.tracing import Traced, trace
 
 from . import toy
 from .cells import PLAIN_CELLS, Cell
@@ -69,9 +66,7 @@ def test_growth_changes_protection_once_and_maps_nothing(cell: Cell) -> None:
             }
 
 
-def test_another_guest_costs_a_mapping_for_each_image_that_goes_and_comes(
-    pooling_cell: Cell,
-) -> None:
+def test_another_guest_costs_a_mapping_per_image_that_goes_and_comes(pooling_cell: Cell) -> None:
     with pooling_cell.serving(slots=1) as host:
         guests = [host.prepare(module) for module in (toy.A, toy.B)]
         extents = sum(len(guest.images[0].extents) for guest in guests)
@@ -102,7 +97,7 @@ def test_memory_without_an_image_costs_no_mprotect_on_demand(on_demand_cell: Cel
 # The whole process, runtime and interpreter included
 
 PROGRAM = """
-import json, os, sys
+import json, sys
 from integration_tests import toy
 from integration_tests.cells import Cell
 
@@ -120,61 +115,45 @@ for name, backend in json.loads(sys.argv[1]):
     with guests[0].instantiate() as instance:
         base = instance.memory._require(0, 0)
     serve(guests[0], 300)
-    os.access(f"/mark/{name}-{backend} same", 0)
+    mark(f"{name}-{backend} same")
     serve(guests[0], 300)
-    os.access(f"/mark/{name}-{backend} other", 0)
+    mark(f"{name}-{backend} other")
     for _ in range(10):
         serve(guests[1], 1)
         serve(guests[0], 1)
-    os.access("/mark/end", 0)
+    mark("end")
     told[f"{name}-{backend}"] = base, [
         (each.offset, each.length) for guest in guests for each in guest.images[0].extents]
     host.close()
 print(json.dumps(told))
 """
 
-Call = tuple[str, int, int]
+Traces = tuple[dict[str, list[Traced]], dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def traced(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, list[Call]], Any]:
-    """The calls that change mappings between the marks (name, address, length), and the program's answer."""
-    if shutil.which("strace") is None:
-        pytest.skip("impossible: strace is not installed")
-    log = tmp_path_factory.mktemp("traced") / "strace.log"
-    calls = "trace=mmap,munmap,mprotect,mremap,?access,faccessat,?faccessat2"
+def traces(tmp_path_factory: pytest.TempPathFactory) -> Traces:
+    """The calls that change mappings between the marks, and the program's answer."""
     served = [(cell.host, cell.backend) for cell in PLAIN_CELLS if not cell.missing]
-    strace = ["strace", "-f", "--seccomp-bpf", "-o", str(log), "-e", calls]
-    done = subprocess.run(
-        [*strace, sys.executable, "-c", PROGRAM, json.dumps(served)],
+    printed, sections = trace(
+        PROGRAM,
+        json.dumps(served),
+        calls=(*MAPPING, "mremap"),
+        log=tmp_path_factory.mktemp("traced") / "log",
         cwd=ROOT,
         # The interpreter's own allocator maps an arena whenever it happens to need one; malloc has the heap for that.
         env={**os.environ, "PYTHONMALLOC": "malloc"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
     )
-    if "PTRACE" in done.stderr:
-        pytest.skip("impossible: this machine does not let strace trace")
-    assert done.returncode == 0, done.stderr
-    phases: dict[str, list[Call]] = {}
-    current: list[Call] = []
-    for line in log.read_text().splitlines():
-        if mark := re.search(r'"/mark/([^"]+)"', line):
-            current = phases.setdefault(mark[1], [])
-        elif found := re.search(r"(m\w+)\((0x[0-9a-f]+|NULL), (\d+)", line):
-            current.append((found[1], int(found[2].replace("NULL", "0"), 16), int(found[3])))
-    return phases, json.loads(done.stdout)
+    return sections, json.loads(printed)
 
 
 def test_process_maps_nothing_for_the_same_guest_and_the_images_ranges_for_another(
-    traced: tuple[dict[str, list[Call]], Any], plain_cell: Cell
+    traces: Traces, plain_cell: Cell
 ) -> None:
-    phases, told = traced
+    sections, told = traces
     name = f"{plain_cell.host}-{plain_cell.backend}"
     base, extents = told[name]
-    assert phases[f"{name} same"] == []
-    seen = {(call, address - base, length) for call, address, length in phases[f"{name} other"]}
+    assert sections[f"{name} same"] == []
+    seen = {(call.name, call.address - base, call.length) for call in sections[f"{name} other"]}
     assert seen == {("mmap", *extent) for extent in extents}
     assert max(offset + length for offset, length in extents) <= 2 * PAGE

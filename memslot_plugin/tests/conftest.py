@@ -5,9 +5,6 @@ from __future__ import annotations
 import collections
 import ctypes
 import gc
-import os
-import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -127,65 +124,6 @@ def child() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
         assert done.returncode == 0, done.stderr
         return done
-
-    return run
-
-
-@dataclass(frozen=True)
-class Traced:
-    """One system call as strace saw it; `address` and `length` are 0 where the call has none."""
-
-    name: str
-    address: int
-    length: int
-    line: str
-
-    @classmethod
-    def parse(cls, line: str) -> Traced | None:
-        found = re.match(r"(\w+)\((0x[0-9a-f]+|NULL)?(?:, (\d+))?", line)
-        if found is None:
-            return None
-        address = int(found[2], 16) if found[2] and found[2] != "NULL" else 0
-        if found[2] == "NULL" and (answer := re.search(r"= (0x[0-9a-f]+)$", line)):
-            address = int(answer[1], 16)
-        return cls(found[1], address, int(found[3] or 0), line)
-
-
-Sections = tuple[str, dict[str, list[Traced]]]
-
-MARKS = ("access", "faccessat", "faccessat2")
-"""System calls that os.access may make."""
-
-
-@pytest.fixture
-def strace(child: Callable[..., Any], tmp_path: Path) -> Callable[..., Sections]:
-    """Runs Python source under strace: what it printed, and its system calls by section.
-
-    In the source, `mark(name)` begins a section.
-    """
-    if shutil.which("strace") is None:
-        pytest.skip("impossible: strace is not installed")
-    tried = subprocess.run(
-        ["strace", "-f", "--seccomp-bpf", "-o", os.devnull, "true"], capture_output=True, text=True, check=False
-    )
-    if tried.returncode:
-        pytest.skip(f"impossible: strace may not trace here: {tried.stderr.strip()}")
-
-    def run(source: str, *traced: str) -> Sections:
-        log = tmp_path / "strace"
-        preamble = "import os\ndef mark(name): os.access('MARK ' + name, 0)\n"
-        filters = ",".join([*traced, *(f"?{call}" for call in MARKS)])
-        command = ["strace", "-f", "--seccomp-bpf", "-o", str(log), "-e", f"trace={filters}"]
-        done = child(preamble + source, *command)
-        sections: dict[str, list[Traced]] = {}
-        section: list[Traced] = []
-        for line in log.read_text(errors="replace").splitlines():
-            _, _, text = line.partition(" ")
-            if (marked := re.search(r'"MARK ([^"]*)"', text)) is not None:
-                section = sections.setdefault(marked[1], [])
-            elif (call := Traced.parse(text.strip())) is not None and call.name not in MARKS:
-                section.append(call)
-        return done.stdout, sections
 
     return run
 

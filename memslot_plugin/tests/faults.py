@@ -69,20 +69,12 @@ class Injection:
     logged: list[str] = field(default_factory=list)
 
 
-class _Keeper(logging.Handler):
-    def __init__(self, kept: list[str]) -> None:
-        super().__init__(logging.WARNING)
-        self._kept = kept
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._kept.append(self.format(record))
-
-
 @contextmanager
 def injected(fault: Fault) -> Iterator[Injection]:
     """Arms the fault for a block, and disarms it however the block ends."""
     injection = Injection(fault)
-    keeper, log = _Keeper(injection.logged), logging.getLogger("memslot")
+    log, keeper = logging.getLogger("memslot"), logging.Handler(logging.WARNING)
+    keeper.emit = lambda record: injection.logged.append(keeper.format(record))  # type: ignore[method-assign]
     propagates, log.propagate = log.propagate, False
     log.addHandler(keeper)
     before = _core.counters()[fault.call]

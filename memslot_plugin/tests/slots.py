@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import resource
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -66,6 +67,15 @@ def cycle(pool: Pool, guest: object, image: Image | None = None, pages: int = 4)
     pool.release(slot)
     pool.check()
     return slot.base
+
+
+def in_threads(work: Callable[[Any], object], arguments: Iterable[Any]) -> None:
+    """Run `work` with each argument in a thread of its own, at once, and wait for all."""
+    threads = [threading.Thread(target=work, args=(each,)) for each in arguments]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 @contextmanager

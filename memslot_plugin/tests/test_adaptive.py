@@ -43,19 +43,14 @@ def learn(history: History, private: int, dirty: int, spare: int = 0) -> None:
         assert not history.observe(private, dirty, spare)
 
 
-@pytest.mark.parametrize("idle", [FEW_PAGES, FEW_PAGES + 1, 100, 2000])
-def test_idle_pages_are_dropped_when_their_rent_has_reached_the_price(
+@pytest.mark.parametrize("idle", [0, 1, FEW_PAGES - 1, FEW_PAGES, FEW_PAGES + 1, 100, 2000])
+def test_idle_pages_are_dropped_when_their_rent_has_reached_the_price_unless_they_are_few(
     history: History, idle: int
 ) -> None:
     rent = idle * (PRICES.scan_page + PRICES.compare_page)
     price = (idle + 4) * (PRICES.drop_page + PRICES.write_fault)
-    assert resets_until_a_flush(history, idle) == -(-price // rent)
-
-
-@pytest.mark.parametrize("idle", [0, 1, FEW_PAGES - 1])
-def test_few_idle_pages_are_kept(history: History, idle: int) -> None:
-    assert resets_until_a_flush(history, idle) == 0
-    assert limits(history) == (FEW_PAGES, COMPARE_EVERY)
+    number = -(-price // rent) if idle >= FEW_PAGES else 0
+    assert resets_until_a_flush(history, idle) == number
 
 
 def test_pages_that_are_written_now_and_then_are_not_idle(history: History) -> None:
@@ -67,6 +62,7 @@ def test_pages_that_are_written_now_and_then_are_not_idle(history: History) -> N
 def test_pages_that_are_only_read_show_in_the_time_of_two_scans(history: History) -> None:
     assert not history.observe(4, 4, scan_of(16_384))  # one is noise
     assert 0 < resets_until_a_flush(history, 0, spare=scan_of(16_384)) <= 32
+    assert history.limits.compare_every == 1  # otherwise unchanged pages would count as written
     learn(history, 4, 4, scan_of(300))
     # The guest needs the pages that came back after the flush, until that lesson is old.
     assert resets_until_a_flush(history, 0, spare=scan_of(300)) > 50
@@ -94,15 +90,7 @@ def test_pages_of_only_the_first_request_after_a_flush_are_not_needed(history: H
     assert resets_until_a_flush(history, 1996) == resets_until_a_flush(fresh, 1996)
 
 
-def test_first_resets_after_a_flush_are_compared(history: History) -> None:
-    """Otherwise pages that were left as they were would count as written."""
-    assert resets_until_a_flush(history, 0, spare=scan_of(16_384))
-    assert history.limits.compare_every == 1
-
-
-def test_every_reset_is_compared_while_rent_is_due_and_observed_while_much_is_read(
-    history: History,
-) -> None:
+def test_resets_are_compared_if_rent_is_due_and_observed_if_much_is_read(history: History) -> None:
     found = [limits(history)]
     for private, spare in ((4, 0), (104, 0), (4, scan_of(500)), (4, scan_of(500))):
         history.observe(private, 4, spare)

@@ -79,18 +79,6 @@ def test_each_function_counts_the_system_calls_that_it_makes(calls: Any) -> None
     assert made == {"mmap": 3, "mprotect": 2, "madvise": 1, "munmap": 1}
 
 
-@pytest.mark.parametrize("skip", [0, 1, 3])
-def test_injected_failure_hits_one_call_and_then_disarms(
-    pages: Pages, inject: Any, calls: Any, skip: int
-) -> None:
-    base = pages(1)
-    inject("madvise", skip=skip, error=errno.ENOMEM)
-    with calls() as made:
-        results = [lib.ms_discard(base, P) for _ in range(6)]
-    assert results == [-errno.ENOMEM if turn == skip else 0 for turn in range(6)]
-    assert made == {"madvise": 6}
-
-
 def test_injecting_into_an_unknown_call_is_refused(inject: Any) -> None:
     for call in (lib.MS_CALLS, -1):
         assert lib.ms_inject(call, 0, errno.EPERM) == -errno.EINVAL
@@ -116,32 +104,6 @@ def test_odd_address_or_descriptor_is_the_kernels_to_refuse(pages: Pages) -> Non
         assert refuse(-1) == -errno.EBADF
     memory = Described(base, P)
     assert lib.ms_reset_pagemap(-1, memory.c, 0, memory.report) == -errno.EBADF
-
-
-def test_reservation_faults_outside_the_pages_that_are_allowed() -> None:
-    base = ffi.new("uintptr_t *")
-    _, writer = ends = os.pipe()
-    write = ctypes.CDLL(None).write
-
-    def accessible() -> list[int]:
-        """Return the pages of which write(2) can read both ends; it fails with EFAULT on others."""
-        starts = [base[0] + page * P for page in range(4)]
-        read = [
-            {write(writer, ctypes.c_void_p(at + end), 1) for end in (0, P - 1)} for at in starts
-        ]
-        return [page for page in range(4) if read[page] == {1}]
-
-    for step, pages in (
-        (lambda: lib.ms_reserve(4 * P, base), []),
-        (lambda: lib.ms_allow(base[0] + P, P), [1]),
-        (lambda: lib.ms_zero(base[0] + 2 * P, P), [1, 2]),
-        (lambda: lib.ms_forbid(base[0], 4 * P), []),
-    ):
-        assert step() == 0
-        assert accessible() == pages
-    lib.ms_unmap(base[0], 4 * P)
-    for end in ends:
-        os.close(end)
 
 
 def extents_by_definition(content: bytes, gap: int) -> list[tuple[int, int, int]]:
@@ -186,9 +148,6 @@ def test_extents_are_those_of_the_definition(
     assert found[capacity].offset == 12345
 
 
-# Comparing and resetting
-
-
 @pytest.mark.parametrize(
     "where", [0, P, 2 * P - 1, 2 * P, 4 * P - 1, 4 * P, 6 * P, 7 * P, 8 * P - 1]
 )
@@ -209,9 +168,7 @@ def test_first_difference_is_found_at_every_border(pages: Pages, where: int) -> 
 
 @needs_pagemap
 @pytest.mark.parametrize("kept", [0, 1, 700, 10_000, 2**64 - 1])
-def test_pagemap_reset_restores_more_runs_than_one_scan_lists(
-    pages: Pages, calls: Any, kept: int
-) -> None:
+def test_reset_restores_more_runs_than_one_scan_lists(pages: Pages, calls: Any, kept: int) -> None:
     runs = 1300
     base = pages(2 * runs)
     view = b"" if kept < 2**63 else os.urandom(5 * P)  # only mapped images may be dropped
@@ -258,9 +215,7 @@ def test_scan_that_fails_at_any_turn_says_so(pages: Pages, inject: Any, at: int)
         (errno.EPERM, []),
     ],
 )
-def test_error_says_what_was_attempted_and_names_the_limit_that_lifts_it(
-    error: int, knobs: list[str]
-) -> None:
+def test_error_says_what_was_attempted_and_names_its_limit(error: int, knobs: list[str]) -> None:
     with pytest.raises(SystemCallError, match=f"trying: {os.strerror(error)}") as caught:
         _core.check(-error, "trying")
     assert caught.value.errno == error

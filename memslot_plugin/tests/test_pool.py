@@ -9,7 +9,6 @@ import ctypes
 import errno
 import itertools
 import random
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +22,7 @@ from memslot_plugin._core import ffi, lib
 from memslot_plugin.errors import InvariantBroken, SlotError, SystemCallError, UsedAfterClose
 from memslot_plugin.reset import choose, madvise
 from memslot_plugin.tests.slots import RESERVED as SLOT
-from memslot_plugin.tests.slots import Holder, content, cycle, fill, needs_pagemap
+from memslot_plugin.tests.slots import Holder, content, cycle, fill, in_threads, needs_pagemap
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -32,12 +31,7 @@ RESERVED = 2 * SLOT
 Make = Callable[..., Pool]
 
 
-# Behaviour 12: one reservation, three strategies
-
-
-def test_12_one_reservation_holds_all_slots_with_guards_around_each(
-    make_pool: Make, calls: Any
-) -> None:
+def test_12_one_reservation_has_guards_around_each_slot(make_pool: Make, calls: Any) -> None:
     pool = make_pool(5, guard=2 * P)
     with calls() as made:
         slots = [pool.lease(None, P, affinity=i) for i in range(5)]
@@ -51,9 +45,7 @@ def test_12_one_reservation_holds_all_slots_with_guards_around_each(
     assert made == {"munmap": 1}  # behaviour 11
 
 
-def test_12_affinity_gives_a_guest_the_slot_it_used_last(
-    make_pool: Make, image: Image, calls: Any
-) -> None:
+def test_12_affinity_gives_a_guest_its_last_slot(make_pool: Make, image: Image, calls: Any) -> None:
     pool = make_pool(4)
     first, second = cycle(pool, "a", image), cycle(pool, "b")
     assert first != second
@@ -65,9 +57,7 @@ def test_12_affinity_gives_a_guest_the_slot_it_used_last(
     assert pool.statistics().affinity_hits == 6
 
 
-def test_12_affinity_takes_never_used_slots_first_and_then_the_least_recently_used(
-    make_pool: Make,
-) -> None:
+def test_12_affinity_takes_never_used_slots_then_least_recently_used_ones(make_pool: Make) -> None:
     pool = make_pool(3)
     bases = [cycle(pool, guest) for guest in "abc"]
     assert len(set(bases)) == 3
@@ -94,9 +84,6 @@ def test_12_other_strategies_give_the_slot_that_came_back_last_or_any(
     assert set(found) == {slot.base for slot in (slots if strategy == "random" else slots[-1:])}
 
 
-# Behaviour 13: on demand
-
-
 def test_13_on_demand_costs_no_mprotect_without_an_image(make_pool: Make, calls: Any) -> None:
     pool = make_pool(allocation="on-demand")
     with calls() as made:
@@ -105,9 +92,6 @@ def test_13_on_demand_costs_no_mprotect_without_an_image(make_pool: Make, calls:
     with calls() as made:
         pool.release(slot)
     assert made == {"munmap": 1}
-
-
-# Behaviours 14 and 15
 
 
 @pytest.mark.parametrize("allocation", ["pooling", "on-demand"])
@@ -132,17 +116,6 @@ def test_14_slot_whose_reset_failed_never_goes_back(
         pool.release(again)
 
 
-def test_14_failed_reset_in_place_retires_the_slot_at_release(make_pool: Make, inject: Any) -> None:
-    pool = make_pool(1)
-    slot = pool.lease(None, 4 * P, affinity="a")
-    inject("madvise", error=errno.EINVAL)
-    with pytest.raises(SystemCallError):
-        pool.reset(slot)
-    assert pool.release(slot).strategy == "retired"
-    now = pool.statistics()
-    assert (now.failed_resets, now.destroyed, now.in_use) == (1, 1, 0)
-
-
 def test_15_purge_takes_a_closed_image_from_unused_slots_and_from_leased_ones_at_release(
     make_pool: Make, image: Image, resources: Any
 ) -> None:
@@ -164,9 +137,6 @@ def test_15_purge_takes_a_closed_image_from_unused_slots_and_from_leased_ones_at
     assert resources().image_mappings == before.image_mappings
     assert resources().descriptors == before.descriptors
     cycle(pool, "new", image)
-
-
-# Statistics and threads
 
 
 def test_statistics_count_leases_resets_and_remaps(make_pool: Make, image: Image) -> None:
@@ -232,11 +202,7 @@ def test_threads_that_lease_and_release_at_random_never_meet(
             else:
                 pool.release(slot, retire=order.random() < 0.1)
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(1, 7)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, range(1, 7))
     assert not wrong
     assert pool.statistics().in_use == 0
     assert pool.statistics().leases == 6 * 40
@@ -270,9 +236,7 @@ class Runtime:
         return pool.lease(image, size, affinity="a", map_host_memory=self, shape=self.shape)
 
 
-def test_runtimes_range_is_kept_and_handed_out_again(
-    make_pool: Make, image: Image, calls: Any
-) -> None:
+def test_runtimes_range_is_handed_out_again(make_pool: Make, image: Image, calls: Any) -> None:
     pool, runtime = make_pool(2), Runtime()
     slot = runtime.lease(pool, image)
     pool.release(slot)
@@ -287,9 +251,7 @@ def test_runtimes_range_is_kept_and_handed_out_again(
 
 
 @pytest.mark.parametrize("why", ["it grew", "its reset failed"])
-def test_runtimes_range_that_cannot_be_reset_goes_back_to_the_runtime(
-    make_pool: Make, inject: Any, why: str
-) -> None:
+def test_runtimes_range_without_reset_goes_back(make_pool: Make, inject: Any, why: str) -> None:
     pool, runtime = make_pool(1), Runtime()
     slot = runtime.lease(pool)
     if why == "it grew":
@@ -306,9 +268,7 @@ def test_runtimes_range_that_cannot_be_reset_goes_back_to_the_runtime(
     pool.release(runtime.lease(pool))
 
 
-def test_runtimes_ranges_are_handed_out_by_shape_and_make_room_at_the_limit(
-    make_pool: Make,
-) -> None:
+def test_runtimes_ranges_are_leased_by_shape_and_make_room_at_the_limit(make_pool: Make) -> None:
     pool, runtimes = make_pool(2), [Runtime(pages, shape=pages) for pages in (1, 2, 3, 4)]
     for runtime in [*runtimes[:2], *runtimes[:2], *runtimes]:
         slot = runtime.lease(pool)
@@ -347,9 +307,7 @@ def warmed(make_pool: Make) -> Pool:
 
 
 @needs_pagemap
-def test_warm_slots_hold_the_pages_that_the_guest_usually_writes(
-    warmed: Pool, image: Image, calls: Any
-) -> None:
+def test_warm_slots_hold_usually_written_pages(warmed: Pool, image: Image, calls: Any) -> None:
     slot = warmed.lease(image, SIZE, affinity="guest")
     ctypes.memset(slot.base + WRITTEN.start * P, 7, len(WRITTEN) * P)
     warmed.release(slot)
@@ -365,7 +323,7 @@ def test_warm_slots_hold_the_pages_that_the_guest_usually_writes(
 
 
 def test_warming_lays_the_image_of_an_unknown_guest_in_unused_slots_only(
-    warmed: Pool, image: Image, calls: Any
+    warmed: Pool, image: Image, calls: Any, make_pool: Make
 ) -> None:
     leased = [warmed.lease(None, SIZE, affinity="other") for _ in range(6)]
     assert warmed.warm(image, SIZE, affinity="new", count=5) == 2
@@ -376,11 +334,8 @@ def test_warming_lays_the_image_of_an_unknown_guest_in_unused_slots_only(
     assert made == {}
     for slot in leased:
         warmed.release(slot)
-
-
-def test_warming_on_demand_makes_nothing_ready(make_pool: Make, image: Image) -> None:
-    pool = make_pool(2, allocation="on-demand")
-    assert pool.warm(image, SIZE, affinity="guest", count=2) == 0
+    on_demand = make_pool(2, allocation="on-demand")
+    assert on_demand.warm(image, SIZE, affinity="guest", count=2) == 0
 
 
 def test_guest_warms_its_own_slots_until_it_is_closed(calls: Any) -> None:

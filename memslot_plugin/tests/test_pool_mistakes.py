@@ -94,9 +94,7 @@ def test_waiting_lease_is_woken_by_another_thread(pool: Pool, event: str) -> Non
 
 
 @pytest.mark.parametrize("released", ["before its holder went", "after its holder went"])
-def test_slot_that_was_given_back_is_not_taken_from_its_next_owner(
-    pool: Pool, released: str
-) -> None:
+def test_slot_given_back_is_not_taken_from_its_next_owner(pool: Pool, released: str) -> None:
     holder = Holder()
     slot = lease(pool, holder=holder)
     if released.startswith("before"):
@@ -169,16 +167,12 @@ def test_closed_pool_leases_and_purges_nothing(pool: Pool, image: Image) -> None
         ({"guard": -RESERVED}, "guard at least 0"),
     ],
 )
-def test_impossible_pool_is_refused(
-    make_pool: Make, changes: dict[str, Any], sentence: str
-) -> None:
+def test_invalid_pool_is_refused(make_pool: Make, changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(SettingError, match=sentence):
         make_pool(**changes)
 
 
-def test_more_slots_than_the_map_count_allows_are_refused_before_any_call(
-    make_pool: Make, calls: Any
-) -> None:
+def test_more_slots_than_the_map_count_allows_are_refused(make_pool: Make, calls: Any) -> None:
     pool = make_pool(1_000_000)
     sentence = r"vm.max_map_count is \d+ with \d+ in use; allowed here: at most \d+"
     with calls() as made, pytest.raises(SettingError, match=sentence):
@@ -197,9 +191,7 @@ def test_too_little_address_space_names_the_limit(make_pool: Make, allocation: s
     assert pool.statistics().in_use == 0
 
 
-def test_check_finds_a_place_with_two_owners_or_none_and_an_unknown_idle_slot(
-    make_pool: Make,
-) -> None:
+def test_check_finds_places_with_two_owners_or_none_and_unknown_slots(make_pool: Make) -> None:
     pool = make_pool(2)
     slot = lease(pool)
     pool._unused_places.append(slot.base)

@@ -81,8 +81,6 @@ class PoolMachine(RuleBasedStateMachine):
             audit=1.0,
         )
 
-    # Guests: each has an image, or none.
-
     @rule(
         runs=st.lists(
             st.tuples(st.integers(0, 15), st.integers(1, 3), st.integers(0, 255)), max_size=4
@@ -110,8 +108,6 @@ class PoolMachine(RuleBasedStateMachine):
         if image is not None:
             self.pool.purge(image)
 
-    # Leases, in sizes of which some are too small for the image.
-
     @rule(guest=which, size=sizes, more=st.none() | sizes)
     @precondition(lambda self: len(self.leased) < SLOTS)
     def lease(self, guest: int, size: int, more: int | None) -> None:
@@ -137,8 +133,6 @@ class PoolMachine(RuleBasedStateMachine):
         if image is None or image.byte_size <= size * P:
             ready = self.pool.warm(image, size * P, affinity=guest, count=count)
             assert ready <= min(count, SLOTS - len(self.leased))
-
-    # What a guest does.
 
     def one_of(self, lease: int) -> Lease:
         return self.leased[lease % len(self.leased)]

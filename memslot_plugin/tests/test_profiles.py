@@ -78,9 +78,7 @@ def test_profile_that_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch)
         runpy.run_path(profiles.__file__)
 
 
-def test_gate_selects_its_tests_and_fails_on_skips_and_hosts_that_are_possible(
-    tmp_path: Path,
-) -> None:
+def test_gate_selects_its_tests_and_fails_on_possible_skips_and_hosts(tmp_path: Path) -> None:
     status, output = gate(tmp_path, "-n", "2", "--require-hosts=wasmtime,wasmer")
     assert status == 1, output
     assert "3 passed, 2 skipped" in output

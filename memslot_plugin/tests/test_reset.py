@@ -8,7 +8,6 @@ import importlib
 import itertools
 import os
 import re
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -20,7 +19,7 @@ from memslot_plugin import reset as resets
 from memslot_plugin._core import PAGE_SIZE as P
 from memslot_plugin.errors import SystemCallError
 from memslot_plugin.probe import Finding, pagemap_descriptor, probe
-from memslot_plugin.tests.slots import fill, needs_pagemap, use
+from memslot_plugin.tests.slots import fill, in_threads, needs_pagemap, use
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -92,31 +91,6 @@ def test_probe_without_a_memfd_tries_dropping_on_zeros(inject: Any, works: bool)
     assert probe().dontneed.works == works
 
 
-def test_probe_and_its_descriptor_are_made_again_after_a_fork_and_closed_on_exec(
-    child: Any,
-) -> None:
-    child(
-        """
-import os, subprocess, sys
-from memslot_plugin import probe
-from memslot_plugin.probe import pagemap_descriptor
-found = probe()
-mine = os.readlink(f"/proc/self/fd/{pagemap_descriptor()}")
-if not (pid := os.fork()):
-    try:
-        assert probe() is not found and probe() == probe()
-        assert os.readlink(f"/proc/self/fd/{pagemap_descriptor()}") != mine
-    except BaseException as error:
-        os.write(2, repr(error).encode()); os._exit(1)
-    os._exit(0)
-assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-command = [sys.executable, "-S", "-c", f"import os; os.fstat({pagemap_descriptor()})"]
-done = subprocess.run(command, capture_output=True, text=True, close_fds=False)
-assert "Bad file descriptor" in done.stderr
-"""
-    )
-
-
 @needs_pagemap
 def test_probe_tries_the_scan_on_files_on_zeros_and_without_swap(inject: Any) -> None:
     assert probing._probe_pagemap(False).works
@@ -153,7 +127,7 @@ TIMES = ["empty drop", "reads", "again", "writes", "rewrites", "drop"]
 
 @needs_pagemap
 @pytest.mark.parametrize("disturbed", range(len(TIMES)), ids=TIMES)
-def test_prices_stay_above_zero_if_one_measurement_is_disturbed(
+def test_prices_stay_above_zero_if_disturbed(
     monkeypatch: pytest.MonkeyPatch, disturbed: int
 ) -> None:
     """A page that costs nothing would never be given back."""
@@ -235,9 +209,7 @@ def test_failed_reset_makes_the_slot_unknown_and_the_next_use_right(
 @pytest.mark.parametrize("first", [0, 1, 40])
 @pytest.mark.parametrize("keep", [0, P, 3 * P, 1 << 30])
 @pytest.mark.parametrize("setting", ["pagemap", "auto", "copy"])
-def test_pages_above_keep_resident_are_given_back(
-    kind: Any, first: int, keep: int, setting: str
-) -> None:
+def test_pages_above_the_budget_are_dropped(kind: Any, first: int, keep: int, setting: str) -> None:
     """Pages that were copied from an image are kept: they would not come back."""
     image = kind("kept", bytes(first * P) + b"x" * 2 * P) if kind else None
     slot = Slot.create(128 * P)
@@ -269,9 +241,5 @@ def test_resets_in_many_threads_report_their_own_numbers() -> None:
                 wrong.append((pages, found))
         slot.destroy()
 
-    threads = [threading.Thread(target=work, args=(pages,)) for pages in (1, 300, 700, 5)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, (1, 300, 700, 5))
     assert not wrong

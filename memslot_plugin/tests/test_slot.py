@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ast
 import errno
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +29,7 @@ from memslot_plugin.probe import pagemap_descriptor
 from memslot_plugin.reset import choose, madvise
 from memslot_plugin.smaps import mappings
 from memslot_plugin.tests.slots import RESERVED, content, expected, fill, needs_pagemap, use
+from memslot_plugin.tests.tracing import trace
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -122,6 +125,8 @@ def test_10_growth_by_ftruncate_maps_once_and_grows_by_ftruncate_to_the_maximum(
                 slot.grow(pages * P)
             assert made == {"ftruncate": 1}
             slot.check()
+            # MFD_NOEXEC_SEAL was asked for, which sysctl vm.memfd_noexec=2 demands.
+            assert not os.fstat(slot._extension_fd).st_mode & 0o111
         with pytest.raises(MemoryTooLarge):
             slot.grow((maximum + 1) * P)
         with calls() as made:
@@ -175,9 +180,7 @@ def test_reset_of_an_empty_memory_makes_no_call(slot: Slot, reset: Any, calls: A
 
 
 @needs_pagemap
-def test_purge_gives_back_resident_pages_also_of_a_grown_memory(
-    slot: Slot, make_image: MakeImage
-) -> None:
+def test_purge_discards_pages_of_a_grown_memory(slot: Slot, make_image: MakeImage) -> None:
     slot.instantiate(make_image((0, b"x" * P)), 32 * P)
     slot.grow(RESERVED)
     use(slot, choose("copy", 1 << 30))
@@ -188,7 +191,7 @@ def test_purge_gives_back_resident_pages_also_of_a_grown_memory(
         slot.purge()
 
 
-def test_kernel_sees_exactly_the_counted_calls_in_their_ranges(strace: Any) -> None:
+def test_kernel_sees_exactly_the_counted_calls_in_their_ranges(tmp_path: Path) -> None:
     source = """
 import ctypes
 from memslot_plugin import MemfdImage, Pool, Slot, _core
@@ -231,7 +234,7 @@ print([slot.base, P, {name: n - before[name] for name, n in _core.counters().ite
 """
     by_address = ("mmap", "mprotect", "madvise", "munmap")
     others = ("memfd_create", "ftruncate", "pwrite64", "fcntl")
-    printed, sections = strace(source, *by_address, *others)
+    printed, sections = trace(source, calls=by_address + others, log=tmp_path / "log")
     base, page, counted, ranges = ast.literal_eval(printed)
     seen = {
         name: [
@@ -267,9 +270,6 @@ print([slot.base, P, {name: n - before[name] for name, n in _core.counters().ite
         assert len(of_pool) == counted[name.removesuffix("64")] > 0, (name, of_pool)
 
 
-# Refusals
-
-
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
@@ -290,9 +290,7 @@ print([slot.base, P, {name: n - before[name] for name, n in _core.counters().ite
         ),
     ],
 )
-def test_impossible_slot_is_refused_before_any_call(
-    make: Callable[[], Slot], sentence: str, calls: Any
-) -> None:
+def test_impossible_slot_is_refused(make: Callable[[], Slot], sentence: str, calls: Any) -> None:
     error = (SlotError, MemoryTooLarge, Unsupported)
     with calls() as made, pytest.raises(error, match=sentence):
         make()

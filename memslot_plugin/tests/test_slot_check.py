@@ -14,7 +14,7 @@ import pytest
 from memslot_plugin import BytesImage, InvariantBroken, MemfdImage, Pool, Slot, State
 from memslot_plugin._core import PAGE_SIZE as P
 from memslot_plugin._core import lib
-from memslot_plugin.probe import pagemap_descriptor
+from memslot_plugin.probe import pagemap_descriptor, probe
 from memslot_plugin.reset import choose
 from memslot_plugin.tests.slots import RESERVED, content, fill, needs_pagemap, sparse, use
 
@@ -146,12 +146,12 @@ def test_audit_finds_a_page_that_a_reset_forgot(slot: Slot) -> None:
     slot.check()
 
 
-def advised(address: int, advice: int) -> None:
-    LIBC.madvise(address, P, advice)  # advice that this kernel does not know changes nothing
+def advised(address: int, advice: int) -> object:
+    return LIBC.madvise(address, P, advice)  # advice that this kernel does not know changes nothing
 
 
-def write(address: int, length: int = 1) -> None:
-    ctypes.memset(address, 1, length)
+def write(address: int, length: int = 1) -> object:
+    return ctypes.memset(address, 1, length)
 
 
 POPULATE, PAGEOUT, COLD, MERGEABLE = 23, 21, 20, 12
@@ -184,9 +184,6 @@ def test_scan_misses_no_private_page(image: MemfdImage, reset: str, how: str) ->
         slot.destroy()
 
 
-# Forks
-
-
 def in_child(check: Callable[[], object]) -> None:
     """Run `check` in a forked child, which must not raise."""
     pid = os.fork()
@@ -203,61 +200,47 @@ def in_child(check: Callable[[], object]) -> None:
 @pytest.mark.parametrize("strategy", ["madvise", "copy", "auto"])
 def test_fork_resets_the_childs_own_pages(slot: Slot, strategy: str, resources: Any) -> None:
     """The parent's pagemap descriptor would list the parent's pages, and leave the child's as they are."""
-    path = str(Path(f"/proc/self/fd/{pagemap_descriptor()}").readlink())
+    found, descriptor = probe(), pagemap_descriptor()
+    path = str(Path(f"/proc/self/fd/{descriptor}").readlink())
+    assert not os.get_inheritable(descriptor)
     slot.instantiate(slot.image, 32 * P)
 
     def check() -> None:
         assert str(Path(f"/proc/self/fd/{pagemap_descriptor()}").readlink()) != path
         assert path not in resources().descriptors
+        assert probe() is not found
         use(slot, choose(strategy, 1 << 30))
 
     in_child(check)
     use(slot, choose(strategy, 1 << 30))
 
 
-@pytest.fixture
-def extended(make_pool: Callable[..., Pool]) -> tuple[Pool, Slot]:
-    """A pool whose slots grow in files of their own, mapped shared, and its leased slot; another one is idle."""
+def test_fork_gives_the_child_extensions_of_its_own(make_pool: Callable[..., Pool]) -> None:
+    """Tenants of two processes would meet in a file that is mapped shared."""
     pool = make_pool(3, growth="ftruncate")
     leased, idle = (pool.lease(None, 4 * P, affinity=i) for i in range(2))
     pool.release(idle)
     leased.grow(8 * P)
     fill(leased, 0x11)
-    return pool, leased
 
-
-def lease_another(pool: Pool) -> None:
-    other = pool.lease(None, 4 * P, affinity=1)
-    other.grow(8 * P)
-    assert content(other) == bytes(8 * P)
-    fill(other, 0x33)
-    pool.release(other)
-
-
-@pytest.mark.parametrize("failing", [None, "mmap", "close", "memfd_create", "ftruncate", "pwrite"])
-def test_fork_gives_the_child_extensions_of_its_own_or_covers_the_slot(
-    failing: str | None, extended: tuple[Pool, Slot], inject: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    pool, leased = extended
-    if failing:
-        inject(failing, error=12)
+    def lease_another() -> None:
+        other = pool.lease(None, 4 * P, affinity=1)
+        other.grow(8 * P)
+        assert content(other) == bytes(8 * P)
+        fill(other, 0x33)
+        pool.release(other)
 
     def check() -> None:
-        if failing:
-            inject(failing, error=0)
         pool.check()
-        if not failing:
-            assert content(leased) == b"\x11" * 8 * P
-            fill(leased, 0x22)
-            leased.grow(16 * P)
-        lease_another(pool)
+        assert content(leased) == b"\x11" * 8 * P
+        fill(leased, 0x22)
+        leased.grow(16 * P)
+        lease_another()
         pool.release(leased)
         pool.check()
         pool.close()
 
     in_child(check)
-    if failing:
-        inject(failing, error=0)
     assert content(leased) == b"\x11" * 8 * P
-    lease_another(pool)
+    lease_another()
     pool.release(leased)

@@ -51,9 +51,6 @@ def run(engine: Any, module: bytes, *calls: str) -> list[object]:
     return [exports[name](store) for name in calls]
 
 
-# Exports
-
-
 def test_exports_come_after_the_modules_own_and_nothing_else_moves() -> None:
     module = parse(
         """(module (memory (export "m") 1) (table 1 funcref) (global (mut i32) (i32.const 1))
@@ -96,8 +93,6 @@ def test_export_of_nothing_or_of_a_taken_name_is_refused(export: Export, sentenc
     with pytest.raises(ValueError, match='the name "new" is exported already'):
         wasm.rewrite(module, exports=[twice, twice])
 
-
-# Values
 
 NUMBERS = {"i32": 32, "i64": 64, "f32": 32, "f64": 64}
 EDGES = {0, 1, 63, 64, 0x7FA00001, 0xFFF4000000000001}  # two of them are signalling NaNs
@@ -145,21 +140,20 @@ def test_saved_vectors_are_bit_exact(engine: Any, bits: int) -> None:
 HEAPS = "func extern any eq i31 struct array none nofunc noextern $s"
 
 
-@pytest.mark.parametrize("heap", HEAPS.split())
-def test_null_is_saved_for_every_type_of_reference(engine: Any, heap: str) -> None:
+def test_null_is_saved_for_every_type_of_reference(engine: Any) -> None:
     module = parse(
-        f"""(module (type $s (struct)) (global $g (mut (ref null {heap})) (ref.null {heap}))
-              (func (export "null") (result i32) (ref.is_null (global.get $g))))"""
+        "(module (type $s (struct))"
+        + "".join(f"(global (mut (ref null {heap})) (ref.null {heap}))" for heap in HEAPS.split())
+        + ")"
     )
-    rewritten = wasm.rewrite(module, initial_values={0: None})
+    values: dict[int, int | None] = dict.fromkeys(range(len(HEAPS.split())))
+    rewritten = wasm.rewrite(module, initial_values=values)
     assert others(rewritten) == others(module.source)
-    assert run(engine, rewritten, "null") == [1]
+    wasmtime.Module.validate(engine, rewritten)
 
 
 @pytest.mark.parametrize("elements", ["", "(elem (i32.const 0) $g)"])
-def test_function_that_only_a_replaced_value_referred_to_stays_declared(
-    engine: Any, elements: str
-) -> None:
+def test_function_of_a_replaced_value_stays_declared(engine: Any, elements: str) -> None:
     """Otherwise `ref.func` in the code would no longer be valid."""
     module = parse(
         f"""(module (func $f (result i32) (i32.const 5)) (func $g (result i32) (i32.const 6))
@@ -189,9 +183,7 @@ def test_function_that_only_a_replaced_value_referred_to_stays_declared(
         ({4: None}, r"a global of type \(ref func\) can only be saved if it may be null and is"),
     ],
 )
-def test_value_that_a_global_cannot_have_is_refused(
-    values: dict[int, int | None], sentence: str
-) -> None:
+def test_invalid_value_is_refused(values: dict[int, int | None], sentence: str) -> None:
     module = parse(
         """(module (import "a" "b" (global (mut i32))) (global i32 (i32.const 0))
              (global (mut i32) (i32.const 0)) (global (mut funcref) (ref.null func)) (func $f)
@@ -214,9 +206,7 @@ def test_value_that_a_global_cannot_have_is_refused(
         ("funcref", "(ref.null func)", None),
     ],
 )
-def test_bits_of_an_initial_value_are_known_if_the_module_says_them(
-    kind: str, text: str, bits: int | None
-) -> None:
+def test_bits_of_an_initial_value_are_found(kind: str, text: str, bits: int | None) -> None:
     module = parse(
         f"""(module (import "a" "b" (global $imported i32)) (global $c i32 (i32.const 9))
               (global (mut {kind}) {text}))"""
@@ -238,8 +228,6 @@ def test_start_function_is_dropped_and_only_it(engine: Any) -> None:
     assert wasm.rewrite(wasm.parse(rewritten), drop_start=True) is rewritten
 
 
-# Snapshots, and all changes at once
-
 GUEST = """(module (import "env" "log" (func $log (param i32)))
   (memory (export "memory") 1 5) (table 2 funcref) (elem (i32.const 1) $change)
   (global $n (mut i32) (i32.const 10)) (global $x (mut f64) (f64.const 0.5))
@@ -254,8 +242,9 @@ GUEST = """(module (import "env" "log" (func $log (param i32)))
 SHARED = "(module (memory 1 1 shared))"
 
 
-def test_snapshot_changes_the_plan_accordingly() -> None:
-    plan = plan_of(GUEST, import_memory=True)
+@pytest.mark.parametrize("import_memory", [False, True])
+def test_snapshot_changes_the_plan_accordingly(*, import_memory: bool) -> None:
+    plan = plan_of(GUEST, import_memory=import_memory)
     assert [(s.index, s.type, s.export_name, s.initial) for s in plan.saved_globals] == [
         (0, "i32", "memslot:global:0", 10),
         (1, "f64", "memslot:global:1", 0x3FE0000000000000),
@@ -318,9 +307,6 @@ def test_all_changes_can_be_combined_in_one_rewriting(engine: Any) -> None:
     assert others(rewritten, *changed) == others(module.source, *changed)
 
 
-# What the plan says
-
-
 def test_only_globals_that_may_change_are_exported() -> None:
     text = """(module (global $a (mut i32) (i32.const 1)) (global $b (mut i32) (i32.const 2))
                 (global $c (export "c") (mut i32) (i32.const 3)) (func (global.set $a (i32.const 2))))"""
@@ -335,26 +321,13 @@ def test_only_globals_that_may_change_are_exported() -> None:
     assert plan.verdict.in_place
 
 
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        (
-            """(module (import "env" "base" (global i32)) (memory 1)
-                 (data (global.get 0) "x"))""",
-            "Memory 0 has no image, so that only a new instance copies its data again.",
-        ),
-        (SHARED, "Memory 0 is shared between threads"),
-        (
-            "(module (table 1 funcref) (func (table.set (i32.const 0) (ref.null func))))",
-            "table.set",
-        ),
-    ],
-)
-def test_verdict_of_a_plan_adds_the_reasons_of_images(text: str, reason: str) -> None:
-    plan = plan_of(text)
-    assert not plan.verdict.in_place
+def test_verdict_of_a_plan_adds_the_reasons_of_images() -> None:
+    plan = plan_of(
+        """(module (import "env" "base" (global i32)) (memory 1) (data (global.get 0) "x"))"""
+    )
     (said,) = plan.verdict.reasons
-    assert reason in said
+    assert "Memory 0 has no image, so that only a new instance copies its data again." in said
+    assert not plan.verdict.in_place
     assert plan.report().verdict == plan.verdict
     assert plan.report().code == plan.code
 
