@@ -62,9 +62,9 @@ def refused(
     before = host.statistics()
     with pytest.raises(expected, match=said):
         yield
+    cells.check(host)
     after = host.statistics()
     assert (after.guests, after.live_instances) == (before.guests, before.live_instances)
-    cells.check(host)
 
 
 @pytest.mark.parametrize(
@@ -89,38 +89,37 @@ def test_snapshot_fork_and_init_that_are_refused_leave_nothing(
             guest.host.prepare(toy.assemble(text), init="change")
 
 
-def test_snapshot_where_the_module_writes_to_what_is_imported_is_refused(real_cell: Cell) -> None:
+def test_snapshot_of_a_module_that_writes_to_its_imports_is_refused(real_cell: Cell) -> None:
     """wasmer leaves a module with an imported table to the runtime; wasmtime puts functions into it."""
     giving = '(module (memory (export "m") 1) (table (export "t") 1 funcref))'
-    own_table = """(module (import "env" "t" (table 1 funcref)) (memory 1) (func $f)
+    data = '(module (import "env" "m" (memory 1)) (data (i32.const 0) "x"))'
+    table = """(module (import "env" "t" (table 1 funcref)) (memory 1) (func $f)
       (elem (i32.const 0) $f))"""
-    own_data = '(module (import "env" "m" (memory 1)) (data (i32.const 0) "x"))'
     with started(real_cell, giving) as (guest, giver):
-        native, store, given = giver.native, {}, {}
-        if real_cell.host == "wasmer":
-            given = {"t": native.exports.t, "m": native.exports.m}
-            said = r"the module is left to the runtime\. It imports the table env\.t"
-        else:
-            store = {"store": native.store}
-            given = {name: native.exports(native.store)[name] for name in "tm"}
+        native, options = giver.native, {}
+        given = native.exports
+        said = r"the module is left to the runtime\. It imports the table env\.t"
+        if real_cell.host == "wasmtime":
+            given, options = native.exports(native.store), {"store": native.store}
             said = (
                 "Each new instance may put its functions into the table that is imported as env.t"
             )
-        for text, why in (
-            (own_table, said),
-            (own_data, r"Each new instance copies data into the memory that is imported as env\.m"),
+        for text, name, why in (
+            (table, "t", said),
+            (data, "m", "Each new instance copies data into the memory that is imported as env.m"),
         ):
-            with guest.host.prepare(toy.assemble(text), imports={"env": given}) as taker:
-                instance = taker.instantiate(**store)
-                with refused(guest.host, f"cannot be captured: {why}"):
-                    instance.snapshot()
-                instance.close()
+            item = getattr(given, name) if real_cell.host == "wasmer" else given[name]
+            options["imports"] = {"env": {name: item}}
+            with (
+                guest.host.prepare(toy.assemble(text)) as taker,
+                taker.instantiate(**options) as instance,
+                refused(guest.host, f"cannot be captured: {why}"),
+            ):
+                instance.snapshot()
 
 
 def test_snapshot_without_a_plugin_that_builds_images_is_refused(real_cell: Cell) -> None:
     class NoImages:
-        """Stands before every builder of images, and fails to build."""
-
         @hookimpl(wrapper=True)
         def memslot_build_image(self, content: Any) -> Any:
             yield
@@ -179,15 +178,6 @@ def test_wrong_arguments_and_closed_instances_are_refused(plain_cell: Cell) -> N
                 ask()
 
 
-# Of one runtime
-
-
-@pytest.fixture
-def wasmtime_cell() -> Cell:
-    pytest.importorskip("wasmtime")
-    return Cell("wasmtime", "memfd")
-
-
 def test_snapshot_of_a_reference_that_is_not_null_is_refused(real_cell: Cell) -> None:
     text = """(module (memory (export "memory") 1) (global $r (mut funcref) (ref.null func))
       (elem declare func $f)
@@ -241,10 +231,9 @@ def test_snapshot_fork_and_lease_on_another_thread_are_refused_by_wasmer() -> No
         assert all("open one host per thread" in each for each in said)
 
 
-def test_reset_in_a_store_of_the_embedders_own_is_refused(wasmtime_cell: Cell) -> None:
-    import wasmtime
-
-    with wasmtime_cell.serving(slots=2) as host, wasmtime.Store(host.engine) as store:
+def test_reset_in_a_store_of_the_embedders_own_is_refused() -> None:
+    wasmtime = pytest.importorskip("wasmtime")
+    with Cell("wasmtime", "memfd").serving(slots=2) as host, wasmtime.Store(host.engine) as store:
         instance = host.prepare(toy.assemble(SIMPLE)).instantiate(store=store)
         with refused(host, "embedder's own cannot be reset: end the store", memslot.InUse):
             instance.reset()
@@ -255,28 +244,24 @@ def test_reset_in_a_store_of_the_embedders_own_is_refused(wasmtime_cell: Cell) -
         instance.close()
 
 
+ANYREF = """(module (memory (export "memory") 1) (global $r (mut anyref) (ref.null any))
+  (func (export "set") (global.set $r (ref.i31 (i32.const 5)))))"""
+SHARED = '(module (memory (export "m") 1 1 shared))'
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (
-            """(module (memory (export "memory") 1) (global $r (mut anyref) (ref.null any))
-                 (func (export "set") (global.set $r (ref.i31 (i32.const 5)))))""",
-            r"holds references, \(ref null any\), which cannot be read",
-        ),
-        (
-            '(module (memory (export "m") 1 1 shared))',
-            r"cannot be captured: the module is left to the runtime\. Memory 0 is shared",
-        ),
+        (ANYREF, r"holds references, \(ref null any\), which cannot be read"),
+        (SHARED, r"cannot be captured: the module is left to the runtime\. Memory 0 is shared"),
     ],
-    ids=["anyref", "shared"],
 )
-def test_snapshot_of_what_only_some_settings_allow_is_refused(
-    wasmtime_cell: Cell, text: str, said: str
-) -> None:
+def test_snapshot_of_what_only_some_settings_allow_is_refused(text: str, said: str) -> None:
     def configure(config: Any) -> None:
         config.wasm_gc = config.shared_memory = True
 
-    settings = wasmtime_cell.settings(slots=2)
+    pytest.importorskip("wasmtime")
+    settings = Cell("wasmtime", "memfd").settings(slots=2)
     with (
         memslot.open_host("wasmtime", settings=settings, configure=configure) as host,
         host.prepare(toy.assemble(text)).instantiate() as instance,
