@@ -1,12 +1,20 @@
-"""What runs in processes of its own: children of a fork, workers of multiprocessing, interpreters that end."""
+"""Children of a fork, workers of multiprocessing, and interpreters that end while everything is in use.
+
+usage: python -m integration_tests.processes METHOD ENDING HOST BACKEND
+
+Serves with workers that multiprocessing starts by METHOD, and then ends as ENDING says.
+"""
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
 import multiprocessing
 import os
 import signal
 import sys
+import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -22,7 +30,7 @@ PATIENCE = 100
 """Seconds after which a child that hangs is ended, with every thread's stack on its standard error."""
 
 
-def in_child(action: Callable[[], None]) -> str:
+def in_child(action: Callable[[], object]) -> str:
     """Fork, run it there, and return what it raised: "" for nothing."""
     reader, writer = os.pipe()
     with warnings.catch_warnings():
@@ -47,9 +55,7 @@ def in_child(action: Callable[[], None]) -> str:
     with os.fdopen(reader, "rb") as stream:
         said = stream.read().decode()
     _, status = os.waitpid(child, 0)
-    if status and not said:
-        return f"the child ended with status {status}"
-    return said
+    return said or (f"the child ended with status {status}" if status else "")
 
 
 def serve(
@@ -60,7 +66,7 @@ def serve(
     *,
     alone: bool = True,
 ) -> None:
-    """Requests that look for a stranger's bytes and leave their own; `alone` where no other thread serves too."""
+    """Requests that look for another tenant's bytes and leave their own; `alone` if no other thread serves too."""
     for _ in range(times):
         with guest.lease(wait_timeout=30) as leased, guest.instantiate(wait_timeout=30) as instance:
             for each in (leased, instance):
@@ -74,14 +80,12 @@ def serve(
         cells.check(host)
 
 
-# -- multiprocessing
-
 INHERITED: list[Any] = []
 """A host and its guest, for workers that are forked."""
 
 
 def work(task: tuple[Cell, int]) -> int:
-    """A worker's task: on a host of its own, and on the parent's where it has inherited it."""
+    """A worker's task: on a host of its own, and on the parent's if it has inherited it."""
     cell, mark = task
     with cell.open(slots=3) as host:
         if cell.host == "wasmer" and INHERITED:
@@ -104,8 +108,7 @@ def multiprocess(method: str, cell: Cell) -> None:
     with cell.open(slots=3) as host:
         guest = host.prepare(toy.A)
         serve(host, guest)
-        if method == "fork":
-            INHERITED[:] = [host, guest]
+        INHERITED[:] = [host, guest] if method == "fork" else []
         with guest.instantiate() as held, context.Pool(2) as pool:
             held.call("fill", 0, PAGE, 0x77)
             marks = [1, 2, 3, 4]
@@ -118,8 +121,6 @@ def multiprocess(method: str, cell: Cell) -> None:
             pool.join()
 
 
-# -- interpreters that end
-
 GUEST = toy.assemble(
     toy.TEXT_OF_A.replace(
         "(module",
@@ -129,39 +130,32 @@ GUEST = toy.assemble(
     )
 )
 
+KEPT: list[Any] = []
+"""Objects that are alive when the interpreter ends."""
 
-def end_with_live_instances(host: memslot.Host, guest: memslot.Guest) -> list[Any]:
-    instances = [guest.instantiate(), guest.instantiate()]
+
+def end_everything(host: memslot.Host, guest: memslot.Guest) -> None:
+    """Live instances, a fork, a snapshot, a lease, a cycle, the runtime's own objects, and callbacks of atexit."""
+    instances = [guest.instantiate() for _ in range(5)]
     instances[0].call("fill", 0, PAGE, 1)
-    return [host, guest, instances, instances[0].fork(1), instances[0].snapshot()]
 
-
-def end_with_a_lease(host: memslot.Host, guest: memslot.Guest) -> list[Any]:
     def hold() -> Any:
         with guest.lease() as instance:
             instance.call("fill", 0, PAGE, 1)
             yield instance
 
     held = hold()
-    return [next(held), held]
+    KEPT.extend((host, guest, instances, instances[0].fork(1), instances[0].snapshot()))
+    KEPT.extend((next(held), held, instances[1].native, instances[1].function("load")))
+    cycle: list[Any] = [guest.instantiate(), host]
+    cycle.append(cycle)
+    atexit.register(host.close, force=True)
+    atexit.register(instances[2].reset)
+    atexit.register(serve, host, guest, 1)  # the last to be registered goes first
 
 
-def end_with_cycles(host: memslot.Host, guest: memslot.Guest) -> list[Any]:
-    found: list[Any] = [guest.instantiate(), host]
-    found.append(found)
-    return []
-
-
-def end_with_natives(host: memslot.Host, guest: memslot.Guest) -> list[Any]:
-    instance = guest.instantiate()
-    return [instance.native, instance.function("load"), instance.memory, instance]
-
-
-def end_with_threads(host: memslot.Host, guest: memslot.Guest) -> list[Any]:
+def end_threads(host: memslot.Host, guest: memslot.Guest) -> None:
     """Daemons inside of the guest: one that waits in a host function, and one that spins where that lets others run."""
-    import threading
-    import time
-
     instances: list[memslot.Instance] = []
 
     def call(name: str) -> None:
@@ -175,47 +169,17 @@ def end_with_threads(host: memslot.Host, guest: memslot.Guest) -> list[Any]:
         while len(instances) == started:
             time.sleep(0.01)
     time.sleep(0.2)  # it has its instance, and is inside of it soon
-    return [host]
+    KEPT.append(host)
 
 
-def end_in_atexit(host: memslot.Host, guest: memslot.Guest) -> list[Any]:
-    import atexit
-
-    instance = guest.instantiate()
-    atexit.register(host.close, force=True)
-    atexit.register(instance.reset)
-    atexit.register(serve, host, guest, 1)  # the last to be registered goes first
-    return [instance]
-
-
-ENDINGS = {
-    each.__name__.removeprefix("end_"): each
-    for each in (
-        end_with_live_instances,
-        end_with_a_lease,
-        end_with_cycles,
-        end_with_natives,
-        end_in_atexit,
-    )
-}
-
-KEPT: list[Any] = []
-
-
-def end(name: str, cell: Cell) -> None:
-    import threading
-
+if __name__ == "__main__":
+    method, ending, *coordinates = sys.argv[1:]
+    faulthandler.dump_traceback_later(PATIENCE, exit=True)
+    cell = Cell(*coordinates)
+    multiprocess(method, cell)
     forever = threading.Event()
     host = cell.open(slots=16)
     if cell.host == "fake":
         host.functions["wait"] = lambda live: forever.wait()  # type: ignore[attr-defined]
     guest = host.prepare(GUEST, imports={"env": {"wait": forever.wait}})
-    endings = dict(ENDINGS, threads=end_with_threads)
-    chosen = ENDINGS.values() if name == "everything" else [endings[name]]
-    KEPT.extend(ending(host, guest) for ending in chosen)
-
-
-if __name__ == "__main__":
-    what, how, *coordinates = sys.argv[1:]
-    faulthandler.dump_traceback_later(PATIENCE, exit=True)
-    {"multiprocess": multiprocess, "end": end}[what](how, Cell(*coordinates))
+    {"everything": end_everything, "threads": end_threads}[ending](host, guest)

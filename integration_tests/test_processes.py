@@ -1,28 +1,27 @@
-"""Forks, workers, interpreters that end with everything live: no deadlock, no leak, no stranger's byte."""
+"""Forks, workers, interpreters that end with everything live: no deadlock, no leak, no byte of another tenant."""
 
 from __future__ import annotations
 
 import queue
-import subprocess
 import sys
 import threading
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 
 import memslot_plugin as memslot
-from memslot_plugin.tests.profiles import EXPENSIVE
+from memslot_plugin.tests.profiles import LONG
 
 from . import cells, toy
 from .cells import Cell
+from .children import run
 from .interrupts import Halts
 from .processes import in_child, serve
 from .toy import PAGE
 
-ROOT = Path(__file__).parents[1]
 
-
-def test_a_forked_child_uses_what_its_parent_had(plain_cell: Cell) -> None:
+def test_forked_child_uses_what_its_parent_had(plain_cell: Cell) -> None:
     with plain_cell.serving(slots=4) as host:
         guest = host.prepare(toy.A)
         serve(host, guest)
@@ -49,16 +48,12 @@ def test_a_forked_child_uses_what_its_parent_had(plain_cell: Cell) -> None:
                 held.fork(1)[0].close()
                 with plain_cell.open(slots=2) as own:
                     serve(own, own.prepare(toy.A))
-            for each in (held, dirty):
+            for each in (held, dirty, guest, host):
                 each.close()
-            guest.close()
-            host.close()
 
         for _ in range(2):
             assert in_child(child) == ""
-        assert held.call("different", 0, 2 * PAGE, 0x11) == 0, (
-            "the child's writes reached its parent"
-        )
+        assert held.call("different", 0, 2 * PAGE, 0x11) == 0, "the child wrote to its parent"
         assert dirty.call("size") == 5
         # A child of a child, and one that closes by force what its parent uses.
         assert in_child(lambda: None if in_child(child) == "" else pytest.fail("grandchild")) == ""
@@ -69,28 +64,52 @@ def test_a_forked_child_uses_what_its_parent_had(plain_cell: Cell) -> None:
         guest.close()
 
 
-def test_a_forked_child_uses_wasi(real_cell: Cell, quickjs: bytes) -> None:
+@pytest.mark.gate
+def test_forked_child_uses_wasi(real_cell: Cell, quickjs: bytes) -> None:
     from . import javascript
 
     with real_cell.serving(slots=2, image_limit="1GiB") as host:
         guest = host.prepare(quickjs, imports=javascript.IMPORTS, wasi=memslot.Wasi())
 
-        def child() -> None:
+        def evaluate() -> None:
             for _ in range(2):
                 with guest.instantiate() as instance:
                     machine = javascript.Pooled(instance)
-                    assert (
-                        javascript.evaluate(machine, "typeof Math.random() + 6 * 7") == "number42"
-                    )
+                    said = javascript.evaluate(machine, "typeof Math.random() + 6 * 7")
+                    assert said == "number42"
 
-        child()
-        assert in_child(child) == ""
+        evaluate()
+        assert in_child(evaluate) == ""
         guest.close()
 
 
+@contextmanager
+def beside(*actions: Callable[[], object]) -> Iterator[None]:
+    """Run each action on a thread of its own during the block, and raise what one of them raised."""
+    wrong: list[BaseException] = []
+
+    def run_it(action: Callable[[], object]) -> None:
+        try:
+            action()
+        except BaseException as error:  # noqa: BLE001 - raised below
+            wrong.append(error)
+
+    threads = [threading.Thread(target=run_it, args=(action,)) for action in actions]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        for thread in threads:
+            thread.join()
+    if wrong:
+        raise wrong[0]
+
+
 @pytest.mark.parametrize("whose", ["pool", "plugins"])
-def test_a_fork_while_another_thread_has_a_lock(plain_cell: Cell, whose: str) -> None:
-    """Which the child must not wait for."""
+def test_fork_while_another_thread_has_a_lock_serves_and_closes(
+    plain_cell: Cell, whose: str
+) -> None:
     with plain_cell.serving(slots=3) as host:
         guest = host.prepare(toy.A)
         serve(host, guest)
@@ -102,14 +121,12 @@ def test_a_fork_while_another_thread_has_a_lock(plain_cell: Cell, whose: str) ->
                 locked.set()
                 done.wait()
 
-        thread = threading.Thread(target=hold)
-        thread.start()
-        locked.wait()
-        try:
-            assert in_child(lambda: (serve(host, guest), guest.close(), host.close())) == ""
-        finally:
-            done.set()
-            thread.join()
+        with beside(hold):
+            locked.wait()
+            try:
+                assert in_child(lambda: (serve(host, guest), guest.close(), host.close())) == ""
+            finally:
+                done.set()
         serve(host, guest)
         guest.close()
 
@@ -118,51 +135,36 @@ def test_a_fork_while_another_thread_has_a_lock(plain_cell: Cell, whose: str) ->
 def threaded_cell(plain_cell: Cell) -> Cell:
     """A cell whose host several threads can share."""
     if plain_cell.host == "wasmer":
-        pytest.skip(
-            "impossible: wasmer's objects live on one thread, so no other one can be in its pool"
-        )
+        pytest.skip("impossible: wasmer's objects live on one thread, the only one in its pool")
     return plain_cell
 
 
-def test_forks_while_threads_lease_and_return(threaded_cell: Cell) -> None:
+def test_forks_while_threads_lease_and_return_serve(threaded_cell: Cell) -> None:
     with threaded_cell.serving(slots=8) as host:
         guest, stop = host.prepare(toy.A), threading.Event()
-        wrong: list[BaseException] = []
 
         def work(mark: int) -> None:
+            while not stop.is_set():
+                serve(host, guest, 1, mark, alone=False)
+
+        with beside(lambda: work(1), lambda: work(2)):
             try:
-                while not stop.is_set():
-                    serve(host, guest, 1, mark, alone=False)
-            except BaseException as error:  # noqa: BLE001 - looked at below
-                wrong.append(error)
-
-        threads = [threading.Thread(target=work, args=(mark,)) for mark in (1, 2)]
-        for thread in threads:
-            thread.start()
-
-        def child() -> None:
-            serve(host, guest)
-            host.close(force=True)
-
-        try:
-            said = [in_child(child) for _ in range(10)]
-        finally:
-            stop.set()
-            for thread in threads:
-                thread.join()
-        assert [each for each in said if each] == []
-        assert wrong == []
-        cells.check(host)
+                for _ in range(4):
+                    said = in_child(lambda: (serve(host, guest), host.close(force=True)))
+                    assert said == ""
+            finally:
+                stop.set()
         guest.close()
 
 
-def test_a_fork_while_another_thread_is_at_any_line(threaded_cell: Cell) -> None:
-    """Whatever it was in the middle of never ends in the child, which serves on and closes."""
+@pytest.mark.gate
+@pytest.mark.long
+def test_fork_while_another_thread_is_at_any_line_serves(threaded_cell: Cell) -> None:
+    """The call that the other thread was in never ends in the child, which serves on and closes."""
     with threaded_cell.serving(slots=8) as host:
         guest = host.prepare(toy.A)
         places: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         go_on = threading.Semaphore(0)
-        wrong: list[BaseException] = []
 
         def halt(place: str) -> None:
             places.put(place)
@@ -175,44 +177,33 @@ def test_a_fork_while_another_thread_is_at_any_line(threaded_cell: Cell) -> None
 
         def work() -> None:
             try:
-                Halts(halt, 1 if EXPENSIVE else 25, sys.version_info.minor).run(use)
-            except BaseException as error:  # noqa: BLE001 - looked at below
-                wrong.append(error)
+                Halts(halt, 1 if LONG else 100, sys.version_info.minor).run(use)
             finally:
                 places.put(None)
 
-        def child() -> None:
-            serve(host, guest)
-            host.close(force=True)
-
-        thread = threading.Thread(target=work)
-        thread.start()
         said = {}
-        while (place := places.get()) is not None:
-            said[place] = in_child(child)
-            go_on.release()
-        thread.join()
+        with beside(work):
+            while (place := places.get()) is not None:
+                said[place] = in_child(lambda: (serve(host, guest), host.close(force=True)))
+                go_on.release()
         assert {place: each for place, each in said.items() if each} == {}
-        assert wrong == []
         assert len(said) > 10
         guest.close()
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-X", "dev", "-W", "ignore::DeprecationWarning"]
-    command += ["-m", "integration_tests.processes", *arguments]
-    return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=180, check=False
+@pytest.mark.parametrize(
+    ("method", "ending"),
+    [
+        ("fork", "everything"),
+        pytest.param("spawn", "everything", marks=pytest.mark.gate),
+        pytest.param("forkserver", "threads", marks=pytest.mark.gate),
+    ],
+)
+def test_process_with_workers_serves_and_ends_in_silence(
+    plain_cell: Cell, method: str, ending: str
+) -> None:
+    done = run(
+        *("-X", "dev", "-W", "ignore::DeprecationWarning", "-m", "integration_tests.processes"),
+        *(method, ending, plain_cell.host, plain_cell.backend),
     )
-
-
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_workers_of_multiprocessing(plain_cell: Cell, method: str) -> None:
-    done = run("multiprocess", method, plain_cell.host, plain_cell.backend)
-    assert (done.returncode, done.stderr) == (0, "")
-
-
-@pytest.mark.parametrize("how", ["everything", "threads"])
-def test_an_interpreter_ends_in_silence(plain_cell: Cell, how: str) -> None:
-    done = run("end", how, plain_cell.host, plain_cell.backend)
     assert (done.returncode, done.stderr) == (0, "")
