@@ -8,8 +8,8 @@ import os
 import pickle
 import resource
 import socket
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import forkserver, resource_sharer, resource_tracker
 from pathlib import Path
@@ -132,27 +132,20 @@ def test_a_worker_uses_a_guest_by_each_way(way: str, worker_cell: Cell, tmp_path
 
 def test_hosts_of_one_process_share_a_guest(plain_cell: Cell) -> None:
     """As threads on wasmer do, each of which has a host of its own."""
-    with shared_from(plain_cell) as (guest, expected):
-        shared = guest.share()
+
+    def serve(shared: SharedGuest) -> dict[str, Any]:
+        with plain_cell.serving(slots=2, image_limit="64MiB") as host:
+            attached = host.attach(shared, trust_code=True, name="another")
+            assert attached.name == "another"
+            found = sharing.use(attached)
+            attached.close()
+            return found
+
+    with shared_from(plain_cell) as (guest, expected), guest.share() as shared:
         guest.close()
-        found: list[Any] = []
-
-        def serve() -> None:
-            with plain_cell.serving(slots=2, image_limit="64MiB") as host:
-                attached = host.attach(shared, trust_code=True, name="another")
-                assert attached.name == "another"
-                found.append(sharing.use(attached))
-                attached.close()
-
-        threads = [threading.Thread(target=serve) for _ in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert len(found) == 2
-        for each in found:
-            as_expected(each, expected, plain_cell)
-        shared.close()
+        with ThreadPoolExecutor(2) as threads:
+            for found in threads.map(serve, (shared, shared)):
+                as_expected(found, expected, plain_cell)
 
 
 def test_a_forked_child_uses_attaches_saves_and_shares(plain_cell: Cell, tmp_path: Path) -> None:
@@ -242,14 +235,11 @@ def test_a_message_may_come_in_pieces() -> None:
     with shared_from(MEMFD) as (guest, _), guest.share() as shared:
         one, other = socket.socketpair()
         message = b"memslot\x01" + len(shared.fds).to_bytes(4, "little")
-        received: list[SharedGuest] = []
-        reader = threading.Thread(target=lambda: received.append(SharedGuest.receive(other)))
-        with one, other:
-            reader.start()
+        with one, other, ThreadPoolExecutor(1) as thread:
+            received = thread.submit(SharedGuest.receive, other)
             socket.send_fds(one, [message[:3]], shared.fds)
             one.sendall(message[3:])
-            reader.join()
-        with received[0], guest.host.attach(received[0]) as attached:
+        with received.result() as found, guest.host.attach(found) as attached:
             assert sharing.use(attached)["answers"] == [77, 77, 77]
 
 
