@@ -21,6 +21,7 @@ from memslot_plugin._core import PAGE_SIZE as P
 from memslot_plugin._core import ffi, lib
 from memslot_plugin.errors import InvariantBroken, SlotError, SystemCallError, UsedAfterClose
 from memslot_plugin.reset import choose, madvise
+from memslot_plugin.shelf import STRATEGIES
 from memslot_plugin.tests.slots import RESERVED as SLOT
 from memslot_plugin.tests.slots import Holder, content, cycle, fill, in_threads, needs_pagemap
 
@@ -94,22 +95,15 @@ def test_13_on_demand_costs_no_mprotect_without_an_image(make_pool: Make, calls:
     assert made == {"munmap": 1}
 
 
-@pytest.mark.parametrize("allocation", ["pooling", "on-demand"])
-def test_14_slot_whose_reset_failed_never_goes_back(
-    make_pool: Make, image: Image, inject: Any, allocation: str
-) -> None:
-    pool = make_pool(2, allocation=allocation)
-    slot = pool.lease(image, 4 * P, affinity="a")
+def test_14_slot_whose_reset_failed_never_goes_back(make_pool: Make, inject: Any) -> None:
+    pool = make_pool(2)
+    slot = pool.lease(None, 4 * P, affinity="a")
     inject("madvise", error=errno.EINVAL)
-    if allocation == "pooling":
-        with pytest.raises(SystemCallError, match="MADV_DONTNEED in a reset"):
-            pool.release(slot)
-    else:
-        pool.release(slot)  # an unmapped slot is not reset
+    with pytest.raises(SystemCallError, match="MADV_DONTNEED in a reset"):
+        pool.release(slot)
     assert slot.state is State.DESTROYED
     now = pool.statistics()
-    assert (now.failed_resets, now.destroyed) == (allocation == "pooling", 1)
-    assert (now.idle, now.limit) == (0, 2)
+    assert (now.failed_resets, now.destroyed, now.idle, now.limit) == (1, 1, 0, 2)
     for guest in "ab":  # its place is used again
         again = pool.lease(None, 4 * P, affinity=guest)
         assert again is not slot
@@ -172,12 +166,7 @@ def test_audit_compares_every_slot_that_comes_back(make_pool: Make, image: Image
 
 @pytest.mark.parametrize(
     ("strategy", "allocation"),
-    [
-        ("affinity", "pooling"),
-        ("next-available", "pooling"),
-        ("random", "pooling"),
-        ("affinity", "on-demand"),
-    ],
+    [*((each, "pooling") for each in STRATEGIES), ("affinity", "on-demand")],
 )
 def test_threads_that_lease_and_release_at_random_never_meet(
     make_pool: Make, image: Image, strategy: str, allocation: str

@@ -78,8 +78,11 @@ def test_profile_that_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch)
         runpy.run_path(profiles.__file__)
 
 
-def test_gate_selects_its_tests_and_fails_on_possible_skips_and_hosts(tmp_path: Path) -> None:
-    status, output = gate(tmp_path, "-n", "2", "--require-hosts=wasmtime,wasmer")
+@pytest.mark.parametrize("workers", ["0", pytest.param("2", marks=pytest.mark.gate)])
+def test_gate_selects_its_tests_and_fails_on_possible_skips_and_hosts(
+    tmp_path: Path, workers: str
+) -> None:
+    status, output = gate(tmp_path, "-n", workers, "--require-hosts=wasmtime,wasmer")
     assert status == 1, output
     assert "3 passed, 2 skipped" in output
     assert "skipped as impossible: 1\n" in output

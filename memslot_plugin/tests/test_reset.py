@@ -17,7 +17,7 @@ import pytest
 from memslot_plugin import BytesImage, MemfdImage, Slot, Unsupported, _core
 from memslot_plugin import reset as resets
 from memslot_plugin._core import PAGE_SIZE as P
-from memslot_plugin.errors import SystemCallError
+from memslot_plugin.errors import SlotError, SystemCallError
 from memslot_plugin.probe import Finding, pagemap_descriptor, probe
 from memslot_plugin.tests.slots import fill, in_threads, needs_pagemap, use
 
@@ -189,6 +189,7 @@ def test_copy_makes_no_call_within_its_budget_and_drops_above_it(slot: Slot, cal
 @pytest.mark.parametrize(
     ("setting", "keep", "call", "named"),
     [
+        ("madvise", 0, "madvise", "MADV_DONTNEED"),
         ("copy", 0, "madvise", "MADV_DONTNEED"),
         pytest.param("pagemap", 1 << 30, "pagemap_scan", "PAGEMAP_SCAN", marks=needs_pagemap),
     ],
@@ -199,8 +200,10 @@ def test_failed_reset_makes_the_slot_unknown_and_the_next_use_right(
     inject(call, error=errno.EPERM)
     with pytest.raises(SystemCallError, match=f"{named} in a reset: Operation not permitted"):
         slot.reset(resets.choose(setting, keep))
-    assert slot.state.value == "unknown"
+    with pytest.raises(SlotError, match="this one is unknown"):
+        slot.reset(resets.madvise)
     slot.instantiate(slot.image, 8 * P)
+    slot.grow(10 * P)
     assert slot.first_difference() is None
 
 

@@ -7,7 +7,6 @@ The bytes of any sequence of steps are compared in test_pool_model.py, failures 
 from __future__ import annotations
 
 import ast
-import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,17 +17,11 @@ import pytest
 from memslot_plugin import Image, Slot, State, _core
 from memslot_plugin._core import PAGE_SIZE as P
 from memslot_plugin._core import ffi, lib
-from memslot_plugin.errors import (
-    MemoryTooLarge,
-    SlotError,
-    SystemCallError,
-    Unsupported,
-    UsedAfterClose,
-)
+from memslot_plugin.errors import MemoryTooLarge, SlotError, Unsupported, UsedAfterClose
 from memslot_plugin.probe import pagemap_descriptor
 from memslot_plugin.reset import choose, madvise
 from memslot_plugin.smaps import mappings
-from memslot_plugin.tests.slots import RESERVED, content, expected, fill, needs_pagemap, use
+from memslot_plugin.tests.slots import RESERVED, content, expected, needs_pagemap, use
 from memslot_plugin.tests.tracing import trace
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -46,7 +39,7 @@ COSTS: dict[str, tuple[Step, int, int, int]] = {
     "11 destroyed twice": (lambda slot, *_: (slot.destroy(), slot.destroy()), 1, 0, 0),
 }
 """Steps from a clean slot with an image of two extents of 50 pages: the numbers of mmap calls, of further ones unless
-images are copied, and of mprotect calls.
+images are copied, and of mprotect calls. That no image stays behind where there is none is CVE-2022-39393.
 """
 
 
@@ -78,17 +71,6 @@ def test_05_slot_over_an_accessible_range_makes_no_call(reservation: int, calls:
     assert made == {}
     slot.check()
     slot.destroy()
-
-
-def test_07_no_image_after_an_image_leaves_zeros_also_above_the_new_size(
-    slot: Slot, make_image: MakeImage, reset: Any
-) -> None:
-    """CVE-2022-39393: the original left the image of the previous guest."""
-    slot.instantiate(make_image((0, b"secret"), (30, b"secret")), 50 * P)
-    slot.reset(reset)
-    slot.instantiate(None, 4 * P)
-    slot.grow(50 * P)
-    assert content(slot) == bytes(50 * P)
 
 
 def test_08_growing_is_one_mprotect_of_the_new_bytes_and_09_only_it_is_reset_by_one(
@@ -332,30 +314,3 @@ def test_memory_that_does_not_fit_is_refused_and_leaves_the_slot_clean(
             slot.instantiate(closed, P)
     assert made == {}
     assert slot.state is State.CLEAN
-
-
-def test_failed_reset_leaves_a_slot_that_the_next_use_maps_over(
-    slot: Slot, make_image: MakeImage, inject: Any
-) -> None:
-    image = make_image((0, b"x" * P))
-    slot.instantiate(image, 4 * P)
-    slot.grow(8 * P)
-    fill(slot)
-    inject("madvise", error=errno.ENOMEM)
-    with pytest.raises(SystemCallError, match=r"MADV_DONTNEED in a reset: .*vm\.max_map_count"):
-        slot.reset(madvise)
-    with pytest.raises(SlotError, match="this one is unknown"):
-        slot.reset(madvise)
-    slot.instantiate(image, 4 * P)
-    slot.grow(8 * P)
-    assert content(slot) == expected(image, 8 * P)
-
-
-def test_failed_cover_is_told_and_repeated(reservation: int, inject: Any) -> None:
-    slot = Slot(reservation, RESERVED)
-    inject("mmap", error=errno.ENOMEM)
-    with pytest.raises(SystemCallError, match="covering a slot"):
-        slot.destroy()
-    assert slot.state is State.UNKNOWN
-    slot.destroy()
-    assert slot.state.value == "destroyed"
