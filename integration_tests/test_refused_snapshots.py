@@ -22,36 +22,24 @@ from .toy import PAGE
 SIMPLE = """(module (memory (export "memory") 1) (global $g (mut i32) (i32.const 0))
   (func (export "f") (global.set $g (i32.const 1))))"""
 
-TABLE = """(module (memory (export "memory") 1) (table $t 4 funcref) (func $f (export "f"))
-  (elem $e func $f) (func (export "change") {}))"""
-IN_CHANGE = 'The code has {} in function 1 (exported as "change"), at byte 0x'
+TABLE_GROWN = """(module (memory (export "memory") 1) (table $t 4 funcref)
+  (func (export "change") (drop (table.grow $t (ref.null func) (i32.const 1)))))"""
+DATA_DROPPED = """(module (memory 1) (data $p "passive") (func (export "change")
+  (memory.init $p (i32.const 0) (i32.const 0) (i32.const 1)) (data.drop $p)))"""
+ELEMENTS_DROPPED = """(module (table $t 4 funcref) (elem $e func)
+  (func (table.init $t $e (i32.const 0) (i32.const 0) (i32.const 0)) (elem.drop $e)))"""
 DROPPED = (
     "segment 0 may have been dropped, and code still uses it; a new instance would have it again;"
 )
 
-DATA_DROPPED = """(module (memory 1) (data $p "passive") (func (export "change")
-  (memory.init $p (i32.const 0) (i32.const 0) (i32.const 1)) (data.drop $p)))"""
-TABLE_INIT = "(table.init $t $e (i32.const 0) (i32.const 0) (i32.const 1))"
-REFUSED = {
-    "table.set": "(table.set $t (i32.const 0) (ref.null func))",
-    "table.grow": "(drop (table.grow $t (ref.null func) (i32.const 1)))",
-    "table.fill": "(table.fill $t (i32.const 0) (ref.null func) (i32.const 1))",
-    "table.copy": "(table.copy $t $t (i32.const 0) (i32.const 1) (i32.const 1))",
-    "table.init": TABLE_INIT,
-    "elem.drop": f"{TABLE_INIT} (elem.drop $e)",
-}
 
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_snapshot_of_what_code_may_have_changed_for_good_has_a_reason_against_it(name: str) -> None:
-    module = wasm.parse(toy.assemble(TABLE.format(REFUSED[name])))
-    report, said = analysis.analyse(module), IN_CHANGE.format(name)
-    if name == "elem.drop":
-        # Code that uses an element segment changes a table, which is said first: look without that.
-        changes = [each for each in report.occurrences if not each.instruction.startswith("table.")]
-        report, said = replace(report, occurrences=tuple(changes)), f"Element {DROPPED}"
-    reason = analysis.reason_against_snapshots(module, report, given_away=False)
-    assert (reason or "").startswith(said)
+def test_snapshot_without_a_dropped_element_segment_that_is_still_used_is_refused() -> None:
+    """Code that uses an element segment changes a table, which is said first: the report here lacks that."""
+    module = wasm.parse(toy.assemble(ELEMENTS_DROPPED))
+    report = analysis.analyse(module)
+    alone = replace(report, occurrences=())
+    reason = analysis.reason_against_snapshots(module, alone, given_away=False)
+    assert reason == f"Element {DROPPED} use the guest without a snapshot."
 
 
 @contextmanager
@@ -70,7 +58,10 @@ def refused(
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (TABLE.format(REFUSED["table.grow"]), r"The code has table\.grow in function 1"),
+        (
+            TABLE_GROWN,
+            r'The code has table\.grow in function 0 \(exported as "change"\), at byte 0x',
+        ),
         (DATA_DROPPED, f"Data {DROPPED}"),
     ],
     ids=["table", "data"],
