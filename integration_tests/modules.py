@@ -25,6 +25,7 @@ WALK = (
 """Calls that touch both ends of the first page, grow, and touch what is new."""
 
 MEMORY = '(memory (export "memory") 1 3)'
+MANY = 100  # parameters: few frames exhaust a stack then, and wasmer looks each of them up
 EMBEDDED = (Import("memory", "memory", (1, 3)),)
 
 
@@ -307,11 +308,12 @@ MODULES = {
         (("divide", 17, 5), ("divide", 1, 0), ("floats", 0.5, 0.25), *WALK),
     ),
     "every-way-to-trap": Module(
-        """(data (i32.const 8) "data") (func (export "unreachable") (unreachable))
-           (func $deep (export "deep") (param i32) (result i32)
-             (i32.add (i32.const 1) (call $deep (i32.add (local.get 0) (i32.load (i32.const 0))))))
+        f"""(data (i32.const 8) "data") (func (export "unreachable") (unreachable))
+           (func $wide (param {"i64 " * MANY}) (result i64)
+             (i64.add (i64.const 1) (call $wide {" ".join(f"(local.get {n})" for n in range(MANY))})))
+           (func (export "deep") (result i64) (call $wide {"(i64.const 1)" * MANY}))
            (func (export "to_int") (param f64) (result i32) (i32.trunc_f64_s (local.get 0)))""",
-        (("deep", 0), ("unreachable",), ("to_int", 1e30), ("to_int", float("nan")), *WALK),
+        (("deep",), ("unreachable",), ("to_int", 1e30), ("to_int", float("nan")), *WALK),
     ),
 }
 # fmt: on
