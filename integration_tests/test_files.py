@@ -18,7 +18,6 @@ import pytest
 
 import memslot_plugin as memslot
 from memslot_plugin import MemfdImage, container
-from memslot_plugin._core import PAGE_SIZE
 from memslot_plugin.smaps import status_bytes
 from memslot_plugin.tests.profiles import examples
 
@@ -219,27 +218,6 @@ def test_a_module_that_this_host_leaves_to_its_runtime_is_refused(tmp_path: Path
         pytest.raises(memslot.Unsupported, match=r"It imports the table env\.t"),
     ):
         host.load(tmp_path / "guest")
-
-
-def test_a_snapshot_of_a_loaded_guest_layers_on_the_file(real_cell: Cell, tmp_path: Path) -> None:
-    save_started(real_cell, tmp_path / "guest")
-    with real_cell.serving(slots=3, image_limit="64MiB") as host:
-        parent = host.load(tmp_path / "guest")
-        with parent.instantiate() as instance:
-            instance.call("store", PAGE + 9000, 3)
-            expected = bytes_of(instance)
-            child = instance.snapshot()
-        image = child.images[0]
-        assert isinstance(image, memslot.Image)
-        assert image.stored_bytes == PAGE_SIZE
-        assert image.inherited_bytes
-        parent.close()
-        (tmp_path / "guest").unlink()
-        with child.instantiate() as instance:
-            instance.call("fill", 0, PAGE, 9)
-            instance.reset()
-            assert bytes_of(instance) == expected
-            cells.check(host)
 
 
 def test_wasi_is_given_anew(real_cell: Cell, tmp_path: Path) -> None:

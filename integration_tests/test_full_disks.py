@@ -5,12 +5,11 @@ T0 has a sample of the same errors in test_container.py.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from . import children
 from .cells import Cell
 
 CHILD = """
@@ -89,14 +88,7 @@ def test_a_guest_that_cannot_be_saved_leaves_everything_as_it_was(
 ) -> None:
     if saving_cell.missing:
         pytest.skip(saving_cell.missing)
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(tmp_path), saving_cell.host, saving_cell.backend],
-        cwd=Path(__file__).resolve().parents[1],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    done = children.run("-c", CHILD, str(tmp_path), saving_cell.host, saving_cell.backend)
     if done.returncode == 77:
         pytest.skip(done.stdout.strip())
     assert (done.returncode, done.stdout) == (0, "went on\n"), done.stderr
