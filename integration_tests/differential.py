@@ -98,6 +98,8 @@ def lives(
     except memslot.InvalidModule:
         yield "refused", alone, [("refused",)]
         return
+    if guest.plan.structure is None:
+        alone = [outcome for outcome in alone if outcome[0] != "memory"]
     with guest:
         tally.counts["guests that are reset in place"] += guest.in_place
         tally.counts["guests left to the runtime"] += guest.plan.native is not None
@@ -158,15 +160,15 @@ def lives_of_snapshots(
 
 
 def outcomes(instance: memslot.Instance, calls: Iterable[Call], runtime: Runtime) -> list[Outcome]:
-    """What the calls gave, and then every exported memory."""
+    """What the calls gave, every exported memory that memslot knows of, and the kinds of all exports."""
     found: list[Outcome] = [("started",), *(outcome_of(instance, call, runtime) for call in calls)]
     memories = instance.guest.plan.memories
     at = {name: memory.index for memory in memories for name in memory.exported_as}
     for name, kind in instance.exports.items():
-        if kind == "memory":
+        if kind == "memory" and name in at:
             memory = instance.memories[at[name]]
             found.append(("memory", name, memory.read(0, memory.byte_size)))
-    return found
+    return [*found, ("exports", dict(instance.exports))]
 
 
 def outcome_of(instance: memslot.Instance, call: Call, runtime: Runtime) -> Outcome:
@@ -204,9 +206,14 @@ def difference(expected: Sequence[Outcome], found: Sequence[Outcome]) -> str:
 
 def imports_of(module: Compared) -> native.Imports | None:
     """What a module imports, made of a runtime's own objects and of Python functions."""
-    if not module.imports:
-        return None
-    return lambda natives: {"env": {each.name: _made(each, natives) for each in module.imports}}
+
+    def make(natives: Runtime) -> dict[str, dict[str, Any]]:
+        made: dict[str, dict[str, Any]] = {}
+        for each in module.imports:
+            made.setdefault(each.namespace, {})[each.name] = _made(each, natives)
+        return made
+
+    return make if module.imports else None
 
 
 @contextlib.contextmanager

@@ -47,7 +47,10 @@ class Module:
     native_on: tuple[str, ...] = ()
     """Hosts that cannot have any slot for it."""
     probes: tuple[native.Call, ...] = ()
-    snapshot_at: int = 2
+
+    @property
+    def snapshot_at(self) -> int:
+        return min(2, len(self.calls))
 
     @property
     def binary(self) -> bytes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any
 
 import memslot_plugin as memslot
 
@@ -27,13 +27,6 @@ KINDS = {
     "GlobalType": "global",
     "TableType": "table",
 }
-
-
-class Declared(NamedTuple):
-    """The kind of each export by name, and the imported functions with how many results they have."""
-
-    exports: dict[str, str]
-    functions: dict[tuple[str, str], int]
 
 
 class Runtime:
@@ -69,18 +62,8 @@ class Runtime:
         for name, export in exports.items():
             if isinstance(export, self.memories):
                 outcomes.append(("memory", name, self._content(export)))
+        outcomes.append(("exports", {each.name: kind_of(each) for each in compiled.exports}))
         return outcomes
-
-    def declared(self, module: bytes) -> Declared | None:
-        """What a module that compiles exports and imports."""
-        compiled = self.compiled(module)
-        if compiled is None:
-            return None
-        imported = [each for each in compiled.imports if _kind(each) == "func"]
-        return Declared(
-            {each.name: _kind(each) for each in compiled.exports},
-            {(each.module, each.name): len(each.type.results) for each in imported},
-        )
 
     def compiled(self, module: bytes) -> Any:
         """The module, or None where the runtime refuses it."""
@@ -89,7 +72,8 @@ class Runtime:
         return self._last[1]
 
 
-def _kind(declared: Any) -> str:
+def kind_of(declared: Any) -> str:
+    """The kind of an export or import."""
     return KINDS.get(type(declared.type).__name__, "tag")
 
 

@@ -80,6 +80,7 @@ class Import:
     name: str
     what: str
     detail: tuple[Any, ...] = ()
+    namespace: str = "env"
 
 
 @dataclass
