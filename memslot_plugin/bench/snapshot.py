@@ -37,8 +37,11 @@ FILES = {
 SECONDS = 2.0
 """Duration of each measurement."""
 
-BLOCK = 20
-"""Requests to the snapshot before booting has its turn."""
+BLOCK = 300
+"""Requests to the snapshot before booting has its turn: booting empties caches, which the first requests fill again."""
+
+BOOTS, LOADS = 30, 2
+"""Boots before the snapshot has its turn, without and with a library to load."""
 
 
 class Script(NamedTuple):
@@ -183,11 +186,14 @@ def javascript(bench: Bench, host: str, name: str, module: Path, library: bytes)
             init=lambda instance: prompts.append(boot(instance)),
         )
 
+        boots = LOADS if load else BOOTS
+
         def booted() -> float:
             started = CLOCK()
-            with booting.instantiate() as instance:
-                boot(instance)
-            return CLOCK() - started
+            for _ in range(boots):
+                with booting.instantiate() as instance:
+                    boot(instance)
+            return (CLOCK() - started) / boots
 
         with ready.instantiate() as instance:
             (prompt,) = prompts
