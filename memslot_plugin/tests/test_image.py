@@ -49,13 +49,6 @@ def kind(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture
-def image(kind: Kind) -> Iterator[Image]:
-    """An image of one page of x."""
-    with kind("given", b"x" * P) as made:
-        yield made
-
-
-@pytest.fixture
 def slot() -> Iterator[Slot]:
     made = Slot.create(4 * P, P)
     yield made
@@ -236,7 +229,7 @@ def test_closed_image_is_kept_while_it_lies_in_a_slot_and_never_laid_again(
     image.close()
     use(slot)
     assert content(slot)[:P] == b"x" * P
-    with pytest.raises(UsedAfterClose, match="given was closed; prepare the guest again"):
+    with pytest.raises(UsedAfterClose, match="guest was closed; prepare the guest again"):
         slot.instantiate(image, 4 * P)
     assert resources().descriptors == laid.descriptors
     slot.purge()
@@ -277,7 +270,7 @@ def test_image_that_is_closed_while_it_is_laid_is_refused(
 
     monkeypatch.setattr(Image, "require_open", then_close)
     with pytest.raises(UsedAfterClose):
-        slot.instantiate(image, P)
+        slot.instantiate(image, 2 * P)
 
 
 @pytest.mark.parametrize("held", ["a page for a moment", "a writable mapping"])

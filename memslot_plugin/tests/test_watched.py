@@ -55,9 +55,8 @@ def once(slot: Slot, reset: Any, *pages: int, check: bool = False) -> Any:
     """Write to these pages as a request does, and reset; `check` reads every page, which `auto` would learn from."""
     for page in pages:
         ctypes.memset(slot.base + page * P + page % P, page % 251 + 1, 3)
-    if (
-        slot.history is not None
-    ):  # a busy machine makes scans slow, which would count as pages that were read
+    # A busy machine makes scans slow, which would count as pages that were read.
+    if slot.history is not None:
         slot.history.limits.spare_nanoseconds = 1 << 60
     result = slot.reset(reset)
     if check:
