@@ -344,7 +344,7 @@ def test_family_snapshot_measures_the_guests_of_a_folder_and_names_the_others(
     monkeypatch.setitem(snapshot._IMPORTS, "rb-js-abi-host", {"eval": lambda: 0})
     lodash = snapshot.SCRIPTS["lodash"]._replace(answer="42")
     scripts = {"QuickJS": snapshot.SCRIPTS["QuickJS"], "lodash": lodash}
-    small = {"SCRIPTS": scripts, "RUBY_ANSWER": "42"}
+    small = {"SCRIPTS": scripts, "RUBY_ANSWER": "42", "BLOCK": 2, "BOOTS": 2}
     family = measured("snapshot", "--guests", tmp_path, **small)
     assert values(family, "host") == set(HOSTS)
     assert values(family, "guest") == {"QuickJS", "lodash", snapshot.LEASED, snapshot.UNUSED}

@@ -559,7 +559,9 @@ def test_ctrl_c_ends_endless_requests_and_an_endless_call(host, file, tmp_path):
     assert said == (130, "", "memslot: interrupted\n")
 
 
-@pytest.mark.parametrize("words", [["plugins"], ["inspect", "--json"]])
+@pytest.mark.parametrize(
+    "words", [["plugins"], pytest.param(["inspect", "--json"], marks=pytest.mark.gate)]
+)
 def test_reader_that_goes_away_is_no_traceback(words):
     reader, writer = os.pipe()
     os.close(reader)
