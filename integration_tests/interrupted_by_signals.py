@@ -6,7 +6,6 @@ usage: python -m integration_tests.interrupted_by_signals HOST BACKEND SECONDS
 from __future__ import annotations
 
 import faulthandler
-import gc
 import os
 import random
 import signal
@@ -18,10 +17,9 @@ from typing import Any
 
 import memslot_plugin as memslot
 
-from . import cells, toy
 from .cells import Cell
+from .interrupts import World
 from .leaks import Footprint
-from .toy import PAGE
 
 
 def everything(guest: memslot.Guest) -> None:
@@ -70,39 +68,28 @@ def interrupted_once(bell: Bell, guest: memslot.Guest) -> None:
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def serves(host: memslot.Host, guest: memslot.Guest) -> None:
-    gc.collect()
-    counted = host.statistics()
-    assert counted.live_instances == counted.ready_instances, counted
-    cells.check(host, in_use=counted.ready_instances)
-    with guest.instantiate() as first, guest.instantiate() as second:
-        for each in (first, second):
-            assert each.memory.read(0, 2 * PAGE) == toy.pristine(toy.A), "a stranger's bytes"
-            each.call("fill", 0, 2 * PAGE, 0xDD)
-
-
 def main() -> None:
     name, backend, seconds = sys.argv[1:]
     faulthandler.dump_traceback_later(120, exit=True)
     swallowed: list[Any] = []
-    sys.unraisablehook = swallowed.append  # a finalizer has nobody to raise it to, here as anywhere
+    sys.unraisablehook = swallowed.append  # a finalizer cannot raise it to a caller
     bell = Bell()
     bell.start()
-    with Cell(name, backend).open(slots=4, audit=0.0) as warm:
-        serves(warm, warm.prepare(toy.A))
+    with World(Cell(name, backend)).host:
+        pass
     before = Footprint.now()
+    world = World(Cell(name, backend))
     times, end = 0, time.monotonic() + float(seconds)
-    host = Cell(name, backend).open(slots=4, audit=0.0)
-    guest = host.prepare(toy.A)
     while time.monotonic() < end:
-        interrupted_once(bell, guest)
-        serves(host, guest)
+        interrupted_once(bell, world.guest)
+        world.serves()
         times += 1
     swallowed.clear()
-    guest.close()
-    host.close()
+    world.guest.close()
+    world.table.close()
+    world.host.close()
     # A signal between the runtime's package being given compiled code and keeping it loses that code, as it does
-    # without us; descriptors, images and reservations are ours.
+    # without memslot; descriptors, images and reservations are memslot's.
     lost = Footprint.now().lost_since(before, mappings=2000)
     assert not lost, lost
     print(times)

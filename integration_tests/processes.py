@@ -1,4 +1,4 @@
-"""Children of a fork, workers of multiprocessing, and interpreters that end while everything is in use.
+"""Threads, children of a fork, workers of multiprocessing, and interpreters that end while everything is in use.
 
 usage: python -m integration_tests.processes METHOD ENDING HOST BACKEND
 
@@ -17,7 +17,8 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import memslot_plugin as memslot
@@ -78,6 +79,29 @@ def serve(
             assert instance.memory.read(0, 2 * PAGE) == toy.pristine(toy.A)
     if alone:
         cells.check(host)
+
+
+@contextmanager
+def beside(*actions: Callable[[], object]) -> Iterator[None]:
+    """Run each action on a thread of its own during the block, and raise what one of them raised."""
+    wrong: list[BaseException] = []
+
+    def run_it(action: Callable[[], object]) -> None:
+        try:
+            action()
+        except BaseException as error:  # noqa: BLE001 - raised below
+            wrong.append(error)
+
+    threads = [threading.Thread(target=run_it, args=(action,)) for action in actions]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        for thread in threads:
+            thread.join()
+    if wrong:
+        raise wrong[0]
 
 
 INHERITED: list[Any] = []

@@ -5,8 +5,6 @@ from __future__ import annotations
 import queue
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import pytest
 
@@ -17,7 +15,7 @@ from . import cells, toy
 from .cells import Cell
 from .children import run
 from .interrupts import Halts
-from .processes import in_child, serve
+from .processes import beside, in_child, serve
 from .toy import PAGE
 
 
@@ -81,29 +79,6 @@ def test_forked_child_uses_wasi(real_cell: Cell, quickjs: bytes) -> None:
         evaluate()
         assert in_child(evaluate) == ""
         guest.close()
-
-
-@contextmanager
-def beside(*actions: Callable[[], object]) -> Iterator[None]:
-    """Run each action on a thread of its own during the block, and raise what one of them raised."""
-    wrong: list[BaseException] = []
-
-    def run_it(action: Callable[[], object]) -> None:
-        try:
-            action()
-        except BaseException as error:  # noqa: BLE001 - raised below
-            wrong.append(error)
-
-    threads = [threading.Thread(target=run_it, args=(action,)) for action in actions]
-    for thread in threads:
-        thread.start()
-    try:
-        yield
-    finally:
-        for thread in threads:
-            thread.join()
-    if wrong:
-        raise wrong[0]
 
 
 @pytest.mark.parametrize("whose", ["pool", "plugins"])
