@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import gc
 import random
-import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from memslot_plugin.tests.patience import count_objects
 from . import cells, javascript, toy
 from .cells import Cell
 from .leaks import MIB, Footprint
+from .processes import beside
 from .toy import PAGE
 
 CALLS_OUT = f"""(module (import "env" "help" (func $help (param i32) (result i32)))
@@ -46,9 +46,7 @@ def help_(number: int) -> int:
 
 @dataclass
 class Measured:
-    """What a soak found; sizes are bytes, `slowdown` is how much more of the processor a round took at the end than at
-    the start.
-    """
+    """Findings of a soak; sizes are bytes, `slowdown` is processor time of the last third of the rounds over the first."""
 
     rounds: int
     seconds: float
@@ -93,7 +91,7 @@ class Soak:
             self.acts.append(self.threads)
         if quickjs is not None:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", memslot.RepeatedRandomness)  # nobody here draws
+                warnings.simplefilter("ignore", memslot.RepeatedRandomness)  # no call here draws
                 self.javascript = host.prepare(
                     quickjs,
                     imports=javascript.IMPORTS,
@@ -179,24 +177,14 @@ class Soak:
         instance.call("fill", 0, PAGE, 3)
 
     def threads(self) -> None:
-        wrong: list[BaseException] = []
-
         def serve() -> None:
-            try:
-                for _ in range(5):
-                    with self.toys[toy.A].lease(wait_timeout=20) as instance:
-                        self.arrive(toy.A, instance)
-                        instance.call("fill", 0, PAGE, 0x77)
-            except BaseException as error:  # noqa: BLE001 - raised below
-                wrong.append(error)
+            for _ in range(5):
+                with self.toys[toy.A].lease(wait_timeout=20) as instance:
+                    self.arrive(toy.A, instance)
+                    instance.call("fill", 0, PAGE, 0x77)
 
-        workers = [threading.Thread(target=serve) for _ in range(2)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        if wrong:
-            raise wrong[0]
+        with beside(serve, serve):
+            pass
 
     def snapshot(self) -> None:
         with self.toys[toy.A].instantiate() as instance:
@@ -221,25 +209,14 @@ class Soak:
     def evaluate(self) -> None:
         with self.javascript.lease(wait_timeout=20) as instance:
             machine = javascript.Pooled(instance)
-            assert (
-                javascript.evaluate(machine, "globalThis.left = (globalThis.left || 41) + 1")
-                == "42"
-            )
+            said = javascript.evaluate(machine, "globalThis.left = (globalThis.left || 41) + 1")
+            assert said == "42"
 
 
 def boot(instance: memslot.Instance) -> None:
     """QuickJS with its runtime made, and once used."""
     instance.call("_initialize") if "_initialize" in instance.exports else None
     javascript.evaluate(javascript.Pooled(instance), "6 * 7")
-
-
-def slowdown(took: list[float]) -> float:
-    """The last third of the rounds over the first, by the quick tenth of either: who else has the processor's caches
-    makes rounds longer and never shorter, and what grows is in each.
-    """
-    third = max(len(took) // 3, 1)
-    first, last = sorted(took[:third]), sorted(took[-third:])
-    return last[third // 10] / first[third // 10]
 
 
 def soak(cell: Cell, seconds: float, quickjs: bytes | None = None) -> Measured:
@@ -257,15 +234,14 @@ def soak(cell: Cell, seconds: float, quickjs: bytes | None = None) -> Measured:
         while now < begin + seconds:
             used = time.process_time()
             run.round()
-            if not host.thread_confined:
-                for act in run.seldom:
-                    act()
+            for act in run.seldom if not host.thread_confined else ():
+                act()
             took.append(time.process_time() - used)
             now = time.monotonic()
+        third = max(len(took) // 3, 1)
         after = Footprint.now()
-        audits = sum(pool.audits for pool in host.statistics().pools)
-        failed = sum(pool.failed_resets for pool in host.statistics().pools)
-        assert not failed
+        pools = host.statistics().pools
+        assert sum(pool.failed_resets for pool in pools) == 0
         # Whose images lie in the idle slots, in how many extents, and how much of those slots the memories could access
         # that they held last, is as chance has it; a reservation that is lost has gigabytes.
         allowed = replace(before, images=before.images + 8, reserved=before.reserved + 64 * MIB)
@@ -273,12 +249,12 @@ def soak(cell: Cell, seconds: float, quickjs: bytes | None = None) -> Measured:
         measured = Measured(
             rounds=len(took),
             seconds=now - begin,
-            slowdown=slowdown(took),
+            slowdown=sum(took[-third:]) / sum(took[:third]),
             resident=after.resident - before.resident,
             descriptors=after.descriptors.total() - before.descriptors.total(),
             mappings=after.mappings - before.mappings,
             objects=count_objects() - objects,
-            audits=audits,
+            audits=sum(pool.audits for pool in pools),
             lost=lost,
         )
         for guest in list(host._guests):
