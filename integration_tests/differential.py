@@ -116,37 +116,24 @@ def lives(
         if objects or alone[0] != ("started",):
             return
         with imports_for(guest, module, objects=False) as given:
-            yield from lives_after_resets(guest, given, module, alone)
+            with guest.instantiate(**given) as instance:
+                yield "before a reset", alone, outcomes(instance, everything, runtime)
+                instance.reset()
+                outcomes(instance, module.calls[: module.snapshot_at], runtime)
+                instance.reset()
+                yield "after two resets", alone, outcomes(instance, everything, runtime)
             yield from lives_of_snapshots(guest, given, module, alone, tally)
 
 
-def lives_after_resets(
-    guest: memslot.Guest, given: dict[str, Any], module: Compared, alone: list[Outcome]
-) -> Iterator[Life]:
-    runtime, everything = native.runtime(guest.host.name), story(module)
-    with guest.instantiate(**given) as instance:
-        yield "before a reset", alone, outcomes(instance, everything, runtime)
-        instance.reset()
-        for call in module.calls[: module.snapshot_at]:
-            outcome_of(instance, call, runtime)
-        instance.reset()
-        yield "after two resets", alone, outcomes(instance, everything, runtime)
-
-
 def lives_of_snapshots(
-    guest: memslot.Guest,
-    given: dict[str, Any],
-    module: Compared,
-    alone: list[Outcome],
-    tally: Tally,
+    guest: memslot.Guest, given: Any, module: Compared, alone: list[Outcome], tally: Tally
 ) -> Iterator[Life]:
     """A snapshot in the middle: both the instance and its copies go on as the runtime alone did."""
     runtime, at = native.runtime(guest.host.name), module.snapshot_at
     rest = [*module.probes, *module.calls[at:], *module.probes]
     expected = [alone[0], *alone[1 + len(module.probes) + at :]]
     with guest.instantiate(**given) as instance:
-        for call in module.calls[:at]:
-            outcome_of(instance, call, runtime)
+        outcomes(instance, module.calls[:at], runtime)
         try:
             copied = instance.snapshot()
         except memslot.SnapshotRefused:
@@ -161,7 +148,12 @@ def lives_of_snapshots(
 
 def outcomes(instance: memslot.Instance, calls: Iterable[Call], runtime: Runtime) -> list[Outcome]:
     """What the calls gave, every exported memory that memslot knows of, and the kinds of all exports."""
-    found: list[Outcome] = [("started",), *(outcome_of(instance, call, runtime) for call in calls)]
+    found: list[Outcome] = [("started",)]
+    for function, *arguments in calls:
+        try:
+            found.append(("value", instance.call(function, *arguments)))
+        except memslot.GuestTrap as error:
+            found.append(runtime.reason(error.native))
     memories = instance.guest.plan.memories
     at = {name: memory.index for memory in memories for name in memory.exported_as}
     for name, kind in instance.exports.items():
@@ -169,14 +161,6 @@ def outcomes(instance: memslot.Instance, calls: Iterable[Call], runtime: Runtime
             memory = instance.memories[at[name]]
             found.append(("memory", name, memory.read(0, memory.byte_size)))
     return [*found, ("exports", dict(instance.exports))]
-
-
-def outcome_of(instance: memslot.Instance, call: Call, runtime: Runtime) -> Outcome:
-    name, *arguments = call
-    try:
-        return "value", instance.call(name, *arguments)
-    except memslot.GuestTrap as error:
-        return runtime.reason(error.native)
 
 
 def plain(found: Iterable[Outcome]) -> list[Outcome]:
@@ -229,9 +213,11 @@ def imports_for(
     given = {} if imports is None else {"imports": imports(made)}
     if objects:
         given.update(made.bound())
-    yield given
-    given.clear()
-    made.close()
+    try:
+        yield given
+    finally:
+        given.clear()
+        made.close()
 
 
 def _made(each: Import, natives: Any) -> Any:
@@ -257,9 +243,8 @@ def _host_function(results: Sequence[str]) -> Callable[..., Any]:
 # Many of them
 
 
-def run(cell: Cell, seeds: Iterable[int], tally: Tally | None = None) -> Tally:
+def run(cell: Cell, seeds: Iterable[int], tally: Tally) -> Tally:
     """The modules of these seeds on one host in one cell; stops after a few differences."""
-    tally = Tally() if tally is None else tally
     with cell.open(**SETTINGS) as host:
         for seed in seeds:
             compare(host, generate(seed, features_for(cell.host, seed)), tally)
@@ -288,9 +273,7 @@ def main() -> int:
         print(f"\r{cell}: seeds {seeds.start} to {seeds.stop - 1}   ", end="", flush=True)
         run(cell, seeds, tally)
     print(f"\n{len(chosen)} cells, {time.monotonic() - start:.0f} s: {tally}")
-    for each_difference in tally.differences:
-        print(each_difference)
-    print(f"{len(tally.differences)} differences")
+    print(*tally.differences, f"{len(tally.differences)} differences", sep="\n")
     return bool(tally.differences)
 
 

@@ -36,7 +36,7 @@ def test_generated_modules_do_what_they_do_natively(
     # Other modules for each cell and Python, and the same in each run.
     first = sys.version_info.minor * 10_000_000 + cells.EVERY_CELL.index(cell) * 100_000
     seeds = range(first, first - PER_HOST // -len(alike))
-    tally = differential.run(cell, seeds)
+    tally = differential.run(cell, seeds, Tally())
     note("compared", str(tally))
     assert not tally.differences, "\n".join(tally.differences)
     assert tally.counts["modules"] == len(seeds)

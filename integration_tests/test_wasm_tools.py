@@ -79,4 +79,4 @@ def smithed(seed: int, folder: Path) -> wasm_tools.Smithed:
             signature = Signature.of(each.type)
             if max((*signature.parameters, *signature.results), default=0) <= F64:
                 signatures[each.name] = tuple(KIND_NAMES[kind] for kind in signature.parameters)
-    return wasm_tools.Smithed(seed, signatures, binary)
+    return wasm_tools.Smithed(seed, binary, signatures)

@@ -7,7 +7,9 @@
 
 from __future__ import annotations
 
-from .module import Generated, generate
+from .module import Generated
 from .world import FEATURES, Features, Import
 
-__all__ = ["FEATURES", "Features", "Generated", "Import", "generate"]
+generate = Generated
+
+__all__ = ["FEATURES", "Features", "Import", "generate"]

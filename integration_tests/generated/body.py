@@ -92,7 +92,7 @@ class Body(Values):
         memory = world.some_memory()
         if memory is not None and world.irreversible and world.data:
             segment = rng.randrange(len(world.data))
-            held = world.data[segment].length
+            held = world.data[segment]
             start = rng.choice((0, 0, held // 2, held, held + (rng.random() < 0.1)))
             length = rng.choice((0, max(held - start, 0), max(held - start, 0)))
             length += rng.random() < 0.05

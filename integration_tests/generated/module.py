@@ -14,7 +14,7 @@ from . import emit
 from .body import Body, count_up
 from .declarations import numeric
 from .emit import END, code, constant, unsigned
-from .opcodes import PAGE, some_bits
+from .opcodes import some_bits
 from .probes import bits_of, checksum
 from .segments import Segments
 from .world import Features, Signature, Table
@@ -169,22 +169,5 @@ class Generated(Segments):
             return emit.signed(kind, some_bits(self.rng, kind))
         return self.rng.choice((0.0, -0.0, 1.0, -1.5, 1e30, float("inf"), 0.1, 2.0**31))
 
-    # What is known without running it
-
-    def initial_memory(self, index: int) -> bytes | None:
-        """What a memory holds before any code runs; None where the module alone does not tell, or it does not start."""
-        memory = self.world.memories[index]
-        content = bytearray(memory.minimum * PAGE)
-        for segment in self.world.data:
-            if segment.memory == index:
-                if segment.place is None or segment.place + segment.length > len(content):
-                    return None
-                content[segment.place : segment.place + segment.length] = segment.content
-        return None if memory.imported else bytes(content)
-
     def __str__(self) -> str:
         return f"seed {self.seed}: {self.binary.hex()}"
-
-
-def generate(seed: int, features: Features) -> Generated:
-    return Generated(seed, features)

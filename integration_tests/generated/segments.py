@@ -5,14 +5,14 @@ from __future__ import annotations
 from .declarations import Declarations
 from .emit import CODES, END, code, constant, sized, unsigned, vector
 from .opcodes import ADD, MULTIPLY, PAGE, SUBTRACT
-from .world import Data, Elements
+from .world import Elements
 
 
 class Segments(Declarations):
     """What a module puts into its memories and tables."""
 
-    def _offset(self, kind: str, size: int, length: int, unit: int) -> tuple[bytes, int | None]:
-        """A constant expression, and its value where the module tells it."""
+    def _offset(self, kind: str, size: int, length: int, unit: int) -> bytes:
+        """A constant expression."""
         rng, world = self.rng, self.world
         last = size - length
         inside = rng.randrange(max(last, 1) + 1)
@@ -27,16 +27,15 @@ class Segments(Declarations):
             if self.sound:
                 found = [g for g in found if g.imported or g.initial in range(last + 1)]
             if found:
-                chosen = rng.choice(found)
-                return code((0x23, chosen.index), END), chosen.initial
+                return code((0x23, rng.choice(found).index), END)
         if "extended_const" in world.features and rng.random() < 0.25:
             part = rng.randrange(place + 1)
             sum_ = code(constant(kind, part), constant(kind, place - part), ADD[kind])
             if rng.random() < 0.5:
                 one, nothing = constant(kind, 1), constant(kind, 0)
                 sum_ += code(one, MULTIPLY[kind], nothing, SUBTRACT[kind])
-            return sum_ + END, place
-        return constant(kind, place) + END, place
+            return sum_ + END
+        return constant(kind, place) + END
 
     def _data_segments(self) -> list[bytes]:
         return [self._data_segment() for _ in range(self.rng.choice((0, 1, 2, 3, 6)))]
@@ -47,16 +46,16 @@ class Segments(Declarations):
         repeated = bytes([rng.choice((0, rng.randrange(256)))]) * length
         content = repeated if rng.random() < 0.4 else rng.randbytes(length)
         if not world.memories or rng.random() < 0.25:
-            world.data.append(Data(length))
+            world.data.append(length)
             return b"\x01" + sized(content)
         memory = rng.choice(world.memories)
         size = memory.minimum * PAGE
         if self.sound:
             content = content[:size]
-        offset, place = self._offset(memory.address, size, len(content), PAGE)
+        offset = self._offset(memory.address, size, len(content), PAGE)
         spelt = memory.index or rng.random() < 0.2
         head = b"\x02" + unsigned(memory.index) if spelt else b"\x00"
-        world.data.append(Data(len(content), memory.index, place, content))
+        world.data.append(len(content))
         return head + offset + sized(content)
 
     def _element_segments(self) -> list[bytes]:
@@ -75,7 +74,7 @@ class Segments(Declarations):
         else:
             kind = table.kind
             length = min(length, table.minimum) if self.sound else length
-            offset, _ = self._offset(table.address, table.minimum, length, 1)
+            offset = self._offset(table.address, table.minimum, length, 1)
             plain = table.index == 0 and kind == "funcref" and table.address == "i32"
             spelt = not plain or rng.random() < 0.3
         world.elements.append(Elements(index, kind, length))

@@ -57,16 +57,6 @@ class Global:
 
 
 @dataclass(frozen=True)
-class Data:
-    """A segment; `place` is the offset of an active one, as far as the module alone tells it."""
-
-    length: int
-    memory: int | None = None
-    place: int | None = None
-    content: bytes = b""
-
-
-@dataclass(frozen=True)
 class Elements:
     index: int
     kind: str
@@ -95,7 +85,8 @@ class World:
     memories: list[Memory] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     globals: list[Global] = field(default_factory=list)
-    data: list[Data] = field(default_factory=list)
+    data: list[int] = field(default_factory=list)
+    """The lengths of data segments."""
     elements: list[Elements] = field(default_factory=list)
     referable: list[int] = field(default_factory=list)
     """Functions that something outside of code refers to, so that code may."""

@@ -32,7 +32,7 @@ def module(texts: Iterable[str]) -> str:
 
 def expand(patterns: str) -> list[str]:
     """One text per combination of the alternatives in braces; patterns stand on lines or between semicolons."""
-    found = []
+    found: list[str] = []
     for pattern in filter(None, map(str.strip, re.split("[;\n]", patterns))):
         parts = re.split("[{}]", pattern)  # what stands in braces has an odd place
         choices = [part.split() if place % 2 else [part] for place, part in enumerate(parts)]
