@@ -26,7 +26,8 @@ INTERRUPTED, READER_GONE = 130, 141  # 128 + SIGINT and 128 + SIGPIPE, as shells
 EXIT_CODES = f"""\b
 Exit codes:
   {OK}    it worked
-  {FAILED}    the guest trapped or failed, results differ, or (doctor) something does not work
+  {FAILED}    the guest trapped or failed, results differ, something does not work (doctor), or a limit does
+       not hold (bench --check)
   {REFUSED}    wrong usage: an option, a setting, a file, or a limit of this machine
   {NO_RUNTIME}    no runtime can be imported
   {INTERRUPTED}  interrupted by Ctrl-C
