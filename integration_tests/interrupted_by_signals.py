@@ -15,26 +15,17 @@ import time
 from contextlib import suppress
 from typing import Any
 
-import memslot_plugin as memslot
-
 from .cells import Cell
-from .interrupts import World
 from .leaks import Footprint
+from .verbs import COMPILE, VERBS, World
 
 
-def everything(guest: memslot.Guest) -> None:
+def everything(world: World) -> None:
     """Verbs in turn, until the signal comes."""
     while True:
-        with guest.instantiate() as instance:
-            instance.call("fill", 0, 5000, 0xEE)
-            instance.reset()
-            instance.call("grow", 1)
-            instance.reset()
-        with guest.lease() as instance:
-            instance.call("store", 5, 5)
-        with guest.instantiate() as instance:
-            instance.fork(1)[0].close()
-        guest.instantiate().call("fill", 0, 5000, 0xEE)
+        for verb, (setup, action) in VERBS.items():
+            if verb not in COMPILE - {"close a fork"}:
+                action(world, setup(world))
 
 
 class Bell(threading.Thread):
@@ -55,12 +46,12 @@ class Bell(threading.Thread):
                 time.sleep(0.1)
 
 
-def interrupted_once(bell: Bell, guest: memslot.Guest) -> None:
+def interrupted_once(bell: Bell, world: World) -> None:
     """From arming the bell to the KeyboardInterrupt."""
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         bell.armed.set()
-        everything(guest)
+        everything(world)
     except KeyboardInterrupt:
         while signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             with suppress(KeyboardInterrupt):  # the bell may ring again before that
@@ -81,13 +72,11 @@ def main() -> None:
     world = World(Cell(name, backend))
     times, end = 0, time.monotonic() + float(seconds)
     while time.monotonic() < end:
-        interrupted_once(bell, world.guest)
+        interrupted_once(bell, world)
         world.serves()
         times += 1
     swallowed.clear()
-    world.guest.close()
-    world.table.close()
-    world.host.close()
+    world.close()
     # A signal between the runtime's package being given compiled code and keeping it loses that code, as it does
     # without memslot; descriptors, images and reservations are memslot's.
     lost = Footprint.now().lost_since(before, mappings=2000)

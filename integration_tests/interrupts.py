@@ -1,12 +1,9 @@
-"""An exception at any line of memslot's own code, as a signal or a refused allocation would raise it there; and a host
-that has to survive it.
-"""
+"""An exception at any line of memslot's own code, as a signal or a refused allocation would raise it there."""
 
 from __future__ import annotations
 
 import dis
 import functools
-import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +12,6 @@ from typing import Any
 
 import memslot_hooks
 import memslot_plugin as memslot
-
-from . import cells, toy
-from .cells import Cell
-from .toy import PAGE
 
 FOLDERS = tuple(str(Path(package.__file__).parent) for package in (memslot, memslot_hooks))
 TESTS = str(Path(memslot.__file__).parent / "tests")
@@ -136,72 +129,3 @@ class Halts(Tracing):
     def reached(self, frame: FrameType) -> None:
         if len(self.places) % self.every == self.first % self.every:
             self.halt(self.places[-1])
-
-
-TABLE = toy.assemble(
-    f"""(module (memory (export "memory") 2 8) (table 1 funcref)
-      (func (export "touch") (table.set (i32.const 0) (ref.null func))) {toy.CODE})"""
-)
-"""Its code can change a table, so that a reset needs a new instance."""
-
-
-class World:
-    """A host that lives through all interruptions of one verb."""
-
-    def __init__(self, cell: Cell) -> None:
-        self.host = cell.open(slots=3, audit=0.0)
-        self.guest = self.host.prepare(toy.A)
-        self.table = self.host.prepare(TABLE)
-
-    def nothing(self) -> None:
-        return None
-
-    def instance(self, guest: memslot.Guest | None = None) -> memslot.Instance:
-        instance = (guest or self.guest).instantiate()
-        instance.call("fill", 0, PAGE, 0xEE)
-        return instance
-
-    def grown(self) -> memslot.Instance:
-        instance = self.instance()
-        instance.call("grow", 1)
-        return instance
-
-    def with_a_table(self) -> memslot.Instance:
-        return self.instance(self.table)
-
-    def fork(self) -> memslot.Instance:
-        with self.instance() as parent:
-            return parent.fork(1)[0]
-
-    def all_slots_waiting(self) -> None:
-        """Leave ready instances of another guest in every slot: a lease has to end one."""
-        leases = [self.table.lease() for _ in range(3)]
-        for each in leases:
-            each.__enter__()
-        for each in leases:
-            each.__exit__()
-
-    def one_waiting(self) -> None:
-        with self.guest.lease():
-            pass
-
-    def another_guest(self) -> memslot.Guest:
-        guest = self.host.prepare(toy.B)
-        self.instance(guest).close()
-        return guest
-
-    def dropped(self) -> None:
-        self.instance()
-
-    def serves(self) -> None:
-        """Check that nothing is leased but what waits ready, and that guests find pristine memories."""
-        gc.collect()
-        counted = self.host.statistics()
-        assert counted.live_instances == counted.ready_instances
-        cells.check(self.host, in_use=counted.ready_instances)
-        with self.guest.instantiate() as first, self.table.instantiate() as second:
-            assert first.memory.read(0, 2 * PAGE) == toy.pristine(toy.A)
-            assert first.call("bump") == 8
-            assert second.memory.read(0, 2 * PAGE) == bytes(2 * PAGE)
-            first.call("fill", 0, 2 * PAGE, 0xDD)
-            second.call("fill", 0, 2 * PAGE, 0xDD)

@@ -19,8 +19,9 @@ from memslot_plugin.tests.profiles import FACTOR, LONG
 from . import cells, toy
 from .cells import Cell
 from .children import ROOT
-from .interrupts import TABLE, Interruption, World
+from .interrupts import Interruption
 from .leaks import Footprint
+from .verbs import TABLE, VERBS, World
 
 ERRORS = (KeyboardInterrupt, MemoryError)
 
@@ -32,42 +33,6 @@ sampled = pytest.mark.parametrize(
     ],
     ids=str,
 )
-
-
-def grow(world: World, instance: memslot.Instance) -> None:
-    instance.call("grow", 1)
-    instance.memory.write(0, instance.memory.read(1, 5))
-    instance.memory.grow(1)
-
-
-def lease(world: World, _: None) -> None:
-    with world.guest.lease() as instance:
-        instance.call("store", 9, 9)
-
-
-VERBS: dict[str, tuple[Callable[[World], Any], Callable[[World, Any], Any]]] = {
-    "instantiate": (World.nothing, lambda world, _: world.guest.instantiate(tenant="ann")),
-    "instantiate where instances wait": (
-        World.all_slots_waiting,
-        lambda world, _: world.guest.instantiate(wait_timeout=5),
-    ),
-    "close": (World.instance, lambda _, instance: instance.close()),
-    "close a grown instance": (World.grown, lambda _, instance: instance.close()),
-    "close a fork": (World.fork, lambda _, instance: instance.close()),
-    "reset": (World.instance, lambda _, instance: instance.reset()),
-    "reset by a new instance": (World.with_a_table, lambda _, instance: instance.reset()),
-    "reset after growth": (World.grown, lambda _, instance: instance.reset()),
-    "grow": (World.instance, grow),
-    "lease": (World.nothing, lease),
-    "lease what waits": (World.one_waiting, lease),
-    "snapshot": (World.instance, lambda _, instance: instance.snapshot()),
-    "fork": (World.instance, lambda _, instance: instance.fork(2)),
-    "prepare": (World.nothing, lambda world, _: world.host.prepare(toy.B)),
-    "prepare with init": (World.nothing, lambda world, _: world.host.prepare(toy.B, init="bump")),
-    "close a guest": (World.another_guest, lambda _, guest: guest.close()),
-    "warm": (World.nothing, lambda world, _: world.guest.warm(2)),
-    "statistics": (World.dropped, lambda world, _: world.host.statistics()),
-}
 
 
 def interrupted(world: World, verb: str, interruption: Interruption) -> None:
