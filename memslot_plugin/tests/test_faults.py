@@ -217,6 +217,7 @@ def test_every_system_call_of_the_core_belongs_to_a_life_and_says_how_it_may_fai
     assert [call for call in _core.CALLS if not any(made[call] for made in lives)] == []
 
 
+@pytest.mark.scales
 def test_probe_concludes_or_says_what_failed_and_is_right_the_next_time(resources: Any) -> None:
     def look() -> list[bool]:
         probe.cache_clear()
