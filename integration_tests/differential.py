@@ -54,7 +54,7 @@ class Tally:
 
 
 def features_for(host: str, seed: int) -> Features:
-    """What the host's runtime knows, and for a few modules what it may not know."""
+    """Return what the host's runtime knows, and for a few modules what it may not know."""
     known = FEATURES[host]
     return known if seed % FOREIGN else FEATURES["wasmtime"] - ({"bound_tables"} - known)
 
@@ -147,7 +147,7 @@ def lives_of_snapshots(
 
 
 def outcomes(instance: memslot.Instance, calls: Iterable[Call], runtime: Runtime) -> list[Outcome]:
-    """What the calls gave, every exported memory that memslot knows of, and the kinds of all exports."""
+    """Return what the calls gave, every exported memory that memslot knows of, and the kinds of all exports."""
     found: list[Outcome] = [("started",)]
     for function, *arguments in calls:
         try:
@@ -189,7 +189,7 @@ def difference(expected: Sequence[Outcome], found: Sequence[Outcome]) -> str:
 
 
 def imports_of(module: Compared) -> native.Imports | None:
-    """What a module imports, made of a runtime's own objects and of Python functions."""
+    """Make what a module imports of a runtime's own objects and of Python functions."""
 
     def make(natives: Runtime) -> dict[str, dict[str, Any]]:
         made: dict[str, dict[str, Any]] = {}
@@ -204,7 +204,7 @@ def imports_of(module: Compared) -> native.Imports | None:
 def imports_for(
     guest: memslot.Guest, module: Compared, *, objects: bool
 ) -> Iterator[dict[str, Any]]:
-    """What `instantiate` is given: imports of the instance's own, which end with it."""
+    """Arguments of `instantiate`: imports of the instance's own, which end with it."""
     host = guest.host
     made = native.runtime(host.name, host)
     if objects and host.name == "wasmtime" and guest.plan.native is not None:

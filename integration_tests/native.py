@@ -30,14 +30,14 @@ KINDS = {
 
 
 class Runtime:
-    """What both runtimes have in common; the module that was compiled last is kept."""
+    """The parts that both runtimes have in common; the module that was compiled last is kept."""
 
     errors: tuple[type[BaseException], ...]
     memories: tuple[type, ...]
     _last: tuple[bytes, Any] | None = None
 
     def run(self, module: bytes, imports: Imports | None, calls: Sequence[Call]) -> list[Outcome]:
-        """What becomes of a module that is given these imports, and then these calls."""
+        """Run a module with these imports and then these calls."""
         compiled = self.compiled(module)
         if compiled is None:
             return [("refused",)]
@@ -138,7 +138,7 @@ class Wasmtime(Runtime):
         return ("failed to start",)
 
     def bound(self) -> dict[str, Any]:
-        """What `instantiate` needs beside the imports that were made here."""
+        """Arguments that `instantiate` needs beside the imports that were made here."""
         return {"store": self.store}
 
     def close(self) -> None:

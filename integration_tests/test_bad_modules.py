@@ -1,4 +1,4 @@
-"""What is no module, or too large a one: a clear error, nothing leaked, and the host goes on serving."""
+"""Bytes that are no module, or too large a one: a clear error, nothing leaked, and the host goes on serving."""
 
 from __future__ import annotations
 

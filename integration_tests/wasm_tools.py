@@ -42,7 +42,7 @@ def smith(seed: int, folder: Path, *, gc: bool) -> bytes:
 
 
 def count_instructions(module: bytes, folder: Path) -> Counter[str]:
-    """How often each instruction occurs in the bodies of a module, by its name."""
+    """Count each instruction in the bodies of a module, by its name."""
     path = folder / "printed.wasm"
     path.write_bytes(module)
     found: Counter[str] = Counter()

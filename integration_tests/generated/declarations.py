@@ -1,4 +1,4 @@
-"""What a generated module declares: signatures, functions, memories, tables and globals, some of them imported."""
+"""Declarations of a generated module: signatures, functions, memories, tables and globals, some of them imported."""
 
 from __future__ import annotations
 

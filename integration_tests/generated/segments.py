@@ -9,7 +9,7 @@ from .world import Elements
 
 
 class Segments(Declarations):
-    """What a module puts into its memories and tables."""
+    """The segments with which a module fills its memories and tables."""
 
     def _offset(self, kind: str, size: int, length: int, unit: int) -> bytes:
         """A constant expression."""

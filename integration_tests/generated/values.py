@@ -14,7 +14,7 @@ from .opcodes import ADD, AND, OR, PAGE
 from .world import Memory, Table, World
 
 Ways = Sequence[tuple[int, Callable[..., object]]]
-"""What can be done next, each with its weight."""
+"""Methods that can write the next piece of code, each with its weight."""
 
 
 class Values:

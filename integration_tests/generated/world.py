@@ -1,4 +1,4 @@
-"""What a generated module has, as the parts that write it tell each other."""
+"""The contents of a generated module, as the parts that write it tell each other."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 Signature = tuple[tuple[str, ...], tuple[str, ...]]
 
 Features = frozenset[str]
-"""What a runtime may be given beyond WebAssembly 2.0, and two things of that which one lacks.
+"""Proposals that a runtime knows beyond WebAssembly 2.0, and two things of 2.0 that one lacks.
 
 bound_tables: a table can be made outside of a module, to be imported.
 """
@@ -65,7 +65,7 @@ class Elements:
 
 @dataclass(frozen=True)
 class Import:
-    """What has to be given: a function, or an object of the runtime's own, described by `detail`."""
+    """A thing that has to be given: a function, or an object of the runtime's own, described by `detail`."""
 
     name: str
     what: str
@@ -75,7 +75,7 @@ class Import:
 
 @dataclass
 class World:
-    """What the code of one module may use."""
+    """All that the code of one module may use."""
 
     rng: random.Random
     features: Features
@@ -94,7 +94,7 @@ class World:
     fuel: int | None = None
     grows: bool = True
     irreversible: bool = True
-    """Whether code changes tables and drops segments, which no reset in place could undo."""
+    """True if code changes tables and drops segments, which no reset in place could undo."""
 
     def inhabited(self, kind: str) -> list[Table]:
         """Tables of this kind that have elements, and rarely the others."""

@@ -21,7 +21,7 @@ PREAMBLE = """
   (data $d "data") (data $c "more")
   (elem $x funcref (ref.func $imported)) (elem $y funcref (ref.func $imported))
 """
-"""What the instructions refer to.  There is one imported function, and another before the tests."""
+"""The things that the instructions refer to, one imported function among them."""
 
 
 def module(texts: Iterable[str]) -> str:
