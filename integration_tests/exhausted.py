@@ -100,42 +100,33 @@ KILLED = ("wasmer", "mappings")
 """Where the runtime itself panics, poisons its own lock and ends the process if it has to compile."""
 
 
-class Round:
-    """Attempts of everything that takes something of the kernel; each error is kept, and nothing else may happen."""
-
-    def __init__(self, host: memslot.Host, guest: memslot.Guest, *, compiles: bool) -> None:
-        self.host = host
-        self.guest = guest
-        self.compiles = compiles
-        self.errors: list[str] = []
+class Attempts(list[str]):
+    """Errors of what takes something of the kernel; only memslot's own may happen."""
 
     def attempt(self, name: str, step: Callable[[], Any]) -> Any:
         try:
             return step()
         except memslot.MemslotError as error:
-            self.errors.append(f"{name}: {type(error).__name__}: {error}")
+            self.append(f"{name}: {type(error).__name__}: {error}")
             return None
 
-    def run(self) -> None:
-        if instance := self.attempt("instantiate", self.guest.instantiate):
-            self.serve(instance)
-        if self.compiles and (other := self.attempt("prepare", lambda: self.host.prepare(toy.B))):
+    def run(self, host: memslot.Host, guest: memslot.Guest, *, compiles: bool) -> None:
+        if instance := self.attempt("instantiate", guest.instantiate):
+            arrive(instance)
+            grown = instance.call("grow", 6)
+            assert instance.memory.byte_size == (2 if grown == -1 else 8) * PAGE
+            self += ["grow: -1"] * (grown == -1)
+            if compiles and (taken := self.attempt("snapshot", instance.snapshot)):
+                self.attempt("close the snapshot", taken.close)
+            self.attempt("reset", instance.reset)
+            if not instance.closed:
+                arrive(instance)
+            self.attempt("close", instance.close)
+        if compiles and (other := self.attempt("prepare", lambda: host.prepare(toy.B))):
             if instance := self.attempt("instantiate another", other.instantiate):
                 assert instance.memory.read(0, 2 * PAGE) == toy.pristine(toy.B)
                 self.attempt("close another", instance.close)
             self.attempt("close the guest", other.close)
-
-    def serve(self, instance: memslot.Instance) -> None:
-        arrive(instance)
-        grown = instance.call("grow", 6)
-        assert instance.memory.byte_size == (2 if grown == -1 else 8) * PAGE
-        self.errors += ["grow: -1"] * (grown == -1)
-        if self.compiles and (taken := self.attempt("snapshot", instance.snapshot)):
-            self.attempt("close the snapshot", taken.close)
-        self.attempt("reset", instance.reset)
-        if not instance.closed:
-            arrive(instance)
-        self.attempt("close", instance.close)
 
 
 def arrive(instance: memslot.Instance) -> None:
@@ -150,23 +141,17 @@ def serve_two(guest: memslot.Guest) -> None:
         arrive(second)
 
 
-def probe_without_descriptors() -> str:
-    """The error; a shortage of the moment must not pass for the kernel's last word."""
+def tell(name: str, backend: str, every: int) -> dict[str, Any]:
+    """The rounds, each of which must leave the host serving and the process as it was."""
+    told: dict[str, Any] = {way: [] for way in WAYS}
     with descriptors(0):
         try:
             memslot.probe()
         except memslot.SystemCallError as error:
-            said = str(error)
-    found = memslot.probe()
-    assert found.memfd.works
-    assert found.pagemap.works
-    return said
-
-
-def tell(name: str, backend: str, every: int) -> dict[str, Any]:
-    """The rounds, each of which must leave the host serving and the process as it was."""
-    told: dict[str, Any] = {way: [] for way in WAYS}
-    told["probe"] = probe_without_descriptors()
+            told["probe"] = str(error)
+    # A shortage of the moment does not pass for the kernel's last word.
+    assert memslot.probe().memfd.works
+    assert memslot.probe().pagemap.works
     cell = cells.Cell(name, backend)
     with cell.open(slots=2, reserved="64MiB", guard="64KiB", bounds_checks="code") as host:
         guest = host.prepare(toy.A)
@@ -174,15 +159,15 @@ def tell(name: str, backend: str, every: int) -> dict[str, Any]:
         for way, (running_out, amounts) in WAYS.items():
             for left in amounts[::every]:
                 before = Footprint.now()
-                attempts = Round(host, guest, compiles=(name, way) != KILLED)
+                errors = Attempts()
                 with running_out(left):
-                    attempts.run()
+                    errors.run(host, guest, compiles=(name, way) != KILLED)
                 gc.collect()
                 cells.check(host, in_use=0)
                 serve_two(guest)
                 lost = Footprint.now().lost_since(before, mappings=16)
                 assert not lost, f"{way}, {left} left: {lost}"
-                told[way].append(attempts.errors)
+                told[way].append(errors)
         assert [pool.limit for pool in host.plugins.statistics()] == [2]
     return told
 

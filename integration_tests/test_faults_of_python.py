@@ -71,39 +71,39 @@ def test_limit_that_cannot_be_read_is_unknown(calls: str, error: str) -> None:
 
 FORKED = """
 import os, sys
-from contextlib import nullcontext
 import memslot_plugin as memslot
 from memslot_plugin.probe import pagemap_descriptor, probe
 from integration_tests import cells, expect, toy
 from integration_tests.exhausted import descriptors
+from integration_tests.processes import in_child
 short = sys.argv[1] == "short"
 with cells.Cell("fake", "memfd", reset="pagemap").serving(slots=2) as host:
     guest = host.prepare(toy.A)
     guest.instantiate().close()
     instance = guest.instantiate()
-    if not short:
-        os.close(pagemap_descriptor())  # so that close(2) fails in the child
-    child = os.fork()
-    if child == 0:
+
+    def child():
         instance.memory.write(0, b"the child's")
-        with descriptors(0) if short else nullcontext():
+        if short:
             try:
-                instance.reset()
+                with descriptors(0):
+                    instance.reset()
             except memslot.SystemCallError as error:
-                assert short and "RLIMIT_NOFILE (ulimit -n) is 200" in str(error), error
-                assert instance.closed
-            else:
-                assert not short
-                instance.close()
+                assert "RLIMIT_NOFILE (ulimit -n) is 200" in str(error), error
+            assert instance.closed
+        else:
+            instance.reset()
+            instance.close()
         expect.still_serves(host)
         assert probe().pagemap.works
-        os._exit(0)
+
+    if not short:
+        os.close(pagemap_descriptor())  # so that close(2) fails in the child
+    said = in_child(child)
     if not short:
         pagemap_descriptor.cache_clear()
-        pagemap_descriptor()
-    _, status = os.waitpid(child, 0)
-    assert status == 0, status
     instance.close()
+assert not said, said
 """
 
 

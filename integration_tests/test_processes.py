@@ -11,7 +11,7 @@ import pytest
 import memslot_plugin as memslot
 from memslot_plugin.tests.profiles import LONG
 
-from . import cells, toy
+from . import cells, javascript, toy
 from .cells import Cell
 from .children import run
 from .interrupts import Halts
@@ -64,20 +64,17 @@ def test_forked_child_uses_what_its_parent_had(plain_cell: Cell) -> None:
 
 @pytest.mark.gate
 def test_forked_child_uses_wasi(real_cell: Cell, quickjs: bytes) -> None:
-    from . import javascript
-
     with real_cell.serving(slots=2, image_limit="1GiB") as host:
         guest = host.prepare(quickjs, imports=javascript.IMPORTS, wasi=memslot.Wasi())
 
-        def evaluate() -> None:
+        def draw() -> None:
             for _ in range(2):
                 with guest.instantiate() as instance:
                     machine = javascript.Pooled(instance)
-                    said = javascript.evaluate(machine, "typeof Math.random() + 6 * 7")
-                    assert said == "number42"
+                    assert javascript.evaluate(machine, "typeof Math.random()") == "number"
 
-        evaluate()
-        assert in_child(evaluate) == ""
+        draw()
+        assert in_child(draw) == ""
         guest.close()
 
 
@@ -106,37 +103,13 @@ def test_fork_while_another_thread_has_a_lock_serves_and_closes(
         guest.close()
 
 
-@pytest.fixture
-def threaded_cell(plain_cell: Cell) -> Cell:
-    """A cell whose host several threads can share."""
-    if plain_cell.host == "wasmer":
-        pytest.skip("impossible: wasmer's objects live on one thread, the only one in its pool")
-    return plain_cell
-
-
-def test_forks_while_threads_lease_and_return_serve(threaded_cell: Cell) -> None:
-    with threaded_cell.serving(slots=8) as host:
-        guest, stop = host.prepare(toy.A), threading.Event()
-
-        def work(mark: int) -> None:
-            while not stop.is_set():
-                serve(host, guest, 1, mark, alone=False)
-
-        with beside(lambda: work(1), lambda: work(2)):
-            try:
-                for _ in range(4):
-                    said = in_child(lambda: (serve(host, guest), host.close(force=True)))
-                    assert said == ""
-            finally:
-                stop.set()
-        guest.close()
-
-
 @pytest.mark.gate
 @pytest.mark.long
-def test_fork_while_another_thread_is_at_any_line_serves(threaded_cell: Cell) -> None:
+def test_fork_while_another_thread_is_at_any_line_serves(plain_cell: Cell) -> None:
     """The call that the other thread was in never ends in the child, which serves on and closes."""
-    with threaded_cell.serving(slots=8) as host:
+    if plain_cell.host == "wasmer":
+        pytest.skip("impossible: wasmer's objects live on one thread, the only one in its pool")
+    with plain_cell.serving(slots=8) as host:
         guest = host.prepare(toy.A)
         places: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         go_on = threading.Semaphore(0)

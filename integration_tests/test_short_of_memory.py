@@ -21,15 +21,20 @@ MIB = 1 << 20
 
 pytestmark = pytest.mark.gate
 
-GREEDY = """
-import json, sys
-from integration_tests import cells, toy
+LARGE = """
+import json, os, signal, sys
+from pathlib import Path
+from integration_tests import cells, expect, toy
+from integration_tests.leaks import MIB, Footprint
 from memslot_plugin.smaps import private_bytes
-from memslot_plugin.settings import MIB
-host_name, backend, keep = sys.argv[1:]
-text = f'''(module (memory (export "memory") 768) (data (i32.const 0) "{"x" * 70000}") {toy.CODE})'''
-module = toy.assemble(text)
-with cells.Cell(host_name, backend).serving(slots=4, keep_resident=keep, audit=0.0) as host:
+data = f'(data (i32.const 0) "{"x" * 70000}")'
+module = toy.assemble(f'(module (memory (export "memory") 3200) {data} {toy.CODE})')
+cell = cells.Cell(*sys.argv[1:3])
+"""
+"""A guest with 200 MiB of memory."""
+
+GREEDY = """
+with cell.serving(slots=4, keep_resident=sys.argv[3], audit=0.0) as host:
     guests = [host.prepare(module, name=name) for name in "abcd"]
     for turn in range(12):
         with guests[turn % 4].instantiate() as instance:
@@ -48,7 +53,7 @@ def joining(group: Path) -> tuple[str, ...]:
 
 def test_slots_that_wait_give_their_memory_back_under_a_limit(plain_cell: Cell) -> None:
     """Four slots of 48 MiB would not fit; one that is in use does."""
-    command = ("-c", GREEDY, plain_cell.host, plain_cell.backend)
+    command = ("-c", LARGE + GREEDY, plain_cell.host, plain_cell.backend)
     with memory_group(150 * MIB) as group:
         told = json.loads(output(*command, "1MiB", inside=joining(group)))
         assert told["created"] == 4
@@ -59,21 +64,14 @@ def test_slots_that_wait_give_their_memory_back_under_a_limit(plain_cell: Cell) 
 
 
 WORKER = """
-import os, signal, sys
-from pathlib import Path
-from integration_tests import cells, expect, toy
-from integration_tests.leaks import Footprint
-from memslot_plugin.settings import MIB
-host_name, backend, group = sys.argv[1:]
-text = f'''(module (memory (export "memory") 3200) (data (i32.const 0) "{"x" * 70000}") {toy.CODE})'''
-with cells.Cell(host_name, backend).serving(slots=2) as host:
-    guest = host.prepare(toy.assemble(text))
+with cell.serving(slots=2) as host:
+    guest = host.prepare(module)
     with guest.instantiate() as instance:
         instance.memory.write(100, b"the parent's")
         before = Footprint.now()
         worker = os.fork()
         if worker == 0:
-            Path(group, "cgroup.procs").write_text(str(os.getpid()))
+            Path(sys.argv[3], "cgroup.procs").write_text(str(os.getpid()))
             for start in range(0, 200 * MIB, MIB):
                 instance.memory.write(start, b"y" * MIB)
             os._exit(0)
@@ -91,7 +89,7 @@ with cells.Cell(host_name, backend).serving(slots=2) as host:
 
 def test_worker_that_the_kernel_kills_for_memory_takes_nothing_along(plain_cell: Cell) -> None:
     with memory_group(64 * MIB) as group:
-        output("-c", WORKER, plain_cell.host, plain_cell.backend, str(group))
+        output("-c", LARGE + WORKER, plain_cell.host, plain_cell.backend, str(group))
 
 
 @pytest.fixture(scope="module")
