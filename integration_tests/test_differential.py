@@ -87,7 +87,7 @@ SABOTAGE = {
     start_runs_twice: ("instance of a snapshot", 220),
     values_are_lost: ("instance of a snapshot", 210),
 }
-"""By sabotage: a part of the name of the life in which it has to be noticed, and a seed not far before one that notices it."""
+"""By sabotage: a part of the name of the life that shows it, and a seed not far before one that does."""
 
 
 @pytest.mark.parametrize("sabotage", SABOTAGE, ids=lambda each: each.__name__)
