@@ -1,4 +1,4 @@
-"""pytest plugin: the three tiers of the tests, and the option --require-hosts.
+"""pytest plugin: the three tiers of the tests, the reasons of skips, and the option --require-hosts.
 
 pytest              T0, the README's test command: everything that carries no marker
 pytest -m gate      T1, the gate: also what is marked `gate`; tests that scale try 4 times as much
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 
 import pytest
 
@@ -51,40 +52,42 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    hosts = config.getoption("--require-hosts")
-    if hosts is not None and not hasattr(config, "workerinput"):
-        config.pluginmanager.register(Required(hosts.split(",")), "require-hosts")
+    if not hasattr(config, "workerinput"):
+        hosts = config.getoption("--require-hosts")
+        config.pluginmanager.register(Skips(hosts.split(",") if hosts else []), "skips")
 
 
-class Required:
-    """Fails a run that skipped a test which was possible, or that passed none on a required host."""
+class Skips:
+    """The run's skips, one line per reason; with required hosts the run fails on each that was possible."""
 
     def __init__(self, hosts: list[str]) -> None:
+        self.strict = bool(hosts)
         self.missing = set(hosts)
-        self.skipped: list[str] = []
-        self.allowed = 0
+        self.reasons: Counter[str] = Counter()
+        self.possible: list[str] = []
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.skipped:
-            self._judge(report.nodeid, report.longrepr)
+            self._count(report.nodeid, report.longrepr)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.skipped and not hasattr(report, "wasxfail"):
-            self._judge(report.nodeid, report.longrepr)
+            self._count(report.nodeid, report.longrepr)
         elif report.passed and report.when == "call":
             # The parameters in a test's name say which host it used: [wasmtime-madvise].
             self.missing.difference_update(re.findall(r"[a-z]+", report.nodeid.partition("[")[2]))
 
-    def _judge(self, nodeid: str, where: object) -> None:
+    def _count(self, nodeid: str, where: object) -> None:
         # pytest gives a skip as a path, a line and "Skipped: " with the reason.
         reason = str(where[2] if isinstance(where, tuple) else where).removeprefix("Skipped: ")
-        if reason.startswith(IMPOSSIBLE):
-            self.allowed += 1
-        else:
-            self.skipped.append(f"{nodeid}: {reason}")
+        self.reasons[reason] += 1
+        if not reason.startswith(IMPOSSIBLE):
+            self.possible.append(f"{nodeid}: {reason}")
 
     def faults(self) -> list[str]:
-        return [f"skipped, and not impossible: {each}" for each in self.skipped] + [
+        if not self.strict:
+            return []
+        return [f"skipped, and not impossible: {each}" for each in self.possible] + [
             f"no test passed on the required host {host}" for host in sorted(self.missing)
         ]
 
@@ -94,7 +97,9 @@ class Required:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        terminalreporter.section("required hosts")
-        terminalreporter.write_line(f"skipped as impossible: {self.allowed}")
+        if self.reasons or self.faults():
+            terminalreporter.section("skipped tests")
+        for reason, count in self.reasons.most_common():
+            terminalreporter.write_line(f"{count:5}  {reason}")
         for fault in self.faults():
             terminalreporter.write_line(f"ERROR {fault}", red=True)
