@@ -3,7 +3,8 @@
     docs/hooks.md                      from the hook specifications
     README.md, section "benchmark"     from docs/benchmark.json, a stored `memslot bench --json`
 
-Exit status 0 when everything is current (or was written), 1 when --check found something stale.
+--check also looks whether each test that a page names is there.  Exit status 0 when everything is current (or was
+written), 1 when --check found something stale.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -31,6 +33,17 @@ def pages(root: Path) -> dict[Path, str]:
     }
 
 
+def missing_tests(root: Path) -> list[str]:
+    """The tests that a page names and that are not there."""
+    there = {path.name for path in root.glob("*/**/test_*.py")}
+    named = {
+        (page.name, test)
+        for page in (*root.glob("*.md"), *root.glob("docs/*.md"))
+        for test in re.findall(r"\btest_\w+\.py", page.read_text(encoding="utf-8"))
+    }
+    return [f"{page} names {test}, which is not there" for page, test in named if test not in there]
+
+
 def main() -> int:
     """Write or check every page."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -39,7 +52,10 @@ def main() -> int:
         "--root", type=Path, default=ROOT, help="the checkout whose pages are meant"
     )
     options = parser.parse_args()
-    stale = False
+    missing = missing_tests(options.root) if options.check else []
+    for each in missing:
+        print(each)
+    stale = bool(missing)
     for path, wanted in pages(options.root).items():
         found = path.read_text(encoding="utf-8") if path.exists() else ""
         if found == wanted:
