@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 import memslot_plugin as memslot
+from memslot_plugin.tests.leaks import Footprint
 from memslot_plugin.tests.tiers import TIERS
 
 from . import cells, expect, javascript, toy
 from .cells import Cell
-from .leaks import Footprint
 
 ROOT = str(Path(__file__).resolve().parents[1])
 if ROOT not in sys.path:

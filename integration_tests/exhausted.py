@@ -21,9 +21,9 @@ from typing import Any
 import memslot_plugin as memslot
 from memslot_plugin._core import PAGE_SIZE, max_map_count
 from memslot_plugin.smaps import status_bytes
+from memslot_plugin.tests.leaks import Footprint
 
 from . import cells, toy
-from .leaks import Footprint
 from .toy import PAGE
 
 C = ctypes.CDLL(None, use_errno=True)

@@ -15,8 +15,9 @@ import time
 from contextlib import suppress
 from typing import Any
 
+from memslot_plugin.tests.leaks import Footprint
+
 from .cells import Cell
-from .leaks import Footprint
 from .verbs import COMPILE, VERBS, World
 
 

@@ -21,11 +21,12 @@ from pathlib import Path
 import pytest
 
 import memslot_plugin as memslot
+from memslot_plugin.settings import MIB
+from memslot_plugin.tests.leaks import Footprint
 from memslot_plugin.tests.patience import count_objects
 
 from . import cells, javascript, toy
 from .cells import Cell
-from .leaks import MIB, Footprint
 from .processes import beside
 from .toy import PAGE
 from .verbs import COMPILE, VERBS, World
@@ -170,7 +171,7 @@ def soak(cell: Cell, seconds: float, quickjs: bytes | None = None) -> Measured:
         assert sum(pool.failed_resets for pool in pools) == 0
         # Whose images lie in the idle slots, in how many extents, and how much of those slots the memories could access
         # that they held last, is as chance has it; a reservation that is lost has gigabytes.
-        allowed = replace(before, images=before.images + 8, reserved=before.reserved + 64 * MIB)
+        allowed = replace(before, image_mappings=before.image_mappings + 8, reserved=before.reserved + 64 * MIB)
         lost = after.lost_since(allowed, mappings=16)
         return Measured(
             rounds=len(took),

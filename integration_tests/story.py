@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import memslot_plugin as memslot
+from memslot_plugin.tests.leaks import Footprint
 
 from . import cells, toy
-from .leaks import Footprint
 from .toy import PAGE
 
 CALLS = (

@@ -18,7 +18,7 @@ from pathlib import Path
 import memslot_plugin as memslot
 from integration_tests import toy
 from integration_tests.cells import Cell
-from integration_tests.leaks import Footprint
+from memslot_plugin.tests.leaks import Footprint
 
 CLONE_NEWNS, MS_RDONLY, MS_REMOUNT, MS_REC, MS_PRIVATE = 0x20000, 1, 32, 16384, 1 << 18
 libc = ctypes.CDLL(None, use_errno=True)

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 
 import memslot_plugin as memslot
+from memslot_plugin.tests.leaks import Footprint
 from memslot_plugin.tests.profiles import FACTOR, LONG
 
 from . import cells, toy
 from .cells import Cell
 from .children import ROOT
 from .interrupts import Interruption
-from .leaks import Footprint
 from .verbs import TABLE, VERBS, World
 
 ERRORS = (KeyboardInterrupt, MemoryError)

@@ -122,7 +122,7 @@ GREEDY = """
 import json
 import memslot_plugin as memslot
 from integration_tests import cells, expect, toy
-from integration_tests.leaks import Footprint
+from memslot_plugin.tests.leaks import Footprint
 said = {}
 large = toy.assemble("(module (memory (export \\"memory\\") 16000) (data (i32.const 8) \\"x\\"))")
 for backend in cells.BACKENDS:

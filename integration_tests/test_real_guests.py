@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import pytest
 
 import memslot_plugin as memslot
+from memslot_plugin.settings import MIB
 
 from .cells import Cell
 from .javascript import IMPORTS, Pooled, evaluate
-from .leaks import MIB
 
 LEAVE_A_MESSAGE = """
   globalThis.secret = "of " + tenant; Array.prototype.last = function () { return secret; };

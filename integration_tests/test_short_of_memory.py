@@ -25,7 +25,8 @@ LARGE = """
 import json, os, signal, sys
 from pathlib import Path
 from integration_tests import cells, expect, toy
-from integration_tests.leaks import MIB, Footprint
+from memslot_plugin.settings import MIB
+from memslot_plugin.tests.leaks import Footprint
 from memslot_plugin.smaps import private_bytes
 data = f'(data (i32.const 0) "{"x" * 70000}")'
 module = toy.assemble(f'(module (memory (export "memory") 3200) {data} {toy.CODE})')

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import collections
-import ctypes
 import gc
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,53 +15,12 @@ from memslot_plugin import BytesImage, Image, MemfdImage, Pool, Slot, _core, pro
 from memslot_plugin._core import PAGE_SIZE, ffi, lib
 from memslot_plugin.reset import choose, madvise
 from memslot_plugin.tests import profiles
+from memslot_plugin.tests.leaks import Footprint
 from memslot_plugin.tests.slots import RESERVED, needs_pagemap, sparse
 
 profiles.load()
 
-with_one_arena = getattr(ctypes.CDLL(None), "mallopt", None)
-if with_one_arena is not None:
-    # M_ARENA_MAX (mallopt(3)): the C library reserves address space per thread, which would look like a lost slot.
-    with_one_arena(-8, 1)
-
-OF_A_SANITIZER = range(0x5000_0000_0000, 0x6400_0000_0000)
-"""Where AddressSanitizer's allocator (and libubsan's) has its heap, which grows and shrinks by itself."""
-
 Counted = Callable[[], AbstractContextManager["dict[str, int]"]]
-
-
-@dataclass(frozen=True)
-class Resources:
-    """Descriptors and mappings of this process that a slot, image or pool could have left behind."""
-
-    descriptors: dict[str, int]
-    image_mappings: int
-    reserved_bytes: int
-
-    @classmethod
-    def now(cls) -> Resources:
-        gc.collect()
-        descriptors: collections.Counter[str] = collections.Counter()
-        for entry in Path("/proc/self/fd").iterdir():
-            try:
-                descriptors[str(entry.readlink())] += 1
-            except FileNotFoundError:  # the descriptor by which the folder is being listed
-                continue
-        image_mappings = reserved = 0
-        with Path("/proc/self/maps").open(encoding="ascii", errors="surrogateescape") as maps:
-            for line in maps:
-                addresses, permissions, _, _, inode, *path = line.split(maxsplit=5)
-                low, high = (int(part, 16) for part in addresses.split("-"))
-                image_mappings += bool(path) and "memslot:" in path[0]
-                if permissions == "---p" and inode == "0" and low not in OF_A_SANITIZER:
-                    reserved += high - low
-        return cls(dict(descriptors), image_mappings, reserved)
-
-    def assert_left_nothing(self, before: Resources) -> None:
-        assert self.descriptors == before.descriptors
-        assert self.image_mappings == before.image_mappings
-        # Stacks of threads come and go with a guard page each; a lost slot is larger.
-        assert abs(self.reserved_bytes - before.reserved_bytes) < 256 * 1024
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -77,17 +32,17 @@ def _probed() -> None:
 
 
 @pytest.fixture
-def resources() -> Callable[[], Resources]:
+def resources() -> Callable[[], Footprint]:
     """Read what this process holds now."""
-    return Resources.now
+    return Footprint.now
 
 
 @pytest.fixture
 def no_leaks() -> Iterator[None]:
     """The test has to give back every descriptor, image mapping and reservation."""
-    before = Resources.now()
+    before = Footprint.now()
     yield
-    Resources.now().assert_left_nothing(before)
+    assert Footprint.now().lost_since(before) == []
 
 
 @pytest.fixture

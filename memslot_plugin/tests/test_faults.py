@@ -205,7 +205,7 @@ def test_pool_survives_each_system_call_failing_once(
         # The ftruncate of a new memfd is made again, that of a memory which grows is not.
         assert heard != fault.is_made_again or (heard and fault.call == "ftruncate"), fault
     request.node.user_properties.append(("faults", count))
-    resources().assert_left_nothing(before)
+    assert resources().lost_since(before) == []
 
 
 def test_every_system_call_of_the_core_belongs_to_a_life_and_says_how_it_may_fail() -> None:
@@ -240,4 +240,4 @@ def test_probe_concludes_or_says_what_failed_and_is_right_the_next_time(resource
         assert re.match(f".+: {re.escape(os.strerror(fault.error))}", said)
         assert injection.hit, fault
         assert look() == right, fault
-    resources().assert_left_nothing(before)
+    assert resources().lost_since(before) == []

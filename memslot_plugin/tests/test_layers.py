@@ -119,7 +119,7 @@ def test_the_parents_file_goes_with_the_last_image_that_has_extents_in_it(resour
     assert sum(held.descriptors.values()) == sum(before.descriptors.values()) + 2
     assert held.image_mappings == before.image_mappings + 2
     child.close()
-    resources().assert_left_nothing(before)
+    assert resources().lost_since(before) == []
 
 
 def test_changes_that_touch_are_one_extent(kind: Any) -> None:
