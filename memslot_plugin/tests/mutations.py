@@ -7,7 +7,6 @@ once and by everybody, and hides what else is wrong.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 
 from memslot_plugin.tests.encode import HEADER, name, section, unsigned
 
@@ -19,7 +18,7 @@ def mutated(rng: random.Random, module: bytes) -> bytes:
     """The module after one to three changes."""
     changed = module
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        changed = rng.choice(CHANGES)(rng, changed)
+        changed = rng.choice((*(_in_a_section,) * 8, change_bytes, _cut))(rng, changed)
     return changed
 
 
@@ -36,10 +35,6 @@ def sections(module: bytes) -> list[tuple[int, bytes]]:
         found.append((number, module[at : at + size]))
         at += size
     return found
-
-
-def joined(module: bytes, parts: list[tuple[int, bytes]]) -> bytes:
-    return module[: len(HEADER)] + b"".join(section(*part) for part in parts)
 
 
 def change_bytes(rng: random.Random, data: bytes) -> bytes:
@@ -70,38 +65,25 @@ def _in_a_section(rng: random.Random, module: bytes) -> bytes:
     place, other = rng.randrange(len(parts)), rng.randrange(len(parts))
     number, content = parts[place]
     what = rng.choice((*("bytes",) * 6, "count", "whole"))
+    if what == "whole":
+        what = rng.choice(("drop", "twice", "swap", "number", "custom"))
     if what == "bytes":
         parts[place] = number, change_bytes(rng, content)
     elif what == "count":  # how many entries it says that it has
         claimed = rng.choice((0, 1, 2, 3, 127, 1000, 2**32 - 1))
         parts[place] = number, unsigned(claimed) + content[1:]
-    else:
-        _whole_section(rng, parts, place, other)
-    return joined(module, parts)
-
-
-def _whole_section(
-    rng: random.Random, parts: list[tuple[int, bytes]], place: int, other: int
-) -> None:
-    what = rng.choice(("drop", "twice", "swap", "another number", "a custom one"))
-    if what == "drop":
+    elif what == "drop":
         del parts[place]
     elif what == "twice":
         parts.insert(other, parts[place])
     elif what == "swap":
         parts[place], parts[other] = parts[other], parts[place]
-    elif what == "another number":
-        parts[place] = rng.randrange(16), parts[place][1]
+    elif what == "number":
+        parts[place] = rng.randrange(16), content
     else:
         parts.insert(place, (0, name("note") + rng.randbytes(5)))
+    return module[: len(HEADER)] + b"".join(section(*part) for part in parts)
 
 
 def _cut(rng: random.Random, module: bytes) -> bytes:
     return module[: rng.randrange(len(module) + 1)]
-
-
-CHANGES: tuple[Callable[[random.Random, bytes], bytes], ...] = (
-    *(_in_a_section,) * 8,
-    change_bytes,
-    _cut,
-)

@@ -431,8 +431,8 @@ REWRITINGS: dict[str, tuple[bytes, dict[str, Any], bytes]] = {
         )
         for where, before, after in (
             ("alone", [], []),
-            ("behind the types", [(1, TYPE), custom("a")], []),
-            ("before functions", [custom("a")], [(3, b"\x00"), custom("b")]),
+            ("behind the types", [section(1, TYPE), custom("a")], []),
+            ("before functions", [custom("a")], [section(3, b"\x00"), custom("b")]),
         )
     },
     "size that was written in an unusual way stays so": (
