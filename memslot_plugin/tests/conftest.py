@@ -84,13 +84,18 @@ def child() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 @pytest.fixture(params=[MemfdImage, BytesImage], ids=lambda kind: kind.kind)
-def make_image(request: pytest.FixtureRequest) -> Iterator[Callable[..., Image]]:
+def kind(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.fixture
+def make_image(kind: Any) -> Iterator[Callable[..., Image]]:
     """Makes an image of (page, bytes) runs."""
     made: list[Image] = []
 
     def make(*runs: tuple[int, bytes], pages: int = 64) -> Image:
         content = sparse(pages * PAGE_SIZE, *((page * PAGE_SIZE, data) for page, data in runs))
-        made.append(request.param(f"image {len(made)}", content))
+        made.append(kind(f"image {len(made)}", content))
         return made[-1]
 
     yield make
@@ -135,7 +140,7 @@ def make_pool() -> Iterator[Callable[..., Pool]]:
         pool.close()
 
 
-@pytest.fixture(params=[MemfdImage, BytesImage], ids=lambda kind: kind.kind)
-def image(request: pytest.FixtureRequest) -> Iterator[Image]:
-    with request.param("guest", b"x" * 2 * PAGE_SIZE) as made:
+@pytest.fixture
+def image(kind: Any) -> Iterator[Image]:
+    with kind("guest", b"x" * 2 * PAGE_SIZE) as made:
         yield made

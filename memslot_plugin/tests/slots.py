@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from memslot_plugin import Image, Pool, Slot, probe
-from memslot_plugin._core import PAGE_SIZE, ffi
+from memslot_hooks import HostMapping
+from memslot_plugin import Image, Pool, Slot, _core, probe
+from memslot_plugin._core import PAGE_SIZE, ffi, lib
 from memslot_plugin.reset import madvise
 
 RESERVED = 64 * PAGE_SIZE
@@ -67,6 +68,27 @@ def cycle(pool: Pool, guest: object, image: Image | None = None, pages: int = 4)
     pool.release(slot)
     pool.check()
     return slot.base
+
+
+class Runtime:
+    """Makes ranges as a runtime does: readable and writable at first, faulting above, unmapped when forgotten."""
+
+    def __init__(self, accessible: int, reserved: int, *, shape: object = None) -> None:
+        self.accessible, self.reserved, self.shape = accessible, reserved, shape
+        self.live: list[int] = []
+
+    def __call__(self) -> HostMapping:
+        base = ffi.new("uintptr_t *")
+        _core.check(lib.ms_reserve(self.reserved, base), "reserving")
+        address = int(base[0])
+        _core.check(lib.ms_allow(address, self.accessible), "allowing")
+        self.live.append(address)
+
+        def forget() -> None:
+            self.live.remove(address)
+            _core.check(lib.ms_unmap(address, self.reserved), "unmapping")
+
+        return HostMapping(address, self.accessible, self.reserved, self, forget, self.shape)
 
 
 def in_threads(work: Callable[[Any], object], arguments: Iterable[Any]) -> None:

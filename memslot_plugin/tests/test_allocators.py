@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 
-from memslot_hooks import HostMapping, InitialContent, LinearMemory, MemoryRequest, Segment
+from memslot_hooks import InitialContent, LinearMemory, MemoryRequest, Segment
 from memslot_plugin import BytesImage, MemfdImage, Settings, _core, allocators
-from memslot_plugin._core import ffi, lib
+from memslot_plugin._core import lib
 from memslot_plugin.allocators import AnonymousAllocator, MemfdAllocator
 from memslot_plugin.errors import MemoryTooLarge, SystemCallError, Unsupported, UsedAfterClose
 from memslot_plugin.probe import Finding, probe
+from memslot_plugin.tests.slots import Runtime
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -191,34 +192,22 @@ def test_memory_without_the_room_that_its_code_counts_on_is_refused(
 def test_memory_grown_by_a_runtime_is_retired_also_if_no_report_came(make: Make) -> None:
     """A plugin that limits may be asked first and answer: ours never hears of the growth."""
     allocator = make(slots=1)
-    live: list[int] = []
-
-    def map_host_memory() -> HostMapping:
-        base = ffi.new("uintptr_t *")
-        _core.check(lib.ms_reserve(RESERVED, base), "reserving")
-        _core.check(lib.ms_allow(base[0], 4 * PAGE), "allowing")
-        live.append(address := int(base[0]))
-
-        def forget() -> None:
-            live.remove(address)
-            _core.check(lib.ms_unmap(address, RESERVED), "unmapping")
-
-        return HostMapping(address, 2 * PAGE, RESERVED, object(), forget, "shape")
-
-    request = request_for(growth="report", map_host_memory=map_host_memory, host_shape="shape")
+    runtime = Runtime(2 * PAGE, RESERVED, shape="shape")
+    request = request_for(growth="report", map_host_memory=runtime, host_shape="shape")
     for told in (True, False):
         memory = created(allocator, request)
         if told:
+            _core.check(lib.ms_allow(memory.base, 4 * PAGE), "growing as a runtime does")
             assert allocator.memslot_grow_memory(memory, 4 * PAGE) is True
         memory.byte_size = 4 * PAGE  # as the host notes it
         result = allocator.memslot_release_memory(memory)
         assert result is not None
         assert result.strategy == "retired"
-        assert live == []
+        assert runtime.live == []
     allocator.memslot_release_memory(created(allocator, request))
-    assert len(live) == 1
+    assert len(runtime.live) == 1
     allocator.memslot_close_host()
-    assert live == []
+    assert runtime.live == []
 
 
 # Machines and settings without memfd

@@ -27,11 +27,6 @@ PAGES = 256
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
-@pytest.fixture(params=[MemfdImage, BytesImage], ids=lambda kind: kind.kind)
-def kind(request: pytest.FixtureRequest) -> Any:
-    return request.param
-
-
 class Live(AbstractContextManager["Live"]):
     """A slot in which an image lies, for a block, and the bytes that it should hold."""
 
