@@ -108,6 +108,8 @@ HOSTS = [
 ]
 RUNTIMES = HOSTS[1:]
 """Hosts that run code."""
+INSTALLED = [name for name in ("wasmtime", "wasmer") if missing(name) is None]
+"""The names of those that can be opened here."""
 DECIDING = HOSTS[:2]
 """Hosts that ask before a memory grows, and whose instances may be used on any thread."""
 
@@ -190,6 +192,11 @@ def prepare(host: Host, text: str = ECHO, name: str = "echo") -> Guest:
     return host.prepare(assemble(text) if host.name == "fake" else text, name=name)
 
 
+def calling(host: Host, function: Any, text: str = CALLS_OUT) -> Guest:
+    """A guest whose functions call this one."""
+    return host.prepare(text, imports={"env": {"f": function}})
+
+
 class Growth:
     """Notes to how many bytes memories shall grow, and answers or raises."""
 
@@ -206,16 +213,21 @@ class Growth:
 
 
 class Raises:
-    """A host function that raises one error, again and again.
-
-    Clear the error's traceback at the end: its frames hold the instance, and so what the function is linked into.
-    """
+    """A host function that raises one error, again and again."""
 
     def __init__(self, error: BaseException) -> None:
         self.error = error
 
     def __call__(self, _: object) -> int:
         raise self.error
+
+
+def assert_raises(error: BaseException, call: Callable[[], object]) -> None:
+    """A call raises this very object, whose traceback, which holds the instance, is then cleared."""
+    with pytest.raises(type(error)) as caught:
+        call()
+    assert caught.value is error
+    error.__traceback__ = error.__context__ = None
 
 
 def elsewhere(function: Callable[[], Any]) -> Any:
