@@ -66,19 +66,6 @@ class Described:
         return int(lib.ms_reset_pagemap(pagemap_descriptor(), self.c, kept, self.report))
 
 
-def test_each_function_counts_the_system_calls_that_it_makes(calls: Any) -> None:
-    base = ffi.new("uintptr_t *")
-    with calls() as made:
-        lib.ms_reserve(4 * P, base)
-        lib.ms_zero(base[0], P)
-        lib.ms_allow(base[0] + P, P)
-        lib.ms_forbid(base[0] + P, P)
-        lib.ms_discard(base[0], P)
-        lib.ms_cover(base[0], 4 * P)
-        lib.ms_unmap(base[0], 4 * P)
-    assert made == {"mmap": 3, "mprotect": 2, "madvise": 1, "munmap": 1}
-
-
 def test_injecting_into_an_unknown_call_is_refused(inject: Any) -> None:
     for call in (lib.MS_CALLS, -1):
         assert lib.ms_inject(call, 0, errno.EPERM) == -errno.EINVAL
@@ -205,22 +192,19 @@ def test_scan_that_fails_at_any_turn_says_so(pages: Pages, inject: Any, at: int)
 
 
 @pytest.mark.parametrize(
-    ("error", "knobs"),
+    ("error", "knob"),
     [
-        (errno.ENOMEM, ["vm.max_map_count is ", " mappings in use", "RLIMIT_AS (ulimit -v) is "]),
-        (errno.EMFILE, ["RLIMIT_NOFILE (ulimit -n) is "]),
-        (errno.ENFILE, ["RLIMIT_NOFILE (ulimit -n) is "]),
-        (errno.EFBIG, ["RLIMIT_FSIZE (ulimit -f) is "]),
-        (errno.EAGAIN, ["RLIMIT_MEMLOCK (ulimit -l) is "]),
-        (errno.EPERM, []),
+        (errno.ENOMEM, r"vm.max_map_count is .* mappings in use.* RLIMIT_AS \(ulimit -v\) is "),
+        (errno.ENFILE, r"RLIMIT_NOFILE \(ulimit -n\) is "),
+        (errno.EFBIG, r"RLIMIT_FSIZE \(ulimit -f\) is "),
+        (errno.EAGAIN, r"RLIMIT_MEMLOCK \(ulimit -l\) is "),
+        (errno.EPERM, ""),
     ],
 )
-def test_error_says_what_was_attempted_and_names_its_limit(error: int, knobs: list[str]) -> None:
-    with pytest.raises(SystemCallError, match=f"trying: {os.strerror(error)}") as caught:
+def test_error_says_what_was_attempted_and_names_its_limit(error: int, knob: str) -> None:
+    with pytest.raises(SystemCallError, match=f"trying: {os.strerror(error)}.*{knob}") as caught:
         _core.check(-error, "trying")
     assert caught.value.errno == error
-    for knob in knobs:
-        assert knob in str(caught.value)
 
 
 def test_data_limits_are_read_when_the_error_happens() -> None:
@@ -249,9 +233,3 @@ def test_map_counts_are_the_kernels() -> None:
     lines = len(Path("/proc/self/maps").read_bytes().splitlines())
     assert abs((_core.map_count() or 0) - lines) <= 4
     assert _core.max_map_count() == int(Path("/proc/sys/vm/max_map_count").read_text())
-
-
-def test_sizes_are_rounded_up_to_pages() -> None:
-    assert resource.getpagesize() == P
-    assert [_core.align_up(size) for size in (0, 1, P, P + 1)] == [0, P, P, 2 * P]
-    assert _core.align_up(65537, 65536) == 131072

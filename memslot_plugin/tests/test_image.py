@@ -43,11 +43,6 @@ def bytes_of(image: Image, length: int) -> bytes:
     return seen
 
 
-@pytest.fixture(params=KINDS, ids=lambda kind: kind.kind)
-def kind(request: pytest.FixtureRequest) -> Any:
-    return request.param
-
-
 @pytest.fixture
 def slot() -> Iterator[Slot]:
     made = Slot.create(4 * P, P)
@@ -89,50 +84,28 @@ def test_image_holds_any_segments_in_whole_pages(segments: list[tuple[int, bytes
             assert all(a + GAP <= b for a, b in zip(ends, starts[1:], strict=False))
             assert all(at % P == 0 for at in [*starts, *ends])
             assert bytes_of(image, size) == model
+            stored = sum(extent.length for extent in image.extents)
+            assert (image.byte_size, image.stored_bytes) == (ends[-1] if ends else 0, stored)
+            packed = image.c_extents[0 : image.c_count]  # shared with the core
+            found = tuple(Extent(e.offset, e.length, e.file_offset) for e in packed)
+            assert found == image.extents
+            assert {image.fd if isinstance(image, MemfdImage) else -1} >= {e.fd for e in packed}
+            if isinstance(image, MemfdImage) and stored:
+                assert os.fstat(image.fd).st_size == stored
 
 
 @pytest.mark.parametrize("length", [1, P - 1, P, P + 1, 3 * P - 7])
-@pytest.mark.parametrize(
-    "make", [bytes, bytearray, memoryview, lambda data: memoryview(array.array("I", list(data)))]
-)
-def test_contents_may_be_any_buffer_of_any_length(kind: Kind, make: Any, length: int) -> None:
-    data = make(os.urandom(length - 1) + b"\1")
-    stored = memoryview(data).cast("B")
-    with kind("odd", data) as image:
-        assert image.byte_size == _core.align_up(len(stored))
-        assert bytes_of(image, 16 * P) == bytes(stored) + bytes(16 * P - len(stored))
-
-
-def test_image_keeps_its_bytes_when_the_source_changes(kind: Kind) -> None:
-    data = bytearray(b"before" * P)
-    with kind("source", data) as image:
-        data[:6] = b"after!"
-        assert bytes_of(image, 6 * P)[:6] == b"before"
-        data.append(0)  # raises BufferError if a buffer of it is still held
-
-
-@pytest.mark.parametrize(
-    ("length", "runs", "extents"),
-    [
-        (100 * P, [40 * P + 5, 43 * P - 1], [Extent(40 * P, 3 * P, 0)]),
-        (P + GAP + P, [0, P + GAP], [Extent(0, P, 0), Extent(P + GAP, P, P)]),
-        (P + GAP, [0, GAP], [Extent(0, GAP + P, 0)]),
-    ],
-    ids=["zeros around are trimmed", "long runs of zeros are left out", "short ones are kept"],
-)
-def test_extents_leave_out_zeros(
-    kind: Kind, length: int, runs: list[int], extents: list[Extent]
+def test_image_keeps_the_bytes_of_any_buffer_when_the_source_changes(
+    kind: Kind, length: int
 ) -> None:
-    with kind("sparse", sparse(length, *((at, b"x") for at in runs))) as image:
-        assert image.extents == tuple(extents)
-        stored = sum(extent.length for extent in extents)
-        last = extents[-1].offset + extents[-1].length
-        assert (image.byte_size, image.stored_bytes) == (last, stored)
-        if isinstance(image, MemfdImage):
-            assert os.fstat(image.fd).st_size == stored
-        packed = image.c_extents[0 : image.c_count]  # shared with the core
-        assert [Extent(e.offset, e.length, e.file_offset) for e in packed] == extents
-        assert {e.fd for e in packed} == {image.fd if isinstance(image, MemfdImage) else -1}
+    source = bytearray(os.urandom(length - 1) + b"\1")
+    before = bytes(source)
+    with kind("source", source) as image, kind("items", array.array("B", before)) as items:
+        source[:1] = b"!"
+        assert image.byte_size == items.byte_size == _core.align_up(length)
+        for each in (image, items):
+            assert bytes_of(each, 4 * P) == before + bytes(4 * P - length)
+        source.append(0)  # raises BufferError if a buffer of it is still held
 
 
 STRIDE = P + GAP
@@ -167,9 +140,7 @@ def test_image_of_zeros_maps_nothing_and_is_an_image(kind: Kind, slot: Slot, cal
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["", "a" * 500, "ä€\U0001f600" * 60, "with\nnewline", "nul\0inside", "\udcff from a path"],
-    ids=["empty", "long", "wide", "newline", "nul", "surrogate"],
+    "name", ["", "a" * 500, "ä€\U0001f600" * 60, "nul\0\n", "\udcff"], ids=ascii
 )
 def test_any_name_will_do(kind: Kind, name: str) -> None:
     with kind(name, b"x") as image:
@@ -198,7 +169,6 @@ def reopened_and_written(fd: int) -> None:
     "attack",
     [
         lambda fd: os.pwrite(fd, b"!", 0),
-        lambda fd: os.pwrite(fd, b"!", 2 * P),
         lambda fd: os.ftruncate(fd, 3 * P),
         lambda fd: os.ftruncate(fd, P),
         lambda fd: os.posix_fallocate(fd, 0, 3 * P),
@@ -207,7 +177,7 @@ def reopened_and_written(fd: int) -> None:
         reopened_and_written,
         lambda fd: os.truncate(f"/proc/self/fd/{fd}", 0),
     ],
-    ids=["write", "append", "grow", "shrink", "allocate", "map", "seal", "reopen", "truncate"],
+    ids=["write", "grow", "shrink", "allocate", "map", "seal", "reopen", "truncate"],
 )
 def test_seals_refuse_every_change(attack: Callable[[int], object]) -> None:
     sealed = MemfdImage("sealed", b"x" * 2 * P)

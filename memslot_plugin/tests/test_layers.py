@@ -117,16 +117,6 @@ def test_the_parents_file_goes_with_the_last_image_that_has_extents_in_it(resour
     assert resources().lost_since(before) == []
 
 
-def test_changes_that_touch_are_one_extent(kind: Any) -> None:
-    with kind("parent", b"p" * 3 * P) as parent:
-        held = b"x" * 8 * P + bytes((PAGES - 8) * P)
-        child = layers.layered("child", parent, held, [(0, 4 * P), (4 * P, 4 * P)])
-        assert child is not None
-        assert extents_of(child) == [(0, 8)]
-        assert bytes_of(child) == held
-        child.close()
-
-
 def test_pieces_that_touch_in_memory_and_in_their_file_are_one_extent() -> None:
     with MemfdImage("first", b"x" * 8 * P) as first:
         places = (
@@ -141,23 +131,6 @@ def test_pieces_that_touch_in_memory_and_in_their_file_are_one_extent() -> None:
         assert extents_of(image) == [(0, 3), (3, 1)]
         assert bytes_of(image) == b"x" * 4 * P + bytes((PAGES - 4) * P)
         image.close()
-
-
-def test_layers_never_become_a_chain(resources: Any) -> None:
-    image: Image = MemfdImage("first", b"0" * 64 * P)
-    before = sum(resources().descriptors.values())
-    flattened = 0
-    for generation in range(1, 40):
-        with image, Live(image) as live:
-            live.write(generation * P, b"%d" % generation)
-            child = live.layered()
-        flattened += child is None
-        image = child or MemfdImage("flat", bytes(live.bytes))  # as a snapshot does then
-        assert len(image.extents) <= MAX_EXTENTS
-    assert flattened
-    assert bytes_of(image) == live.bytes
-    assert sum(resources().descriptors.values()) - before <= MAX_EXTENTS
-    image.close()
 
 
 def test_too_many_extents_are_joined_and_then_flattened(kind: Any) -> None:
