@@ -1,4 +1,4 @@
-"""A real SIGINT at random moments, while every verb is used: run as a process of its own.
+"""KeyboardInterrupt from real signals at random moments, while verbs are used: run as a process of its own.
 
 usage: python -m integration_tests.interrupted_by_signals HOST BACKEND SECONDS
 """
@@ -6,78 +6,59 @@ usage: python -m integration_tests.interrupted_by_signals HOST BACKEND SECONDS
 from __future__ import annotations
 
 import faulthandler
-import os
 import random
 import signal
 import sys
-import threading
 import time
 from contextlib import suppress
-from typing import Any
 
+import memslot_plugin as memslot
 from memslot_plugin.tests.leaks import Footprint
 
 from .cells import Cell
-from .verbs import COMPILE, VERBS, World
+from .verbs import World
 
 
-def everything(world: World) -> None:
+def everything(guest: memslot.Guest) -> None:
     """Verbs in turn, until the signal comes."""
     while True:
-        for verb, (setup, action) in VERBS.items():
-            if verb not in COMPILE - {"close a fork"}:
-                action(world, setup(world))
+        with guest.instantiate() as instance:
+            instance.call("fill", 0, 5000, 0xEE)
+            instance.reset()
+            instance.call("grow", 1)
+            instance.reset()
+        with guest.lease() as instance:
+            instance.call("store", 5, 5)
+        with guest.instantiate() as instance:
+            instance.fork(1)[0].close()
+        guest.instantiate().call("fill", 0, 5000, 0xEE)
 
 
-class Bell(threading.Thread):
-    """While it is armed it interrupts the main thread, a random moment later and then again and again: a finalizer
-    swallows an interrupt.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.armed = threading.Event()
-
-    def run(self) -> None:
-        while True:
-            self.armed.wait()
-            time.sleep(random.random() * 0.01)
-            while self.armed.is_set():
-                os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(0.1)
-
-
-def interrupted_once(bell: Bell, world: World) -> None:
-    """From arming the bell to the KeyboardInterrupt."""
+def interrupted_once(world: World) -> None:
+    """From setting the timer to the KeyboardInterrupt; it rings again, for a finalizer swallows an interrupt."""
     try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        bell.armed.set()
-        everything(world)
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.001 + random.random() * 0.01, 0.1)
+        everything(world.guest)
     except KeyboardInterrupt:
-        while signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-            with suppress(KeyboardInterrupt):  # the bell may ring again before that
-                bell.armed.clear()
-                signal.signal(signal.SIGINT, signal.SIG_IGN)
+        while signal.getsignal(signal.SIGALRM) is not signal.SIG_IGN:
+            with suppress(KeyboardInterrupt):  # it may ring again before that
+                signal.signal(signal.SIGALRM, signal.SIG_IGN)
 
 
 def main() -> None:
     name, backend, seconds = sys.argv[1:]
     faulthandler.dump_traceback_later(120, exit=True)
-    swallowed: list[Any] = []
-    sys.unraisablehook = swallowed.append  # a finalizer cannot raise it to a caller
-    bell = Bell()
-    bell.start()
-    with World(Cell(name, backend)).host:
+    sys.unraisablehook = lambda _: None  # a finalizer cannot raise it to a caller
+    with World(Cell(name, backend)):
         pass
     before = Footprint.now()
-    world = World(Cell(name, backend))
-    times, end = 0, time.monotonic() + float(seconds)
-    while time.monotonic() < end:
-        interrupted_once(bell, world)
-        world.serves()
-        times += 1
-    swallowed.clear()
-    world.close()
+    with World(Cell(name, backend), slots=4) as world:
+        times, end = 0, time.monotonic() + float(seconds)
+        while time.monotonic() < end:
+            interrupted_once(world)
+            world.serves()
+            times += 1
     # A signal between the runtime's package being given compiled code and keeping it loses that code, as it does
     # without memslot; descriptors, images and reservations are memslot's.
     lost = Footprint.now().lost_since(before, mappings=2000)

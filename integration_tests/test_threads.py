@@ -101,21 +101,10 @@ def test_collection_inside_of_every_callback_breaks_nothing(plain_cell: Cell) ->
         gc.collect()
 
     class Collects:
-        @hookimpl
-        def memslot_memory_created(self, memory: Any) -> None:
-            collect()
-
-        @hookimpl
-        def memslot_memory_reset(self, memory: Any, result: Any) -> None:
-            collect()
-
-        @hookimpl
-        def memslot_pool_exhausted(self, request: Any, limit: int, in_use: int) -> None:
-            collect()
-
-        @hookimpl(tryfirst=True)
-        def memslot_grow_memory(self, memory: Any, byte_size: int) -> None:
-            collect()
+        memslot_memory_created = hookimpl(lambda self, memory: collect())
+        memslot_memory_reset = hookimpl(lambda self, memory, result: collect())
+        memslot_pool_exhausted = hookimpl(lambda self, request, limit, in_use: collect())
+        memslot_grow_memory = hookimpl(lambda self, memory, byte_size: collect(), tryfirst=True)
 
     with plain_cell.open(slots=3, plugins=(Collects(),)) as host:
         if plain_cell.host == "fake":

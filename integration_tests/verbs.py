@@ -6,6 +6,8 @@ import gc
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 import memslot_plugin as memslot
 
 from . import cells, toy
@@ -23,6 +25,7 @@ class World:
     """A host with two guests, and the states that verbs start from."""
 
     def __init__(self, cell: Cell, **settings: Any) -> None:
+        self.cell = cell
         self.host = cell.open(**{"slots": 3, "audit": 0.0, **settings})
         self.guest = self.host.prepare(toy.A)
         self.table = self.host.prepare(TABLE)
@@ -67,6 +70,16 @@ class World:
     def dropped(self) -> None:
         self.instance()
 
+    def busy_host(self) -> memslot.Host:
+        """Open a host with a guest in use, one whose instance waits, one that was dropped, and a fork."""
+        host = self.cell.open(slots=4, audit=0.0)
+        used, waiting = host.prepare(toy.A), host.prepare(TABLE)
+        with waiting.lease() as leased:
+            leased.call("bump")
+        waiting.instantiate()
+        KEPT[:] = [used, used.instantiate().fork(1)]
+        return host
+
     def serves(self) -> None:
         """Check that nothing is leased but what waits ready, and that guests find pristine memories."""
         gc.collect()
@@ -80,16 +93,25 @@ class World:
             for each in (first, second):
                 each.call("fill", 0, 2 * PAGE, 0xDD)
 
-    def close(self) -> None:
-        self.table.close()
-        self.guest.close()
-        self.host.close()
+    def __enter__(self) -> World:  # noqa: PYI034 - typing has no Self on 3.10
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        """Close everything; by force after a failure, which is the error to be seen."""
+        if kind is None:
+            self.table.close()
+            self.guest.close()
+        self.host.close(force=kind is not None)
 
 
-def grow(world: World, instance: memslot.Instance) -> None:
-    instance.call("grow", 1)
+KEPT: list[Any] = []
+
+
+def grow(world: World, instance: memslot.Instance) -> Any:
+    grown = instance.call("grow", 1)
     instance.memory.write(0, instance.memory.read(1, 5))
     instance.memory.grow(1)
+    return grown
 
 
 def lease(world: World, _: None) -> None:
@@ -119,7 +141,19 @@ VERBS: dict[str, tuple[Callable[[World], Any], Callable[[World, Any], Any]]] = {
     "close a guest": (World.another_guest, lambda _, guest: guest.close()),
     "warm": (World.nothing, lambda world, _: world.guest.warm(2)),
     "statistics": (World.dropped, lambda world, _: world.host.statistics()),
+    "open a host": (World.nothing, lambda world, _: world.cell.open().close()),
+    "close a host": (World.busy_host, lambda _, host: host.close(force=True)),
 }
 
-COMPILE = {"close a fork", "snapshot", "fork", "prepare", "prepare with init", "close a guest"}
+
+def finish(given: Any) -> None:
+    """Close the host that a verb was closing: that goes on where it was cut short."""
+    if isinstance(given, memslot.Host):
+        given.close(force=True)
+        with pytest.raises(memslot.UsedAfterClose):
+            KEPT[0].instantiate()
+        KEPT.clear()
+
+
+COMPILE = ("close a fork", "snapshot", "fork", "prepare", "prepare with init", "close a guest")
 """Verbs that compile a module, which wasmer keeps for as long as its store lives."""
