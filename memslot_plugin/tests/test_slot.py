@@ -184,10 +184,11 @@ def use(slot):
     slot.reset(madvise)
 slot.instantiate(one, 8 * P)
 use(slot)
+mark("same"); slot.instantiate(one, 8 * P)
 mark("grow"); slot.grow(24 * P)
 mark("reset grown"); slot.reset(madvise)
 mark("other"); slot.instantiate(other, 24 * P)
-use(slot)
+mark("reset"); use(slot)
 mark("shrink"); slot.instantiate(None, 4 * P)
 slot.reset(madvise)
 mark("destroy"); slot.destroy()
@@ -218,9 +219,11 @@ print([slot.base, P, {name: n - before[name] for name, n in _core.counters().ite
         ]
         for name, calls in sections.items()
     }
+    assert seen["same"] == []
     assert seen["grow"] == [("mprotect", 8, 16)]
     assert seen["reset grown"] == [("madvise", 0, 24), ("mprotect", 8, 16)]
-    assert seen["other"][:-1] == [("mmap", 0, 2), ("mprotect", 8, 16), ("mmap", 20, 1)]
+    assert seen["other"] == [("mmap", 0, 2), ("mprotect", 8, 16), ("mmap", 20, 1)]
+    assert seen["reset"] == [("madvise", 0, 24)]
     assert seen["shrink"] == [("mmap", 20, 1), ("mprotect", 4, 20), ("madvise", 0, 4)]
     assert seen["destroy"] == [("mmap", 0, 64)]
     (cover,) = (call.line for call in sections["destroy"] if call.address == base)
