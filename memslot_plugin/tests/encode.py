@@ -23,7 +23,6 @@ def unsigned(value: int, length: int = 0) -> bytes:
 
 
 def signed(value: int) -> bytes:
-    """A signed LEB128 integer."""
     out = bytearray()
     while not -64 <= value < 64:
         out.append(value & 0x7F | 0x80)
@@ -53,5 +52,4 @@ def section(number: int, payload: bytes, length: int = 0) -> bytes:
 
 
 def custom(text: str, contents: bytes = b"") -> bytes:
-    """A custom section of this name."""
     return section(0, name(text) + contents)

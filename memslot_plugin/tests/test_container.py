@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import random
-import resource
 import stat
 import struct
 import tempfile
@@ -350,17 +349,6 @@ def test_a_folder_that_cannot_be_synchronised_is_an_error_unless_the_file_system
     assert names(written.parent) == [written.name]
 
 
-def test_a_limit_on_the_size_of_files_is_met_like_a_full_disk(tmp_path: Path) -> None:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
-    try:
-        with pytest.raises(SystemCallError, match="File too large"):
-            container.write(tmp_path / "guest", contents())
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert names(tmp_path) == []
-
-
 def test_writes_that_take_less_than_they_are_given_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -369,10 +357,3 @@ def test_writes_that_take_less_than_they_are_given_go_on(
     container.write(tmp_path / "guest", contents())
     monkeypatch.undo()
     assert read(tmp_path / "guest", keep=True).module == contents().module
-
-
-@pytest.fixture(autouse=True)
-def _sensible_umask() -> Iterator[None]:
-    before = os.umask(0o022)
-    yield
-    os.umask(before)

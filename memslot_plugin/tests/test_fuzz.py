@@ -144,7 +144,8 @@ def assert_same_meaning(plan: guest.Plan) -> None:
                 laid[segment.offset : segment.offset + len(segment.data)] = segment.data
             for each in old.data_segments:
                 if each.memory == memory.index:
-                    at = each.offset and each.offset.value
+                    assert each.offset is not None
+                    at = each.offset.value
                     assert at is not None
                     meant[at : at + len(each.data)] = each.data
             assert laid == meant

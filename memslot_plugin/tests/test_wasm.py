@@ -13,22 +13,12 @@ from hypothesis import strategies as st
 
 from memslot_plugin import wasm
 from memslot_plugin.errors import InvalidModule
-from memslot_plugin.tests.encode import (
-    END,
-    HEADER,
-    custom,
-    name,
-    section,
-    signed,
-    sized,
-    unsigned,
-    vector,
-)
+from memslot_plugin.tests.encode import END, custom, name, section, signed, sized, unsigned, vector
 from memslot_plugin.wasm import ImportName, NotUnderstood, SectionId
 from memslot_plugin.wasm.binary import Reader, unsigned_leb128
 from memslot_plugin.wasm.types import MemoryType, read_memory_type
 
-I32, I64, FUNCREF = b"\x7f", b"\x7e", b"\x70"
+HEADER, I32, I64 = b"\0asm\1\0\0\0", b"\x7f", b"\x7e"
 MEMORY = (5, b"\x01\x00\x01")  # one memory of at least one page
 TYPE = b"\x01\x60\x00\x00"  # a type section's contents: no parameters and no results
 
@@ -463,33 +453,24 @@ def test_module_is_rewritten_exactly(before: bytes, options: dict[str, Any], aft
     assert wasm.rewrite(wasm.parse(before), **options) == after
 
 
-@pytest.mark.parametrize("data", [HEADER, build((5, vector(b"\x00\x01", b"\x00\x01")))])
-def test_memory_that_is_not_the_only_one_cannot_become_an_import(data: bytes) -> None:
-    with pytest.raises(NotUnderstood, match="only a single one can become an import"):
-        wasm.rewrite(wasm.parse(data), import_memory=ImportName("h", "m"))
-
-
-def test_imported_memory_is_not_imported_again() -> None:
-    module = wasm.parse(build((2, vector(b"\x01a\x01b\x02\x00\x01"))))
-    with pytest.raises(NotUnderstood, match=r"already an import, a\.b"):
-        wasm.rewrite(module, import_memory=ImportName("h", "m"))
-    with pytest.raises(ValueError, match="memory 0 is not one that the module defines"):
-        wasm.rewrite(module, minimums={0: 2})
-
-
 @pytest.mark.parametrize(
-    ("before", "emptied", "minimums", "sentence"),
+    ("before", "options", "sentence"),
     [
-        (EVERYTHING, [2], {}, "data segment 2 does not exist"),
-        (EVERYTHING, [-1], {}, "data segment -1 does not exist"),
-        (EVERYTHING, [1], {}, "data segment 1 is passive"),
-        (EVERYTHING, [], {1: 1}, "memory 1 is not one that the module defines"),
-        (EVERYTHING, [], {0: 0}, "allowed are 1 to any number"),
-        (build(BOUNDED), [], {0: 3}, "allowed are 1 to 2"),
+        (build(), IMPORTED, "has 0 memories and only a single one can become an import"),
+        (build(TWO), IMPORTED, "has 2 memories and only a single one can become an import"),
+        (build(imported(b"\x00\x01")), IMPORTED, r"already an import, h\.m"),
+        (build(imported(b"\x00\x01")), {"minimums": {0: 2}}, "memory 0 is not one that the module"),
+        (EVERYTHING, {"minimums": {1: 1}}, "memory 1 is not one that the module defines"),
+        (EVERYTHING, {"minimums": {0: 0}}, "allowed are 1 to any number"),
+        (build(BOUNDED), {"minimums": {0: 3}}, "allowed are 1 to 2"),
+        (EVERYTHING, {"emptied": [2]}, "data segment 2 does not exist"),
+        (EVERYTHING, {"emptied": [-1]}, "data segment -1 does not exist"),
+        (EVERYTHING, {"emptied": [1]}, "data segment 1 is passive"),
     ],
 )
-def test_rewriting_that_no_module_could_mean_is_a_value_error(
-    before: bytes, emptied: list[int], minimums: dict[int, int], sentence: str
+def test_rewriting_that_cannot_be_is_refused(
+    before: bytes, options: dict[str, Any], sentence: str
 ) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        wasm.rewrite(wasm.parse(before), emptied=emptied, minimums=minimums)
+    expected = NotUnderstood if options is IMPORTED else ValueError
+    with pytest.raises(expected, match=sentence):
+        wasm.rewrite(wasm.parse(before), **options)
