@@ -1,23 +1,10 @@
-"""Figures on a machine that others use too."""
+"""The number of objects that Python keeps."""
 
 from __future__ import annotations
 
 import gc
-import time
-from collections.abc import Iterator
 
 from memslot_hooks import ResetResult
-
-
-def attempts(number: int) -> Iterator[int]:
-    """So many tries at a figure that others can make worse and never better; leave the loop when one is good enough.
-
-    The later ones come after pauses, of 1, 2, 4, 8 and then 16 seconds: a noisy moment may be a noisy minute.
-    """
-    for attempt in range(number):
-        if attempt >= 2:
-            time.sleep(min(2 ** (attempt - 2), 16))
-        yield attempt
 
 
 def count_objects() -> int:

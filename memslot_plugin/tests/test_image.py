@@ -50,12 +50,6 @@ def slot() -> Iterator[Slot]:
     made.destroy()
 
 
-def test_later_segments_lie_over_earlier_ones() -> None:
-    segments = (Segment(2, b"aaaa"), Segment(4, b"bb"), Segment(1, b"c"), Segment(9, b""))
-    assert images.flatten(InitialContent(65536, segments)) == b"\0caabb\0\0\0"
-    assert images.flatten(InitialContent(65536)) == b""
-
-
 written = st.lists(
     st.tuples(
         st.one_of(

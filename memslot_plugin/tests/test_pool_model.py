@@ -22,14 +22,13 @@ from memslot_plugin import image as images
 from memslot_plugin._core import PAGE_SIZE as P
 from memslot_plugin.errors import MemoryTooLarge, PoolExhausted
 from memslot_plugin.reset import choose
-from memslot_plugin.tests.profiles import LONG, examples
+from memslot_plugin.tests.profiles import examples
 from memslot_plugin.tests.slots import content, needs_pagemap
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 SLOTS = 3
 PAGES = 40
-KINDS = [MemfdImage, BytesImage]
 STEPS = examples(150)
 """The least number of steps that each of the eight models takes: 600 in the gate, 36,000 at length."""
 
@@ -63,10 +62,10 @@ class PoolMachine(RuleBasedStateMachine):
         allocation=st.sampled_from(["pooling", "pooling", "on-demand"]),
         growth=st.sampled_from(["mprotect", "ftruncate"]),
         strategy=st.sampled_from(["affinity", "next-available", "random"]),
-        warm=st.integers(0, SLOTS),
+        max_unused_warm_slots=st.integers(0, SLOTS),
         keep=st.sampled_from([0, 3 * P, 1 << 30]),
     )
-    def open(self, allocation: str, growth: str, strategy: str, warm: int, keep: int) -> None:
+    def open(self, keep: int, **drawn: Any) -> None:
         self.leased: list[Lease] = []
         self.guests: list[tuple[Image | None, bytes]] = [(None, b"")]
         self.pool = Pool(
@@ -74,11 +73,8 @@ class PoolMachine(RuleBasedStateMachine):
             reserved=PAGES * P,
             guard=P,
             reset=choose(self.reset_name, keep),
-            strategy=strategy,
-            max_unused_warm_slots=warm,
-            allocation=allocation,
-            growth=growth,
             audit=1.0,
+            **drawn,
         )
 
     @rule(
@@ -201,9 +197,8 @@ class PoolMachine(RuleBasedStateMachine):
 @pytest.mark.parametrize(
     "reset", ["madvise", pytest.param("pagemap", marks=needs_pagemap), "copy", "auto"]
 )
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.kind)
 def test_pool_holds_the_bytes_of_its_model_after_any_steps(
-    kind: Any, reset: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    kind: Any, reset: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Memories of forty pages get interior zero runs that are not in the file.
     monkeypatch.setattr(images, "MIN_GAP", 2 * P)
@@ -219,7 +214,4 @@ def test_pool_holds_the_bytes_of_its_model_after_any_steps(
         suppress_health_check=list(HealthCheck),
     )
     run_state_machine_as_test(Machine, settings=limits)
-    if LONG:
-        with capsys.disabled():
-            print(f"\n{kind.kind}, {reset}: {Machine.steps} steps, of at least {STEPS}")
     assert Machine.steps >= STEPS

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
-import random
 import sys
 import threading
 import time
@@ -19,12 +18,10 @@ from memslot_plugin import MemfdImage, Slot
 from memslot_plugin import reset as resets
 from memslot_plugin._core import PAGE_SIZE as P
 from memslot_plugin._core import ffi, lib
-from memslot_plugin.adaptive import COMPARE_EVERY, FEW_PAGES
+from memslot_plugin.adaptive import COMPARE_EVERY
 from memslot_plugin.errors import SlotError
 from memslot_plugin.probe import probe
 from memslot_plugin.slot import State
-from memslot_plugin.tests.patience import attempts
-from memslot_plugin.tests.profiles import examples
 from memslot_plugin.tests.slots import needs_pagemap
 
 pytestmark = [
@@ -86,15 +83,16 @@ def test_pages_above_the_image_get_a_scan_of_their_own_if_they_are_many(
     once(slot, reset, *pages, check=True)
 
 
-def test_auto_compares_now_and_then(slot: Slot) -> None:
-    reset = resets.choose("auto", 1 << 30)
+@pytest.mark.parametrize(("name", "times"), [("auto", 3), ("pagemap", 0)])
+def test_auto_compares_now_and_then_and_pagemap_never(slot: Slot, name: str, times: int) -> None:
+    reset = resets.choose(name, 1 << 30)
     once(slot, reset, 1, 2, 3)
     compared = []
     for _ in range(3 * COMPARE_EVERY):
         once(slot, reset, 1, 2, 3)
         compared.append(slot.report.compared)
-    assert sum(compared) == 3
-    assert compared.index(1) < COMPARE_EVERY
+    assert sum(compared) == times
+    assert (1 in compared[:COMPARE_EVERY]) == (times > 0)
 
 
 def test_auto_compares_after_it_found_idle_pages_until_they_are_dropped(slot: Slot) -> None:
@@ -108,24 +106,6 @@ def test_auto_compares_after_it_found_idle_pages_until_they_are_dropped(slot: Sl
         assert result.dirty_bytes == P
     assert result.reason == "pages not written lately"
     assert slot.private_runs() == []
-
-
-def test_pagemap_never_compares(slot: Slot) -> None:
-    reset = resets.choose("pagemap", 1 << 30)
-    once(slot, reset, *range(FEW_PAGES + 4))
-    for _ in range(COMPARE_EVERY + 1):
-        result = once(slot, reset, 1)
-        assert not slot.report.compared
-        assert result.dirty_bytes == (FEW_PAGES + 4) * P  # the private ones, written or not
-
-
-@pytest.mark.scales
-def test_any_pages_are_restored_by_any_strategy_in_turn(slot: Slot) -> None:
-    chance = random.Random(7)
-    every = [resets.choose(name, keep) for name in ("pagemap", "auto") for keep in (8 * P, 1 << 30)]
-    for _ in range(examples(75)):
-        pages = chance.sample(range(MEMORY), chance.choice([0, 1, 5, 60, MEMORY]))
-        once(slot, chance.choice(every), *pages, check=True)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +203,7 @@ def test_reset_releases_the_gil_if_the_last_one_was_long_or_many_pages_are_found
         other.start()
         while not turns[0]:
             time.sleep(0.001)
-        for _ in attempts(8):  # a busy machine may not let the other thread run in time
+        for _ in range(20):  # a busy machine may not let the other thread run in time
             ran = turns_during_a_reset() > 0
             if ran == others:
                 break
