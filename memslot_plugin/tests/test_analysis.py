@@ -393,10 +393,8 @@ def test_lying_count_in_a_body_is_cut_off_where_the_bytes_end(
 def test_code_that_a_runtime_accepts_is_understood(
     engine: Any, chosen: list[Encoded], seed: int
 ) -> None:
-    body, rng = (
-        LOCALS + b"".join(b"\x00" + each.data for each in chosen) + b"\x00\x0b",
-        random.Random(seed),
-    )
+    rng = random.Random(seed)
+    body = LOCALS + b"".join(b"\x00" + each.data for each in chosen) + b"\x00\x0b"
     for _ in range(rng.choice((1, 1, 2, 3))):
         body = change_bytes(rng, body)
     source = with_one_body(body)
@@ -432,53 +430,42 @@ def judge(text: str) -> tuple[wasm.Module, analysis.CodeReport, analysis.Verdict
 
 
 TABLE = "(table 1 funcref)"
-REFUSED = [
-    (
-        f'{TABLE} (func (export "f") unreachable table.set unreachable table.set)',
-        'The code has table.set in function 0 (exported as "f"), at byte 0x',
+REFUSED = {
+    f'{TABLE} (func (export "f") unreachable table.set unreachable table.set)': (
+        'The code has table.set in function 0 (exported as "f"), at byte 0x'
     ),
-    (f"{TABLE} (func unreachable table.fill)", "the elements of a table cannot be put back."),
-    (f"{TABLE} (func unreachable table.grow unreachable)", "a table cannot shrink."),
-    ("(elem $e func) (func elem.drop $e)", "a segment that was dropped does not come back."),
-    (
-        '(memory 1) (data $d "x") (func unreachable memory.init $d)',
-        "whether its segment is still there cannot be seen from outside.",
+    f"{TABLE} (func unreachable table.fill)": "the elements of a table cannot be put back.",
+    f"{TABLE} (func unreachable table.grow unreachable)": "a table cannot shrink.",
+    "(elem $e func) (func elem.drop $e)": "a segment that was dropped does not come back.",
+    '(memory 1) (data $d "x") (func unreachable memory.init $d)': (
+        "whether its segment is still there cannot be seen from outside."
     ),
-    (
-        "(type $a (array (mut i32))) (func unreachable array.set $a)",
-        "an object that the instance keeps cannot be put back.",
+    "(type $a (array (mut i32))) (func unreachable array.set $a)": (
+        "an object that the instance keeps cannot be put back."
     ),
-    (
-        "(global $g (mut funcref) (ref.null func)) (func unreachable global.set $g)",
-        "Global 0 holds references, (ref null func), and is assigned to; a reference cannot be saved.",
+    "(global $g (mut funcref) (ref.null func)) (func unreachable global.set $g)": (
+        "Global 0 holds references, (ref null func), and is assigned to; a reference cannot be saved."
     ),
-    (
-        '(global (export "g") (mut externref) (ref.null extern))',
-        'Global 0 holds references, (ref null extern), and is exported as "g"',
+    '(global (export "g") (mut externref) (ref.null extern))': (
+        'Global 0 holds references, (ref null extern), and is exported as "g"'
     ),
-    (
-        "(func $f) (start $f)",
-        "Function 0 starts each new instance and does not run at a reset in place;",
+    "(func $f) (start $f)": "Function 0 starts each new instance and does not run at a reset",
+    '(import "env" "m" (memory 1)) (data (i32.const 0) "x")': (
+        "Each new instance copies data into the memory that is imported as env.m;"
     ),
-    (
-        '(import "env" "m" (memory 1)) (data (i32.const 0) "x")',
-        "Each new instance copies data into the memory that is imported as env.m;",
+    '(import "env" "t" (table 1 funcref)) (func $f) (elem (i32.const 0) $f)': (
+        "Each new instance may put its functions into the table that is imported as env.t;"
     ),
-    (
-        '(import "env" "t" (table 1 funcref)) (func $f) (elem (i32.const 0) $f)',
-        "Each new instance may put its functions into the table that is imported as env.t;",
+    "(type $f (func)) (type $c (cont $f)) (func unreachable cont.new $c unreachable)": (
+        "What the code does cannot be proven: the opcode 0xe0 is not known here (at byte"
     ),
-    (
-        "(type $f (func)) (type $c (cont $f)) (func unreachable cont.new $c unreachable)",
-        "What the code does cannot be proven: the opcode 0xe0 is not known here (at byte",
-    ),
-]
+}
 
 CAPTURED = ("segment", "Global", "starts each")
 """Words in the reasons of what a snapshot captures, though a reset in place would not restore it."""
 
 
-@pytest.mark.parametrize(("text", "reason"), REFUSED)
+@pytest.mark.parametrize(("text", "reason"), REFUSED.items())
 def test_state_that_a_reset_in_place_could_miss_is_a_reason(text: str, reason: str) -> None:
     module, report, verdict = judge(text)
     assert not verdict.in_place

@@ -88,25 +88,22 @@ def test_code_that_is_not_understood_may_name_every_segment() -> None:
     assert [len(s.data) for s in wasm.parse(plan.module).data_segments] == [0]
 
 
-IMAGELESS = [
-    (
-        """(import "env" "base" (global i32)) (memory 1) (data (i32.const 0) "a")
-             (data (global.get 0) "b")""",
-        "The offset of data segment 1 is global 0, which is imported; place it at a constant",
+IMAGELESS = {
+    """(import "env" "base" (global i32)) (memory 1) (data (i32.const 0) "a")
+       (data (global.get 0) "b")""": (
+        "The offset of data segment 1 is global 0, which is imported; place it at a constant"
     ),
-    (
-        '(memory 1) (data (i32.const 65530) "a") (data (i32.const 65530) "sevenby")',
-        "Data segment 1 ends at byte 65537 and the memory starts with 65536, so instantiation traps",
+    '(memory 1) (data (i32.const 65530) "a") (data (i32.const 65530) "sevenby")': (
+        "Data segment 1 ends at byte 65537 and the memory starts with 65536, so instantiation traps"
     ),
-    (
-        '(import "env" "memory" (memory 1)) (data (i32.const 0) "a")',
-        "It is imported as env.memory and belongs to whoever provides it",
+    '(import "env" "memory" (memory 1)) (data (i32.const 0) "a")': (
+        "It is imported as env.memory and belongs to whoever provides it"
     ),
-]
+}
 
 
 @pytest.mark.parametrize("import_memory", [False, True])
-@pytest.mark.parametrize(("text", "reason"), IMAGELESS)
+@pytest.mark.parametrize(("text", "reason"), IMAGELESS.items())
 def test_a_memory_without_an_image_keeps_its_segments_and_says_why(
     text: str, reason: str, *, import_memory: bool
 ) -> None:

@@ -430,15 +430,10 @@ REWRITINGS: dict[str, tuple[bytes, dict[str, Any], bytes]] = {
         EMPTIED,
         build(ODD, MEMORY, (11, vector(EMPTY_FIRST))),
     ),
-    "minimum is raised in the section": (
-        build((5, vector(b"\x01\x01\x04", b"\x05\x01\x04"))),
-        {"minimums": {1: 3}},
-        build((5, vector(b"\x01\x01\x04", b"\x05\x03\x04"))),
-    ),
-    "minimum takes more bytes": (
-        build(MEMORY),
-        {"minimums": {0: 200}},
-        build((5, b"\x01\x00\xc8\x01")),
+    "minimum is raised and takes more bytes": (
+        build((5, vector(b"\x01\x01\x04", b"\x05\x01\xc9\x01"))),
+        {"minimums": {1: 200}},
+        build((5, vector(b"\x01\x01\x04", b"\x05\xc8\x01\xc9\x01"))),
     ),
     "page size stays spelt out": (
         build((5, b"\x01\x08\x01\x10")),
