@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import os
@@ -22,12 +21,10 @@ from memslot_plugin.cli.output import Output, byte_size, duration, times
 from memslot_plugin.cli.signatures import Signature, exported_functions, parse_arguments
 from memslot_plugin.errors import ArgumentError
 from memslot_plugin.hosts import alone
+from memslot_plugin.tests import hosts, installed
 
-HOSTS = ["wasmtime"] if importlib.util.find_spec("wasmtime") else []
-if sys.version_info < (3, 11) and importlib.util.find_spec("wasmer"):
-    HOSTS.append("wasmer")
 MIB = 1 << 20
-on_each_host = pytest.mark.parametrize("host", HOSTS)
+on_each_host = pytest.mark.parametrize("host", hosts.RUNTIMES)
 
 GUEST = r"""(module
   (import "wasi_snapshot_preview1" "fd_write" (func $write (param i32 i32 i32 i32) (result i32)))
@@ -56,17 +53,15 @@ def memslot(*words):
         return CliRunner(env={"COLUMNS": "200"}).invoke(main, [str(word) for word in words])
 
 
-def json_of(command, *arguments, exit_code=0):
-    result = memslot(command, "--json", *arguments)
-    assert (result.exit_code, result.stderr) == (exit_code, ""), result.output
-    return json.loads(result.stdout)
-
-
 def shown_by(*arguments, exit_code=0):
     """Standard output for people, as one line."""
     result = memslot(*arguments)
     assert (result.exit_code, result.stderr) == (exit_code, ""), result.output
     return " ".join(result.stdout.split())
+
+
+def json_of(command, *arguments, exit_code=0):
+    return json.loads(shown_by(command, "--json", *arguments, exit_code=exit_code))
 
 
 def refusal(*arguments, exit_code=2):
@@ -103,59 +98,42 @@ def test_example_answers_less_where_an_earlier_request_left_its_traces(host):
     assert runtime.call(instance, "demo", ()) == 0
 
 
-def test_numbers_are_written_for_people():
+def test_numbers_and_widths_are_for_people_and_percentiles_and_blocks_exact(monkeypatch):
     sizes = [byte_size(n) for n in (None, 0, 1023, 1024, 1536, 3 << 20, 4 << 30, 9 << 40)]
     assert sizes == ["-", "0 B", "1023 B", "1 KiB", "1.5 KiB", "3 MiB", "4 GiB", "9 TiB"]
     durations = [duration(n) for n in (0.07, 53.14, 1771, 2.4e6)]
     assert durations == ["0.07 us", "53.1 us", "1.77 ms", "2.4 s"]
     ratios = [times(n) for n in (None, 0.342, 6.13, 15.14, 1234.5)]
     assert ratios == ["-", "0.34x", "6.1x", "15.1x", "1,234x"]
-
-
-def test_tables_in_a_pipe_have_a_width_of_their_own(monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
     assert Output(io.StringIO()).width == 120
 
-
-def test_99th_percentile_is_a_time_that_was_measured():
     assert measure.Samples([1000 * n for n in range(1, 101)]).p99_us() == 99
     assert measure.Samples([7000]).p99_us() == 7
+    assert all(sum(_blocks(requests)) == requests for requests in (1, 9, 10, 19, 199, 1001))
 
 
-def test_every_request_is_in_one_block():
-    for requests in (1, 9, 10, 19, 20, 199, 1000, 1001):
-        blocks = list(_blocks(requests))
-        assert sum(blocks) == requests
-        assert max(blocks) - min(blocks) <= 1
-
-
-ARGUMENTS = {
-    "i32 -5": -5,
-    "i32 0xffffffff": -1,
-    "i32 -2147483648": -(1 << 31),
-    "i64 18446744073709551615": -1,
-    "i64 9223372036854775807": (1 << 63) - 1,
-    "f32 1.5": 1.5,
-    "f64 inf": float("inf"),
-}
-NO_ARGUMENTS = ["i32 4294967296", "i32 -2147483649", "i32 1.5", "i64 x", "f64 one", "v128 1"]
-
-
-@pytest.mark.parametrize("text", [*ARGUMENTS, *NO_ARGUMENTS, "(ref null func) 0"])
-def test_words_become_arguments_of_their_type_or_are_refused(text):
-    kind, _, word = text.rpartition(" ")
-    signature = Signature((kind,), ())
-    if text in ARGUMENTS:
-        assert parse_arguments("f", signature, [word]) == [ARGUMENTS[text]]
-    else:
+def test_words_become_arguments_of_their_type_or_are_refused():
+    for kind, word, value in (
+        ("i32", "-5", -5),
+        ("i32", "0xffffffff", -1),
+        ("i32", "-2147483648", -(1 << 31)),
+        ("i64", "18446744073709551615", -1),
+        ("i64", "9223372036854775807", (1 << 63) - 1),
+        ("f32", "1.5", 1.5),
+        ("f64", "inf", float("inf")),
+    ):
+        assert parse_arguments("f", Signature((kind,), ()), [word]) == [value], word
+    refused = "i32 4294967296, i32 -2147483649, i32 1.5, i64 x, f64 one, v128 1, (ref null func) 0"
+    for text in refused.split(", "):
+        kind, _, word = text.rpartition(" ")
         with pytest.raises(ArgumentError, match="argument 1 of f is"):
-            parse_arguments("f", signature, [word])
+            parse_arguments("f", Signature((kind,), ()), [word])
 
 
 def test_type_that_is_not_understood_leaves_the_signature_unknown():
     # A type section with a struct type (0x5f), one function of type 0, exported as f.
-    sections = "0103015f00 03020100 07050101660000 0a040102000b"
-    data = b"\0asm\1\0\0\0" + bytes.fromhex(sections)
+    data = bytes.fromhex("0061736d01000000 0103015f00 03020100 07050101660000 0a040102000b")
     assert exported_functions(wasm.parse(data)) == {"f": None}
     with pytest.raises(ArgumentError, match="not understood"):
         parse_arguments("f", None, ["1"])
@@ -186,44 +164,28 @@ def test_wrong_option_is_exit_code_2_with_the_usage(words):
     assert "Usage: " in result.stderr
 
 
-def plugins(*words):
-    return {info["name"]: info for info in json_of("plugins", *words)["plugins"]}
-
-
 def test_plugins_are_listed_in_the_order_in_which_they_are_asked():
-    memfd, anonymous = (plugins()[name] for name in ("memfd", "anonymous"))
+    *_, memfd, anonymous = json_of("plugins")["plugins"]
+    assert (memfd["name"], anonymous["name"]) == ("memfd", "anonymous")
     assert (memfd["state"], memfd["reason"]) == ("loaded", None)
     assert (memfd["distribution"], memfd["version"]) == ("memslot", memslot_plugin.__version__)
     assert memfd["hooks"]["memslot_create_memory"] < anonymous["hooks"]["memslot_create_memory"]
     shown = shown_by("plugins")
     assert "memslot_plugin.allocators:MemfdAllocator" in shown
     assert "create_memory 1" in shown
-
-
-def test_plugins_says_which_plugin_is_not_asked():
-    assert plugins("--set", "plugins=anonymous")["memfd"]["state"] == "not selected"
-    assert plugins("--set", "blocked=memfd")["memfd"]["state"] == "blocked"
+    listed = json_of("plugins", "--set", "plugins=anonymous")["plugins"]
+    assert [each["state"] for each in listed if each["name"] == "memfd"] == ["not selected"]
 
 
 def test_broken_plugin_is_a_line_and_not_a_traceback(tmp_path):
-    info = tmp_path / "broken-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[memslot]\nbroken = broken_memslot_plugin\n")
-    (tmp_path / "broken_memslot_plugin.py").write_text("raise OSError('it [bold] burns')\n")
+    installed.install(tmp_path, "broken", "mine", "raise OSError('it [bold] burns')", broken="")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     code, stdout, stderr = done("plugins", "--json", env=environment)
     assert code == 0
     (found,) = [each for each in json.loads(stdout)["plugins"] if each["name"] == "broken"]
     assert (found["state"], found["reason"]) == ("failed", "OSError: it [bold] burns")
-    said = "plugin 'broken' (broken 1.0) is skipped: OSError: it [bold] burns"
+    said = "plugin 'broken' (broken 1.5) is skipped: OSError: it [bold] burns"
     assert stderr == f"memslot: warning: {said}\n"
-
-
-def module(path, *sections):
-    """A file of a module with these sections, in hexadecimal."""
-    path.write_bytes(b"\0asm\1\0\0\0" + bytes.fromhex(" ".join(sections)))
-    return path
 
 
 def test_inspect_shows_memories_segments_and_images_as_on_each_host():
@@ -232,108 +194,71 @@ def test_inspect_shows_memories_segments_and_images_as_on_each_host():
     assert found["functions"]["factorise"] == {"parameters": ["i32", "i32"], "results": ["i32"]}
     assert set(found["hosts"]) == {"wasmtime", "wasmer"}
     for kind, verdict in found["hosts"].items():
-        report, (image,) = verdict["report"], verdict["images"]
-        (memory,), (segment,) = report["memories"], report["segments"]
-        assert (bool(memory["image"]), memory["reason"]) == (True, None)
-        assert (segment["mode"], segment["byte_size"], segment["in_image"]) == ("active", MIB, True)
+        (image,), name = verdict["images"], verdict["report"]["import_name"]
         assert (image["stored_bytes"], image["start"], image["end"]) == (MIB, 0, MIB)
         assert image["extents"] == [{"offset": 0, "length": MIB, "file_offset": 0}]
-        assert report["import_name"] == ("memslot.memory" if kind == "wasmer" else None)
+        assert name == ("memslot.memory" if kind == "wasmer" else None)
 
 
-def test_inspect_shows_stored_bytes_against_the_span(tmp_path):
-    # Two segments of one byte, a MiB apart: two pages are stored.
-    segments = "0b 10 02 00 4100 0b 01 61 00 41 8080c000 0b 01 62"
-    path = module(tmp_path / "apart.wasm", "0503010020", segments)
-    (image,) = json_of("inspect", path)["hosts"]["wasmtime"]["images"]
-    page = os.sysconf("SC_PAGESIZE")
-    assert image["stored_bytes"] == 2 * page
-    assert [extent["offset"] for extent in image["extents"]] == [0, MIB]
-    said = f"{byte_size(2 * page)} stored, which span {byte_size(MIB + page)}"
-    assert said in shown_by("inspect", path)
-
-
-def test_inspect_says_why_there_is_no_image(tmp_path):
-    path = module(tmp_path / "shared.wasm", "05040103 0101")
-    shown = shown_by("inspect", path)
-    assert "On a host like wasmtime or wasmer" in shown
-    assert "Memory 0 is shared between threads" in shown
-    report = json_of("inspect", path)["hosts"]["wasmer"]["report"]
-    assert report["native"].startswith("Memory 0 is shared")
-
-
-@pytest.mark.parametrize(
-    ("code", "in_place", "said"),
-    [
-        ("41001a", True, "reset in place: memories and globals are put back"),
-        ("410040001a", True, "to watch: The code has memory.grow in function 0, at byte 0x"),
-        ("fc0900", False, "because: The code has data.drop in function 0, at byte 0x"),
-        ("ff", False, "because: What the code does cannot be proven: the opcode 0xff is not known"),
+PAGE = os.sysconf("SC_PAGESIZE")
+SEGMENTS = "1e" + "".join(f"0041{n:02x}0b0178" for n in range(30))
+INSPECTED = {
+    # Two segments of one byte, a MiB apart.
+    "0503010020 0b1002 0041000b0161 00418080c0000b0162": [
+        f"{byte_size(2 * PAGE)} stored, which span {byte_size(MIB + PAGE)}"
     ],
-)
-def test_inspect_says_how_an_instance_is_reset(tmp_path, code, in_place, said):
-    body = f"00 {code} 0b"
-    length = len(bytes.fromhex(body))
-    declared = "010401600000 03020100 0503010001 0c0101"
-    bodies = f"0a {length + 2:02x} 01 {length:02x} {body}"
-    path = module(tmp_path / "resets.wasm", declared, bodies, "0b03010100")
-    assert said in shown_by("inspect", path)
-    found = json_of("inspect", path)
-    assert found["hosts"]["wasmtime"]["report"]["verdict"]["in_place"] is in_place
+    "05040103 0101": ["On a host like wasmtime or wasmer", "Memory 0 is shared between threads"],
+    f"0503010001 0bb501 {SEGMENTS}": ["... and 10 more"],
+}
+# How an instance is reset, by the code of a function.
+RESETS = {
+    "41001a": "reset in place: memories and globals are put back",
+    "410040001a": "to watch: The code has memory.grow in function 0, at byte 0x",
+    "fc0900": "because: The code has data.drop in function 0, at byte 0x",
+    "ff": "because: What the code does cannot be proven: the opcode 0xff is not known",
+}
+for code, sentence in RESETS.items():
+    size = len(bytes.fromhex(code)) + 2
+    body = f"0a {size + 2:02x} 01 {size:02x} 00 {code} 0b"
+    INSPECTED[f"010401600000 03020100 0503010001 0c0101 {body} 0b03010100"] = [sentence]
+
+
+@pytest.mark.parametrize("sections", INSPECTED, ids=[said[0] for said in INSPECTED.values()])
+def test_inspect_says_what_is_stored_and_how_an_instance_is_reset(tmp_path, sections):
+    path = tmp_path / "guest.wasm"
+    path.write_bytes(b"\0asm\1\0\0\0" + bytes.fromhex(sections))
+    shown = shown_by("inspect", path)
+    assert [sentence for sentence in INSPECTED[sections] if sentence not in shown] == []
     at = path.read_bytes().find(b"\xfc\x09")
     dropped = {"instruction": "data.drop", "function": 0, "offset": at}
-    assert found["irreversible"] == ([dropped] if code == "fc0900" else [])
-
-
-def test_inspect_leaves_rows_out_for_people_only(tmp_path):
-    segments = "1e" + "".join(f"0041{n:02x}0b0178" for n in range(30))
-    path = module(tmp_path / "many.wasm", "0503010001", "0b b501", segments)
-    assert "... and 10 more" in shown_by("inspect", path)
-    assert len(json_of("inspect", path)["hosts"]["wasmtime"]["report"]["segments"]) == 30
+    assert json_of("inspect", path)["irreversible"] == ([] if at < 0 else [dropped])
 
 
 FILES = {
-    "empty.wasm": b"",
     "foreign.wasm": b"MZ\x90\0 and so on",
-    "header.wasm": b"\0asm",
-    "section.wasm": b"\0asm\1\0\0\0\1\x7f",
-    "component.wasm": b"\0asm\x0d\0\1\0",
     "text.wat": b"(module (func",
     "encoding.wat": b"\xff\xfe",
     "guest.wat": GUEST.encode(),
     "narrow.wat": b'(module (func (export "add") (param i32)) (func (export "_private")))',
     "command.wat": b'(module (func (export "_start")))',
     "needy.wat": b'(module (import "env" "log" (func)) (func (export "f")))',
-    "magic.toml": b'[memslot]\nreset = "magic"\n',
 }
 REFUSED = {
-    "inspect empty.wasm": "empty.wasm: the module is empty",
     "inspect foreign.wasm": "foreign.wasm: the module starts with 4d 5a 90 00",
-    "inspect header.wasm": "header.wasm: the module is truncated",
-    "inspect section.wasm": "section.wasm: the module is truncated",
-    "inspect component.wasm": "component",
     "inspect text.wat": "cannot assemble",
     "inspect encoding.wat": "encoding.wat is not text in UTF-8",
     "inspect none.wasm": "there is no guest at none.wasm",
     "inspect .": ". cannot be read: Is a directory",
-    "run none.wasm": "there is no guest at none.wasm",
-    "run foreign.wasm": "foreign.wasm: the module starts with 4d 5a 90 00",
     "run guest.wat --invoke pair 1": "takes 2 arguments and 1 are given",
-    "run guest.wat --invoke pair 1 x": "argument 2 of pair is an f64",
     "run guest.wat --invoke nothing": "exports no function 'nothing'; it exports _start(); say(); quit",
     "run example 1": "takes 0 arguments and 1 are given",
     "run narrow.wat": "choose one with --invoke: it exports add(i32)",
     "run command.wat argument": "does not use WASI",
     "run needy.wat": "needy.wat imports env.log, and the command line gives a guest nothing but WASI",
     "run --set slots=0": "slots = '0' is not allowed",
-    "run --concurrency-of-slots 0": "slots = 0 is not allowed",
-    "run --set slot=1": "unknown setting slot",
     "run --set slots": "--set slots is not allowed: it must be NAME=VALUE",
-    "run --host v8": "setting host = 'v8' is not allowed: it is one of auto, wasmtime, wasmer, fake",
     "run --host fake": "the host fake runs Python functions",
     "run --settings none.toml": "cannot be read",
-    "run --settings magic.toml": "setting reset = 'magic' is not allowed",
-    "plugins --set plugins=memdf": "no plugin 'memdf' is installed",
 }
 
 
@@ -356,19 +281,17 @@ def test_doctor_tries_kernel_limits_plugins_and_hosts():
     assert (found["works"], found["allocation"]["works"]) == (True, True)
     assert found["versions"]["memslot"] == memslot_plugin.__version__
     assert set(found["probe"]) >= {"memfd", "seals", "dontneed", "pagemap", "page_size"}
-    limits = {limit["name"] for limit in found["limits"]}
-    assert limits == {"memory mappings", "address space", "file descriptors"}
-    assert found["settings"]["slots"] == 128
+    limits = [limit["name"] for limit in found["limits"]]
+    assert limits == ["memory mappings", "address space", "file descriptors"]
     assert [answer["plugin"] for answer in found["plugins"]] == ["memfd", "anonymous"]
-    assert found["answering"] in ("memfd", "anonymous")
-    hosts = {host["name"]: host for host in found["hosts"]}
-    assert set(hosts) >= {"wasmtime", "wasmer", "fake"}
-    for host in HOSTS:
-        assert (hosts[host]["works"], hosts[host]["reason"]) == (True, "ran a guest")
-        assert hosts[host]["version"]
+    tried = {host["name"]: host for host in found["hosts"]}
+    assert set(tried) >= {"wasmtime", "wasmer", "fake"}
+    for host in hosts.INSTALLED:
+        assert (tried[host]["works"], tried[host]["reason"]) == (True, "ran a guest")
+        assert tried[host]["version"]
 
 
-def test_doctor_says_which_plugin_answers_and_fails_if_none_does():
+def test_doctor_says_what_answers_and_fails_if_nothing_does_or_a_limit_is_passed():
     off = ("--set", "memfd=off")
     found = json_of("doctor", *off)
     refused = {"plugin": "memfd", "answers": False, "reason": "the setting memfd is off"}
@@ -378,9 +301,6 @@ def test_doctor_says_which_plugin_answers_and_fails_if_none_does():
     assert "anonymous answers: a memory was handed out" in shown
     found = json_of("doctor", "--set", "plugins=memfd", *off, exit_code=1)
     assert (found["works"], found["allocation"]["works"]) == (False, False)
-
-
-def test_doctor_says_which_limit_the_settings_pass():
     found = json_of("doctor", "--set", "slots=1000000", exit_code=1)
     (mappings,) = [limit for limit in found["limits"] if limit["name"] == "memory mappings"]
     assert (mappings["enough"], mappings["knob"]) == (False, "sysctl vm.max_map_count")
@@ -406,8 +326,7 @@ def test_run_compares_the_example_with_the_runtime_alone(host):
     assert found["conclusion"].startswith("A request with a fresh, isolated instance takes ")
     assert found["conclusion"].endswith("every answer was the same.")
     shown = shown_by("run", "--host", host, "--requests", 3)
-    for title in ("time per request, median", "private memory per live instance", f"{host} alone"):
-        assert title in shown
+    assert "time per request, median" in shown
 
 
 @on_each_host
@@ -416,7 +335,6 @@ def test_run_takes_settings_and_options_before_them(host):
     found = run_of(host, *words)
     assert (found["plugin"], found["same_result"], found["slots"]) == ("anonymous", True, 1)
     assert found["memslot"]["live_instances"] == 1
-    assert found["memslot"]["private_bytes_per_instance"] is None
     assert found["ratio"]["private_bytes_per_instance"] is None
 
 
@@ -450,15 +368,11 @@ def test_run_shows_the_output_of_a_wasi_guest_once(host, guest, capfd):
 
 
 @on_each_host
-def test_run_initialises_a_reactor_and_leaves_no_descriptor(host, tmp_path):
+def test_run_initialises_a_reactor_and_leaves_no_descriptor(host, tmp_path, no_leaks):
     path = tmp_path / "reactor.wat"
     path.write_text(REACTOR)
-    descriptors = []
-    for _ in range(2):
-        found = run_of(host, path)
-        assert (found["invoke"], found["result"]) == ("answer", [42])
-        descriptors.append(len(list(Path("/proc/self/fd").iterdir())))
-    assert descriptors[0] == descriptors[1]
+    found = run_of(host, path)
+    assert (found["invoke"], found["result"]) == ("answer", [42])
 
 
 @on_each_host
@@ -547,7 +461,8 @@ main(["run", *sys.argv[1:]], prog_name="memslot")
 """
 
 # wasmer holds the interpreter's lock while guest code runs: only a signal that kills ends it.
-ENDLESS = [(host, "example") for host in HOSTS] + [(host, "forever.wat") for host in HOSTS[:1]]
+ENDLESS = [(host, "example") for host in hosts.INSTALLED]
+ENDLESS += [(host, "forever.wat") for host in hosts.INSTALLED if host != "wasmer"]
 
 
 @pytest.mark.parametrize(("host", "file"), ENDLESS)

