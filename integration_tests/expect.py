@@ -27,11 +27,3 @@ def raises(expected: type[memslot.MemslotError], match: str, builtin: type[Excep
     assert issubclass(expected, builtin)
     assert issubclass(expected, memslot.MemslotError)
     return pytest.raises(expected, match=match)
-
-
-def still_serves_with_one_slot(host: memslot.Host) -> None:
-    """Use two pristine instances one after the other."""
-    for _ in range(2):
-        with host.prepare(toy.A) as guest, guest.instantiate() as instance:
-            assert instance.memory.read(0, 2 * PAGE) == toy.pristine(toy.A)
-            instance.call("fill", 0, PAGE, 1)

@@ -71,15 +71,7 @@ def pristine(name: str) -> bytes:
     return toy.laid(pages, segments)
 
 
-class Raised(Exception):
-    """An error of the host function."""
-
-
-def help_(number: int) -> None:
-    raise Raised
-
-
-IMPORTS = {"env": {"help": help_}}
+IMPORTS = {"env": {"help": lambda _: 1 // 0}}
 
 
 # -- what an attacker does; all of it traps or returns, and the tenant then goes
@@ -137,7 +129,7 @@ def overflowed_the_stack(instance: memslot.Instance) -> None:
 
 
 def host_function_raised(instance: memslot.Instance) -> None:
-    with pytest.raises(Raised):
+    with pytest.raises(ZeroDivisionError):
         instance.call("ask", 1)
 
 

@@ -41,22 +41,17 @@ def prepare(host: memslot.Host) -> dict[str, memslot.Guest]:
 def look_around(instance: memslot.Instance, name: str) -> None:
     """Compare all that a tenant can reach with what its module says."""
     expected = hostile.pristine(name)
+    size = len(expected)
     memory, code = instance.memory, instance.guest.host.name != "fake"
-    assert memory.byte_size == len(expected)
-    assert memory.read(0, len(expected)) == expected
-    assert instance.call("size") == len(expected) // PAGE
+    assert memory.byte_size == size
+    assert memory.read(0, size) == expected
+    assert instance.call("size") == size // PAGE
     assert instance.call("different", 0, 16, 0) == 0
-    for address in (len(expected), MAXIMUM * PAGE - 1, MAXIMUM * PAGE, -1):
+    for address in (size, MAXIMUM * PAGE - 1, MAXIMUM * PAGE, -1):
         traps(instance, "load", address)
-    assert memory.read(len(expected), 0) == b""
-    for offset, length in (
-        (-1, 1),
-        (len(expected), 1),
-        (len(expected) - 1, 2),
-        (0, -1),
-        (2**40, 1),
-    ):
-        said = f"outside memory 0 of {len(expected)} bytes"
+    assert memory.read(size, 0) == b""
+    for offset, length in ((-1, 1), (size, 1), (size - 1, 2), (0, -1), (2**40, 1)):
+        said = f"outside memory 0 of {size} bytes"
         with pytest.raises(memslot.AccessOutOfBounds, match=said):
             memory.read(offset, length)
     if code:  # what Python functions keep for themselves is theirs
@@ -68,10 +63,10 @@ def look_around(instance: memslot.Instance, name: str) -> None:
         instance.call("read_words")
         assert memory.read(0, 6) == b"secret"
     # What growth brings is zeros, also where an earlier tenant wrote.
-    before = len(expected) // PAGE
+    before = size // PAGE
     assert instance.call("grow", MAXIMUM - before) == before
-    assert instance.call("different", len(expected), (MAXIMUM - before) * PAGE, 0) == 0
-    assert memory.read(len(expected), (MAXIMUM - before) * PAGE) == bytes((MAXIMUM - before) * PAGE)
+    assert instance.call("different", size, (MAXIMUM - before) * PAGE, 0) == 0
+    assert memory.read(size, (MAXIMUM - before) * PAGE) == bytes((MAXIMUM - before) * PAGE)
 
 
 def attack_and_leave(guest: memslot.Guest, attack: hostile.Attack, way: str) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 
 import memslot_plugin as memslot
@@ -49,51 +47,33 @@ def test_wasmer_refuses_growth_by_ftruncate(refused_cell: Cell) -> None:
             guest.instantiate()
 
 
-def test_instance_lives_in_a_slot_through_resets_and_gives_it_back(cell: Cell) -> None:
+def test_instance_between_others_lives_in_a_slot_through_resets_and_gives_it_back(
+    cell: Cell,
+) -> None:
     with cell.serving() as host:
         guest = host.prepare(toy.A, name="a")
         assert guest.report.memories[0].image
         instance = guest.instantiate(tenant="ann")
-        memory = instance.memory
-        assert instance.exports["load"] == "func"
-        assert instance.function("load64")(20) == int.from_bytes(b"lettersf", "little")
-        assert instance.call("store", 0, 5) is None
-        assert memory.read(0, 2) == b"\5\0"
-        memory.write(1, b"\6")
-        assert instance.call("load", 1) == 6
+        neighbours = [guest.instantiate() for _ in range(2)]
+        for mark, neighbour in enumerate(neighbours, start=1):
+            neighbour.call("fill", 0, 2 * PAGE, mark)
         for _ in range(3):
             leave_traces(instance)
             instance.reset()
-            assert memory.byte_size == 2 * PAGE
             assert_pristine(instance, toy.A, cell.host)
-            cells.check(host, in_use=1)
+            cells.check(host, in_use=3)
         (pool,) = host.statistics().pools
-        assert (pool.plugin, pool.in_use, host.statistics().resets) == (cell.backend, 1, 3)
+        assert (pool.plugin, pool.in_use, host.statistics().resets) == (cell.backend, 3, 3)
+        for mark, neighbour in enumerate(neighbours, start=1):
+            assert neighbour.call("different", 0, 2 * PAGE, mark) == 0
+            neighbour.close()
         guest.close()
         leave_traces(instance)
         instance.close()
-        assert instance.closed
         cells.check(host, in_use=0)
         (pool,) = host.statistics().pools
         assert (pool.in_use, pool.warm, pool.failed_resets) == (0, 0, 0)
         assert host.statistics().guests == 0
-
-
-def test_tenants_side_by_side_do_not_meet(cell: Cell) -> None:
-    with cell.serving() as host:
-        guest = host.prepare(toy.A)
-        tenants = [guest.instantiate() for _ in range(4)]
-        for mark, instance in enumerate(tenants, start=1):
-            assert instance.memory.read(0, 2 * PAGE) == toy.pristine(toy.A)
-            instance.call("fill", 0, 2 * PAGE, mark)
-        tenants[2].reset()
-        for mark, instance in enumerate(tenants, start=1):
-            if mark == 3:
-                assert_pristine(instance, toy.A, cell.host)
-            else:
-                assert instance.call("different", 0, 2 * PAGE, mark) == 0
-            instance.close()
-            cells.check(host)
 
 
 def test_guests_after_each_other_in_one_slot_find_their_own_image(cell: Cell) -> None:
@@ -104,8 +84,6 @@ def test_guests_after_each_other_in_one_slot_find_their_own_image(cell: Cell) ->
         assert guests[toy.WIDE].report.memories[0].reason is not None
         a, b, zeros, wide = guests
         order = [a, b, a, zeros, b, wide, zeros, a, a, wide, a, wide, wide, b, zeros, zeros, a]
-        pairs = set(itertools.pairwise(order))
-        assert {(a, b), (b, a), (a, zeros), (a, wide), (wide, zeros), (zeros, zeros)} <= pairs
         for turn, module in enumerate(order):
             with guests[module].instantiate() as instance:
                 assert_pristine(instance, module, cell.host)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,6 +12,7 @@ import pytest
 import memslot_plugin as memslot
 from memslot_hooks import hookimpl
 from memslot_plugin import analysis, wasm
+from memslot_plugin.tests.hosts import elsewhere
 
 from . import cells, toy
 from .cells import Cell
@@ -125,12 +125,9 @@ def test_snapshot_without_a_plugin_that_builds_images_is_refused(real_cell: Cell
 
 
 def test_snapshot_beyond_the_image_limit_is_refused(real_cell: Cell) -> None:
-    with (
-        real_cell.open(slots=2, image_limit="256KiB") as host,
-        host.prepare(
-            toy.assemble('(module (memory (export "memory") 20))')
-        ).instantiate() as instance,
-    ):
+    module = toy.assemble('(module (memory (export "memory") 20))')
+    opened = real_cell.open(slots=2, image_limit="256KiB")
+    with opened as host, host.prepare(module).instantiate() as instance:
         instance.memory.write(0, b"x")
         instance.memory.write(19 * PAGE, b"x")
         with refused(host, "image_limit", memslot.MemoryTooLarge):
@@ -142,15 +139,11 @@ def test_snapshot_beyond_the_image_limit_is_refused(real_cell: Cell) -> None:
 def test_snapshot_in_a_running_call_is_refused(real_cell: Cell) -> None:
     text = '(module (import "env" "f" (func $f)) (memory 1) (func (export "run") (call $f)))'
     held: list[memslot.Instance] = []
-
-    def capture() -> None:
-        held[0].snapshot()
-
-    with started(real_cell, text, imports={"env": {"f": capture}}) as (_, instance):
+    imports = {"env": {"f": lambda: held.pop().snapshot()}}
+    with started(real_cell, text, imports=imports) as (_, instance):
         held.append(instance)
         with pytest.raises(memslot.InUse):
             instance.call("run")
-        held.clear()
 
 
 def test_wrong_arguments_and_closed_instances_are_refused(plain_cell: Cell) -> None:
@@ -207,19 +200,9 @@ def test_snapshot_fork_and_lease_on_another_thread_are_refused_by_wasmer() -> No
     if cell.missing:
         pytest.skip(cell.missing)
     with started(cell, SIMPLE) as (guest, instance):
-        said: list[str] = []
-
-        def elsewhere() -> None:
-            for ask in (instance.snapshot, instance.fork, guest.lease().__enter__):
-                with pytest.raises(memslot.WrongThread) as raised:
-                    ask()
-                said.append(str(raised.value))
-
-        thread = threading.Thread(target=elsewhere)
-        thread.start()
-        thread.join()
-        assert len(said) == 3
-        assert all("open one host per thread" in each for each in said)
+        for ask in (instance.snapshot, instance.fork, guest.lease().__enter__):
+            with refused(guest.host, "open one host per thread", memslot.WrongThread):
+                raise elsewhere(ask)
 
 
 def test_reset_in_a_store_of_the_embedders_own_is_refused() -> None:

@@ -6,12 +6,12 @@ import http.client
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -85,37 +85,17 @@ class Service:
         done = threading.Event()
 
         def client(script: str) -> None:
-            while True:
+            while not done.is_set():
                 answers.append(self.evaluate(script))
-                if done.is_set():
-                    return
 
-        threads = [threading.Thread(target=client, args=(script,)) for script in scripts]
-        for thread in threads:
-            thread.start()
-        try:
-            until(lambda: self.leased() == len(scripts), "the scripts do not run at once")
-            yield answers
-        finally:
-            done.set()
-            for thread in threads:
-                thread.join()
-
-
-@contextmanager
-def started(module: Path, log: Path) -> Iterator[Service]:
-    command = [sys.executable, "-W", "error", PROGRAM, "--port", "0", "--slots", str(SLOTS)]
-    command += ["--deadline", str(DEADLINE)]
-    environment = {**os.environ, "QUICKJS_MODULE": str(module)}
-    with (
-        log.open("wb") as written,
-        subprocess.Popen(command, stdout=written, stderr=written, env=environment) as process,
-    ):
-        try:
-            yield Service(process, log)
-            assert "Traceback" not in log.read_text()
-        finally:
-            process.kill()
+        with ThreadPoolExecutor(len(scripts)) as threads:
+            ended = threads.map(client, scripts)
+            try:
+                until(lambda: self.leased() == len(scripts), "the scripts do not run at once")
+                yield answers
+            finally:
+                done.set()
+        list(ended)
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +108,19 @@ def module(quickjs: bytes, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def running(module: Path) -> Iterator[Service]:
     """One for all tests."""
-    with started(module, module.with_name("log")) as service:
-        yield service
+    log = module.with_name("log")
+    command = [sys.executable, "-W", "error", PROGRAM, "--port", "0", "--slots", str(SLOTS)]
+    command += ["--deadline", str(DEADLINE)]
+    environment = {**os.environ, "QUICKJS_MODULE": str(module)}
+    with (
+        log.open("wb") as written,
+        subprocess.Popen(command, stdout=written, stderr=written, env=environment) as process,
+    ):
+        try:
+            yield Service(process, log)
+            assert "Traceback" not in log.read_text()
+        finally:
+            process.kill()
 
 
 @pytest.fixture
@@ -203,23 +194,6 @@ def test_service_whose_instances_are_all_in_use_sheds_load(service: Service) -> 
         until(lambda: service.ask("/health")[0] == 503, "it is healthy without an instance")
     # A script that came while a request of this test had the last instance was shed, too.
     assert {status for status, _ in answers} <= {504, 503}
-
-
-@pytest.mark.gate
-def test_service_ends_on_a_signal_once_every_script_has_its_answer(
-    module: Path, tmp_path: Path
-) -> None:
-    with started(module, tmp_path / "log") as service:
-        answers: list[tuple[int, str]] = []
-        thread = threading.Thread(target=lambda: answers.append(service.evaluate(LOOP)))
-        thread.start()
-        until(lambda: service.leased() == 1, "the script does not run")
-        service.process.send_signal(signal.SIGTERM)
-        # The server ends the process by the signal that it was sent, when it has cleaned up.
-        assert service.process.wait(120) in (0, -signal.SIGTERM)
-        thread.join()
-        assert answers == [TOO_LONG]
-        assert "Application shutdown complete" in service.log.read_text()
 
 
 def test_service_on_wasmer_is_refused_with_the_reason(module: Path) -> None:

@@ -19,6 +19,7 @@ import pytest
 
 import memslot_plugin as memslot
 from memslot_plugin import SharedGuest
+from memslot_plugin.tests.slots import limited
 
 from . import sharing, toy
 from .cells import Cell
@@ -27,6 +28,7 @@ from .processes import in_child
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
 DATA = bytes(range(256)) * (30 * toy.PAGE // 256)
+MAGIC = b"memslot\x01"
 MEMFD = Cell("fake", "memfd")
 
 
@@ -215,10 +217,10 @@ def test_a_shared_guest_outlives_its_guest_is_sealed_and_can_be_closed_twice(
     ("message", "count"),
     [
         (b"", 0),
-        (b"memslot\x01", 1),
-        (b"memslot\x01\2\0\0\0", 1),
-        (b"memslot\x01\1\0\0\0", 0),
-        (b"other\0\0\0\1\0\0\0", 1),
+        (MAGIC, 1),
+        (MAGIC + b"\2\0\0\0", 1),
+        (MAGIC + b"\1\0\0\0", 0),
+        (b"another\0\1\0\0\0", 1),
     ],
 )
 def test_a_message_that_is_no_shared_guest_is_refused(message: bytes, count: int) -> None:
@@ -234,7 +236,7 @@ def test_a_message_that_is_no_shared_guest_is_refused(message: bytes, count: int
 def test_a_message_may_come_in_pieces() -> None:
     with shared_from(MEMFD) as (guest, _), guest.share() as shared:
         one, other = socket.socketpair()
-        message = b"memslot\x01" + len(shared.fds).to_bytes(4, "little")
+        message = MAGIC + len(shared.fds).to_bytes(4, "little")
         with one, other, ThreadPoolExecutor(1) as thread:
             received = thread.submit(SharedGuest.receive, other)
             socket.send_fds(one, [message[:3]], shared.fds)
@@ -243,25 +245,23 @@ def test_a_message_may_come_in_pieces() -> None:
             assert sharing.use(attached)["answers"] == [77, 77, 77]
 
 
-class HangsUp(socket.socket):
-    """Its other end is closed as soon as everything was received."""
+def test_a_receiver_may_hang_up_once_it_has_everything_and_not_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one, other = socket.socketpair()
+    real = socket.send_fds
 
-    def sendmsg(self, *arguments: Any) -> int:
-        sent = super().sendmsg(*arguments)
-        SharedGuest.receive(self.other).close()
-        self.other.close()
+    def send_and_be_hung_up_on(*arguments: Any) -> int:
+        sent = real(*arguments)
+        SharedGuest.receive(other).close()
+        other.close()
         return sent
 
-
-def test_a_receiver_may_hang_up_once_it_has_everything_and_not_before() -> None:
-    with MEMFD.open() as host, host.prepare(toy.A, name="toy").share() as shared:
-        one, other = socket.socketpair()
-        with HangsUp(fileno=one.detach()) as ours:
-            ours.other = other
-            shared.send(ours)
-        one, other = socket.socketpair()
-        other.close()
-        with one, pytest.raises(memslot.SystemCallError, match="sending the guest toy"):
+    with MEMFD.open() as host, host.prepare(toy.A, name="toy").share() as shared, one:
+        monkeypatch.setattr(socket, "send_fds", send_and_be_hung_up_on)
+        shared.send(one)
+        monkeypatch.undo()
+        with pytest.raises(memslot.SystemCallError, match="sending the guest toy"):
             shared.send(one)
 
 
@@ -309,14 +309,9 @@ def test_an_image_in_a_file_that_may_be_changed_is_copied() -> None:
 
 def test_a_process_without_room_for_descriptors_gets_an_error() -> None:
     with shared_from(MEMFD) as (guest, _):
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        holes = [os.open(os.devnull, os.O_RDONLY) for _ in range(64)]
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (holes[-1] + 1, hard))
-            with pytest.raises(memslot.SystemCallError, match=r"RLIMIT_NOFILE|ulimit -n"):
+        # The lowest number that is free, so that no higher one is left.
+        with open(os.devnull, "rb") as last:  # noqa: PTH123
+            limit = limited(resource.RLIMIT_NOFILE, last.fileno() + 1)
+            with limit, pytest.raises(memslot.SystemCallError, match=r"RLIMIT_NOFILE|ulimit -n"):
                 guest.share()
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-            for fd in holes:
-                os.close(fd)
         guest.share().close()

@@ -138,14 +138,8 @@ def _bump(live: Any) -> int:
 
 
 FUNCTIONS = {
-    "load": _load,
-    "load64": functools.partial(_load, length=8),
-    "store": _store,
-    "store64": functools.partial(_store, length=8),
-    "fill": _fill,
-    "fill_and_trap": _fill_and_trap,
-    "different": _different,
-    "size": _size,
-    "grow": _grow,
-    "bump": _bump,
+    each.__name__[1:]: each
+    for each in (_load, _store, _fill, _fill_and_trap, _different, _size, _grow, _bump)
 }
+FUNCTIONS["load64"] = functools.partial(_load, length=8)
+FUNCTIONS["store64"] = functools.partial(_store, length=8)
