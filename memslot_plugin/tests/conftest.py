@@ -6,7 +6,6 @@ import gc
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
@@ -16,11 +15,9 @@ from memslot_plugin._core import PAGE_SIZE, ffi, lib
 from memslot_plugin.reset import choose, madvise
 from memslot_plugin.tests import profiles
 from memslot_plugin.tests.leaks import Footprint
-from memslot_plugin.tests.slots import RESERVED, needs_pagemap, sparse
+from memslot_plugin.tests.slots import RESERVED, counted, needs_pagemap, sparse
 
 profiles.load()
-
-Counted = Callable[[], AbstractContextManager["dict[str, int]"]]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -46,17 +43,8 @@ def no_leaks() -> Iterator[None]:
 
 
 @pytest.fixture
-def calls() -> Counted:
-    """`with calls() as made:` fills `made`, when the block ends, with the core's system calls by name."""
-
-    @contextmanager
-    def counted() -> Iterator[dict[str, int]]:
-        made: dict[str, int] = {}
-        before = _core.counters()
-        yield made
-        after = _core.counters()
-        made.update({name: n - before[name] for name, n in after.items() if n != before[name]})
-
+def calls() -> Any:
+    """`with calls() as made:`, see `counted`."""
     return counted
 
 

@@ -1,11 +1,9 @@
-"""Helpers of the slots' and pools' tests: the bytes that a memory holds or must hold, and lowered limits."""
+"""Helpers of the slots' and pools' tests: the bytes that a memory holds or must hold, and the calls of the core."""
 
 from __future__ import annotations
 
 import ctypes
-import resource
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -91,21 +89,11 @@ class Runtime:
         return HostMapping(address, self.accessible, self.reserved, self, forget, self.shape)
 
 
-def in_threads(work: Callable[[Any], object], arguments: Iterable[Any]) -> None:
-    """Run `work` with each argument in a thread of its own, at once, and wait for all."""
-    threads = [threading.Thread(target=work, args=(each,)) for each in arguments]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
-
 @contextmanager
-def limited(which: int, soft: int) -> Iterator[None]:
-    """Lower the soft limit of one resource of this process (setrlimit(2)) for a block."""
-    before = resource.getrlimit(which)
-    resource.setrlimit(which, (soft, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(which, before)
+def counted() -> Iterator[dict[str, int]]:
+    """Fill the dictionary, when the block ends, with the core's system calls by name."""
+    made: dict[str, int] = {}
+    before = _core.counters()
+    yield made
+    after = _core.counters()
+    made.update({name: n - before[name] for name, n in after.items() if n != before[name]})

@@ -23,10 +23,6 @@ def history() -> History:
     return History(PRICES, 1 << 20)
 
 
-def limits(history: History) -> tuple[int, int]:
-    return history.limits.idle_pages, history.limits.compare_every
-
-
 def scan_of(pages: int) -> int:
     return int(pages * PRICES.scan_page)
 
@@ -91,10 +87,11 @@ def test_pages_of_only_the_first_request_after_a_flush_are_not_needed(history: H
 
 
 def test_resets_are_compared_if_rent_is_due_and_observed_if_much_is_read(history: History) -> None:
-    found = [limits(history)]
+    found = []
     for private, spare in ((4, 0), (104, 0), (4, scan_of(500)), (4, scan_of(500))):
+        found.append((history.limits.idle_pages, history.limits.compare_every))
         history.observe(private, 4, spare)
-        found.append(limits(history))
+    found.append((history.limits.idle_pages, history.limits.compare_every))
     rarely = (FEW_PAGES, COMPARE_EVERY)
     assert found == [(0, 1), rarely, (0, 1), rarely, (0, COMPARE_EVERY)]
 

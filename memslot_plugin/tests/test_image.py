@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from memslot_plugin._core import PAGE_SIZE as P
 from memslot_plugin._core import lib
 from memslot_plugin.reset import madvise
 from memslot_plugin.tests.profiles import examples
-from memslot_plugin.tests.slots import content, in_threads, sparse, use
+from memslot_plugin.tests.slots import content, sparse, use
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -210,15 +211,16 @@ def test_forgotten_image_gives_back_what_it_has(kind: Kind) -> None:
 
 def test_closing_from_many_threads_closes_once(kind: Kind, calls: Any) -> None:
     """A second close would close a descriptor of another owner that got the same number in between."""
-    for _ in range(30):
-        image = kind("contended", b"x" * P)
-        slots = [Slot.create(2 * P) for _ in range(4)]
-        for slot in slots:
-            slot.instantiate(image, P)
-        image.close()
-        with calls() as made:
-            in_threads(Slot.destroy, slots)
-        assert made.get("close", 0) == (kind is MemfdImage)
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(30):
+            image = kind("contended", b"x" * P)
+            slots = [Slot.create(2 * P) for _ in range(4)]
+            for slot in slots:
+                slot.instantiate(image, P)
+            image.close()
+            with calls() as made:
+                list(threads.map(Slot.destroy, slots))
+            assert made.get("close", 0) == (kind is MemfdImage)
 
 
 def test_image_that_is_closed_while_it_is_laid_is_refused(

@@ -10,17 +10,9 @@ from typing import Any
 
 import pytest
 
+import memslot_plugin as memslot
 from memslot_plugin import Image, Pool, Slot, State
 from memslot_plugin._core import PAGE_SIZE as P
-from memslot_plugin.errors import (
-    InUse,
-    InvariantBroken,
-    PoolExhausted,
-    PoolTimeout,
-    SettingError,
-    SlotError,
-    UsedAfterClose,
-)
 from memslot_plugin.pool import Claim
 from memslot_plugin.tests.slots import RESERVED as SLOT
 from memslot_plugin.tests.slots import Holder, content, cycle, fill
@@ -45,17 +37,17 @@ def lease(pool: Pool, guest: object = "a", **how: Any) -> Slot:
 def test_exhausted_pool_names_limit_and_use_and_goes_on_serving(pool: Pool) -> None:
     slot = lease(pool)
     with pytest.raises(
-        PoolExhausted, match="all 1 slots of the pool are in use; release"
+        memslot.PoolExhausted, match="all 1 slots of the pool are in use; release"
     ) as caught:
         lease(pool)
     assert (caught.value.limit, caught.value.in_use) == (1, 1)
-    assert not isinstance(caught.value, PoolTimeout)
+    assert not isinstance(caught.value, memslot.PoolTimeout)
     started = time.monotonic()
-    with pytest.raises(PoolTimeout, match=r"stayed in use for 0\.05 s") as late:
+    with pytest.raises(memslot.PoolTimeout, match=r"stayed in use for 0\.05 s") as late:
         lease(pool, timeout=0.05)
     assert time.monotonic() - started >= 0.05
     assert (late.value.limit, late.value.in_use) == (1, 1)
-    with pytest.raises(PoolExhausted):
+    with pytest.raises(memslot.PoolExhausted):
         lease(pool, timeout=-1)
     pool.release(slot)
     pool.release(lease(pool))
@@ -83,7 +75,7 @@ def test_waiting_lease_is_woken_by_another_thread(pool: Pool, event: str) -> Non
     thread = threading.Thread(target=later)
     thread.start()
     if event == "close":
-        with pytest.raises(UsedAfterClose):
+        with pytest.raises(memslot.UsedAfterClose):
             lease(pool, "b", timeout=30)
     else:
         pool.release(lease(pool, "b", timeout=30))
@@ -101,7 +93,7 @@ def test_slot_given_back_is_not_taken_from_its_next_owner(pool: Pool, released: 
         del holder
     else:
         del holder
-        with pytest.raises(SlotError, match="released before"):
+        with pytest.raises(memslot.SlotError, match="released before"):
             pool.release(slot)
         again = lease(pool, "b")
     fill(again)
@@ -123,11 +115,11 @@ def test_slot_is_released_once_and_to_its_own_pool(make_pool: Make) -> None:
     pool, other = make_pool(), make_pool()
     slot = lease(pool)
     for call in (other.release, other.reset):
-        with pytest.raises(SlotError, match="not leased from this pool"):
+        with pytest.raises(memslot.SlotError, match="not leased from this pool"):
             call(slot)
     pool.release(slot)
     for call in (pool.release, pool.reset):
-        with pytest.raises(SlotError, match="released before, or belongs elsewhere"):
+        with pytest.raises(memslot.SlotError, match="released before, or belongs elsewhere"):
             call(slot)
 
 
@@ -136,13 +128,13 @@ def test_pool_with_leases_stays_open_and_a_closed_one_leases_nothing(
 ) -> None:
     pool = make_pool(2)
     slot = lease(pool)
-    with pytest.raises(InUse, match="1 leased slots; release them before closing it"):
+    with pytest.raises(memslot.InUse, match="1 leased slots; release them before closing it"):
         pool.close()
     cycle(pool, "b", image)
     pool.release(slot)
     pool.close()
     pool.close()
-    with pytest.raises(UsedAfterClose, match="the pool was closed; make a new one"):
+    with pytest.raises(memslot.UsedAfterClose, match="the pool was closed; make a new one"):
         lease(pool)
     assert pool.purge(image) == 0
     assert pool.statistics().idle == 0
@@ -163,14 +155,14 @@ def test_pool_with_leases_stays_open_and_a_closed_one_leases_nothing(
     ],
 )
 def test_invalid_pool_is_refused(make_pool: Make, changes: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(SettingError, match=sentence):
+    with pytest.raises(memslot.SettingError, match=sentence):
         make_pool(**changes)
 
 
 def test_more_slots_than_the_map_count_allows_are_refused(make_pool: Make, calls: Any) -> None:
     pool = make_pool(1_000_000)
     sentence = r"vm.max_map_count is \d+ with \d+ in use; allowed here: at most \d+"
-    with calls() as made, pytest.raises(SettingError, match=sentence):
+    with calls() as made, pytest.raises(memslot.SettingError, match=sentence):
         lease(pool)
     assert made == {}
 
@@ -179,15 +171,17 @@ def test_check_finds_places_with_two_owners_or_none_and_unknown_slots(make_pool:
     pool = make_pool(2)
     slot = lease(pool)
     pool._unused_places.append(slot.base)
-    with pytest.raises(InvariantBroken, match="places are accounted for"):
+    with pytest.raises(memslot.InvariantBroken, match="places are accounted for"):
         pool.check()
     pool._unused_places[:] = []
-    with pytest.raises(InvariantBroken, match="1 places are accounted for, but the pool has 2"):
+    with pytest.raises(
+        memslot.InvariantBroken, match="1 places are accounted for, but the pool has 2"
+    ):
         pool.check()
     pool._unused_places.append(slot.base + RESERVED + P)
     pool.check()
     pool.release(slot)
     slot.state = State.UNKNOWN
-    with pytest.raises(InvariantBroken, match="an idle slot is unknown"):
+    with pytest.raises(memslot.InvariantBroken, match="an idle slot is unknown"):
         pool.check()
     slot.state = State.CLEAN

@@ -34,20 +34,15 @@ def fresh_probe() -> Iterator[None]:
 
 
 @pytest.fixture
-def image() -> Iterator[MemfdImage]:
-    with MemfdImage("reset", b"x" * 2 * P) as made:
-        yield made
-
-
-@pytest.fixture
-def slot(image: MemfdImage) -> Iterator[Slot]:
+def slot() -> Iterator[Slot]:
     """A leased slot that grew; every byte was written."""
     made = Slot.create(16 * P)
-    made.instantiate(image, 8 * P)
-    made.grow(10 * P)
-    fill(made)
-    yield made
-    made.destroy()
+    with MemfdImage("reset", b"x" * 2 * P) as image:
+        made.instantiate(image, 8 * P)
+        made.grow(10 * P)
+        fill(made)
+        yield made
+        made.destroy()
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, **findings: bool) -> None:

@@ -35,29 +35,22 @@ IMAGE, MEMORY = 16, 200
 
 
 @pytest.fixture
-def image() -> Iterator[MemfdImage]:
-    with MemfdImage("watched", os.urandom(IMAGE * P)) as made:
-        yield made
-
-
-@pytest.fixture
-def slot(image: MemfdImage) -> Iterator[Slot]:
+def slot() -> Iterator[Slot]:
     made = Slot.create(MEMORY * P)
-    made.instantiate(image, MEMORY * P)
-    yield made
-    made.destroy()
+    with MemfdImage("watched", os.urandom(IMAGE * P)) as image:
+        made.instantiate(image, MEMORY * P)
+        yield made
+        made.destroy()
 
 
-def once(slot: Slot, reset: Any, *pages: int, check: bool = False) -> Any:
-    """Write to these pages as a request does, and reset; `check` reads every page, which `auto` would learn from."""
+def once(slot: Slot, reset: Any, *pages: int) -> Any:
+    """Write to these pages as a request does, and reset."""
     for page in pages:
         ctypes.memset(slot.base + page * P + page % P, page % 251 + 1, 3)
     # A busy machine makes scans slow, which would count as pages that were read.
     if slot.history is not None:
         slot.history.limits.spare_nanoseconds = 1 << 60
     result = slot.reset(reset)
-    if check:
-        slot.check()
     slot.instantiate(slot.image, MEMORY * P)
     return result
 
@@ -80,7 +73,7 @@ def test_pages_above_the_image_get_a_scan_of_their_own_if_they_are_many(
         assert slot.report.apart == (above >= 40)
         assert slot.report.private_pages == len(pages)
         assert result.dirty_bytes == len(pages) * P
-    once(slot, reset, *pages, check=True)
+    assert slot.first_difference() is None
 
 
 @pytest.mark.parametrize(("name", "times"), [("auto", 3), ("pagemap", 0)])
@@ -160,7 +153,7 @@ def test_exception_while_a_reset_is_settled_leaves_the_slot_unknown(slot: Slot) 
     assert slot.state is State.UNKNOWN
 
 
-def test_cycle_through_a_slot_is_collected(image: MemfdImage) -> None:
+def test_cycle_through_a_slot_is_collected() -> None:
     slot = Slot.create(MEMORY * P)
     slot.destroy()
     slot.watcher = type("Cycle", (), {"slot": slot})()
@@ -204,8 +197,7 @@ def test_reset_releases_the_gil_if_the_last_one_was_long_or_many_pages_are_found
         while not turns[0]:
             time.sleep(0.001)
         for _ in range(20):  # a busy machine may not let the other thread run in time
-            ran = turns_during_a_reset() > 0
-            if ran == others:
+            if (ran := turns_during_a_reset() > 0) == others:
                 break
     finally:
         ended.set()
