@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from memslot_plugin.tests.installed import install
+
 from .cells import REAL_HOSTS, Cell
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -70,17 +72,16 @@ def test_example_prints_what_it_says(name: str, host: str, backend: str, monkeyp
 
 TENANT_LIMITS = EXAMPLES / "tenant_limits"
 PROGRAM = """
-import importlib.metadata, io, json, logging, os
+import io, json, logging, os
 import memslot_plugin as memslot
-from memslot_plugin.plugins import Plugins
 
 MODULE = bytes.fromhex("0061736d 01000000 05 04 01 01 01 08")  # a memory of 1 to 8 pages
 
-def report(limits, allocator):
+def report(limits):
     os.environ["TENANT_LIMITS"] = limits
     log, pages = io.StringIO(), {}
     logging.basicConfig(level="INFO", stream=log, format="%(name)s: %(message)s", force=True)
-    settings = memslot.Settings(slots=1, plugins=["tenant-limits", allocator])
+    settings = memslot.Settings(slots=1, plugins=["tenant-limits", "memfd"])
     with memslot.FakeHost(settings) as host:
         guest = host.prepare(MODULE)
         for tenant in ("ann", "bob", "eve"):
@@ -101,64 +102,34 @@ def report(limits, allocator):
         "log": log.getvalue(),
     }
 
-scan, scans = importlib.metadata.entry_points, []
-importlib.metadata.entry_points = lambda **group: scans.append(group) or scan(**group)
-reports = {
-    "memfd": report("ann=131072, bob=262144", "memfd"),
-    "anonymous": report("ann=131072, bob=262144", "anonymous"),
-    "all others": report("ann=1048576,*=65536", "memfd"),
-    "wrong": report("ann=lots", "memfd"),
-}
-pid = os.fork()
-if pid == 0:
-    os._exit(Plugins(only=["memfd"]).names != ("memfd",) or len(scans) != 1)
-reports["scans"], reports["status of a forked child"] = len(scans), os.waitpid(pid, 0)[1]
-print(json.dumps(reports))
+print(json.dumps(list(map(report, ("ann=131072, bob=262144", "ann=1048576,*=65536", "ann=lots")))))
 """
 
 
-@pytest.fixture(scope="module", params=["unpacked", pytest.param("pip", marks=pytest.mark.gate)])
-def reports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A process in which the example is installed prints a report of each setting of the example's."""
-    folder = tmp_path_factory.mktemp("third_party")
-    if request.param == "pip":
-        source = shutil.copytree(TENANT_LIMITS, folder / "source")
+@pytest.mark.parametrize("installer", ["none", pytest.param("pip", marks=pytest.mark.gate)])
+def test_plugin_limits_each_tenant_counts_and_names_a_wrong_setting(
+    installer: str, tmp_path: Path
+) -> None:
+    if installer == "pip":
+        source = shutil.copytree(TENANT_LIMITS, tmp_path / "source")
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        command += ["--no-build-isolation", "--no-deps", "--target", str(folder), str(source)]
+        command += ["--no-build-isolation", "--no-deps", "--target", str(tmp_path), str(source)]
         subprocess.run(command, check=True)
     else:
-        shutil.copy(TENANT_LIMITS / "tenant_limits.py", folder)
-        metadata = folder / "memslot_tenant_limits-1.0.dist-info"
-        metadata.mkdir()
-        (metadata / "METADATA").write_text("Name: memslot-tenant-limits\nVersion: 1.0\n")
-        entry = "[memslot]\ntenant-limits = tenant_limits:TenantLimits\n"
-        (metadata / "entry_points.txt").write_text(entry)
-    environment = {**os.environ, "PYTHONPATH": str(folder)}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=environment, stdout=subprocess.PIPE, check=True
-    )
-    return json.loads(done.stdout)
-
-
-@pytest.mark.parametrize("allocator", ["memfd", "anonymous"])
-def test_plugin_limits_each_tenant_and_counts(reports: Any, allocator: str) -> None:
-    report = reports[allocator]
+        code, entry = (TENANT_LIMITS / "tenant_limits.py").read_text(), ":TenantLimits"
+        named = ("memslot-tenant-limits", "tenant_limits", code, "1.0")
+        install(tmp_path, *named, **{"tenant-limits": entry})
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    printed = subprocess.check_output([sys.executable, "-c", PROGRAM], env=environment)
+    report, of_all_others, wrong = json.loads(printed)
     assert report["pages"] == {"ann": 2, "bob": 4, "eve": 8}
     assert report["created"] == {"ann": 1, "bob": 1, "eve": 1}
     assert report["info"] == ["loaded", "memslot-tenant-limits", "1.0", None]
     assert report["said"] == ["limits 2 tenants"]
     assert "tenant_limits: bob grows from 65536 to 131072 bytes" in report["log"]
     assert "tenant_limits: ann may not grow to 196608 bytes: the limit is 131072" in report["log"]
-    assert reports["all others"]["pages"] == {"ann": 8, "bob": 1, "eve": 1}
-
-
-def test_plugin_with_a_wrong_setting_is_skipped_and_says_why(reports: Any) -> None:
-    report = reports["wrong"]
+    assert of_all_others["pages"] == {"ann": 8, "bob": 1, "eve": 1}
     reason = "ValueError: TENANT_LIMITS: 'ann=lots' is not tenant=bytes"
-    assert report["info"] == ["failed", "memslot-tenant-limits", "1.0", reason]
-    assert f"'tenant-limits' (memslot-tenant-limits 1.0) is skipped: {reason}" in report["log"]
-    assert (report["pages"]["ann"], report["created"]) == (8, None)
-
-
-def test_process_and_its_forked_child_scan_once(reports: Any) -> None:
-    assert (reports["scans"], reports["status of a forked child"]) == (1, 0)
+    assert wrong["info"] == ["failed", "memslot-tenant-limits", "1.0", reason]
+    assert f"'tenant-limits' (memslot-tenant-limits 1.0) is skipped: {reason}" in wrong["log"]
+    assert (wrong["pages"]["ann"], wrong["created"]) == (8, None)

@@ -111,8 +111,8 @@ def test_growth_is_reported_and_the_slot_retired(host: WasmerHost) -> None:
 
 
 def test_growth_is_seen_inside_the_call_that_grew(host: WasmerHost) -> None:
-    guest = calling(host, lambda _: instance.memory.byte_size)
-    with guest.instantiate() as instance:
+    instance: Any
+    with calling(host, lambda _: instance.memory.byte_size).instantiate() as instance:
         assert instance.call("grow_then_run", 0) == 2 * PAGE
 
 

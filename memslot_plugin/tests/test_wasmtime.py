@@ -92,8 +92,8 @@ def test_trap_exception_and_exit_are_caught_as_memslots_and_as_wasmtimes(
     text = '(module (tag $t (param i32)) (memory 1) (func (export "f") (throw $t (i32.const 1))))'
     with pytest.raises(memslot.GuestTrap, match="Wasm exception"):
         host.prepare(text).instantiate().call("f")
-    for kind in (memslot.GuestExit, wasmtime.ExitTrap):
-        with host.prepare(WASI).instantiate() as instance, pytest.raises(kind, match="status 3"):
+    for ended in (memslot.GuestExit, wasmtime.ExitTrap):
+        with host.prepare(WASI).instantiate() as instance, pytest.raises(ended, match="status 3"):
             instance.call("exit", 3)
 
 
