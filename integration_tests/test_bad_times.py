@@ -21,12 +21,9 @@ def each_raises(uses: Iterable[Callable[[], object]], said: str) -> None:
 def test_pool_that_is_exhausted_says_so_at_once_or_at_the_timeout(host: memslot.Host) -> None:
     guest = host.prepare(toy.A)
     with guest.instantiate(), guest.instantiate() as held:
+        said = "all 2 slots of the pool are in use; release instances, raise the setting slots"
         for _ in range(3):
-            with raises(
-                memslot.PoolExhausted,
-                "all 2 slots of the pool are in use; release instances, raise the setting slots",
-                MemoryError,
-            ) as caught:
+            with raises(memslot.PoolExhausted, said, MemoryError) as caught:
                 guest.instantiate()
             assert (caught.value.limit, caught.value.in_use) == (2, 2)
             assert not isinstance(caught.value, memslot.PoolTimeout)

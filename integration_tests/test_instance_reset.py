@@ -103,22 +103,18 @@ def test_reset_of_a_grown_memory_makes_a_new_instance_that_once(real_cell: Cell)
     with started(real_cell, RESTORABLE) as (guest, instance):
         with guest.instantiate() as fresh:
             new = seen(fresh)
-        grow = {
-            "guest": lambda: instance.call("grow", 2),
-            "embedder": lambda: instance.memory.grow(2),
-        }
-        for turn, who in enumerate(grow, start=1):
-            assert grow[who]() == 1
+        for turn, grow in enumerate((instance.function("grow"), instance.memory.grow), start=1):
+            assert grow(2) == 1
             instance.memory.write(3 * PAGE - 1, b"x")
             instance.reset()
             assert seen(instance) == new
-            assert resets(guest) == (turn - 1, turn), who
+            assert resets(guest) == (turn - 1, turn)
             assert instance.call("grow", 0) == 1
             assert instance.call("grow", 100) == -1, "neither grows anything"
             instance.call("spoil", 5)
             instance.reset()
             assert seen(instance) == new
-            assert resets(guest) == (turn, turn), who
+            assert resets(guest) == (turn, turn)
 
 
 def test_reset_after_the_runtimes_objects_were_taken_makes_a_new_instance(real_cell: Cell) -> None:
