@@ -19,10 +19,10 @@ import pytest
 
 import memslot_plugin as memslot
 from memslot_plugin import SharedGuest
-from memslot_plugin.tests.slots import limited
 
 from . import sharing, toy
 from .cells import Cell
+from .exhausted import limited
 from .processes import in_child
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
