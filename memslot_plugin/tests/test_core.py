@@ -9,6 +9,7 @@ import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given
@@ -202,6 +203,13 @@ def test_data_limits_are_named_if_there_are_any(monkeypatch: Any, limit: int) ->
     monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
     said = str(_core.system_call_error(errno.ENOMEM, "x"))
     assert ("(ulimit -d)" in said) == (f"(ulimit -d) is {2**40}" in said) == (limit == 2**40)
+
+
+def test_pagemap_that_cannot_be_opened_names_the_limit(monkeypatch: Any) -> None:
+    monkeypatch.setattr(os, "open", Mock(side_effect=OSError(errno.EMFILE, "")))
+    sentence = r"opening /proc/self/pagemap: .*RLIMIT_NOFILE \(ulimit -n\) is "
+    with pytest.raises(SystemCallError, match=sentence):
+        pagemap_descriptor.__wrapped__()
 
 
 def test_map_counts_are_the_kernels() -> None:

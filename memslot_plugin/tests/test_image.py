@@ -94,13 +94,13 @@ def test_image_keeps_the_bytes_of_any_buffer_when_the_source_changes(
     kind: Kind, length: int
 ) -> None:
     source = bytearray(os.urandom(length - 1) + b"\1")
-    before = bytes(source)
-    with kind("source", source) as image, kind("items", array.array("B", before)) as items:
+    before, items = bytes(source), memoryview(array.array("I", list(source)))  # of four bytes each
+    with kind("source", source) as image, kind("items", items) as wide:
         source[:1] = b"!"
-        assert image.byte_size == items.byte_size == _core.align_up(length)
-        for each in (image, items):
-            assert bytes_of(each, 4 * P) == before + bytes(4 * P - length)
         source.append(0)  # raises BufferError if a buffer of it is still held
+        for made, stored in ((image, before), (wide, items.tobytes())):
+            assert made.byte_size == _core.align_up(len(stored))
+            assert bytes_of(made, 16 * P) == stored + bytes(16 * P - len(stored))
 
 
 STRIDE = P + GAP
