@@ -88,10 +88,9 @@ def test_pages_of_only_the_first_request_after_a_flush_are_not_needed(history: H
 
 def test_resets_are_compared_if_rent_is_due_and_observed_if_much_is_read(history: History) -> None:
     found = []
-    for private, spare in ((4, 0), (104, 0), (4, scan_of(500)), (4, scan_of(500))):
+    for private, spare in ((4, 0), (104, 0), (4, scan_of(500)), (4, scan_of(500)), (4, 0)):
         found.append((history.limits.idle_pages, history.limits.compare_every))
         history.observe(private, 4, spare)
-    found.append((history.limits.idle_pages, history.limits.compare_every))
     rarely = (FEW_PAGES, COMPARE_EVERY)
     assert found == [(0, 1), rarely, (0, 1), rarely, (0, COMPARE_EVERY)]
 

@@ -49,7 +49,6 @@ class Live(AbstractContextManager["Live"]):
         return layers.layered("child", self.image, held, self.slot.changes(MIN_GAP))
 
     def child(self) -> Image:
-        """Return the layered image, which must not have too many extents."""
         made = self.layered()
         assert made is not None
         return made

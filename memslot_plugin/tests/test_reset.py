@@ -140,7 +140,6 @@ def test_prices_ignore_a_measurement_that_was_disturbed(
         ("copy", {"dontneed": False, "memfd": False, "pagemap": False}, "copy"),
         ("auto", {"pagemap": False}, "madvise"),
         ("auto", {"pagemap": False, "dontneed": False}, "remap"),
-        ("auto", {"pagemap": True, "dontneed": False}, "remap"),
         ("madvise", {"dontneed": False, "memfd": False}, "remap"),
         pytest.param("pagemap", {"dontneed": False}, "pagemap", marks=needs_pagemap),
     ],

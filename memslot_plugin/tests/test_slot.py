@@ -247,12 +247,10 @@ print([slot.base, P, {name: n - before[name] for name, n in _core.counters().ite
     [
         (lambda: Slot(P, RESERVED + 1), "multiples of the host page"),
         (lambda: Slot(P, RESERVED, RESERVED + P), "accessible <= reserved"),
-        (lambda: Slot(P, RESERVED, -P), "accessible <= reserved"),
         (lambda: Slot(P, RESERVED, growth="magic"), "not 'magic'"),
         (lambda: Slot.create(RESERVED, -P), f"byte_size -{P}"),
         (lambda: Slot.create(-P), f"reserved -{P}"),
         (lambda: Slot.create(RESERVED, guard=-P), f"guard -{P}"),
-        (lambda: Slot.create(RESERVED, growth="magic"), "growth 'magic'"),
         (lambda: Slot.create(P, 2 * P), f"{2 * P} bytes does not fit a slot of {P} bytes"),
         (
             lambda: Slot(64 * P, RESERVED, mapping=object(), growth="ftruncate"),  # type: ignore[arg-type]
