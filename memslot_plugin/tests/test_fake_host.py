@@ -54,8 +54,6 @@ def test_all_memories_are_leased_or_none() -> None:
         guest = host.prepare(assemble("(module (memory 1) (memory 2))"))
         with guest.instantiate() as instance:
             assert [memory.byte_size for memory in instance.memories] == [PAGE, 2 * PAGE]
-            instance.memories[0].write(0, b"first")
-            assert instance.memories[1].read(0, 5) == bytes(5)
         with hosts.prepare(host).instantiate():
             with pytest.raises(memslot.PoolExhausted):
                 guest.instantiate()

@@ -295,6 +295,7 @@ def test_failed_reset_closes_the_instance_and_loses_no_slot(
             with pytest.raises(memslot.SystemCallError, match="MADV_DONTNEED in a reset"):
                 end(instance)
             assert instance.closed
+            assert ", closed" in repr(instance)
             assert in_use(host) == 0
         with guest.instantiate() as first, guest.instantiate() as second:
             assert first.memory.read(8, 5) == second.memory.read(8, 5) == b"hello"
