@@ -140,6 +140,7 @@ EVERY_CELL = tuple(
     for coordinates in itertools.product(HOSTS, BACKENDS, ALLOCATIONS, RESETS, GROWTHS)
 )
 POSSIBLE_CELLS = tuple(cell for cell in EVERY_CELL if not (cell.missing or cell.refused))
+RUNTIME_CELLS = tuple(cell for cell in POSSIBLE_CELLS if cell.host != "fake")
 PAIRWISE_CELLS = pairwise(POSSIBLE_CELLS)
 """The cells that T0 runs."""
 PLAIN_CELLS = tuple(Cell(host, backend) for host in HOSTS for backend in BACKENDS)

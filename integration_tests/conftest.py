@@ -25,6 +25,7 @@ if ROOT not in sys.path:
 
 FIXTURES = {
     "cell": (cells.POSSIBLE_CELLS, cells.PAIRWISE_CELLS),
+    "runtime_cell": (cells.RUNTIME_CELLS, cells.PAIRWISE_CELLS),
     "pooling_cell": (
         [cell for cell in cells.POSSIBLE_CELLS if cell.allocation == "pooling"],
         cells.PAIRWISE_CELLS,

@@ -18,15 +18,13 @@ from .modules import MODULES, Module
 
 
 @pytest.mark.scales
-def test_module_of_any_shape_computes_what_the_runtime_alone_computes(cell: Cell) -> None:
-    if cell.host == "fake":
-        pytest.skip("impossible: the fake host has no runtime")
+def test_module_of_any_shape_computes_what_the_runtime_alone_computes(runtime_cell: Cell) -> None:
     tally = differential.Tally()
-    with cell.serving(**differential.SETTINGS) as host:
+    with runtime_cell.serving(**differential.SETTINGS) as host:
         for module in MODULES.values():
             differential.compare(host, module, tally)
     assert not tally.differences, "\n".join(tally.differences)
-    assert tally.counts["after two resets"] > 20
+    assert tally.counts["after two resets"] >= len(MODULES) // 3
 
 
 def test_report_of_a_module_of_any_shape_is_what_inspect_prints(
