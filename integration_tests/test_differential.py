@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,16 +29,14 @@ PER_HOST = examples(84)
 
 @pytest.mark.scales
 def test_generated_modules_do_what_they_do_natively(
-    cell: Cell, note: Callable[[str, object], None]
+    runtime_cell: Cell, note: Callable[[str, object], None]
 ) -> None:
-    if cell.host == "fake":
-        pytest.skip("impossible: the fake host has no runtime")
     in_this_tier = cells.PAIRWISE_CELLS if PER_HOST == 84 else cells.POSSIBLE_CELLS
-    alike = [each for each in in_this_tier if each.host == cell.host]
+    alike = [each for each in in_this_tier if each.host == runtime_cell.host]
     # Other modules for each cell and Python, and the same in each run.
-    first = sys.version_info.minor * 10_000_000 + cells.EVERY_CELL.index(cell) * 100_000
+    first = sys.version_info.minor * 10_000_000 + cells.EVERY_CELL.index(runtime_cell) * 100_000
     seeds = range(first, first - PER_HOST // -len(alike))
-    tally = differential.run(cell, seeds, Tally())
+    tally = differential.run(runtime_cell, seeds, Tally())
     note("compared", str(tally))
     assert not tally.differences, "\n".join(tally.differences)
     assert tally.counts["modules"] == len(seeds)
@@ -63,45 +63,37 @@ def data_is_cut(monkeypatch: pytest.MonkeyPatch, host: memslot.Host) -> None:
     monkeypatch.setattr(guests, "Segment", lambda offset, data: right(offset, data[:-1]))
 
 
-def start_runs_twice(monkeypatch: pytest.MonkeyPatch, host: memslot.Host) -> None:
+def rewritten_with(**changes: Any) -> Callable[[pytest.MonkeyPatch, memslot.Host], None]:
     right = wasm.rewrite
-    monkeypatch.setattr(
-        wasm, "rewrite", lambda module, **options: right(module, **{**options, "drop_start": False})
-    )
 
+    def rewrite(module: wasm.Module, **options: Any) -> bytes:
+        return right(module, **{**options, **changes})
 
-def values_are_lost(monkeypatch: pytest.MonkeyPatch, host: memslot.Host) -> None:
-    """A snapshot has the globals that the module starts with."""
-    right = wasm.rewrite
-    monkeypatch.setattr(
-        wasm,
-        "rewrite",
-        lambda module, **options: right(module, **{**options, "initial_values": None}),
-    )
+    return lambda monkeypatch, host: monkeypatch.setattr(wasm, "rewrite", rewrite)
 
 
 SABOTAGE = {
-    globals_stay: ("reset", 55),
-    tables_stay: ("", 180),
-    data_is_cut: ("first instance", 0),
-    start_runs_twice: ("instance of a snapshot", 220),
-    values_are_lost: ("instance of a snapshot", 210),
+    "globals_stay": (globals_stay, "reset"),
+    "tables_stay": (tables_stay, ""),
+    "data_is_cut": (data_is_cut, "first instance"),
+    "start_runs_twice": (rewritten_with(drop_start=False), "instance of a snapshot"),
+    "values_are_lost": (rewritten_with(initial_values=None), "instance of a snapshot"),
 }
-"""By sabotage: a part of the name of the life that shows it, and a seed not far before one that does."""
+"""The sabotage, and a part of the name of the life that shows it."""
 
 
-@pytest.mark.parametrize("sabotage", SABOTAGE, ids=lambda each: each.__name__)
+@pytest.mark.parametrize("sabotage", SABOTAGE)
 @pytest.mark.parametrize("name", cells.REAL_HOSTS)
 def test_comparison_with_something_broken_notices_it(
-    name: str, sabotage: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    name: str, sabotage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    where, first = SABOTAGE[sabotage]
     cell, tally = Cell(name, "memfd"), Tally()
     if cell.missing:
         pytest.skip(cell.missing)
+    break_it, where = SABOTAGE[sabotage]
     with cell.open(**differential.SETTINGS) as host:
-        sabotage(monkeypatch, host)
-        for seed in range(first, first + 300):
+        break_it(monkeypatch, host)
+        for seed in range(300):
             differential.compare(host, generate(seed, features_for(name, seed)), tally)
             if tally.differences:
                 break
@@ -113,28 +105,18 @@ def test_comparison_with_something_broken_notices_it(
 
 # The generator
 
-DIGEST = """
-import hashlib
-from integration_tests.generated import FEATURES, generate
 
-made = [generate(seed, features) for features in FEATURES.values() for seed in range(20)]
-text = repr([(each.binary, each.calls, each.probes) for each in made])
-digest = hashlib.sha256(text.encode()).hexdigest()
-"""
+def digest() -> str:
+    made = [generate(seed, features) for features in FEATURES.values() for seed in range(20)]
+    text = repr([(each.binary, each.calls, each.probes) for each in made])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def test_seed_in_another_process_makes_the_same_module() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", f"{DIGEST}\nprint(digest)"],
-        env={"PYTHONHASHSEED": "1"},
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    here: dict[str, str] = {}
-    exec(DIGEST, here)
-    assert done.stdout.strip() == here["digest"]
+    code = "from integration_tests import test_differential; print(test_differential.digest())"
+    root, seeded = Path(__file__).parents[1], {"PYTHONHASHSEED": "1"}
+    there = subprocess.check_output([sys.executable, "-c", code], env=seeded, cwd=root, text=True)
+    assert there.strip() == digest()
 
 
 @pytest.mark.scales

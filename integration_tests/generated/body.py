@@ -22,7 +22,7 @@ class Body(Values):
         """The body as the code section holds it."""
         self.burn()
         for first in (self.accumulate, self.change_table, self.store):  # before anything traps
-            if self.rng.random() < 0.35:
+            if self.rng.random() < 0.5:
                 first()
         for _ in range(self.rng.randint(0, 6)):
             self.statement()
@@ -160,10 +160,8 @@ class Body(Values):
     # What decides where it goes on
 
     def inside(self) -> None:
-        self.depth += 1
         for _ in range(self.rng.randint(1, 3)):
             self.statement()
-        self.depth -= 1
 
     def branch_on_condition(self) -> None:
         self.expressions("i32")
@@ -174,30 +172,13 @@ class Body(Values):
             self.inside()
         self.put(END)
 
-    def block(self) -> None:
-        self.put(b"\x02\x40")
-        self.inside()
-        self.expressions("i32")
-        self.put((0x0D, 0))
-        self.inside()
-        self.put(END)
-
     def catch(self) -> None:
         if "exceptions" in self.world.features and self.world.tags:
             self.put(b"\x02\x40\x1f\x40\x01\x02\x00")  # block, try_table with catch_all
-            self.depth += 1
             self.inside()
             self.expressions("i32")
             self.put(b"\x04\x40", (0x08, 0), END)  # if throw end
-            self.depth -= 1
             self.put(END, END)
-
-    def several_ways(self) -> None:
-        self.put(b"\x02\x40\x02\x40")
-        self.expressions("i32")
-        self.put(b"\x0e\x02\x00\x01\x00", END)  # br_table 0 1 0, and the inner end
-        self.inside()
-        self.put(END)
 
     def loop(self) -> None:
         if self.world.fuel is not None:
@@ -209,25 +190,14 @@ class Body(Values):
             self.put((0x20, counter), constant("i32", 1), SUBTRACT["i32"], (0x22, counter))
             self.put((0x0D, 0), END)
 
-    def leave(self) -> None:
-        """A way out, that is taken if a condition says so."""
-        self.expressions("i32")
-        if self.depth and self.rng.random() < 0.7:
-            self.put((0x0D, self.rng.randrange(self.depth)))
-            return
-        self.put(b"\x04\x40")
-        for kind in self.results:
-            self.leaf(kind)
-        self.put(0x0F, END)
-
     def guarded_trap(self) -> None:
         self.expressions("i32")
         self.put(constant("i32", 3), 0x71, 0x45, b"\x04\x40\x00\x0b")
 
 
 STATEMENTS: Ways = (
-    *((26, Body.store), (10, Body.assign), (9, Body.assign_global), (3, Body.accumulate)),
+    *((26, Body.store), (10, Body.assign), (9, Body.assign_global), (8, Body.accumulate)),
     *((5, Body.fill), (5, Body.copy), (3, Body.init), (1, Body.drop_data), (12, Body.change_table)),
-    *((4, Body.branch_on_condition), (3, Body.block), (1, Body.catch), (1, Body.several_ways)),
-    *((6, Body.loop), (6, Body.call_and_drop), (3, Body.leave), (2, Body.guarded_trap)),
+    *((6, Body.branch_on_condition), (3, Body.catch), (6, Body.loop), (6, Body.call_and_drop)),
+    (2, Body.guarded_trap),
 )

@@ -10,17 +10,13 @@ from memslot_plugin.tests.encode import signed as _signed
 
 __all__ = ["END", "HEADER", "custom", "name", "section", "sized", "unsigned", "vector"]
 
-CODES = {
-    "i32": b"\x7f",
-    "i64": b"\x7e",
-    "f32": b"\x7d",
-    "f64": b"\x7c",
-    "v128": b"\x7b",
-    "funcref": b"\x70",
-    "externref": b"\x6f",
-}
 NUMBERS = ("i32", "i64", "f32", "f64")
 REFERENCES = ("funcref", "externref")
+CODES = {
+    **dict(zip(NUMBERS, (b"\x7f", b"\x7e", b"\x7d", b"\x7c"), strict=True)),
+    "v128": b"\x7b",
+    **dict(zip(REFERENCES, (b"\x70", b"\x6f"), strict=True)),
+}
 
 Part = int | bytes | tuple[int, ...]
 

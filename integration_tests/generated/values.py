@@ -1,7 +1,4 @@
-"""Values at random: code that leaves one value of a type on the stack, from everything that a module has.
-
-A value is the same on every run: an operation that may make a NaN is followed by code that makes it the one NaN.
-"""
+"""Values at random: code that leaves one value of a type on the stack, from everything that a module has."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from typing import Any
 
 from . import opcodes
 from .emit import CODES, END, NUMBERS, REFERENCES, Part, code, constant, unsigned
-from .opcodes import ADD, AND, OR, PAGE
+from .opcodes import ADD, AND, PAGE
 from .world import Memory, Table, World
 
 Ways = Sequence[tuple[int, Callable[..., object]]]
@@ -28,16 +25,11 @@ class Values:
         self.locals = list(self.parameters)
         self.code = bytearray()
         self.budget = self.rng.choice((6, 20, 50, 90))
-        self.depth = 0  # of blocks without results around here, the body itself not counted
-        for kind in (*NUMBERS, *NUMBERS, "v128", *REFERENCES):
-            if self.rng.random() < 0.5:
-                self.locals.append(kind)
+        kinds = (*NUMBERS, *NUMBERS, "v128", *REFERENCES)
+        self.locals += [kind for kind in kinds if self.rng.random() < 0.5]
 
     def put(self, *parts: Part) -> None:
         self.code += code(*parts)
-
-    def constant(self, kind: str, bits: int = 0) -> None:
-        self.code += constant(kind, bits)
 
     def one_of(self, ways: Ways, *arguments: Any) -> None:
         (way,) = self.rng.choices([each for _, each in ways], [weight for weight, _ in ways])
@@ -71,7 +63,7 @@ class Values:
             self.put((0xD2, self.rng.choice(self.world.referable)))
         else:
             bits = 0 if kind in REFERENCES else opcodes.some_bits(self.rng, kind)
-            self.constant(kind, bits)
+            self.put(constant(kind, bits))
 
     # For every type
 
@@ -91,44 +83,12 @@ class Values:
         self.expressions(kind, kind, "i32")
         self.put(b"\x1b" if kind in NUMBERS else b"\x1c\x01" + CODES[kind])
 
-    def block_left_early(self, kind: str) -> None:
-        self.put(b"\x02" + CODES[kind])
-        self.expressions(kind, "i32")
-        self.put((0x0D, 0), 0x1A)
-        self.expressions(kind)
-        self.put(END)
-
-    def tee(self, kind: str) -> None:
-        self.expressions(kind)
-        self.put((0x22, self.local(kind)))
-
     # For some
 
     def operate(self, kind: str) -> None:
-        operands, codes, immediates = self.rng.choice(opcodes.SAFE[kind])
-        chosen = self.rng.choice(codes)
+        operands, codes = self.rng.choice(opcodes.SAFE[kind])
         self.expressions(*operands)
-        self.put(chosen, bytes(self.rng.randrange(below) for below in immediates))
-        if kind in opcodes.CANONICAL and chosen not in opcodes.EXACT:
-            self.one_nan(kind)
-
-    def one_nan(self, kind: str) -> None:
-        """Any NaN on the stack becomes the one that is written down here."""
-        held = self.new_local(kind)
-        equal = {"f32": 0x5B, "f64": 0x61}[kind]
-        canonical = constant(kind, opcodes.CANONICAL[kind])
-        self.put((0x22, held), canonical, (0x20, held), (0x20, held), equal, 0x1B)
-
-    def divide(self, kind: str) -> None:
-        self.expressions(kind, kind)
-        if self.rng.random() < 0.8:  # an odd divisor is not zero
-            self.put(constant(kind, 1), OR[kind])
-        self.put(self.rng.choice(opcodes.DIVISIONS[kind]))
-
-    def truncate(self, kind: str) -> None:
-        chosen, source = self.rng.choice(opcodes.TRUNCATIONS[kind])
-        self.expressions(source)
-        self.put(chosen)
+        self.put(self.rng.choice(codes))
 
     def size(self, kind: str) -> None:
         """The size of a memory or a table whose addresses have this type, or what growing it gives."""
@@ -154,10 +114,10 @@ class Values:
         memory = self.world.some_memory()
         if memory is None:
             self.leaf(kind)
-            return
-        chosen, length = self.rng.choice(opcodes.LOADS[kind])
-        offset = self.address(memory, length)
-        self.put(chosen, self.memory_argument(memory, offset, length))
+        else:
+            chosen, length = self.rng.choice(opcodes.LOADS[kind])
+            offset = self.address(memory, length)
+            self.put(chosen, self.memory_argument(memory, offset, length))
 
     def address(self, memory: Memory, length: int) -> int:
         """An address on the stack, and the offset for the instruction; mostly both together are inside."""
@@ -177,7 +137,7 @@ class Values:
             self.put(constant(kind, within), AND[kind])
             return wanted & ~0xFFF
         offset = min(wanted, rng.choice((0, 0, 1, wanted, wanted // 2, 4096)))
-        self.constant(kind, wanted - offset)
+        self.put(constant(kind, wanted - offset))
         return offset
 
     def memory_argument(self, memory: Memory, offset: int, length: int) -> bytes:
@@ -193,13 +153,12 @@ class Values:
         self.put(constant(memory.address, offset), ADD[memory.address])
 
     def table_get(self, kind: str) -> None:
-        tables = self.world.inhabited(kind)
-        if not tables:
+        if tables := self.world.inhabited(kind):
+            table = self.rng.choice(tables)
+            self.table_index(table)
+            self.put((0x25, table.index))
+        else:
             self.leaf(kind)
-            return
-        table = self.rng.choice(tables)
-        self.table_index(table)
-        self.put((0x25, table.index))
 
     def table_index(self, table: Table) -> None:
         rng, size = self.rng, table.minimum
@@ -208,7 +167,7 @@ class Values:
             place = rng.choice((size, size + 1, 2**32 - 1))
         elif rng.random() < 0.9:
             place = min(place, size - 1)
-        self.constant(table.address, max(place, 0))
+        self.put(constant(table.address, max(place, 0)))
 
     def call(self, results: tuple[str, ...]) -> bool:
         """A call that gives these results; False, and no code, if nothing does."""
@@ -240,22 +199,11 @@ class Values:
         ]
 
 
-_ANY: Ways = (
-    (4, Values.call_for),
-    (3, Values.branch),
-    (4, Values.select),
-    (2, Values.block_left_early),
-    (2, Values.tee),
-)
-_FLOAT: Ways = ((65, Values.operate), (20, Values.load), *_ANY)
-_INTEGER: Ways = (
-    *((55, Values.operate), (20, Values.load), (6, Values.divide), (1, Values.truncate)),
-    *((6, Values.size), *_ANY),
-)
-_REFERENCE: Ways = ((20, Values.table_get), *_ANY)
+_ANY: Ways = ((4, Values.call_for), (3, Values.branch), (4, Values.select))
+_NUMBER: Ways = ((60, Values.operate), (20, Values.load), *_ANY)
 WAYS = {
-    **dict.fromkeys(("i32", "i64"), _INTEGER),
-    **dict.fromkeys(("f32", "f64", "v128"), _FLOAT),
-    **dict.fromkeys(REFERENCES, _REFERENCE),
+    **dict.fromkeys(("i32", "i64"), (*_NUMBER, (6, Values.size))),
+    **dict.fromkeys(("f32", "f64", "v128"), _NUMBER),
+    **dict.fromkeys(REFERENCES, ((20, Values.table_get), *_ANY)),
 }
 """By type: how a value of it can be made."""
