@@ -42,6 +42,17 @@ class Compared(Protocol):
     snapshot_at: int
 
 
+@dataclass(frozen=True)
+class Given:
+    """A module that comes from elsewhere, as the comparison takes it."""
+
+    binary: bytes
+    imports: Sequence[Import] = ()
+    calls: Sequence[Call] = ()
+    probes: Sequence[Call] = ()
+    snapshot_at: int = 0
+
+
 @dataclass
 class Tally:
     """The counts of what a run compared, and its differences as sentences with the module in them."""

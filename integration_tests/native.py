@@ -20,14 +20,6 @@ Call = tuple[Any, ...]
 Imports = Callable[["Runtime"], Mapping[str, Mapping[str, Any]]]
 """Makes what a module imports: Python functions, and objects of the runtime's own."""
 
-KINDS = {
-    "FuncType": "func",
-    "FunctionType": "func",
-    "MemoryType": "memory",
-    "GlobalType": "global",
-    "TableType": "table",
-}
-
 
 class Runtime:
     """The parts that both runtimes have in common; the module that was compiled last is kept."""
@@ -44,7 +36,9 @@ class Runtime:
         types = {(each.module, each.name): each.type for each in compiled.imports}
         given = {
             namespace: {
-                name: self._function(value, types[namespace, name]) if _is_python(value) else value
+                name: self._function(value, types[namespace, name])
+                if isinstance(value, FunctionType)
+                else value
                 for name, value in entries.items()
             }
             for namespace, entries in (imports(self) if imports else {}).items()
@@ -71,14 +65,19 @@ class Runtime:
             self._last = module, self._compile(module)
         return self._last[1]
 
+    def bound(self) -> dict[str, Any]:
+        """Arguments that `instantiate` needs beside the imports that were made here."""
+        return {}
+
+    def close(self) -> None:
+        """Free what nothing else frees."""
+
 
 def kind_of(declared: Any) -> str:
     """The kind of an export or import."""
-    return KINDS.get(type(declared.type).__name__, "tag")
-
-
-def _is_python(given: Any) -> bool:
-    return isinstance(given, FunctionType)
+    name = type(declared.type).__name__.lower()
+    kinds = ("func", "memory", "global", "table")
+    return next((kind for kind in kinds if name.startswith(kind)), "tag")
 
 
 class Wasmtime(Runtime):
@@ -138,7 +137,6 @@ class Wasmtime(Runtime):
         return ("failed to start",)
 
     def bound(self) -> dict[str, Any]:
-        """Arguments that `instantiate` needs beside the imports that were made here."""
         return {"store": self.store}
 
     def close(self) -> None:
@@ -193,13 +191,6 @@ class Wasmer(Runtime):
             return ("failed to start",)
         # The lines after the first say where in the module, and a rewritten module is another one.
         return "trap", text.splitlines()[0]
-
-    def bound(self) -> dict[str, Any]:
-        """wasmer's objects belong to no instance."""
-        return {}
-
-    def close(self) -> None:
-        """Nothing: wasmer frees what nothing refers to."""
 
 
 def runtime(host: str, opened: memslot.Host | None = None) -> Runtime:

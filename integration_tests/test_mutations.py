@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import pytest
 
@@ -14,23 +13,12 @@ from memslot_plugin.tests.profiles import examples
 
 from . import differential, expect, native, toy
 from .cells import Cell
-from .differential import Tally
+from .differential import Given, Tally
 from .generated import FEATURES, Import, generate
 from .modules import MODULES
 
 START = 8
 """The number of the section that names a start function."""
-
-
-@dataclass(frozen=True)
-class Changed:
-    """A module as the comparison takes it: it is given the functions that it imports, and not called."""
-
-    binary: bytes
-    imports: tuple[Import, ...]
-    calls: tuple[native.Call, ...] = ()
-    probes: tuple[native.Call, ...] = ()
-    snapshot_at: int = 0
 
 
 def compare_all(host: memslot.Host, modules: Iterable[bytes]) -> Tally:
@@ -45,7 +33,7 @@ def compare_all(host: memslot.Host, modules: Iterable[bytes]) -> Tally:
             if compiled is not None and START in dict(mutations.sections(module)):
                 host.prepare(module).close()  # what starts may never end
             else:
-                differential.compare(host, Changed(module, given), tally)
+                differential.compare(host, Given(module, given), tally)
             assert not tally.differences
         except BaseException as error:
             raise AssertionError(
@@ -65,7 +53,7 @@ def test_small_modules_with_something_wrong_become_what_they_become_natively(
         mutations.mutated(rng, rng.choice(originals))
         for rng in map(random.Random, range(examples(200)))
     )
-    with real_cell.serving(slots=8) as host:
+    with real_cell.serving(**differential.SETTINGS) as host:
         found = compare_all(host, changed)
     note("compared", str(found))
     assert found.counts["natively started"] > 5
