@@ -23,8 +23,6 @@ MODULE = "quickjs_rs/_guest.wasm"
 # The package wants Python 3.11, its module runs anywhere.
 OPTIONS = "--quiet --no-deps --no-cache-dir --only-binary=:all: --ignore-requires-python"
 
-OK = 0
-
 IMPORTS = {
     "env": {
         "host_interrupt": lambda: 0,
@@ -71,12 +69,12 @@ def evaluate(machine: Pooled, source: str) -> str:
     machine.write(at, code)
     out = machine.call("qjs_alloc", 4)
     status = machine.call("eval_code", at, len(code), out)
-    assert status == OK, f"eval_code: status {status}"
+    assert status == 0, f"eval_code: status {status}"
     (handle,) = struct.unpack("<i", machine.read(out, 4))
     machine.call("qjs_free", at, len(code))
     machine.call("qjs_free", out, 4)
     status = machine.call("get_string", handle)
-    assert status == OK, f"get_string: status {status}"
+    assert status == 0, f"get_string: status {status}"
     length = machine.call("qjs_last_len")
     kind, _, text = machine.read(machine.call("qjs_last_ptr"), length).decode().partition(" ")
     machine.call("qjs_result_free")

@@ -21,19 +21,15 @@ class Package:
 
     def fetch(self, folder: Path) -> bytes:
         """The file; a failure to download it is an error."""
-        name = f"{self.name.replace('/', '-')}-{self.version}-{Path(self.member).name}"
-        return kept(folder / name, self._download)
+        return kept(folder / f"{self.version}-{Path(self.member).name}", self._download)
 
     def _download(self, work: Path) -> bytes:
-        command = ["npm", "pack", "--silent", "--ignore-scripts", "--cache", str(work / "cache")]
-        command += ["--pack-destination", str(work), f"{self.name}@{self.version}"]
-        fetched(self.name, command, work)
+        command = ["npm", "pack", "--silent", "--ignore-scripts", "--cache", "cache"]
+        fetched(self.name, [*command, f"{self.name}@{self.version}"], work)
         (archive,) = work.glob("*.tgz")
         assert hashlib.sha512(archive.read_bytes()).hexdigest() == self.sha512, self.name
         with tarfile.open(archive) as opened:
-            member = opened.extractfile(f"package/{self.member}")
-            assert member is not None
-            return member.read()
+            return opened.extractfile(f"package/{self.member}").read()  # type: ignore[union-attr]  # a file
 
 
 RUBY = Package(
