@@ -49,7 +49,8 @@ def interrupted_once(world: World) -> None:
 def main() -> None:
     name, backend, seconds = sys.argv[1:]
     faulthandler.dump_traceback_later(120, exit=True)
-    sys.unraisablehook = lambda _: None  # a finalizer cannot raise it to a caller
+    swallowed: list[object] = []
+    sys.unraisablehook = swallowed.append  # a finalizer cannot raise it to a caller
     with World(Cell(name, backend)):
         pass
     before = Footprint.now()
@@ -59,6 +60,7 @@ def main() -> None:
             interrupted_once(world)
             world.serves()
             times += 1
+            swallowed.clear()
     # A signal between the runtime's package being given compiled code and keeping it loses that code, as it does
     # without memslot; descriptors, images and reservations are memslot's.
     lost = Footprint.now().lost_since(before, mappings=2000)
