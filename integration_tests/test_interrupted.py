@@ -60,7 +60,7 @@ def interruptions(places: Sequence[str]) -> Iterator[Interruption]:
     events: Sequence[int] = range(1, len(places) + 1)
     if not LONG:
         lines = dict(zip(reversed(places), reversed(events), strict=True))  # where each is first
-        events = sorted(lines.values())[1 :: max(len(lines) // (4 * FACTOR), 1)]
+        events = sorted(lines.values())[1 :: max(len(lines) // (4 if FACTOR == 1 else 40), 1)]
     for number, at in enumerate(events):
         yield Interruption(ERRORS[number % 2]("injected"), at)
 

@@ -364,6 +364,9 @@ class Pool:
             return
         self._take_off(slot)
         if slot.state is State.CLEAN and self.allocation == "pooling":
+            # An interrupt in _pick may have left a new slot's place among the unused ones: it would be given to two.
+            with suppress(ValueError):
+                self._unused_places.remove(slot.base)
             self._shelve(slot)
         else:
             self._retire(slot)

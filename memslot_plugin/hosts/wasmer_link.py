@@ -142,6 +142,8 @@ class Compiled:
             try:
                 self._state_modules[values] = wasmer.Module(self._store, text)
             except BaseException as error:
+                if not made_by_wasmer(error):
+                    raise
                 what = f"the module of ours that restores the globals of {self._guest_name}"
                 raise at_compile(error, what) from error
         return self._state_modules[values]

@@ -54,6 +54,25 @@ def test_exhausted_pool_names_limit_and_use_and_goes_on_serving(pool: Pool) -> N
     assert pool.statistics().exhausted == 3
 
 
+def test_lease_interrupted_with_a_new_slot_gives_no_place_to_two(
+    make_pool: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = make_pool(2)
+
+    def interrupted(slot: Slot, claim: Claim) -> None:
+        Pool._hand_out(pool, slot, claim)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pool, "_hand_out", interrupted)
+        lease(pool)
+    pool.check()
+    first, second = lease(pool, "b"), lease(pool, "c")
+    assert first.base != second.base
+    pool.release(first)
+    pool.release(second)
+
+
 @pytest.mark.parametrize("event", ["release", "abandon", "retire", "close"])
 def test_waiting_lease_is_woken_by_another_thread(pool: Pool, event: str) -> None:
     holders = [Holder()]

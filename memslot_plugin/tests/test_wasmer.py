@@ -202,6 +202,19 @@ def test_every_error_of_wasmer_is_mapped() -> None:
         assert type(mapped) is at_instantiate
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_interrupt_while_globals_are_compiled_is_raised_as_it_is(
+    host: WasmerHost, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise error
+
+    with host.prepare(ECHO).instantiate() as instance:
+        monkeypatch.setattr(wasmer, "Module", interrupted)
+        with pytest.raises(error):
+            instance.snapshot()
+
+
 def test_guest_that_imports_a_table_is_left_to_wasmer(host: WasmerHost) -> None:
     text = '(module (import "env" "t" (table 1 funcref)) (memory (export "m") 1) (data (i32.const 3) "x"))'
     giving = wasmer.Module(host.store, '(module (table (export "t") 1 funcref))')
