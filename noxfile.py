@@ -21,7 +21,14 @@ PROJECT = nox.project.load_toml("pyproject.toml")
 DEFAULT = "3.11"  # what `python3` is in the README's commands
 HOSTS = {"3.10": "wasmtime,wasmer"}  # wasmer has no build for 3.11 and later
 # What a Python between the oldest and the newest could break: the extension, the settings, each host.
-SHORT = ["test_core", "test_public", "test_settings", "test_host", "test_host_imports", "test_fake_host"]
+SHORT = [
+    "test_core",
+    "test_public",
+    "test_settings",
+    "test_host",
+    "test_host_imports",
+    "test_fake_host",
+]
 
 # hypothesis: the same examples each time; pytest: whole messages.
 os.environ["CI"] = "1"

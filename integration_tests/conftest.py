@@ -97,10 +97,11 @@ def frozen(warm: None) -> None:
 
 
 @pytest.fixture(autouse=True)
-def leaks(frozen: None) -> Iterator[None]:
+def leaks(frozen: None, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """No test leaves a descriptor, a reservation, an image's mapping or a thread behind."""
     before = Footprint.now()
     yield
+    caplog.get_records("call").clear()  # an exception that was logged keeps its frames
     lost = Footprint.now().lost_since(before, mappings=32)
     # Threads of a runtime that we do not know by name may stay for ten idle seconds.
     deadline = time.monotonic() + 15

@@ -351,8 +351,10 @@ class Pool:
                         self._reset_slot(slot)
                 except MemslotError as error:
                     # Nobody is left who could be told but the log and the statistics.
+                    # As text: a handler that keeps records would keep the traceback, and with it the slot's memory.
                     _log.error(
-                        "a slot that was dropped could not be reset and is destroyed: %s", error
+                        "a slot that was dropped could not be reset and is destroyed: %s",
+                        str(error),
                     )
                 self._put_away(claim)
             self._abandoned.popleft()
@@ -509,7 +511,7 @@ class Pool:
         try:
             slot.destroy()
         except MemslotError as error:
-            _log.error("a slot could not be destroyed, which is tried again later: %s", error)
+            _log.error("a slot could not be destroyed, which is tried again later: %s", str(error))
         self._account_for(slot)
 
     def _retire_again(self) -> None:
@@ -718,7 +720,7 @@ class Pool:
                 try:
                     slot.part()
                 except MemslotError as error:
-                    _log.error("a slot could not be parted from the parent's: %s", error)
+                    _log.error("a slot could not be parted from the parent's: %s", str(error))
                     shelf.discard(slot)
                     self._retire(slot)
         ours = threading.get_ident()
@@ -727,7 +729,7 @@ class Pool:
             try:
                 slot.part()
             except MemslotError as error:
-                _log.error("a leased slot could not be parted from the parent's: %s", error)
+                _log.error("a leased slot could not be parted from the parent's: %s", str(error))
 
     def _finish_for_others(self) -> None:
         """Whoever was in the middle of something does not exist here: each slot is where it belongs again."""

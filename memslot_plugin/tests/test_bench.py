@@ -17,7 +17,17 @@ from click.testing import CliRunner, Result
 from memslot_plugin import bench
 from memslot_plugin._core import PAGE_SIZE as P
 from memslot_plugin._core import lib
-from memslot_plugin.bench import FAMILIES, Bench, cycle, grids, report, request, ruby, snapshot
+from memslot_plugin.bench import (
+    FAMILIES,
+    Bench,
+    cycle,
+    grids,
+    plot,
+    report,
+    request,
+    ruby,
+    snapshot,
+)
 from memslot_plugin.bench import results as r
 from memslot_plugin.bench.memory import Guestless, Pages, guestless, image_of, strategy
 from memslot_plugin.cli import main
@@ -332,6 +342,11 @@ def test_real_guest_that_fails_is_an_error() -> None:
             ruby.evaluate(instance, "")
 
 
+def test_rounds_end_when_the_time_is_over_and_not_before_the_fewest() -> None:
+    samples = Bench().rounds({"a": lambda: 1.0, "b": lambda: 2.0}, seconds=0, fewest=3)
+    assert samples == {"a": [1.0] * 3, "b": [2.0] * 3}
+
+
 def test_run_stops_where_check_raises() -> None:
     def stop() -> None:
         raise MemslotError("enough")
@@ -357,7 +372,10 @@ def test_check_exits_with_1_where_a_claim_does_not_hold(
     result = invoke(*options, "--json")
     assert (result.exit_code, result.stderr) == (code, "")
     assert r.Run.read(json.loads(result.stdout)) == found
-    result = invoke(*options)
+    pictures: list[object] = []
+    monkeypatch.setattr(plot, "draw", lambda *drawn: pictures.append(drawn))
+    result = invoke(*options, "--plot", "run.svg")
+    assert pictures == [(found, "run.svg")]
     assert (result.exit_code, result.stderr) == (code, "")
     assert "Not measured: hooks: reasons" in result.stdout
     verdicts = [line.split()[-1] for line in result.stdout.splitlines() if " at least " in line]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from typing import Any
 
 import pytest
@@ -113,3 +114,14 @@ def test_guest_whose_image_could_not_be_unmapped_is_closed_again(
         for _ in range(2):
             guest.close()
             assert resources().image_mappings == before.image_mappings
+
+
+def test_dropped_instance_that_another_thread_took_first_is_left_to_it() -> None:
+    class Taken(collections.deque[Any]):
+        def popleft(self) -> Any:
+            raise IndexError
+
+    with serving("fake", slots=2, **SMALL) as host:
+        host._dropped = Taken([None])
+        assert host.statistics().live_instances == 0
+        host._dropped = collections.deque()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import threading
 import time
@@ -63,14 +64,44 @@ def test_lease_interrupted_with_a_new_slot_gives_no_place_to_two(
         Pool._hand_out(pool, slot, claim)
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pool, "_hand_out", interrupted)
+    monkeypatch.setattr(pool, "_hand_out", interrupted)
+    with pytest.raises(KeyboardInterrupt):
         lease(pool)
+    monkeypatch.undo()
     pool.check()
     first, second = lease(pool, "b"), lease(pool, "c")
     assert first.base != second.base
     pool.release(first)
     pool.release(second)
+
+
+def test_dropped_slot_whose_reset_fails_is_logged_without_its_frames(
+    pool: Pool, inject: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    holder = Holder()
+    fill(lease(pool, holder=holder))
+    inject("madvise", error=errno.ENOMEM)
+    del holder
+    pool.release(lease(pool))
+    (record,) = caplog.records
+    assert "dropped could not be reset" in record.message
+    assert [type(each) for each in record.args or ()] == [str]
+
+
+def test_purge_interrupted_retires_the_slot(
+    make_pool: Make, image: Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = make_pool(2)
+    pool.release(pool.lease(image, image.byte_size, affinity="a"))
+
+    def interrupted(slot: Slot) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pool, "_purge_slot", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pool.purge(image)
+    assert (pool.statistics().destroyed, pool.statistics().warm) == (1, 0)
+    pool.check()
 
 
 @pytest.mark.parametrize("event", ["release", "abandon", "retire", "close"])

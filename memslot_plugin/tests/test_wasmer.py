@@ -7,6 +7,7 @@ import inspect
 import weakref
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -19,7 +20,7 @@ try:
     import wasmer
     from wasmer_compiler_cranelift import Compiler
 
-    from memslot_plugin.hosts import wasmer_errors
+    from memslot_plugin.hosts import wasmer_errors, wasmer_link, wasmer_state
     from memslot_plugin.hosts.wasmer import WasmerHost
     from memslot_plugin.hosts.wasmer_runtime import address_of, reserved_bytes
 except ImportError:
@@ -210,9 +211,15 @@ def test_interrupt_while_globals_are_compiled_is_raised_as_it_is(
         raise error
 
     with host.prepare(ECHO).instantiate() as instance:
-        monkeypatch.setattr(wasmer, "Module", interrupted)
-        with pytest.raises(error):
-            instance.snapshot()
+        for module, name in ((wasmer, "Module"), (wasmer_state, "attach")):
+            with monkeypatch.context() as patch:
+                patch.setattr(module, name, interrupted)
+                with pytest.raises(error):
+                    instance.snapshot()
+
+
+def test_code_that_is_not_understood_may_grow() -> None:
+    assert wasmer_link._may_grow(mock.Mock(**{"plan.structure": None}))
 
 
 def test_guest_that_imports_a_table_is_left_to_wasmer(host: WasmerHost) -> None:
@@ -287,6 +294,7 @@ def test_host_refuses_every_other_thread(host: WasmerHost, capfd: Any) -> None:
         lambda: host.prepare(ECHO),
         guest.instantiate,
         lambda: instance.call("get", 0),
+        lambda: instance.function("set"),
         lambda: function(0),
         lambda: memory.read(0, 1),
         lambda: memory.grow(0),

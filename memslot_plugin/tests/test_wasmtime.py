@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -20,7 +21,7 @@ from memslot_plugin.tests.hosts import CALLS_OUT, ECHO, PAGE, STARTS_BADLY, WASI
 try:
     import wasmtime
 
-    from memslot_plugin.hosts import wasmtime_bridge
+    from memslot_plugin.hosts import wasmtime_bridge, wasmtime_live
     from memslot_plugin.hosts.wasmtime import NativeInstance, WasmtimeHost, WasmtimeTrap
     from memslot_plugin.hosts.wasmtime_errors import translated
 except ImportError:
@@ -499,3 +500,35 @@ native = kept[0].native
 print(kept[0].call("next"))
 """
     assert child(source).stdout == "6\n"
+
+
+def test_interrupt_between_instance_and_globals_gives_the_slot_back(
+    host: WasmtimeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with host.prepare(ECHO).instantiate() as instance:
+        instance.set_global("count", 6)
+        taken = instance.snapshot()
+    with monkeypatch.context() as patch:
+        patch.setattr(wasmtime_live, "_restore", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            taken.instantiate()
+    assert in_use(host) == 0
+    with taken.instantiate() as instance:
+        assert instance.global_value("count") == 6
+
+
+def test_interrupt_while_an_instance_ends_gives_the_slot_back(
+    host: WasmtimeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    instance = host.prepare(ECHO).instantiate()
+    library = mock.Mock(wraps=lib)
+    library.ms_wt_close.side_effect = KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr("memslot_plugin.hosts.wasmtime.lib", library)
+        with pytest.raises(KeyboardInterrupt):
+            instance.close()
+    host.statistics()
+    assert in_use(host) == 0
