@@ -382,6 +382,11 @@ def test_check_exits_with_1_where_a_claim_does_not_hold(
     assert verdicts == ["yes", *(["yes", "no", "yes"] if found is FAILS else [])]
 
 
+def test_check_exits_with_1_where_nothing_was_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "run", lambda *_: made())
+    assert (invoke("--check").exit_code, invoke().exit_code) == (1, 0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
