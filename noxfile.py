@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import nox
@@ -38,7 +37,7 @@ for name in ("PYTHONPATH", "MEMSLOT_PLUGINS", "VIRTUAL_ENV"):
 
 def copy_of_the_tree(session: nox.Session) -> Path:
     """A folder with what a clone has: tracked files, and new ones that git does not ignore."""
-    folder = Path(session.create_tmp(), "tree")
+    folder = Path(session.create_tmp(), "tree").resolve()
     session.run("rm", "-rf", str(folder), external=True)
     folder.mkdir(parents=True)
     git = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
@@ -104,7 +103,7 @@ def pytest_on_the_wheel(session: nox.Session, *arguments: str) -> None:
     )
 
 
-EVERYTHING = ("--pyargs", "memslot_plugin.tests", "integration_tests", "examples")
+EVERYTHING = ("--pyargs", "memslot_plugin", "integration_tests", "examples")
 
 
 @nox.session(python=["3.10", "3.13"])
@@ -132,13 +131,13 @@ def night(session: nox.Session) -> None:
     pytest_on_the_wheel(session, "-m", "long", *EVERYTHING)
 
 
-@nox.session(python=DEFAULT)
+@nox.session(venv_backend="none")
 def sanitizers(session: nox.Session) -> None:
     """The core's tests against a core that is searched for mistakes."""
     folder = copy_of_the_tree(session)
-    work = Path(session.create_tmp(), "sanitized")
+    work = folder.parent / "sanitized"
     session.run("rm", "-rf", str(work), external=True)
-    session.run(str(folder / ".ci" / "sanitize"), sys.executable, str(work), external=True)
+    session.run(str(folder / ".ci" / "sanitize"), f"python{DEFAULT}", str(work), external=True)
 
 
 @nox.session(python=DEFAULT)
