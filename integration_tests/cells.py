@@ -117,11 +117,6 @@ def check(host: memslot.Host, *, in_use: int | None = None) -> None:
             assert each.statistics().in_use == in_use, name
 
 
-def backends() -> tuple[str, ...]:
-    """The names of the allocators that memslot brings."""
-    return BACKENDS
-
-
 def pairwise(cells: Iterable[Cell]) -> tuple[Cell, ...]:
     """A few of the cells, so that each two coordinates that one of `cells` has together are together in one of these.
 
