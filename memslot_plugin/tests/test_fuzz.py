@@ -139,15 +139,16 @@ def assert_same_meaning(plan: guest.Plan) -> None:
     assert_same_segments(plan, old, new)
     for memory in plan.memories:
         if memory.content is not None:
-            laid, meant = bytearray(memory.minimum_bytes), bytearray(memory.minimum_bytes)
+            # By address: a memory of 4 GiB would not fit a buffer.
+            laid: dict[int, int] = {}
+            meant: dict[int, int] = {}
             for segment in memory.content.segments:
-                laid[segment.offset : segment.offset + len(segment.data)] = segment.data
+                laid.update(enumerate(segment.data, segment.offset))
             for each in old.data_segments:
                 if each.memory == memory.index:
                     assert each.offset is not None
-                    at = each.offset.value
-                    assert at is not None
-                    meant[at : at + len(each.data)] = each.data
+                    assert each.offset.value is not None
+                    meant.update(enumerate(each.data, each.offset.value))
             assert laid == meant
 
 
