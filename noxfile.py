@@ -14,6 +14,7 @@ import nox
 
 nox.needs_version = ">=2025.5"
 nox.options.default_venv_backend = "venv"
+nox.options.error_on_missing_interpreters = True
 
 ROOT = Path(__file__).parent
 PROJECT = nox.project.load_toml("pyproject.toml")
@@ -31,7 +32,10 @@ SHORT = [
 
 # hypothesis: the same examples each time; pytest: whole messages.
 os.environ["CI"] = "1"
-for name in ("PYTHONPATH", "MEMSLOT_PLUGINS", "VIRTUAL_ENV"):
+for name in list(os.environ):
+    if name.startswith("MEMSLOT_") and name not in {"MEMSLOT_WHEEL", "MEMSLOT_GATE"}:
+        del os.environ[name]  # a setting or a tier that the caller has for itself
+for name in ("PYTHONPATH", "PYTEST_ADDOPTS", "VIRTUAL_ENV"):
     os.environ.pop(name, None)
 
 
@@ -183,7 +187,7 @@ def contracts(session: nox.Session) -> None:
 
 @nox.session(python=DEFAULT)
 def docs(session: nox.Session) -> None:
-    """What is printed from the code is current."""
+    """Pages that are printed from the code are current."""
     session.install(built_wheel(session))
     session.run("python", "docs/generate.py", "--check")
 

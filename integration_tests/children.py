@@ -89,18 +89,20 @@ def output(*command: str, **how: Any) -> str:
 
 
 @functools.cache
-def why_impossible(inside: tuple[str, ...]) -> str | None:
-    """Why a child cannot be put inside of this here, or None."""
+def why_not(inside: tuple[str, ...]) -> str | None:
+    """The reason why a child cannot be put inside of this here, or None."""
     if shutil.which(inside[0]) is None:
         return f"{inside[0]} is not installed"
     tried = subprocess.run([*inside, "true"], capture_output=True, text=True, check=False)
-    return None if tried.returncode == 0 else tried.stderr.strip() or f"status {tried.returncode}"
+    if tried.returncode == 0:
+        return None
+    return f"impossible: {tried.stderr.strip() or f'status {tried.returncode}'}"
 
 
 def require(*inside: str) -> None:
     """Skip a test if a child cannot be put inside of this."""
-    if reason := why_impossible(inside):
-        pytest.skip(f"impossible: {reason}")
+    if reason := why_not(inside):
+        pytest.skip(reason)
 
 
 _numbers = itertools.count()

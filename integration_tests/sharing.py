@@ -1,4 +1,4 @@
-"""What other processes do with a guest: importable by them, as multiprocessing demands."""
+"""Actions of other processes on a guest: importable by them, as multiprocessing demands."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def emulated(*command: str, settings: tuple[str, ...] = ()) -> Any:
     """The JSON that a Python program prints under qemu's emulation of this processor's own kind."""
     qemu = f"qemu-{os.uname().machine}"
     if shutil.which(qemu) is None:
-        pytest.skip(f"impossible: {qemu} is not installed")
+        pytest.skip(f"{qemu} is not installed (qemu-user)")
     variables = [f"MEMSLOT_{setting}" for setting in ("SLOTS=2", *settings)]
     done = subprocess.run(
         ["env", *variables, qemu, sys.executable, *command],
@@ -98,7 +98,7 @@ sleep 10
 def boot(command: str, out: Path) -> str:
     """Return what a shell command prints on a machine that is a process here: User-Mode Linux, on this file system."""
     if shutil.which("linux.uml") is None:
-        pytest.skip("impossible: linux.uml is not installed (user-mode-linux)")
+        pytest.skip("linux.uml is not installed (user-mode-linux)")
     init = out / "init"
     init.write_text(INIT.format(root=ROOT, command=command, out=out))
     init.chmod(0o755)
@@ -143,7 +143,7 @@ print(json.dumps(said))
 
 @pytest.fixture(scope="module")
 def older(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What one boot tells: as the machine is, and where every byte has to be committed."""
+    """The reports of one boot: as the machine is, and where every byte has to be committed."""
     story = f"{sys.executable} -m integration_tests.story {' '.join(present())}"
     told = boot(
         f"uname -r; {story} doctor; echo 2 >/proc/sys/vm/overcommit_memory;"

@@ -9,6 +9,7 @@ import threading
 import pytest
 
 import memslot_plugin as memslot
+from memslot_plugin.reset import madvise
 from memslot_plugin.tests.profiles import LONG
 
 from . import cells, javascript, toy
@@ -101,6 +102,33 @@ def test_fork_while_another_thread_has_a_lock_serves_and_closes(
                 done.set()
         serve(host, guest)
         guest.close()
+
+
+def test_leases_of_threads_that_stayed_behind_a_fork_end_with_the_childs_pool() -> None:
+    with memslot.Pool(slots=2, reserved=PAGE, guard=PAGE, reset=madvise) as pool:
+        own = pool.lease(None, PAGE, affinity="own")
+        leased, done = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            slot = pool.lease(None, PAGE, affinity="other")
+            leased.set()
+            done.wait()
+            pool.release(slot)
+
+        def child() -> None:
+            with pytest.raises(memslot.InUse, match="the pool has 1 leased slots"):
+                pool.close()  # only the lease of the thread that forked is left
+            pool.release(own)
+            pool.close()
+
+        with beside(hold):
+            leased.wait()
+            try:
+                assert in_child(child) == ""
+                assert pool.statistics().in_use == 2
+            finally:
+                done.set()
+        pool.release(own)
 
 
 @pytest.mark.gate

@@ -11,7 +11,7 @@ import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import forkserver, resource_sharer, resource_tracker
+from multiprocessing import forkserver, reduction, resource_sharer, resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import pytest
 
 import memslot_plugin as memslot
 from memslot_plugin import SharedGuest
+from memslot_plugin.share import MOST_FILES
 
 from . import sharing, toy
 from .cells import Cell
@@ -221,6 +222,7 @@ def test_a_shared_guest_outlives_its_guest_is_sealed_and_can_be_closed_twice(
         (MAGIC + b"\2\0\0\0", 1),
         (MAGIC + b"\1\0\0\0", 0),
         (b"another\0\1\0\0\0", 1),
+        (MAGIC + MOST_FILES.to_bytes(4, "little"), MOST_FILES + 1),  # the kernel cuts one off
     ],
 )
 def test_a_message_that_is_no_shared_guest_is_refused(message: bytes, count: int) -> None:
@@ -243,6 +245,21 @@ def test_a_message_may_come_in_pieces() -> None:
             one.sendall(message[3:])
         with received.result() as found, guest.host.attach(found) as attached:
             assert sharing.use(attached)["answers"] == [77, 77, 77]
+
+
+@pytest.mark.parametrize("way", ["socket", "pickle"])
+def test_received_descriptors_are_not_inheritable(way: str) -> None:
+    with MEMFD.open() as host, host.prepare(toy.A).share() as shared:
+        if way == "socket":
+            one, other = socket.socketpair()
+            with one, other:
+                shared.send(one)
+                received = SharedGuest.receive(other)
+        else:
+            received = pickle.loads(reduction.ForkingPickler.dumps(shared))
+            resource_sharer.stop()
+        with received:
+            assert [os.get_inheritable(fd) for fd in received.fds] == [False] * len(shared.fds)
 
 
 def test_a_receiver_may_hang_up_once_it_has_everything_and_not_before(

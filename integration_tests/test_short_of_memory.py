@@ -102,7 +102,7 @@ def _swap(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     file.chmod(0o600)
     for tool in ("mkswap", "swapon"):
         if shutil.which(tool) is None:
-            pytest.skip(f"impossible: {tool} is not installed")
+            pytest.skip(f"{tool} is not installed")
         done = subprocess.run([tool, str(file)], capture_output=True, text=True, check=False)
         if done.returncode:
             pytest.skip(f"impossible: {tool}: {done.stderr.strip()}")

@@ -20,7 +20,7 @@ CALLS = 2000
 """Calls of one way before it is the other's turn."""
 
 LEAST = {"no plugin": 5.0, "one plugin": 2.5, "two plugins": 2.5}
-"""How many times faster an armed hook must be, by how many plugins implement it."""
+"""Limits: times faster than pluggy, by the number of plugins that implement the hook."""
 
 _REQUEST = MemoryRequest(
     minimum=65536, maximum=None, reserved=2**32, guard=2**25,

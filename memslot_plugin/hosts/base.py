@@ -541,8 +541,11 @@ class Host(abc.ABC):
         except InUse:
             raise
         except MemslotError as error:
+            # As text, as in the pool: a kept record would keep the traceback, and with it the slot's memory.
             _log.error(
-                "an instance on %s could not be reset, its slot is destroyed: %s", self.name, error
+                "an instance on %s could not be reset, its slot is destroyed: %s",
+                self.name,
+                str(error),
             )
 
     # -- the host's own life

@@ -93,7 +93,7 @@ WASI = """(module
 
 
 def missing(name: str) -> str | None:
-    """Why the host of this name cannot be opened by this Python, or None."""
+    """The reason why the host of this name cannot be opened by this Python, or None."""
     if name == "wasmer" and sys.version_info >= (3, 11):
         return "impossible: the last wasmer, 1.1.0, has no build for CPython 3.11 and later"
     if name != "fake" and importlib.util.find_spec(name) is None:
@@ -231,7 +231,7 @@ def assert_raises(error: BaseException, call: Callable[[], object]) -> None:
 
 
 def elsewhere(function: Callable[[], Any]) -> Any:
-    """What a function returns or raises on another thread."""
+    """Return what a function returns or raises on another thread."""
     outcome: list[Any] = []
 
     def run() -> None:

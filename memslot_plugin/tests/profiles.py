@@ -1,4 +1,6 @@
-"""How much the tests that scale try, by tier: MEMSLOT_PROFILE, which `pytest -m gate` and `pytest -m long` set.
+"""The number of examples of the tests that scale, by tier: MEMSLOT_PROFILE.
+
+`pytest -m gate` and `pytest -m long` set it.
 
 (not set)    T0: a moment
 gate         T1: 4 times as many examples

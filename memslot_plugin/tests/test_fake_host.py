@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import errno
 from typing import Any
 
 import pytest
@@ -125,3 +126,16 @@ def test_dropped_instance_that_another_thread_took_first_is_left_to_it() -> None
         host._dropped = Taken([None])
         assert host.statistics().live_instances == 0
         host._dropped = collections.deque()
+
+
+def test_dropped_instance_whose_reset_fails_is_logged_without_its_frames(
+    inject: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with hosts.opened("fake", reset="madvise", **SMALL) as host:
+        guest = hosts.prepare(host)
+        guest.instantiate().memory.write(0, b"x")  # and dropped
+        inject("madvise", error=errno.ENOMEM)
+        assert host.statistics().live_instances == 0
+        (record,) = caplog.records
+        assert "its slot is destroyed" in record.message
+        assert [type(each) for each in record.args or ()] == [str, str]

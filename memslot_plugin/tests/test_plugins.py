@@ -126,16 +126,21 @@ def test_deciding_hook_answers_or_names_the_plugins_asked(plugins: Plugins, hook
         with pytest.raises(PluginError, match=rf"answered {hook} for .*echo.*asked: {asked}$"):
             ask()
 
+    def assert_refused() -> None:
+        with pytest.raises(PluginError) as caught:
+            ask()
+        message = f"plugin wrong answered {hook} with {wrong!r}; allowed are {kind} and None"
+        assert str(caught.value) == message
+
     assert_silent("none")
     register(plugins, "mute", **{hook: lambda: None})
     assert_silent("mute")
     register(plugins, "owner", **{hook: lambda: answer})
     assert ask() is answer
     register(plugins, "wrong", **{hook: lambda: wrong})
-    with pytest.raises(PluginError) as caught:
-        ask()
-    message = f"plugin wrong answered {hook} with {wrong!r}; allowed are {kind} and None"
-    assert str(caught.value) == message
+    assert_refused()
+    register(plugins, "asked before", **{hook: lambda: None})
+    assert_refused()
     register(plugins, "broken", **{hook: lambda: 1 // 0})
     with pytest.raises(ZeroDivisionError):
         ask()

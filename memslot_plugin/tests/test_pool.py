@@ -65,6 +65,14 @@ def test_12_affinity_takes_never_used_slots_then_least_recently_used_ones(make_p
     assert [cycle(pool, guest) for guest in "adea"] == [bases[i] for i in (0, 1, 2, 0)]
 
 
+def test_12_affinity_gives_the_last_used_of_a_guests_slots(make_pool: Make) -> None:
+    pool = make_pool(3)
+    slots = [pool.lease(None, P, affinity="a") for _ in range(3)]
+    for i in (0, 2, 1):
+        pool.release(slots[i])
+    assert cycle(pool, "a") == slots[1].base
+
+
 @pytest.mark.parametrize("bound", [0, 1, 2, 10])
 def test_12_unused_warm_slots_are_bounded(make_pool: Make, image: Image, bound: int) -> None:
     pool = make_pool(8, max_unused_warm_slots=bound)
@@ -130,6 +138,16 @@ def test_15_purge_takes_a_closed_image_from_unused_slots_and_from_leased_ones_at
     cycle(pool, "new", image)
 
 
+def test_15_purged_slot_is_the_next_to_go(make_pool: Make, image: Image) -> None:
+    pool = make_pool(2)
+    kept = cycle(pool, "a", image)
+    with type(image)("closed", b"y" * P) as closed:
+        purged = cycle(pool, "b", closed)
+    assert pool.purge(closed) == 1
+    assert cycle(pool, "c") == purged
+    assert cycle(pool, "a", image) == kept
+
+
 def test_audit_compares_every_slot_that_comes_back(make_pool: Make, image: Image) -> None:
     def forgets(slot: Slot) -> Any:
         result = madvise(slot)
@@ -193,7 +211,7 @@ def test_runtimes_ranges_are_leased_by_shape_and_make_room_at_the_limit(make_poo
         assert sum(len(runtime.live) for runtime in runtimes) <= 2
         pool.check()
     assert pool.statistics().created == 4
-    assert len(pool._shelves) <= 4
+    assert list(pool._shelves) == [3, 4]
     with pytest.raises(SlotError, match="the runtime owns this slot's mapping"):
         pool.lease(None, 5 * P, affinity="a", map_host_memory=runtimes[0], shape=1)
     assert pool.statistics().in_use == 0

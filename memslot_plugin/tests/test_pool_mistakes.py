@@ -104,8 +104,12 @@ def test_purge_interrupted_retires_the_slot(
     pool.check()
 
 
-@pytest.mark.parametrize("event", ["release", "abandon", "retire", "close"])
-def test_waiting_lease_is_woken_by_another_thread(pool: Pool, event: str) -> None:
+@pytest.mark.parametrize("event", ["release", "retire", "take back", "abandon", "close"])
+def test_waiting_lease_is_woken_by_another_thread(
+    pool: Pool, event: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if event not in ("abandon", "close"):  # which it finds by looking again
+        monkeypatch.setattr("memslot_plugin.pool.POLL_SECONDS", 60)
     holders = [Holder()]
     slot = lease(pool, holder=holders[0])
 
@@ -114,6 +118,9 @@ def test_waiting_lease_is_woken_by_another_thread(pool: Pool, event: str) -> Non
             time.sleep(0.001)
         if event == "abandon":
             holders.clear()
+        elif event == "take back":
+            holders.clear()
+            pool.statistics()
         elif event == "close":
             with pool._lock:  # no other lease may come between release and close
                 del pool._leased[slot]
@@ -123,12 +130,14 @@ def test_waiting_lease_is_woken_by_another_thread(pool: Pool, event: str) -> Non
             pool.release(slot, retire=event == "retire")
 
     thread = threading.Thread(target=later)
+    started = time.monotonic()
     thread.start()
     if event == "close":
         with pytest.raises(memslot.UsedAfterClose):
             lease(pool, "b", timeout=30)
     else:
         pool.release(lease(pool, "b", timeout=30))
+    assert time.monotonic() - started < 30, "it was not woken"
     thread.join()
     pool._closed = False
 

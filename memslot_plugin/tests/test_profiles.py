@@ -94,3 +94,22 @@ def test_gate_allows_skips_that_are_impossible(tmp_path: Path) -> None:
     assert status == 0, output
     assert "3 passed, 1 skipped, 3 deselected" in output
     assert "ERROR" not in output
+
+
+@pytest.mark.gate
+def test_worker_that_crashes_is_named_and_ends_the_run(
+    tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    crash = "import os\ndef test_crash(): os.kill(os.getpid(), 11)\n"
+    for number in range(6):
+        quiet = "".join(f"def test_{each}(): pass\n" for each in range(4))
+        (tmp_path / f"test_{number}.py").write_text(crash if number == 3 else quiet)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-c", str(pytestconfig.inipath), "-n", "2", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode != 0
+    assert "test_3.py::test_crash" in done.stdout

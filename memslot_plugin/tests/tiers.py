@@ -19,7 +19,7 @@ import pytest
 TIERS = ("gate", "long")
 
 IMPOSSIBLE = "impossible: "
-"""How the reason of a skip begins that --require-hosts allows."""
+"""The beginning of each reason of a skip that --require-hosts allows."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

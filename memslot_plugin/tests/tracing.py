@@ -34,7 +34,7 @@ def trace(
     In the source, `mark(name)` begins a section.
     """
     if shutil.which("strace") is None:
-        pytest.skip("impossible: strace is not installed")
+        pytest.skip("strace is not installed")
     filters = f"trace={','.join([*calls, *MARKS])}"
     command = ["strace", "-f", "--seccomp-bpf", "-o", str(log), "-e", filters, sys.executable]
     done = subprocess.run(
