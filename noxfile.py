@@ -129,6 +129,17 @@ def gate(session: nox.Session) -> None:
     pytest_on_the_wheel(session, "-m", "gate", *EVERYTHING)
 
 
+@nox.session(python=DEFAULT)
+def gate_sources(session: nox.Session) -> None:
+    """T1 of the tests that need the core's sources, or a package that Python 3.10 lacks; `-- long` for T2."""
+    folder = copy_of_the_tree(session)
+    session.install("-e", f"{folder}[wasmtime,test]")
+    session.chdir(folder)
+    tier = session.posargs or ["gate"]
+    files = [f"integration_tests/test_{name}.py" for name in ("fuzz_decoder", "wasm_tools")]
+    session.run("python", "-m", "pytest", "-q", "--require-hosts=", "-m", *tier, *files)
+
+
 @nox.session(python=["3.10", "3.11", "3.12", "3.13"], default=False)
 def night(session: nox.Session) -> None:
     """T2: hours."""

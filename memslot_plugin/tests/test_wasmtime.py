@@ -484,7 +484,9 @@ def test_instance_ended_during_a_call_ends_when_the_call_returns(host: WasmtimeH
     assert (function(5), in_use(host)) == (5, 0)
     with pytest.raises(memslot.UsedAfterClose):
         function(5)
-    live = None  # the collector does not see that wasmtime holds `end`, which would hold the instance
+    live = (
+        None  # the collector does not see that wasmtime holds `end`, which would hold the instance
+    )
 
 
 def test_host_may_be_forgotten_at_the_end_of_the_process(child: Any) -> None:

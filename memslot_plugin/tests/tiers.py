@@ -4,8 +4,8 @@ pytest              T0, the README's test command: everything that carries no ma
 pytest -m gate      T1, the gate: also what is marked `gate`; tests that scale try 4 times as much
 pytest -m long      T2, a night or a release: what is marked `long`; tests that scale try 240 times as much
 
-A test that scales is a property test (hypothesis) or is marked `scales`: it belongs to each tier, and takes its number
-of examples from `profiles.examples`.
+Any other expression after -m selects by marker alone.  A test that scales is a property test (hypothesis) or is marked
+`scales`: it belongs to each tier, and takes its number of examples from `profiles.examples`.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):
         hosts = config.getoption("--require-hosts")
-        config.pluginmanager.register(Skips(hosts.split(",") if hosts else []), "skips")
+        config.pluginmanager.register(Skips(hosts), "skips")
 
 
 class Skips:
-    """The run's skips, one line per reason; with required hosts the run fails on each that was possible."""
+    """The run's skips, one line per reason; with `hosts`, which may be none, the run fails on each that was possible."""
 
-    def __init__(self, hosts: list[str]) -> None:
-        self.strict = bool(hosts)
-        self.missing = set(hosts)
+    def __init__(self, hosts: str | None) -> None:
+        self.strict = hosts is not None
+        self.missing = set(filter(None, (hosts or "").split(",")))
         self.reasons: Counter[str] = Counter()
         self.possible: list[str] = []
 
