@@ -58,7 +58,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class Skips:
-    """The run's skips, one line per reason; with `hosts`, which may be none, the run fails on each that was possible."""
+    """The run's skips, one line per reason; unless `hosts` is None, the run fails on each that was possible."""
 
     def __init__(self, hosts: str | None) -> None:
         self.strict = hosts is not None
