@@ -289,12 +289,12 @@ def test_wasi_works_on_a_memory_of_the_embedder_and_in_the_older_snapshot(host: 
 def test_host_refuses_every_other_thread(host: WasmerHost, capfd: Any) -> None:
     guest = hosts.prepare(host)
     instance = guest.instantiate()
-    function, memory = instance.function("get"), instance.memory
+    function, memory, live = instance.function("get"), instance.memory, instance._live()
     for attempt in (
         lambda: host.prepare(ECHO),
         guest.instantiate,
         lambda: instance.call("get", 0),
-        lambda: instance.function("set"),
+        lambda: live.function("next"),
         lambda: function(0),
         lambda: memory.read(0, 1),
         lambda: memory.grow(0),
