@@ -5,9 +5,7 @@ A cell is also the name in a test's brackets: `wasmtime-memfd-pooling-auto-mprot
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
@@ -16,6 +14,7 @@ from typing import Any
 import memslot_plugin as memslot
 from memslot_plugin.allocators import PoolAllocator
 from memslot_plugin.settings import KIB
+from memslot_plugin.tests import runtimes
 
 from . import toy
 
@@ -48,13 +47,7 @@ class Cell:
     @property
     def missing(self) -> str | None:
         """The reason why this Python cannot open this cell's host, or None."""
-        if self.host == "fake":
-            return None
-        if self.host == "wasmer" and sys.version_info >= (3, 11):
-            return "impossible: the last wasmer, 1.1.0, has no build for CPython 3.11 and later"
-        if importlib.util.find_spec(self.host) is None:
-            return f"{self.host} is not installed"
-        return None
+        return runtimes.missing(self.host)
 
     @property
     def refused(self) -> bool:

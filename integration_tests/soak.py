@@ -22,8 +22,7 @@ import pytest
 
 import memslot_plugin as memslot
 from memslot_plugin.settings import MIB
-from memslot_plugin.tests.leaks import Footprint
-from memslot_plugin.tests.patience import count_objects
+from memslot_plugin.tests.leaks import Footprint, count_objects
 
 from . import cells, javascript, toy
 from .cells import Cell

@@ -7,11 +7,10 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 
-from memslot_plugin.bench.peers import missing
+from memslot_plugin.bench.peers import chosen
 from memslot_plugin.bench.results import Claim, Family, Grid, Label, Row, Spread
 from memslot_plugin.bench.runner import Bench
 from memslot_plugin.errors import MemslotError
-from memslot_plugin.hosts.alone import KNOWN
 
 NAME = "density"
 TITLE = "A live instance of a guest with 4 MiB of data, 4 pages written"
@@ -25,14 +24,8 @@ def measure(bench: Bench, count: int | None = None) -> Family:
     if count is None:
         count = QUICK_INSTANCES if bench.quick else INSTANCES
     rows: list[Row] = []
-    skipped = []
-    for host in KNOWN:
-        if bench.host not in (None, "auto", host):
-            continue
-        reason = missing(host)
-        if reason is not None:
-            skipped.append(f"{host}: {reason}")
-            continue
+    hosts, skipped = chosen(bench.host)
+    for host in hosts:
         found = {}
         for side in SIDES:
             bench.check()

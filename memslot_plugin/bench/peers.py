@@ -77,6 +77,20 @@ def _extism(module: bytes, function: str) -> Request | None:
     return request
 
 
+def chosen(host: str | None) -> tuple[list[str], list[str]]:
+    """The runtimes that are measured, `host` alone or all, and a sentence for each of them that is not here."""
+    here, skipped = [], []
+    for name in KNOWN:
+        if host not in (None, "auto", name):
+            continue
+        reason = missing(name)
+        if reason is None:
+            here.append(name)
+        else:
+            skipped.append(f"{name}: {reason}")
+    return here, skipped
+
+
 def missing(host: str) -> str | None:
     """Why a host cannot be measured here, or None."""
     try:

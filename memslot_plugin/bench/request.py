@@ -6,11 +6,10 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from memslot_plugin.bench import guests
-from memslot_plugin.bench.peers import KEPT, Request, missing, peers
+from memslot_plugin.bench.peers import KEPT, Request, chosen, peers
 from memslot_plugin.bench.results import Claim, Family, Grid, Label, Row, Spread, pivot
 from memslot_plugin.bench.runner import CLOCK, Bench, Subject
 from memslot_plugin.hosts import Guest, open_host
-from memslot_plugin.hosts.alone import KNOWN
 from memslot_plugin.settings import KIB, MIB
 
 NAME = "request"
@@ -52,14 +51,8 @@ PROMISES = (
 def measure(bench: Bench) -> Family:
     """Every host that is here, guest and number of pages."""
     rows: list[Row] = []
-    skipped = []
-    for host in KNOWN:
-        if bench.host not in (None, "auto", host):
-            continue
-        reason = missing(host)
-        if reason is not None:
-            skipped.append(f"{host}: {reason}")
-            continue
+    hosts, skipped = chosen(bench.host)
+    for host in hosts:
         for byte_size in SIZES:
             for written in WRITTEN:
                 bench.say(f"request: {host}, {guests.size(byte_size)}, {written} pages")

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from memslot_plugin.bench import ruby
-from memslot_plugin.bench.peers import missing
+from memslot_plugin.bench.peers import chosen
 from memslot_plugin.bench.results import Claim, Family, Grid, Label, Row, pivot, spread
 from memslot_plugin.bench.runner import CLOCK, Bench
 from memslot_plugin.errors import RepeatedRandomness
 from memslot_plugin.hosts import Guest, Host, Instance, Wasi, open_host
-from memslot_plugin.hosts.alone import KNOWN
 from memslot_plugin.settings import MIB
 
 NAME = "snapshot"
@@ -98,19 +97,14 @@ def found_files(folder: Path | None) -> dict[str, Path]:
 def measure(bench: Bench) -> Family:
     """Every guest that is here, on every host that is here."""
     paths = found_files(bench.guests)
+    hosts, absent = chosen(bench.host)
     skipped = [
         f"{name}, because --guests names no folder with {pattern}"
         for name, pattern in FILES.items()
         if name not in paths
-    ]
+    ] + absent
     rows: list[Row] = []
-    for host in KNOWN:
-        if bench.host not in (None, "auto", host):
-            continue
-        reason = missing(host)
-        if reason is not None:
-            skipped.append(f"{host}: {reason}")
-            continue
+    for host in hosts:
         for name, script in SCRIPTS.items():
             if name in paths and "QuickJS" in paths:
                 bench.say(f"snapshot: {name} on {host}")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +15,7 @@ from memslot_hooks import LinearMemory, hookimpl
 from memslot_plugin import GrowthRefused, Guest, GuestTrap, Host, Instance, Wasi, open_host
 from memslot_plugin.allocators import PoolAllocator
 from memslot_plugin.hosts.fake import FakeLive
+from memslot_plugin.tests.runtimes import missing
 
 PAGE = 65536
 
@@ -90,15 +89,6 @@ WASI = """(module
   (func (export "open") (param i32) (result i32)
     (call $open (local.get 0) (i32.const 0) (i32.const 64) (i32.const 8) (i32.const 0)
       (i64.const 2) (i64.const 2) (i32.const 0) (i32.const 400))))"""
-
-
-def missing(name: str) -> str | None:
-    """The reason why the host of this name cannot be opened by this Python, or None."""
-    if name == "wasmer" and sys.version_info >= (3, 11):
-        return "impossible: the last wasmer, 1.1.0, has no build for CPython 3.11 and later"
-    if name != "fake" and importlib.util.find_spec(name) is None:
-        return f"{name} is not installed"
-    return None
 
 
 HOSTS = [

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from memslot_hooks import ResetResult
 from memslot_plugin._core import PAGE_SIZE
 
 ARENA = 64 << 20
@@ -95,3 +96,8 @@ def _of_each(folder: str, read: Callable[[Path], str]) -> list[str]:
         with suppress(FileNotFoundError, ProcessLookupError):
             found.append(read(entry))
     return found
+
+
+def count_objects() -> int:
+    """Objects that the garbage collector tracks, without results of resets: a bounded number of those is kept."""
+    return sum(type(each) is not ResetResult for each in gc.get_objects())

@@ -249,7 +249,7 @@ if "wasmtime" in HOSTS:
     PEERS |= {"its pool, the better", *(["extism"] if importlib.util.find_spec("extism") else [])}
 
 RESETS, ALL = {"madvise", "pagemap", "auto", "copy"}, set(cycle.WORKLOADS)
-BYTES_AND_MAPPINGS = {"QUICK_INSTANCES": 2, "KNOWN": HOSTS[:1]}
+BYTES_AND_MAPPINGS = {"QUICK_INSTANCES": 2, "chosen": lambda _: (HOSTS[:1], [])}
 QUICK_RESET = {"QUICK_IMAGES": (1, 2), "QUICK_DIRTY": (0, 1), "COPIED": 1}
 QUICK_CYCLE = {"QUICK_WRITTEN": (64,), "GUEST": 4 * MIB, "BLOCK": 2, "SHORT_BLOCK": 2}
 QUICK_REQUEST = {"SIZES": (65536,), "WRITTEN": (1,), "BLOCK": 4}

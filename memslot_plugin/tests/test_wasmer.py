@@ -13,7 +13,7 @@ import pytest
 
 import memslot_plugin as memslot
 from memslot_plugin.smaps import mappings
-from memslot_plugin.tests import hosts
+from memslot_plugin.tests import hosts, runtimes
 from memslot_plugin.tests.hosts import ECHO, PAGE, WASI, calling, elsewhere, in_use
 
 try:
@@ -24,7 +24,7 @@ try:
     from memslot_plugin.hosts.wasmer import WasmerHost
     from memslot_plugin.hosts.wasmer_runtime import address_of, reserved_bytes
 except ImportError:
-    if (reason := hosts.missing("wasmer")) is None:
+    if (reason := runtimes.missing("wasmer")) is None:
         raise
     pytest.skip(reason, allow_module_level=True)
 

@@ -15,7 +15,7 @@ import pytest
 
 import memslot_plugin as memslot
 from memslot_plugin._core import ffi, lib
-from memslot_plugin.tests import hosts
+from memslot_plugin.tests import hosts, runtimes
 from memslot_plugin.tests.hosts import CALLS_OUT, ECHO, PAGE, STARTS_BADLY, WASI, Raises, in_use
 
 try:
@@ -25,7 +25,7 @@ try:
     from memslot_plugin.hosts.wasmtime import NativeInstance, WasmtimeHost, WasmtimeTrap
     from memslot_plugin.hosts.wasmtime_errors import translated
 except ImportError:
-    if (reason := hosts.missing("wasmtime")) is None:
+    if (reason := runtimes.missing("wasmtime")) is None:
         raise
     pytest.skip(reason, allow_module_level=True)
 
