@@ -21,7 +21,7 @@ from memslot_plugin.smaps import status_bytes
 from memslot_plugin.tests.profiles import examples
 from memslot_plugin.tests.test_container import read
 
-from . import cells, differential, native, toy
+from . import cells, children, differential, native, toy
 from .cells import Cell
 from .differential import outcomes, plain
 from .generated import FEATURES, generate
@@ -233,3 +233,28 @@ def test_generated_modules_go_on_from_their_files(real_cell: Cell, tmp_path: Pat
                         assert plain(outcomes(copy, rest, runtime)) == expected, seed
                         copy.reset()
     assert compared >= 3
+
+
+READ_ONLY_MOUNT = """
+import os, subprocess, sys
+import memslot_plugin as memslot
+
+folder = sys.argv[1]
+for name in ("rw", "ro"):
+    os.mkdir(f"{folder}/{name}")
+with memslot.FakeHost() as host:
+    host.prepare(b"\\0asm\\1\\0\\0\\0\\5\\3\\1\\0\\1\\x0b\\7\\1\\0A\\0\\x0b\\1x").save(f"{folder}/rw/guest")
+    os.chmod(f"{folder}/rw/guest", 0o666)
+    for options in (["--bind", f"{folder}/rw"], ["-o", "remount,bind,ro"]):
+        subprocess.run(["mount", *options, f"{folder}/ro"], check=True)
+    assert os.statvfs(f"{folder}/ro/guest").f_flag & os.ST_RDONLY
+    print(host.load(f"{folder}/ro/guest").loaded.copied_because)
+"""
+
+
+def test_a_file_that_others_may_write_is_copied_also_through_a_read_only_mount(
+    tmp_path: Path,
+) -> None:
+    children.require("unshare", "-m")
+    said = children.output("-c", READ_ONLY_MOUNT, str(tmp_path), inside=("unshare", "-m"))
+    assert said == "others than its owner may write to it (mode 0666)\n"

@@ -235,6 +235,17 @@ def test_a_message_that_is_no_shared_guest_is_refused(message: bytes, count: int
             SharedGuest.receive(other)
 
 
+def test_a_peer_sends_at_most_so_many_descriptors_in_all() -> None:
+    one, other = socket.socketpair()
+    with one, other, open(os.devnull, "rb") as file:  # noqa: PTH123
+        before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - a number is enough
+        for byte in MAGIC + (4 * MOST_FILES).to_bytes(4, "little"):
+            socket.send_fds(one, [bytes([byte])], [file.fileno()] * MOST_FILES)
+        with pytest.raises(memslot.InvalidContainer, match=f"1 bytes and {MOST_FILES} descriptors"):
+            SharedGuest.receive(other)
+        assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+
+
 def test_a_message_may_come_in_pieces() -> None:
     with shared_from(MEMFD) as (guest, _), guest.share() as shared:
         one, other = socket.socketpair()
@@ -295,9 +306,13 @@ def test_hostile_descriptors_are_refused() -> None:
         reader, writer = os.pipe()
         short = os.memfd_create("too short")
         os.ftruncate(short, 4096)
+        claiming, size = os.memfd_create("holes"), os.fstat(shared.fds[1]).st_size
+        os.ftruncate(claiming, size)
         for place, fd in (
             (2, None),
             (1, reader),
+            (1, claiming),
+            (1, os.dup(shared.fds[2])),
             (2, os.memfd_create("an empty file")),
             (2, short),
             (0, os.memfd_create("no container")),

@@ -181,11 +181,15 @@ class Held(Backing):
 def why_it_may_change(fd: int) -> str | None:
     """Who might change or shorten the file behind a descriptor while it is mapped, or None where
     nobody can but this user and root.
+
+    The file itself decides.  A mount that is read-only does not: the file may be writable through
+    another one, or by another of its names.  Folders do not either: with a descriptor open, whoever
+    may write to one can only put another file in this one's place.  Rights that an ACL grants to
+    write show in the group's bits, which are its mask then (acl(5)).  A descriptor that was opened
+    for writing before the mode was changed is not seen: make the file with the mode that it keeps.
     """
     seals = ffi.new("int *")
     if lib.ms_seals(fd, seals) == 0 and seals[0] & _UNCHANGING == _UNCHANGING:
-        return None
-    if os.fstatvfs(fd).f_flag & os.ST_RDONLY:
         return None
     try:
         (flags,) = struct.unpack(

@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from memslot_plugin._core import PAGE_SIZE, align_up, system_call_error
-from memslot_plugin.errors import ArgumentError, InvalidContainer
+from memslot_plugin.errors import ArgumentError, InvalidContainer, MemoryTooLarge
 
 MAGIC = b"\x93memslot"
 VERSION = 1
@@ -221,19 +221,28 @@ def _free_space(error: OSError, folder: Path) -> str:
 # Reading
 
 
-def read(fd: int, name: str, *, key: bytes | None = None, keep: bool = False) -> Container:
+def read(
+    fd: int,
+    name: str,
+    *,
+    key: bytes | None = None,
+    keep: bool = False,
+    image_limit: int | None = None,
+) -> Container:
     """Read and verify the container behind a descriptor; `keep` its extents' bytes, too.
 
-    Reads every byte once, maps nothing, and leaves the descriptor alone.  Raises InvalidContainer
-    with what is wrong with it.
+    Reads every byte once and maps nothing; the descriptor stays open, at any position.  No more is
+    allocated or read than twice the bytes that are there, whatever the file claims.  Raises
+    InvalidContainer with what is wrong with it, and MemoryTooLarge for an image of more than
+    `image_limit` bytes.
     """
     try:
-        return _read(fd, name, key, keep)
+        return _read(fd, name, key, keep, image_limit)
     except OSError as error:
         raise InvalidContainer(f"{name} cannot be read: {error.strerror}") from None
 
 
-def _read(fd: int, name: str, key: bytes | None, keep: bool) -> Container:
+def _read(fd: int, name: str, key: bytes | None, keep: bool, image_limit: int | None) -> Container:
     found = os.fstat(fd)
     if not stat.S_ISREG(found.st_mode):
         raise InvalidContainer(f"{name} is no file")
@@ -270,25 +279,25 @@ def _read(fd: int, name: str, key: bytes | None, keep: bool) -> Container:
         raise InvalidContainer(f"{name} was saved with a key, and can only be loaded with it")
     if not _HEADER.size + metadata <= head <= byte_size or head % PAGE_SIZE:
         raise InvalidContainer(f"{name} is damaged: its head has {head} bytes of {byte_size}")
+    require_data(fd, name, byte_size)
+    kept = bytearray().join(_chunks(fd, 0, head))
+    try:
+        parts = _Metadata.parse(bytes(kept[_HEADER.size : _HEADER.size + metadata]))
+        parts.require_possible(head - _HEADER.size - metadata, byte_size - head)
+    except _Nonsense as error:
+        raise InvalidContainer(f"{name} makes no sense: {error}") from None
+    parts.require_small(name, image_limit)
     digest = _hash(key)
-    kept = bytearray(byte_size if keep else head)
-    at = 0
-    for chunk in _chunks(fd, byte_size):
-        if at < len(kept):
-            kept[at : at + len(chunk)] = chunk[: len(kept) - at]
-        if at == 0:
-            chunk[_DIGEST_AT : _DIGEST_AT + _DIGEST_SIZE] = bytes(_DIGEST_SIZE)
+    digest.update(kept[:_DIGEST_AT] + bytes(_DIGEST_SIZE))
+    digest.update(memoryview(kept)[_HEADER.size :])
+    for chunk in _chunks(fd, head, byte_size):
         digest.update(chunk)
-        at += len(chunk)
+        if keep:
+            kept += chunk
     if not hmac.compare_digest(digest.digest(), wanted):
         why = "it is damaged, or was saved with another key" if key is not None else "it is damaged"
         raise InvalidContainer(f"{name} cannot be trusted: its digest is wrong, so {why}")
     held = memoryview(kept).toreadonly()
-    try:
-        parts = _Metadata.parse(bytes(held[_HEADER.size : _HEADER.size + metadata]))
-        parts.require_possible(head - _HEADER.size - metadata, byte_size - head)
-    except _Nonsense as error:
-        raise InvalidContainer(f"{name} makes no sense: {error}") from None
     blobs, at = [], _HEADER.size + metadata
     for length in (parts.module, *(length for _, length in parts.code)):
         blobs.append(bytes(held[at : at + length]))
@@ -306,24 +315,47 @@ def _read(fd: int, name: str, key: bytes | None, keep: bool) -> Container:
     )
 
 
+def require_data(fd: int, name: str, byte_size: int) -> None:
+    """Raise InvalidContainer for a file of which more than half is holes.
+
+    Reading a hole costs as much as reading data, and takes nothing of whoever made the file.  Ours
+    have none, but a file system that compresses makes some of long runs of zeros (zfs), where the
+    blocks of a file say nothing either.
+    """
+    data = end = 0
+    try:
+        while end < byte_size and 2 * data < byte_size:
+            start = os.lseek(fd, end, os.SEEK_DATA)
+            end = os.lseek(fd, start, os.SEEK_HOLE)
+            data += end - start
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # lseek(2): a file system that knows of no holes
+            return
+        if error.errno != errno.ENXIO:  # no data behind `end`
+            raise
+    if 2 * data < byte_size:
+        raise InvalidContainer(
+            f"{name} claims {byte_size} bytes, and {data} of them are there: copy it without making holes"
+        )
+
+
 def copied(fd: int, name: str, byte_size: int) -> Iterator[tuple[int, memoryview]]:
     """The first bytes of a file in pieces, each with its offset; raises InvalidContainer if there are
     fewer.
     """
     at = 0
     try:
-        for chunk in _chunks(fd, byte_size):
+        for chunk in _chunks(fd, 0, byte_size):
             yield at, memoryview(chunk)
             at += len(chunk)
     except OSError as error:
         raise InvalidContainer(f"{name} cannot be read: {error.strerror}") from None
 
 
-def _chunks(fd: int, byte_size: int) -> Iterator[bytearray]:
-    """Exactly `byte_size` bytes from the beginning, as they are now."""
-    at = 0
-    while at < byte_size:
-        chunk = bytearray(min(_CHUNK, byte_size - at))
+def _chunks(fd: int, at: int, end: int) -> Iterator[bytearray]:
+    """Exactly the bytes from `at` to `end`, as they are now."""
+    while at < end:
+        chunk = bytearray(min(_CHUNK, end - at))
         count = os.preadv(fd, [chunk], at)
         if count == 0:
             raise OSError(errno.EIO, "it became shorter while it was read")
@@ -367,12 +399,38 @@ class _Metadata:
             raise _Nonsense("its module and code do not fit its head")
         for index, image in self.images.items():
             end = 0
-            for offset, length, file, file_offset in image:
+            for offset, length, _, file_offset in image:
                 if offset < end or not length or (offset | length | file_offset) % PAGE_SIZE:
                     raise _Nonsense(f"an extent of memory {index} is at {offset}, {length} bytes")
-                if file == 0 and file_offset + length > extents:
-                    raise _Nonsense(f"an extent of memory {index} ends behind the file")
                 end = offset + length
+        found, last, end = 0, 0, 0
+        for file, file_offset, length in sorted(
+            (each.file, each.file_offset, each.length)
+            for image in self.images.values()
+            for each in image
+        ):
+            # Copied once for each extent, a small file would become a large image.
+            if file == last and file_offset < end:
+                raise _Nonsense(f"two extents share the bytes at {file_offset} of file {file}")
+            last, end = file, file_offset + length
+            if file == 0:
+                found += length
+                if end > extents:
+                    raise _Nonsense(
+                        f"an extent at {file_offset}, {length} bytes, ends behind the file"
+                    )
+        if found != extents:
+            raise _Nonsense(f"{extents - found} bytes at its end belong to no memory")
+
+    def require_small(self, name: str, image_limit: int | None) -> None:
+        """Raise MemoryTooLarge for an image that spans more than `image_limit` bytes."""
+        for index, image in self.images.items():
+            span = image[-1].offset + image[-1].length - image[0].offset if image else 0
+            if image_limit is not None and span > image_limit:
+                raise MemoryTooLarge(
+                    f"{name}: the image of memory {index} spans {span} bytes and the limit is"
+                    f" {image_limit}; raise the setting image_limit"
+                )
 
 
 def _number(value: object) -> int:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _MESSAGE = struct.Struct("<8sI")
 _MAGIC = b"memslot\x01"
 MOST_FILES = 64
-"""More than an image can have; a receiver has to say how many it would take."""
+"""The most descriptors that a peer may send in all: more than an image can have."""
 
 
 class SharedGuest:
@@ -76,8 +76,9 @@ class SharedGuest:
         message, fds = b"", []
         try:
             while len(message) < _MESSAGE.size:
+                # The kernel closes what does not fit, and says so (MSG_CTRUNC).
                 part, passed, flags, _ = socket.recv_fds(
-                    connection, _MESSAGE.size - len(message), MOST_FILES
+                    connection, _MESSAGE.size - len(message), MOST_FILES - len(fds)
                 )
                 fds += passed
                 if not part or flags & socket.MSG_CTRUNC:
@@ -98,7 +99,7 @@ class SharedGuest:
             made.close()
             raise InvalidContainer(
                 f"what came through the socket is no shared guest: {len(message)} bytes and {len(fds)}"
-                f" descriptors (RLIMIT_NOFILE may leave no room for more)"
+                f" descriptors (at most {MOST_FILES} are taken, and RLIMIT_NOFILE may leave room for fewer)"
             )
         for fd in fds:
             os.set_inheritable(fd, False)

@@ -210,12 +210,15 @@ def attach(
     """See `Host.attach`."""
     label = f"the shared guest {shared.name}"
     fds = shared.fds
-    found = container.read(fds[0], label, keep=True)
+    found = container.read(fds[0], label, keep=True, image_limit=host.settings.image_limit)
     why_copied = None
     files: dict[int, Backing] = {}
     try:
+        # Copied once for each descriptor, one file would cost as much as many.
+        if len({os.fstat(fd).st_ino for fd in fds[1:]}) < len(fds) - 1:
+            raise InvalidContainer(f"{label} has two descriptors of one file")
         for number, fd in enumerate(fds[1:], start=1):
-            files[number], why = _received(fd, label)
+            files[number], why = _received(fd, label, _end_in_file(found, number))
             why_copied = why_copied or why
     except BaseException:
         for file in files.values():
@@ -230,18 +233,29 @@ def attach(
     return guest
 
 
-def _received(fd: int, label: str) -> tuple[Backing, str | None]:
-    """What lies behind a descriptor that somebody passed: mapped, or copied with the reason."""
+def _end_in_file(found: Container, number: int) -> int:
+    """Where the last extent of that file ends in it; 0 if none lies there."""
+    extents = (each for image in found.images.values() for each in image if each.file == number)
+    return max((each.file_offset + each.length for each in extents), default=0)
+
+
+def _received(fd: int, label: str, byte_size: int) -> tuple[Backing, str | None]:
+    """The first `byte_size` bytes behind a descriptor that a peer passed: mapped, or copied with the
+    reason.
+    """
     status = os.fstat(fd)
-    if not stat.S_ISREG(status.st_mode) or not status.st_size:
+    if not stat.S_ISREG(status.st_mode) or not 0 < byte_size <= status.st_size:
         raise InvalidContainer(f"{label} has a descriptor that is no file of an image")
-    why = why_it_may_change(fd)
-    if why is None:
-        try:
-            return File(label, os.dup(fd), status.st_size), None
-        except OSError as error:
-            raise system_call_error(error.errno or 0, f"attaching {label}") from None
-    return Held(status.st_size, container.copied(fd, label, status.st_size)), why
+    try:
+        container.require_data(fd, label, byte_size)
+        why = why_it_may_change(fd)
+        if why is None:
+            return File(label, os.dup(fd), byte_size), None
+    except OSError as error:
+        if isinstance(error, SystemCallError):
+            raise
+        raise system_call_error(error.errno or 0, f"attaching {label}") from None
+    return Held(byte_size, container.copied(fd, label, byte_size)), why
 
 
 # Loading
@@ -268,7 +282,13 @@ def load(
         why_copied = "share_file is off" if share_file == "off" else None
         if share_file == "auto":
             why_copied = why_it_may_change(fd)
-        found = container.read(fd, label, key=_checked(key), keep=why_copied is not None)
+        found = container.read(
+            fd,
+            label,
+            key=_checked(key),
+            keep=why_copied is not None,
+            image_limit=host.settings.image_limit,
+        )
         if why_copied is None:
             owned, fd = fd, -1
             files[0] = File(label, owned, found.byte_size)

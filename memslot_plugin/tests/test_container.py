@@ -10,6 +10,7 @@ import random
 import stat
 import struct
 import tempfile
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -20,11 +21,17 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+import memslot_plugin as memslot
 from memslot_plugin import container
 from memslot_plugin._core import PAGE_SIZE as P
 from memslot_plugin._core import align_up
 from memslot_plugin.container import Container, Contents, Stored
-from memslot_plugin.errors import ArgumentError, InvalidContainer, SystemCallError
+from memslot_plugin.errors import (
+    ArgumentError,
+    InvalidContainer,
+    MemoryTooLarge,
+    SystemCallError,
+)
 from memslot_plugin.tests.profiles import FACTOR, LONG, examples
 
 KEY = b"k" * 32
@@ -218,8 +225,14 @@ NO_OBJECTS = [b"[" * 100_000, b"1" * 10_000, b'{"about":', b"\xff", b"null", b"[
     [
         ({"module": P}, "its module and code do not fit its head"),
         ({"code": [["k", 1 << 61]]}, "its module and code do not fit its head"),
-        ({"images": [[0, [[0, P, 0, P]]]]}, "an extent of memory 0 ends behind the file"),
-        ({"images": [[0, [[0, 1 << 60, 0, 0]]]]}, "an extent of memory 0 ends behind the file"),
+        ({"images": [[0, [[0, P, 0, P]]]]}, f"an extent at {P}, {P} bytes, ends behind the file"),
+        ({"images": [[0, [[0, 1 << 60, 0, 0]]]]}, "an extent at 0, .* bytes, ends behind the file"),
+        (
+            {"images": [[0, [[0, P, 0, 0]]], [1, [[0, P, 0, 0]]]]},
+            "two extents share the bytes at 0",
+        ),
+        ({"images": [[0, [[0, P, 7, 0], [P, P, 7, 0]]]]}, "two extents share .* of file 7"),
+        ({"images": []}, f"{P} bytes at its end belong to no memory"),
         ({"images": [[0, [[1, P, 0, 0]]]]}, "an extent of memory 0 is at 1"),
         ({"images": [[0, [[0, 0, 0, 0]]]]}, "an extent of memory 0 is at 0, 0 bytes"),
         ({"images": [[0, [[P, P, 0, 0], [0, P, 0, 0]]]]}, "an extent of memory 0 is at 0"),
@@ -231,11 +244,62 @@ NO_OBJECTS = [b"[" * 100_000, b"1" * 10_000, b'{"about":', b"\xff", b"null", b"[
 def test_metadata_that_cannot_be_true_is_refused_although_the_digest_is_right(
     change: dict[str, Any] | bytes, said: str
 ) -> None:
-    good = {"about": {}, "module": 0, "code": [], "images": []}
+    good = {"about": {}, "module": 0, "code": [], "images": [[0, [[0, P, 0, 0]]]]}
     assert read_bytes(with_metadata(json.dumps(good).encode(), extents=bytes(P))).about == {}
     text = change if isinstance(change, bytes) else json.dumps({**good, **change}).encode()
     with pytest.raises(InvalidContainer, match=f"makes no sense: {said}"):
         read_bytes(with_metadata(text, extents=bytes(P)))
+
+
+def measured(data: bytes, byte_size: int, **options: Any) -> tuple[Any, int]:
+    """Return what reading these bytes and then holes raises, and the most memory it took."""
+    tracemalloc.start()
+    try:
+        with memfd(data) as fd:
+            os.ftruncate(fd, byte_size)
+            with pytest.raises(memslot.MemslotError) as raised:
+                container.read(fd, "it", **options)
+        return raised.value, tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize("claimed", [3 << 30, 1 << 46])
+def test_a_file_of_holes_is_refused_by_the_bytes_that_are_there(
+    written: Path, keep: bool, head: bool, claimed: int
+) -> None:
+    data = written.read_bytes()
+    data = data[:24] + struct.pack("<QQ", claimed, claimed if head else 2 * P) + data[40:]
+    error, peak = measured(data, claimed, keep=keep)
+    assert isinstance(error, InvalidContainer)
+    assert f"claims {claimed} bytes, and {align_up(len(data))} of them are there" in str(error)
+    assert peak < 1 << 20
+
+
+def test_an_image_over_the_limit_is_refused_before_its_bytes_are_read(written: Path) -> None:
+    assert read(written, image_limit=7 * P).extents is None
+    data = written.read_bytes()
+    error, _ = measured(data, len(data), image_limit=7 * P - 1)
+    assert isinstance(error, MemoryTooLarge)
+    assert f"the image of memory 0 spans {7 * P} bytes and the limit is {7 * P - 1}" in str(error)
+    # The digest is wrong, and nobody has looked.
+    data = written.read_bytes()[:-1] + b"x"
+    assert isinstance(measured(data, len(data), image_limit=P)[0], MemoryTooLarge)
+
+
+@pytest.mark.parametrize(("hole", "refused"), [(0, False), (2, False), (20, True)])
+def test_a_file_may_have_holes_in_less_than_half_of_it(
+    written: Path, hole: int, refused: bool
+) -> None:
+    image = {"images": {0: [Stored(0, 20 * P, 0, 0)]}}
+    container.write(written, contents(**image, pieces=[memoryview(bytes(20 * P))]))
+    data = written.read_bytes()
+    with memfd(data[: len(data) - hole * P]) as fd:
+        os.ftruncate(fd, len(data))
+        with pytest.raises(InvalidContainer, match="holes") if refused else nullcontext():
+            container.read(fd, "it")
 
 
 def test_a_file_that_becomes_shorter_while_it_is_read_is_refused(

@@ -225,6 +225,22 @@ def test_only_a_file_that_others_cannot_write_to_is_mapped(
         host.load(saved, share_file="maybe")  # type: ignore[arg-type]
 
 
+def test_a_file_that_an_acl_lets_others_write_is_not_mapped(tmp_path: Path) -> None:
+    # acl(5): owner rw, user 65534 rw, group r, mask rw, others r.
+    entries = ((1, 6, -1), (2, 6, 65534), (4, 4, -1), (0x10, 6, -1), (0x20, 4, -1))
+    rights = struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *each) for each in entries)
+    file = tmp_path / "file"
+    file.touch(0o644)
+    try:
+        os.setxattr(file, "system.posix_acl_access", rights)
+    except OSError as error:
+        pytest.skip(f"impossible: the file system has no access lists: {error.strerror}")
+    with file.open("rb") as opened:
+        assert "others than its owner may write" in (why_it_may_change(opened.fileno()) or "")
+        file.chmod(0o644)  # the mask
+        assert why_it_may_change(opened.fileno()) is None
+
+
 def test_a_descriptor_may_change_unless_sealed_immutable_or_its_owners_alone(
     tmp_path: Path,
 ) -> None:
@@ -380,9 +396,15 @@ def write(path: Path, **changes: Any) -> Path:
         ({"images": {1: [Stored(0, P, 0, 0)]}}, "contents for memory 1, which is not the module's"),
         ({"module": MODULE}, "contents for memory 0, and data of its own in the module"),
         ({"images": {0: [Stored(48 * P, P, 0, 0)]}}, "end at byte .*, and it starts with 196608"),
-        ({"images": {0: [Stored(0, P, 1, 0)]}}, "in file 1, which did not come with it"),
         (
-            {"images": {0: [Stored(2 * n * P, P, 0, 0) for n in range(MAX_EXTENTS + 1)]}},
+            {"images": {0: [Stored(0, P, 1, 0)]}, "pieces": []},
+            "in file 1, which did not come with it",
+        ),
+        (
+            {
+                "images": {0: [Stored(2 * n * P, P, 0, n * P) for n in range(MAX_EXTENTS + 1)]},
+                "pieces": [memoryview(bytes((MAX_EXTENTS + 1) * P))],
+            },
             f"has {MAX_EXTENTS + 1} extents for memory 0",
         ),
         *(({"about": about}, "makes no sense") for about in WRONG),
@@ -483,7 +505,7 @@ def mangled(rng: random.Random, value: Any) -> Any:
 
 def hostile(rng: random.Random) -> bytes:
     """Return a file as an attacker would write it: only its digest is sure to be right."""
-    images = [[0, [[0, P, 0, 0], [2 * P, P, rng.randrange(2), P]]]]
+    images = [[0, [[0, P, 0, 0], [2 * P, P, 0, P], [5 * P, P, rng.randrange(2), 2 * P]]]]
     good: Any = {"about": ABOUT, "module": len(EMPTIED), "code": [["k", 3]], "images": images}
     changes = rng.randrange(4)
     for _ in range(changes):
