@@ -42,6 +42,7 @@ from memslot_plugin.errors import (
 from memslot_plugin.guest import GuestReport, MemoryReport, SavedGlobal, SegmentReport
 from memslot_plugin.hosts import (
     FakeHost,
+    Folder,
     Guest,
     Host,
     HostStatistics,
@@ -71,6 +72,7 @@ __all__ = [
     "ExportNotFound",
     "FakeHost",
     "Finding",
+    "Folder",
     "GrowthRefused",
     "Guest",
     "GuestExit",

@@ -437,6 +437,7 @@ typedef struct {
     size_t folder_count;
     const char **folders;  /* of this machine */
     const char **known_as; /* by the guest */
+    const uint8_t *writable; /* 1 for a folder that the guest may change */
     int inherit_stdout;
     int inherit_stderr;
 } ms_wt_wasi;

@@ -798,7 +798,7 @@ size_t ms_wt_wasi_give(ms_wt_cell *cell, const ms_wt_wasi *wasi, ms_wt_output *o
     else if (wasi->variable_count && !api.wasi_env(config, wasi->variable_count, wasi->names, wasi->values))
         refused = MS_WT_ENVIRONMENT;
     for (size_t i = 0; i < wasi->folder_count && !refused; i++)
-        if (!api.wasi_folder(config, wasi->folders[i], wasi->known_as[i], 1))
+        if (!api.wasi_folder(config, wasi->folders[i], wasi->known_as[i], wasi->writable[i]))
             refused = MS_WT_FOLDER + i;
     if (refused)
         api.wasi_delete(config);

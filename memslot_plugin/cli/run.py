@@ -147,7 +147,12 @@ def run(
         steps.say(f"preparing {source.name}")
         with open_host(host_name, settings=settings) as host:
             wasi = (
-                Wasi(arguments=invocation.program_arguments, program=source.name)
+                Wasi(
+                    arguments=invocation.program_arguments,
+                    program=source.name,
+                    stdout="inherit",
+                    stderr="inherit",
+                )
                 if source.uses_wasi
                 else None
             )

@@ -85,7 +85,9 @@ def snapshot(
     source = read_source(file, key)
     require_no_foreign_imports(source)
     calls = _calls(source, init, call, arguments)
-    wasi = Wasi(program=source.name, stdout="capture") if source.uses_wasi else None
+    wasi = (
+        Wasi(program=source.name, stdout="capture", stderr="inherit") if source.uses_wasi else None
+    )
     with (
         Steps(Output(sys.stderr)) as steps,
         open_host(host_name, settings=settings) as host,

@@ -13,7 +13,7 @@ from memslot_plugin.hosts.instance import Instance
 from memslot_plugin.hosts.memory import Memory
 from memslot_plugin.hosts.prepared import Guest, Lease
 from memslot_plugin.hosts.saved import Loaded
-from memslot_plugin.hosts.wasi import Wasi
+from memslot_plugin.hosts.wasi import Folder, Wasi
 from memslot_plugin.plugins import Plugins
 from memslot_plugin.settings import Settings
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FakeHost",
+    "Folder",
     "Guest",
     "Host",
     "HostStatistics",

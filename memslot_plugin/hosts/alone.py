@@ -111,8 +111,8 @@ class WasmtimeAlone(Alone):
             config.inherit_stdout()
         if wasi.stderr == "inherit":
             config.inherit_stderr()
-        for seen, folder in wasi.preopened.items():
-            config.preopen_dir(folder, seen)
+        for folder, seen, writable in wasi.folders():
+            config.preopen_dir(folder, seen, writable)
         return config
 
     def _translated(self, error: Exception) -> GuestExit | GuestTrap:
@@ -145,7 +145,7 @@ class WasmerAlone(Alone):
             state = self._wasmer.wasi.StateBuilder(self._wasi.program)
             state.arguments(list(self._wasi.arguments))
             state.environments(dict(self._wasi.environment))
-            state.map_directories(dict(self._wasi.preopened))
+            state.map_directories({seen: folder for folder, seen, _ in self._wasi.folders()})
             imports = state.finalize().generate_import_object(self._store, self._version)
             return self._wasmer.Instance(self._compiled, imports)
         except RuntimeError as error:

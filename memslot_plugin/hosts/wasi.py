@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from memslot_plugin.errors import SettingError
 
@@ -15,21 +16,29 @@ Stream = Literal["inherit", "capture", "discard"]
 
 
 @dataclass(frozen=True, slots=True)
+class Folder:
+    """A folder of this machine for a WASI guest, which may change it only if it is `writable`."""
+
+    path: str | os.PathLike[str]
+    writable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Wasi:
     """Arguments, environment, standard streams and folders for a WASI guest.
 
     `arguments` are the program's own, without its name, which is `program`.  `stdout` and `stderr`
-    are "inherit" (this process's), "capture" (read them from `instance.stdout` and
-    `instance.stderr`) or "discard".  `preopened` maps the path that the guest sees to a folder of
-    this machine.  The first `capture_limit` bytes of each captured stream are kept and the rest
-    dropped, so that no guest can fill this process.
+    are "discard", "inherit" (this process's) or "capture" (read them from `instance.stdout` and
+    `instance.stderr`).  `preopened` maps the path that the guest sees to a folder of this machine: a
+    path, which the guest can only read, or a `Folder`.  The first `capture_limit` bytes of each
+    captured stream are kept and the rest dropped, so that no guest can fill this process.
     """
 
     arguments: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
-    stdout: Stream = "inherit"
-    stderr: Stream = "inherit"
-    preopened: Mapping[str, str] = field(default_factory=dict)
+    stdout: Stream = "discard"
+    stderr: Stream = "discard"
+    preopened: Mapping[str, str | os.PathLike[str] | Folder] = field(default_factory=dict)
     program: str = "guest"
     capture_limit: int = 2**20
 
@@ -43,3 +52,46 @@ class Wasi:
             raise SettingError(
                 f"wasi capture_limit = {self.capture_limit} is not allowed: it must be at least 0 bytes"
             )
+        _require_texts("program", [self.program])
+        if isinstance(self.arguments, str):
+            raise SettingError(
+                f"wasi arguments = {self.arguments!r} is not allowed: it must be a sequence of texts"
+            )
+        _require_texts("arguments", self.arguments)
+        _require_texts("environment", [*self.environment, *self.environment.values()])
+        for name in self.environment:
+            if not name or "=" in name:
+                raise SettingError(
+                    f"wasi environment {name!r} is not allowed: a name has at least one character and no ="
+                )
+        _require_texts("preopened", self.preopened)
+        _require_texts("preopened", [path for path, _, _ in self.folders()])
+
+    def folders(self) -> list[tuple[str, str, bool]]:
+        """Each folder as its path here, the path that the guest sees, and true if it is writable."""
+        folders = []
+        for seen, given in self.preopened.items():
+            folder = given if isinstance(given, Folder) else Folder(given)
+            if not isinstance(folder.path, (str, os.PathLike)):
+                raise SettingError(
+                    f"wasi preopened {seen!r} = {given!r} is not allowed: it must be a path or a memslot.Folder"
+                )
+            folders.append((os.fspath(folder.path), seen, folder.writable))
+        return folders
+
+
+def _require_texts(what: str, texts: Any) -> None:
+    """Refuse a value that WASI cannot pass on whole: its texts are UTF-8 and end with a zero byte."""
+    for text in texts:
+        if not isinstance(text, str):
+            why = "it must be text"
+        elif "\0" in text:
+            why = "the guest would see it cut at its zero character"
+        else:
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                why = "it is not UTF-8"
+            else:
+                continue
+        raise SettingError(f"wasi {what} {text!r} is not allowed: {why}")

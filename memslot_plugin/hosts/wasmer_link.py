@@ -30,6 +30,7 @@ from memslot_plugin.wasm.module import SectionId
 if TYPE_CHECKING:
     from memslot_plugin.hosts.live import Binding
     from memslot_plugin.hosts.prepared import Guest
+    from memslot_plugin.hosts.wasi import Wasi
 
 Namespaces = dict[str, dict[str, Any]]
 """Import module -> import name -> an object of wasmer's."""
@@ -226,9 +227,9 @@ class Compiled:
             ]
             own = given.get(module, {})
             served = {name: offered[name] for name in names if name in offered and name not in own}
-            shimmed, shim = self._shim(
-                module, served, memory, streams, folders=bool(binding.wasi.preopened)
-            )
+            if "path_open" in served:  # the shim asks for the type of a path before it is opened
+                served.setdefault("path_filestat_get", offered["path_filestat_get"])
+            shimmed, shim = self._shim(module, served, memory, streams, binding.wasi)
             given[module] = {**served, **shimmed, **own}
             kept += served, shim
         return Connected(self._import_object(given, owner), kept, streams)
@@ -239,8 +240,7 @@ class Compiled:
         served: dict[str, Any],
         memory: Any,
         streams: wasmer_wasi.Streams,
-        *,
-        folders: bool,
+        wasi: Wasi,
     ) -> tuple[dict[str, Any], Any]:
         """What stands before some of the functions of WASI, and the instance that it comes from."""
         behind = {
@@ -250,10 +250,12 @@ class Compiled:
         }
         if not behind:
             return {}, None
-        key = (module, folders, *behind)
+        folders = wasi.folders()
+        permitted = {"folders": bool(folders), "writable": any(each[2] for each in folders)}
+        key = (module, *permitted.values(), *behind)
         if key not in self._shims:
             require_compiler()
-            text = wasmer_wasi.shim_text(behind, folders=folders)
+            text = wasmer_wasi.shim_text(behind, **permitted)
             self._shims[key] = wasmer.Module(self._store, text)
         ours = {
             "memory": memory,

@@ -6,8 +6,9 @@ stands between it and wasmer's own function:
 
     guest -- fd_read(0) ----> shim --> nothing to read
           -- fd_write(1) ---> shim --> `Streams`, in Python, unless the stream is inherited
-          -- fd_write(5) ---> shim --> wasmer's fd_write
+          -- fd_write(5) ---> shim --> wasmer's fd_write, unless every folder is read-only
           -- fd_close(1) ---> shim --> wasmer's fd_close, and a note that descriptors have changed
+          -- path_open() ---> shim --> wasmer's path_open, for what is a file or a folder
 
 The note is for resets and snapshots: an instance can be reset in place as long as nothing that only a
 new environment has was changed.
@@ -20,7 +21,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from memslot_plugin._core import ffi
-from memslot_plugin.errors import SettingError
+from memslot_plugin.errors import SettingError, Unsupported
 from memslot_plugin.hosts.wasi import Wasi
 from memslot_plugin.hosts.wasmer_runtime import wasmer
 
@@ -57,6 +58,30 @@ REPLACED = tuple(_SERVED)
 another number.
 """
 
+_REFUSED = "(return (i32.const 69))"
+"""`errno::rofs`: a read-only file system."""
+
+_READ_ONLY = {
+    # Neither a stream nor a descriptor that a stream can have become.
+    "fd_write": f"(if (i32.ge_u (local.get 0) (i32.const 3)) (then {_REFUSED}))",
+    "fd_pwrite": f"(if (i32.ge_u (local.get 0) (i32.const 3)) (then {_REFUSED}))",
+    # oflags::creat and oflags::trunc, and the right fd_write.
+    "path_open": f"(if (i32.and (local.get 4) (i32.const 9)) (then {_REFUSED}))"
+    f" (if (i64.ne (i64.and (local.get 5) (i64.const 64)) (i64.const 0)) (then {_REFUSED}))",
+    "fd_allocate": _REFUSED,
+    "fd_filestat_set_size": _REFUSED,
+    "fd_filestat_set_times": _REFUSED,
+    "path_create_directory": _REFUSED,
+    "path_filestat_set_times": _REFUSED,
+    "path_link": _REFUSED,
+    "path_remove_directory": _REFUSED,
+    "path_rename": _REFUSED,
+    "path_symlink": _REFUSED,
+    "path_unlink_file": _REFUSED,
+}
+"""How the shim begins each function that can change a folder, for a guest that may change none: wasmer-python
+opens every folder for writing.
+"""
 
 HARMLESS = frozenset(
     {
@@ -145,13 +170,46 @@ class Streams:
         return bytes(self.captured.get(1 if stream == "stdout" else 2, b""))
 
 
-def shim_text(functions: Mapping[str, Any], *, folders: bool) -> str:
+_KEPT = range(0, 64, 8)
+"""Offsets of the words of a `filestat`, for which the shim borrows room in the guest's memory."""
+
+_SPECIAL = f"""
+  (func $special (param $fd i32) (param $flags i32) (param $path i32) (param $length i32) (result i32)
+    (local $at i32) (local $type i32) {"".join(f"(local $kept{place} i64)" for place in _KEPT)}
+    (if (i32.or (i32.eqz (memory.size))
+          (i64.gt_u (i64.add (i64.extend_i32_u (local.get $path)) (i64.extend_i32_u (local.get $length)))
+            (i64.shl (i64.extend_i32_u (memory.size)) (i64.const 16))))
+      (then (return (i32.const 0))))
+    (if (i32.lt_u (local.get $path) (i32.const 64)) (then (local.set $at (i32.const 4160))))
+    {"".join(f"(local.set $kept{place} (i64.load offset={place} (local.get $at)))" for place in _KEPT)}
+    (local.set $type (i32.const 4))
+    (if (i32.eqz (call $path_filestat_get
+          (local.get $fd) (local.get $flags) (local.get $path) (local.get $length) (local.get $at)))
+      (then (local.set $type (i32.load8_u offset=16 (local.get $at)))))
+    {"".join(f"(i64.store offset={place} (local.get $at) (local.get $kept{place}))" for place in _KEPT)}
+    (i32.eqz (i32.and (i32.shl (i32.const 1) (local.get $type)) (i32.const {1 << 3 | 1 << 4 | 1 << 7}))))
+"""
+"""True if a path leads to something else than a folder, a file or a link: opening a FIFO would wait, and nothing
+can interrupt that.  A path has up to 4096 bytes, so the room that is borrowed lies before or after it.
+"""
+
+_ORDINARY = (
+    # errno::nametoolong and errno::notsup
+    "(if (i32.gt_u (local.get 3) (i32.const 4096)) (then (return (i32.const 37))))"
+    " (if (call $special (local.get 0) (local.get 1) (local.get 2) (local.get 3))"
+    " (then (return (i32.const 58))))"
+)
+
+
+def shim_text(functions: Mapping[str, Any], *, folders: bool, writable: bool) -> str:
     """The shim for `functions`, wasmer's own by name: of `REPLACED`, and what is not harmless.
 
     Where the environment has no `folders`, a call that fails is not noted, and neither is one that only
-    looks: language runtimes look for files even where there are none.
+    looks: language runtimes look for files even where there are none.  `writable` says that the guest may
+    change its folders.
     """
     imports, bodies = [], []
+    special = ""
     for name, function in functions.items():
         kinds, results = (
             [wasmer.Type(int(number)).name.lower() for number in side]
@@ -167,6 +225,11 @@ def shim_text(functions: Mapping[str, Any], *, folders: bool) -> str:
             if name == "fd_renumber":
                 ours = f"(i32.or {ours} (call $ours (local.get 1)))"
             serve = f" (if {ours} (then {_SERVED[name]}))"
+        if not writable and name in _READ_ONLY:
+            serve += f" {_READ_ONLY[name]}"
+        if name == "path_open":
+            special = _SPECIAL
+            serve += f" {_ORDINARY}"
         if name not in HARMLESS and (folders or name not in LOOKS):
             note = " (global.set $changed (i32.const 1))"
             if results == ["i32"] and not folders:
@@ -188,6 +251,7 @@ def shim_text(functions: Mapping[str, Any], *, folders: bool) -> str:
             '(import "memslot" "changed" (global $changed (mut i32)))',
             '(export "memory" (memory 0))',  # where wasmer's functions look for it
             _OURS,
+            special,
             *bodies,
             ")",
         ]
@@ -201,15 +265,22 @@ def write_type() -> Any:
 
 
 def environment(wasi: Wasi) -> Any:
-    """The environment of one instance; raises SettingError for what wasmer refuses."""
+    """The environment of one instance; raises SettingError for what wasmer refuses, Unsupported for folders
+    of which only some are writable: a path in one of them can lead into another.
+    """
+    if len({writable for _, _, writable in wasi.folders()}) > 1:
+        raise Unsupported(
+            "wasi preopened has writable folders beside read-only ones, which wasmer cannot keep apart;"
+            " give folders of one kind, or use wasmtime"
+        )
     try:
         builder = wasmer.wasi.StateBuilder(wasi.program)
         for argument in wasi.arguments:
             builder.argument(argument)
         for name, value in wasi.environment.items():
             builder.environment(name, value)
-        for seen_as, folder in wasi.preopened.items():
-            builder.map_directory(seen_as, str(folder))
+        for folder, seen, _ in wasi.folders():
+            builder.map_directory(seen, folder)
         return builder.finalize()
     except (RuntimeError, TypeError) as error:
         raise SettingError(f"wasi is not allowed as it was given: {error}") from error

@@ -46,7 +46,7 @@ class Environment:
         self._wasi = wasi
         self._uncaptured = None if "capture" in (wasi.stdout, wasi.stderr) else Streams(wasi)
         """What all instances share where none has a stream of its own."""
-        self._folders = [(str(folder), seen) for seen, folder in wasi.preopened.items()]
+        self._folders = wasi.folders()
         self.has_folders = bool(self._folders)
         self._kept: list[Any] = []
         self._given = ffi.new("ms_wt_wasi *")
@@ -57,8 +57,11 @@ class Environment:
         given.names = self._texts(wasi.environment.keys())
         given.values = self._texts(wasi.environment.values())
         given.folder_count = len(self._folders)
-        given.folders = self._texts(folder for folder, _ in self._folders)
-        given.known_as = self._texts(seen for _, seen in self._folders)
+        given.folders = self._texts(folder for folder, _, _ in self._folders)
+        given.known_as = self._texts(seen for _, seen, _ in self._folders)
+        writable = ffi.new("uint8_t[]", [writable for _, _, writable in self._folders])
+        self._kept.append(writable)
+        given.writable = writable
         given.inherit_stdout = wasi.stdout == "inherit"
         given.inherit_stderr = wasi.stderr == "inherit"
 
@@ -89,7 +92,7 @@ class Environment:
         if refused < lib.MS_WT_FOLDER:
             what = "arguments" if refused == lib.MS_WT_ARGUMENTS else "environment"
             return f"wasi {what} is refused by wasmtime: it is not text"
-        folder, seen = self._folders[refused - lib.MS_WT_FOLDER]
+        folder, seen, _ = self._folders[refused - lib.MS_WT_FOLDER]
         why = "there is no such folder" if not Path(folder).is_dir() else "it cannot be opened"
         return f"wasi preopened {seen!r} = {folder!r} is not allowed: {why}"
 
