@@ -32,12 +32,23 @@ builtin that a caller would already catch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from typing import Any, cast
 
 
 class MemslotError(Exception):
-    """The base of every error that memslot raises on its own account."""
+    """The base of every error that memslot raises on its own account.
+
+    Each can be copied and pickled, and comes back with its class, arguments and attributes; only
+    `native` is None then, if it is the runtime's own, which belongs to its process.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The class, what it is made of (a message, for all but the kernel's), and its attributes."""
+        _, made_of, *state = cast("tuple[Any, ...]", super().__reduce__())
+        attributes = {**(state[0] if state else {}), "args": self.args}
+        if type(attributes.get("native")).__module__ != "builtins":
+            attributes["native"] = None
+        return type(self), made_of, attributes
 
 
 class RepeatedRandomness(UserWarning):
@@ -104,10 +115,6 @@ class GuestExit(MemslotError, RuntimeError):
         super().__init__(f"the guest ended itself with exit status {code}")
         self.code = code
 
-    def __reduce__(self) -> tuple[type[GuestExit], tuple[int]]:
-        """What makes it again, in another process for example: the code and not the message."""
-        return type(self), (self.code,)
-
 
 class GrowthRefused(MemslotError, MemoryError):
     """The embedder asked for a growth that a limit or a plugin does not allow (a guest sees -1
@@ -126,14 +133,10 @@ class AccessOutOfBounds(MemslotError, IndexError):
 class PoolExhausted(MemslotError, MemoryError):
     """Every slot of the pool is leased: `in_use` of `limit`."""
 
-    def __init__(self, message: str, *, limit: int, in_use: int) -> None:
+    def __init__(self, message: str, *, limit: int = 0, in_use: int = 0) -> None:
         super().__init__(message)
         self.limit = limit
         self.in_use = in_use
-
-    def __reduce__(self) -> tuple[Callable[..., PoolExhausted], tuple[object, ...]]:
-        """What makes it again, in another process for example: the message and the numbers."""
-        return partial(type(self), limit=self.limit, in_use=self.in_use), self.args
 
 
 class PoolTimeout(PoolExhausted, TimeoutError):

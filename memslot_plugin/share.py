@@ -73,7 +73,8 @@ class SharedGuest:
         """The one that the other end of a Unix socket sends; raises InvalidContainer for anything else,
         and SystemCallError.  Attach it without `trust_code` unless you know who sends.
         """
-        message, fds = b"", []
+        message = b""
+        fds: list[int] = []
         try:
             while len(message) < _MESSAGE.size:
                 # The kernel closes what does not fit, and says so (MSG_CTRUNC).

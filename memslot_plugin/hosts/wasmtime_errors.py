@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 from memslot_plugin._core import ffi, lib
 from memslot_plugin.errors import (
@@ -21,6 +21,7 @@ from memslot_plugin.errors import (
     Unsupported,
     UsedAfterClose,
 )
+from memslot_plugin.hosts.lazy import Lazy
 from memslot_plugin.hosts.short_of import short_of
 from memslot_plugin.hosts.wasmtime_bridge import take_last_exception, taken, wasmtime, wasmtime_ffi
 
@@ -28,48 +29,76 @@ PYTHON_EXCEPTION = "python exception"
 """The message of an error that stands for an exception in a host function of wasmtime-py's own."""
 
 
-class WasmtimeTrap(GuestTrap, wasmtime.Trap):
+class _Native:
+    """The common part of the errors below: `native` is wasmtime's, or None in a copy."""
+
+    native: Any = None
+    args: tuple[Any, ...]
+
+    def ptr(self) -> Any:
+        """The pointer of wasmtime-py; raises UsedAfterClose for an error of another process."""
+        if self.native is None:
+            raise UsedAfterClose("wasmtime's own error stayed in the process that raised it")
+        return self.native.ptr()
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class Frame(NamedTuple):
+    """A function that was running: what `wasmtime.Frame` says of it."""
+
+    func_index: int
+    func_name: str | None
+    module_name: str | None
+    module_offset: int
+    func_offset: int
+
+
+class WasmtimeTrap(_Native, GuestTrap, wasmtime.Trap):
     """The guest trapped: a GuestTrap and a wasmtime.Trap with `message`, `frames` and `trap_code`."""
 
     native: wasmtime.Trap
 
-    def __init__(self, message: str, native: wasmtime.Trap) -> None:
+    def __init__(self, message: str, native: wasmtime.Trap | None = None) -> None:
         GuestTrap.__init__(self, message, native)
 
-    def ptr(self) -> Any:
-        return self.native.ptr()
+    @Lazy
+    def message(self) -> str:
+        """The words of wasmtime, with a backtrace."""
+        return str(self.native.message)
 
-    def __str__(self) -> str:
-        return str(self.args[0])
+    @Lazy
+    def frames(self) -> list[Frame]:  # type: ignore[override]  # these can be pickled
+        """The functions that were running, the innermost first."""
+        return [
+            Frame(*(getattr(each, name) for name in Frame._fields)) for each in self.native.frames
+        ]
+
+    @Lazy
+    def trap_code(self) -> wasmtime.TrapCode | None:
+        """Which of wasmtime's kinds of trap it is."""
+        return self.native.trap_code
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As for each error, and what only wasmtime knows."""
+        _ = self.message, self.frames, self.trap_code
+        return super().__reduce__()
 
 
-class WasmtimeFailure(GuestTrap, wasmtime.WasmtimeError):
+class WasmtimeFailure(_Native, GuestTrap, wasmtime.WasmtimeError):
     """The guest ended with an error that is no trap: a GuestTrap and a wasmtime.WasmtimeError."""
 
-    native: wasmtime.WasmtimeError
-
-    def __init__(self, message: str, native: wasmtime.WasmtimeError) -> None:
+    def __init__(self, message: str, native: wasmtime.WasmtimeError | None = None) -> None:
         GuestTrap.__init__(self, message, native)
 
-    def ptr(self) -> Any:
-        return self.native.ptr()
 
-    def __str__(self) -> str:
-        return str(self.args[0])
-
-
-class WasmtimeExit(GuestExit, wasmtime.ExitTrap):
+class WasmtimeExit(_Native, GuestExit, wasmtime.ExitTrap):
     """The guest called proc_exit: a GuestExit and a wasmtime.ExitTrap with `code`."""
 
-    def __init__(self, native: wasmtime.ExitTrap) -> None:
-        GuestExit.__init__(self, native.code)
+    def __init__(self, code: int, native: wasmtime.ExitTrap | None = None) -> None:
+        GuestExit.__init__(self, code)
         self.native = native
-
-    def ptr(self) -> Any:
-        return self.native.ptr()
-
-    def __str__(self) -> str:
-        return str(self.args[0])
 
 
 def one_sentence(message: str) -> str:
@@ -90,7 +119,7 @@ def translated(error: BaseException, name: str) -> BaseException:
     if isinstance(error, wasmtime.Trap):
         return WasmtimeTrap(f"the guest {name} trapped: {one_sentence(error.message)}", error)
     if isinstance(error, wasmtime.ExitTrap):
-        return WasmtimeExit(error)
+        return WasmtimeExit(error.code, error)
     if isinstance(error, wasmtime.WasmtimeError):
         return WasmtimeFailure(f"the guest {name} failed: {one_sentence(str(error))}", error)
     return error
