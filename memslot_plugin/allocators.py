@@ -241,7 +241,7 @@ class MemfdAllocator(PoolAllocator):
         ]
         if pieces and len(pieces) == len(content.segments):
             return images.MemfdImage.of_pieces(content.name, pieces)
-        return self._layered(content) or images.MemfdImage(content.name, images.flatten(content))
+        return self._layered(content) or images.MemfdImage(content.name, content)
 
     def _answers(self) -> Answer:
         if self.settings is not None and self.settings.memfd == "off":
@@ -274,7 +274,7 @@ class AnonymousAllocator(PoolAllocator):
 
     @hookimpl(trylast=True)
     def memslot_build_image(self, content: InitialContent) -> Image | None:
-        return self._layered(content) or images.BytesImage(content.name, images.flatten(content))
+        return self._layered(content) or images.BytesImage(content.name, content)
 
     def _answers(self) -> Answer:
         return Answer(

@@ -416,10 +416,9 @@ def _instantiation_reasons(module: wasm.Module, *, start_dropped: bool) -> Itera
 
 def _copies(module: wasm.Module) -> Iterator[str]:
     """What each new instance writes into what is not its own."""
+    written = {segment.memory for segment in module.data_segments if segment.data}
     for memory in module.memories:
-        if memory.imported is not None and any(
-            segment.memory == memory.index and segment.data for segment in module.data_segments
-        ):
+        if memory.imported is not None and memory.index in written:
             yield (
                 f"Each new instance copies data into the memory that is imported as"
                 f" {memory.imported}; let the module define its memory."

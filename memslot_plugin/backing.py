@@ -38,6 +38,9 @@ _FS_IMMUTABLE, _FS_VERITY = 0x10, 0x100000
 """ioctl_iflags(2): nobody may write to the file any more, and it could not be read if somebody had."""
 
 
+_unset = ffi.new_allocator(should_clear_after_alloc=False)
+
+
 class Holder:
     """Somebody who needs a backing or an image for the length of a block."""
 
@@ -168,14 +171,25 @@ class Held(Backing):
 
     def __init__(self, byte_size: int, pieces: Iterable[tuple[int, memoryview]]) -> None:
         """`byte_size` bytes: each piece at its offset, zeros elsewhere."""
-        self._bytes: Any = ffi.new("uint8_t[]", byte_size)
-        with memoryview(ffi.buffer(self._bytes)) as packed:
-            for offset, piece in pieces:
-                packed[offset : offset + len(piece)] = piece
+        self._bytes: Any = new_bytes(byte_size, pieces)
         super().__init__(int(ffi.cast("uintptr_t", self._bytes)), byte_size)
 
     def _free(self) -> None:
         self._bytes = None
+
+
+def new_bytes(byte_size: int, pieces: Iterable[tuple[int, memoryview]]) -> Any:
+    """A `uint8_t[]` of `byte_size` bytes: the pieces at their offsets, later ones over earlier ones, zeros
+    elsewhere.  The core zeroes and copies, because it lets other threads run meanwhile.
+    """
+    made = _unset("uint8_t[]", byte_size)
+    base = int(ffi.cast("uintptr_t", made))
+    sources = [(offset, ffi.from_buffer("uint8_t[]", piece)) for offset, piece in pieces]
+    extents = ffi.new("ms_extent[]", max(len(sources), 1))
+    for extent, (offset, source) in zip(extents, sources, strict=False):
+        extent.offset, extent.length, extent.bytes = offset, len(source), source
+    lib.ms_fill_bytes(base, byte_size, extents, len(sources))
+    return made
 
 
 def why_it_may_change(fd: int) -> str | None:

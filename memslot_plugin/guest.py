@@ -17,10 +17,14 @@ from typing import Literal
 
 from memslot_hooks.types import InitialContent, Segment
 from memslot_plugin import analysis, wasm
-from memslot_plugin._core import align_up
+from memslot_plugin import image as images
+from memslot_plugin._core import PAGE_SIZE, align_up
 from memslot_plugin.analysis import CodeReport, Verdict
 from memslot_plugin.errors import InvalidContainer, Unsupported
 from memslot_plugin.wasm import ImportName
+
+MOST_ZEROS = 16 << 20
+"""Bytes of zeros that an image may hold because its data is scattered: a small module must not make a large image."""
 
 SLOT_LARGEST = 1 << 32
 """The most bytes that a slot can ever hold: everything a 32-bit address reaches."""
@@ -539,7 +543,7 @@ def _plan_memory(
     content = None
     if reason is None:
         laid = tuple(
-            Segment(segment.offset.value, bytes(segment.data))
+            Segment(segment.offset.value, segment.data)
             for segment in segments
             if segment.data and segment.offset is not None and segment.offset.value is not None
         )
@@ -650,7 +654,27 @@ def _imageless_reason(
             f"The image would span {last - first} bytes and the limit is {image_limit}; raise the"
             " image limit to get one."
         )
+    zeros = _zeros_between(segments)
+    if zeros > MOST_ZEROS:
+        return (
+            f"Its data is so scattered that an image would hold {zeros} bytes of zeros between it, and the"
+            f" limit is {MOST_ZEROS}; put the data together to get an image."
+        )
     return None
+
+
+def _zeros_between(segments: list[wasm.DataSegment]) -> int:
+    """Bytes that an image would hold although no segment reaches their pages."""
+    if len(segments) <= images.MAX_EXTENTS:
+        return 0
+    reached = []
+    for segment in segments:
+        if segment.data and segment.offset is not None and segment.offset.value is not None:
+            start, end = segment.offset.value, segment.offset.value + len(segment.data)
+            reached.append((start - start % PAGE_SIZE, align_up(end)))
+    reached = images.joined(sorted(reached), 1)
+    stored = images.few(reached)
+    return sum(end - start for start, end in stored) - sum(end - start for start, end in reached)
 
 
 def _free_name(module: wasm.Module) -> ImportName:

@@ -12,9 +12,9 @@ from collections.abc import Collection, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from memslot_hooks.types import Extent, InitialContent
+from memslot_hooks.types import Extent, InitialContent, Segment
 from memslot_plugin._core import PAGE_SIZE, align_up, ffi, lib
-from memslot_plugin.backing import Backing, Held, Memfd
+from memslot_plugin.backing import Backing, Held, Memfd, new_bytes
 from memslot_plugin.errors import SystemCallError, UsedAfterClose
 
 if TYPE_CHECKING:
@@ -68,12 +68,12 @@ class Image:
         "name",
     )
 
-    def __init__(self, name: str, content: bytearray | bytes | memoryview) -> None:
+    def __init__(self, name: str, content: InitialContent | bytearray | bytes | memoryview) -> None:
         self.name = name
-        extents = find_extents(content)
-        pieces = []
+        runs, extents = _laid_out(content)
+        pieces: list[Piece] = []
         if extents:
-            backing = self._store(_cut(content, extents))
+            backing = self._store(_packed(runs, extents))
             pieces = [
                 Piece(each.offset, each.length, backing, each.file_offset) for each in extents
             ]
@@ -274,27 +274,92 @@ def _merged(pieces: Sequence[Piece]) -> list[Piece]:
     return merged
 
 
-def _cut(
-    content: bytearray | bytes | memoryview, extents: Sequence[Extent]
-) -> list[tuple[int, memoryview]]:
-    """The bytes of each extent, at the offset where they are packed."""
-    bytes_of = memoryview(content).cast("B")
-    return [
-        (each.file_offset, bytes_of[each.offset : each.offset + each.length]) for each in extents
+_Runs = list[tuple[int, memoryview]]
+"""Bytes at page-aligned offsets of a memory, in ascending order, none of which overlap."""
+
+
+def extents_of(content: InitialContent | bytearray | bytes | memoryview) -> tuple[Extent, ...]:
+    """The extents that an image of this content has."""
+    return _laid_out(content)[1]
+
+
+def joined(runs: Sequence[tuple[int, int]], gap: int) -> list[tuple[int, int]]:
+    """Join the runs (start, end), which are in ascending order, that are closer than `gap`."""
+    found: list[tuple[int, int]] = []
+    for start, end in runs:
+        if found and start - found[-1][1] < gap:
+            found[-1] = (found[-1][0], max(end, found[-1][1]))
+        else:
+            found.append((start, end))
+    return found
+
+
+def few(runs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Join runs, which are in ascending order, until there are at most MAX_EXTENTS."""
+    gap = MIN_GAP
+    found = joined(runs, gap)
+    while len(found) > MAX_EXTENTS:
+        gap *= 2
+        found = joined(found, gap)
+    return found
+
+
+def _laid_out(
+    content: InitialContent | bytearray | bytes | memoryview,
+) -> tuple[_Runs, tuple[Extent, ...]]:
+    """The pages that are not zero, and the extents that hold them with some zeros between."""
+    if isinstance(content, (bytes, bytearray, memoryview)):
+        content = InitialContent(len(content), (Segment(0, memoryview(content).cast("B")),))
+    runs = [
+        (at + each.offset, data[each.offset : each.offset + each.length])
+        for at, data in flat_runs(content)
+        for each in find_extents(data)
     ]
+    extents, file_offset = [], 0
+    for start, end in few([(at, at + align_up(len(data))) for at, data in runs]):
+        extents.append(Extent(start, end - start, file_offset))
+        file_offset += end - start
+    return runs, tuple(extents)
 
 
-def flatten(content: InitialContent) -> bytearray | bytes | memoryview:
-    """The content's bytes from 0 to the end of its last segment, later segments over earlier
-    ones; nothing is copied where a single segment is all of it.
+def _packed(runs: _Runs, extents: Sequence[Extent]) -> _Runs:
+    """The runs at the offsets where their extents are in the backing."""
+    packed, places = [], iter(extents)
+    extent = next(places)
+    for at, data in runs:
+        while at >= extent.offset + extent.length:
+            extent = next(places)
+        packed.append((extent.file_offset + at - extent.offset, data))
+    return packed
+
+
+def flat_runs(content: InitialContent) -> _Runs:
+    """The pages that segments reach, later segments over earlier ones; pages between are in none.
+
+    A run that is one segment from the beginning of a page on is not copied.
     """
-    if len(content.segments) == 1 and content.segments[0].offset == 0:
-        return content.segments[0].data
-    end = max((segment.offset + len(segment.data) for segment in content.segments), default=0)
-    laid = bytearray(end)
-    for segment in content.segments:
-        laid[segment.offset : segment.offset + len(segment.data)] = segment.data
-    return laid
+    segments = sorted(
+        (each.offset, number, each.data)
+        for number, each in enumerate(content.segments)
+        if each.data
+    )
+    runs: _Runs = []
+    first = 0
+    while first < len(segments):
+        start = segments[first][0] // PAGE_SIZE * PAGE_SIZE
+        end, last = start, first
+        while last < len(segments) and segments[last][0] < align_up(end + 1):
+            end = max(end, segments[last][0] + len(segments[last][2]))
+            last += 1
+        parts = segments[first:last]
+        if len(parts) == 1 and parts[0][0] == start:
+            runs.append((start, memoryview(parts[0][2]).cast("B")))
+        else:
+            by_number = sorted(parts, key=lambda part: part[1])
+            pieces = [(at - start, memoryview(data)) for at, _, data in by_number]
+            runs.append((start, memoryview(ffi.buffer(new_bytes(end - start, pieces)))))
+        first = last
+    return runs
 
 
 def find_extents(content: bytearray | bytes | memoryview) -> tuple[Extent, ...]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from memslot_plugin.image import MAX_EXTENTS, MIN_GAP, Image, Piece, find_extents
+from memslot_plugin.image import MAX_EXTENTS, MIN_GAP, Image, Piece, find_extents, joined
 
 Runs = list[tuple[int, int]]
 """(start, end), in ascending order, apart from each other."""
@@ -32,26 +32,15 @@ def layered(
         for extent in find_extents(content[start:end]):
             own.append((start + extent.offset, start + extent.offset + extent.length))
     kept = list(_without(parent.pieces, changed))
-    own = _joined(own, 1)  # what was changed and what was grown may touch
+    own = joined(own, 1)  # what was changed and what was grown may touch
     gap = MIN_GAP
     while len(kept) + len(own) > MAX_EXTENTS:
         gap *= 2
         if gap > 2 * len(content):
             return None
-        own = _joined(own, gap)
+        own = joined(own, gap)
         kept = list(_without(kept, own))
     return type(parent).layered(name, kept, [(start, content[start:end]) for start, end in own])
-
-
-def _joined(runs: Runs, gap: int) -> Runs:
-    """The same with everything between two that are closer than `gap`."""
-    joined: Runs = []
-    for start, end in runs:
-        if joined and start - joined[-1][1] < gap:
-            joined[-1] = (joined[-1][0], end)
-        else:
-            joined.append((start, end))
-    return joined
 
 
 def _without(pieces: Iterable[Piece], runs: Runs) -> Iterator[Piece]:

@@ -139,6 +139,8 @@ int ms_map_extents(uintptr_t base, const ms_extent *extents, size_t count);
 int ms_zero_extents(uintptr_t base, const ms_extent *extents, size_t count);
 /* Copies each extent; no system call. */
 void ms_copy_extents(uintptr_t base, const ms_extent *extents, size_t count);
+/* Makes `length` bytes zeros, and copies each extent, which need not be aligned here, over them. */
+void ms_fill_bytes(uintptr_t base, size_t length, const ms_extent *extents, size_t count);
 /* Maps a file shared, readable and writable, over [base, base + length), which may reach past the file's end. */
 int ms_map_shared(uintptr_t base, size_t length, int fd);
 /* The offset of the first byte that is not pristine, or -1; no system call. */

@@ -269,6 +269,12 @@ void ms_copy_extents(uintptr_t base, const ms_extent *extents, size_t count)
         memcpy((uint8_t *)base + extents[i].offset, extents[i].bytes, extents[i].length);
 }
 
+void ms_fill_bytes(uintptr_t base, size_t length, const ms_extent *extents, size_t count)
+{
+    memset((void *)base, 0, length);
+    ms_copy_extents(base, extents, count);
+}
+
 int ms_map_shared(uintptr_t base, size_t length, int fd)
 {
     return map(base, length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0);

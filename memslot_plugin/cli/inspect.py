@@ -25,7 +25,7 @@ from memslot_plugin.container import Container
 from memslot_plugin.errors import Unsupported
 from memslot_plugin.guest import GuestReport, MemoryReport, Plan
 from memslot_plugin.hosts.saved import About, contents_in
-from memslot_plugin.image import find_extents, flatten
+from memslot_plugin.image import extents_of
 from memslot_plugin.settings import Settings
 
 KINDS = {"wasmtime": False, "wasmer": True}
@@ -114,7 +114,7 @@ def _judge(source: Source, settings: Settings, import_memory: bool) -> Verdict:
 
 
 def _layout(memory: int, content: InitialContent) -> ImageLayout:
-    extents = find_extents(flatten(content))
+    extents = extents_of(content)
     start = extents[0].offset if extents else 0
     end = extents[-1].offset + extents[-1].length if extents else 0
     return ImageLayout(memory, start, end, sum(extent.length for extent in extents), extents)

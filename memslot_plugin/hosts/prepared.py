@@ -84,6 +84,9 @@ class Guest:
         self._parent = parent
         self.sets_globals = False
         """Whether its code is its parent's, so that globals get their values when an instance begins."""
+        too_large = guests.reason_too_large(plan, host.settings.largest_memory)
+        if too_large is not None:
+            raise MemoryTooLarge(f"{name} {too_large}")
         try:
             if self.plan.native is None:
                 self._build_images()
@@ -138,9 +141,6 @@ class Guest:
         """One request per memory that the module defines; the same object serves every instance."""
         host, settings = self.host, self.host.settings
         limit = settings.largest_memory
-        too_large = guests.reason_too_large(self.plan, limit)
-        if too_large is not None:
-            raise MemoryTooLarge(f"{self.name} {too_large}")
         for memory in self.plan.memories:
             if memory.imported is not None:
                 continue

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from memslot_hooks.types import InitialContent
 from memslot_plugin import guest, wasm
+from memslot_plugin import image as images
+from memslot_plugin._core import PAGE_SIZE as P
+from memslot_plugin.tests.encode import END, HEADER, custom, name, section, signed, unsigned, vector
 
 wasmtime = pytest.importorskip("wasmtime", reason="wasmtime, which assembles the guests")
 
@@ -240,3 +245,88 @@ def test_the_report_says_what_was_done_and_is_json() -> None:
         (0, "active", 0, 8, 3, True),
         (1, "passive", None, None, 1, False),
     ]
+
+
+def _memory(*, pages: int = 1, count: int = 1) -> bytes:
+    return section(5, vector(*[b"\0" + unsigned(pages)] * count))
+
+
+def _scattered(count: int) -> bytes:
+    """One memory with a byte in each 200th page of the machine's."""
+    offsets = (200 * P * n for n in range(count))
+    data = (b"\0\x41" + signed(at) + END + unsigned(1) + b"x" for at in offsets)
+    return _memory(pages=65536) + section(11, vector(*data))
+
+
+MANY: dict[str, Callable[[int], bytes]] = {
+    "exports of reserved names": lambda n: (
+        _memory() + section(7, vector(*(name(f"memslot{k or ''}:") + b"\2\0" for k in range(n))))
+    ),
+    "imports of reserved modules": lambda n: section(
+        2, vector(*(name(f"memslot{k or ''}") + name("m") + b"\2\0\1" for k in range(n)))
+    ),
+    "imported memories and passive segments": lambda n: (
+        section(2, vector(*[name("") + name("") + b"\2\0\0"] * n))
+        + section(11, vector(*[b"\1" + unsigned(1) + b"x"] * n))
+    ),
+    "memories": lambda n: _memory(count=n),
+    "scattered segments": _scattered,
+    "segments of imported memories": lambda n: (
+        section(2, vector(*[name("") + name("") + b"\2\0\1"] * n))
+        + section(
+            11,
+            vector(*(b"\2" + unsigned(k) + b"\x41\0\x0b" + unsigned(1) + b"x" for k in range(n))),
+        )
+    ),
+    "exported globals": lambda n: (
+        section(6, vector(*[b"\x7f\1\x41\0\x0b"] * n))
+        + section(7, vector(*(name(f"{k}") + b"\3" + unsigned(k) for k in range(n))))
+    ),
+    "globals of globals": lambda n: section(
+        6, vector(b"\x7f\0\x41\0\x0b", *(b"\x7f\0\x23" + unsigned(k) + END for k in range(n)))
+    ),
+    "exported tables": lambda n: (
+        section(4, vector(*[b"\x70\0\1"] * n))
+        + section(7, vector(*(name(f"{k}") + b"\1" + unsigned(k) for k in range(n))))
+    ),
+    "custom sections": lambda n: _memory() + custom("x") * n,
+}
+
+
+@pytest.mark.parametrize("import_memory", [False, True])
+@pytest.mark.parametrize("many", MANY.values(), ids=MANY.keys())
+def test_planning_takes_steps_linear_in_the_bytes_of_the_module(
+    many: Callable[[int], bytes], *, import_memory: bool
+) -> None:
+    def steps(count: int) -> int:
+        taken = 0
+
+        def step(_frame: Any, event: str, _: Any) -> Any:
+            nonlocal taken
+            taken += event == "line"
+            return step
+
+        source = HEADER + many(count)
+        before = sys.gettrace()
+        sys.settrace(step)
+        try:
+            plan = plan_of(source, import_memory=import_memory, export_state=True)
+            for memory in plan.memories:
+                images.extents_of(memory.content or b"")
+            plan.report()
+        finally:
+            sys.settrace(before)
+        return taken
+
+    steps(1)  # what is done once per process
+    once, twice, four_times = map(steps, (100, 200, 400))
+    assert four_times - twice <= 2.2 * (twice - once)
+
+
+def test_data_that_is_scattered_makes_no_image_of_zeros() -> None:
+    assert plan_of(HEADER + _scattered(16)).memories[0].content is not None
+    (memory,) = plan_of(HEADER + _scattered(40)).memories
+    assert memory.reason == (
+        f"Its data is so scattered that an image would hold {39 * 199 * P} bytes of zeros between it, and the"
+        " limit is 16777216; put the data together to get an image."
+    )

@@ -214,6 +214,17 @@ def test_growth_by_the_embedder_is_made_or_refused(name: str, instance: Instance
             instance.memory.grow(pages)
 
 
+def test_memory_past_the_limit_is_refused_before_its_image_is_built(serve: Serve) -> None:
+    class Builds:
+        @hookimpl(tryfirst=True)
+        def memslot_build_image(self, content: Any) -> None:
+            raise AssertionError
+
+    refused = pytest.raises(memslot.MemoryTooLarge, match=r"needs 131072 bytes.*memory_limit")
+    with serve(plugins=(Builds(),), memory_limit=PAGE) as host, refused:
+        hosts.prepare(host)
+
+
 @on_deciding_hosts
 def test_growth_is_decided_by_a_plugin_within_the_memory_limit(serve: Serve) -> None:
     growth = hosts.Growth(False)

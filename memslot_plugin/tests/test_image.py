@@ -8,6 +8,8 @@ import fcntl
 import gc
 import mmap
 import os
+import resource
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +26,7 @@ from memslot_plugin import BytesImage, Image, MemfdImage, Slot, UsedAfterClose, 
 from memslot_plugin import image as images
 from memslot_plugin._core import PAGE_SIZE as P
 from memslot_plugin._core import lib
+from memslot_plugin.backing import Held, Memfd
 from memslot_plugin.reset import madvise
 from memslot_plugin.tests.profiles import examples
 from memslot_plugin.tests.slots import content, sparse, use
@@ -73,7 +76,7 @@ def test_image_holds_any_segments_in_whole_pages(segments: list[tuple[int, bytes
     model = sparse(size, *((offset, data) for offset, data in segments if data))
     initial = InitialContent(size, tuple(Segment(offset, data) for offset, data in segments))
     for kind in KINDS:
-        with kind("model", images.flatten(initial)) as image:
+        with kind("model", initial) as image:
             ends = [extent.offset + extent.length for extent in image.extents]
             starts = [extent.offset for extent in image.extents]
             assert all(a + GAP <= b for a, b in zip(ends, starts[1:], strict=False))
@@ -266,3 +269,52 @@ def test_sealing_waits_while_the_file_is_held_and_gives_up(held: str, calls: Any
         assert 2 <= made["fcntl"] < 16
     for each in (fd, reader, writer):
         os.close(each)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_image_of_one_byte_far_away_needs_no_more_memory_than_its_page(kind: Kind) -> None:
+    far = InitialContent(2**32, (Segment(2**32 - P, b"x"),))
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * P + (256 << 20), before[1]))
+    try:
+        with kind("far", far) as image:
+            assert image.extents == (Extent(2**32 - P, P, 0),)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+LARGE = b"x" * (64 << 20)
+COPIES: dict[str, Callable[[], object]] = {
+    "segments": lambda: images.flat_runs(
+        InitialContent(2**30, (Segment(1, LARGE), Segment(2, b"y")))
+    ),
+    "ordinary memory": lambda: Held(len(LARGE), [(0, memoryview(LARGE))]),
+    "memfd": lambda: Memfd.of_pieces("large", len(LARGE), [(0, memoryview(LARGE))]),
+}
+
+
+@pytest.mark.parametrize("copy", COPIES.values(), ids=COPIES.keys())
+def test_another_thread_runs_while_an_image_is_copied(copy: Callable[[], object]) -> None:
+    turns, ended, ready = 0, False, threading.Event()
+
+    def turn() -> None:
+        nonlocal turns
+        while not ended:
+            turns += 1
+            ready.set()
+            time.sleep(0)
+
+    other = threading.Thread(target=turn)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)  # the interpreter does not switch by itself
+    try:
+        other.start()
+        ready.wait()
+        before = turns
+        copy()
+        assert turns - before > 100
+    finally:
+        ended = True
+        sys.setswitchinterval(interval)
+        other.join()

@@ -92,11 +92,8 @@ def state_exports(
     uses: where it has an export that begins so, the names begin with "memslot1:", and so on.
     """
     begins = itertools.chain(["memslot:"], (f"memslot{n}:" for n in itertools.count(1)))
-    begin = next(
-        begin
-        for begin in begins
-        if not any(export.name.startswith(begin) for export in module.exports)
-    )
+    taken = {each.name.partition(":")[0] + ":" for each in module.exports if ":" in each.name}
+    begin = next(begin for begin in begins if begin not in taken)
     return (
         *(Export(f"{begin}global:{index}", ExternKind.GLOBAL, index) for index in globals_),
         *(Export(f"{begin}table:{index}", ExternKind.TABLE, index) for index in tables),
