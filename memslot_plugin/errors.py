@@ -35,6 +35,13 @@ from __future__ import annotations
 from typing import Any, cast
 
 
+def shown(value: object) -> str:
+    """Return any value as a message can show it; Python refuses to write out the digits of a huge integer."""
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"an integer of {value.bit_length()} bits"
+    return repr(value)
+
+
 class MemslotError(Exception):
     """The base of every error that memslot raises on its own account.
 

@@ -42,6 +42,7 @@ from memslot_plugin.errors import (
     PoolExhausted,
     UsedAfterClose,
     WrongThread,
+    shown,
 )
 from memslot_plugin.hosts import saved
 from memslot_plugin.hosts.live import Binding, Imports, Live
@@ -347,12 +348,12 @@ class Host(abc.ABC):
             return self._assemble(source), "module"
         if not isinstance(source, (str, os.PathLike)):
             raise ArgumentError(
-                f"a guest is a path, the bytes of a module, or WebAssembly text, and not {source!r}"
+                f"a guest is a path, the bytes of a module, or WebAssembly text, and not {shown(source)}"
             )
         path = Path(source)
         try:
             data = path.read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError, ValueError):  # a zero byte is in no path
             raise GuestNotFound(f"there is no guest at {path}") from None
         except OSError as error:
             raise InvalidModule(

@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from memslot_plugin.errors import ArgumentError, LinkError, shown
+from memslot_plugin.hosts.wasi import Wasi
+
 if TYPE_CHECKING:
     from memslot_hooks.types import LinearMemory
-    from memslot_plugin.hosts.wasi import Wasi
 
 Imports = Mapping[str, Mapping[str, Any]]
 """Module name -> import name -> a Python callable, or an object of the runtime's own."""
@@ -24,6 +26,20 @@ class Binding:
     imports: Imports
     wasi: Wasi | None = None
     store: Any = None
+
+    def __post_init__(self) -> None:
+        modules = self.imports
+        if not isinstance(modules, Mapping):
+            raise LinkError(
+                f"imports are a mapping of modules to their imports, and not {shown(modules)}"
+            )
+        for module, given in modules.items():
+            if not isinstance(given, Mapping):
+                raise LinkError(
+                    f"the imports of the module {module!r} are a mapping of names to objects, and not {shown(given)}"
+                )
+        if self.wasi is not None and not isinstance(self.wasi, Wasi):
+            raise ArgumentError(f"wasi is a memslot.Wasi, and not {shown(self.wasi)}")
 
 
 class Live(abc.ABC):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,6 +17,7 @@ from memslot_hooks.types import Image, InitialContent, LinearMemory, MemoryReque
 from memslot_plugin import guest as guests
 from memslot_plugin._core import ffi
 from memslot_plugin.errors import (
+    ArgumentError,
     InUse,
     MemoryTooLarge,
     MemslotError,
@@ -23,6 +25,7 @@ from memslot_plugin.errors import (
     SettingError,
     SnapshotRefused,
     UsedAfterClose,
+    shown,
 )
 from memslot_plugin.hosts import saved
 from memslot_plugin.hosts.instance import Instance
@@ -66,6 +69,8 @@ class Guest:
         """`code` is what a runtime may already have compiled of the module, by its key; `parent` the
         guest whose snapshot this is.
         """
+        if not isinstance(name, str):
+            raise ArgumentError(f"a guest's name is a string, and not {shown(name)}")
         self.host = host
         self.name = name
         self.guest_id = f"{name}#{next(_NUMBERS)}"
@@ -194,8 +199,7 @@ class Guest:
         if tenant is not None or wait_timeout is not None:
             changes: dict[str, Any] = {"tenant": tenant}
             if wait_timeout is not None:
-                _require_seconds(wait_timeout)
-                changes["wait_timeout"] = wait_timeout
+                changes["wait_timeout"] = _seconds(wait_timeout)
             requests = tuple(replace(request, **changes) for request in requests)
         binding = self.binding
         if imports is not None or wasi is not None or store is not None:
@@ -246,7 +250,7 @@ class Guest:
         `instantiate` raises.
         """
         if wait_timeout is not None:
-            _require_seconds(wait_timeout)
+            wait_timeout = _seconds(wait_timeout)
         return Lease(self, wait_timeout)
 
     def _take_ready(self) -> Instance | None:
@@ -364,6 +368,8 @@ class Guest:
         self.host._require_usable()
         if self.closed:
             raise UsedAfterClose(f"the guest {self.name} was closed; prepare it again")
+        if not isinstance(count, int):
+            raise ArgumentError(f"a number of slots is an integer, and not {count!r}")
         warm = self.host._armed.warm_memory
         return min((warm(request, count) for request in self.requests), default=0)
 
@@ -455,11 +461,13 @@ def _by_index(memories: Iterable[LinearMemory]) -> dict[int, LinearMemory]:
     return {memory.request.memory_index: memory for memory in memories}
 
 
-def _require_seconds(wait_timeout: float) -> None:
+def _seconds(wait_timeout: float) -> float:
+    """Return the seconds to wait, of which an integer can be more than a float holds; raises SettingError."""
     if not isinstance(wait_timeout, (int, float)) or not wait_timeout >= 0:
         raise SettingError(
-            f"wait_timeout = {wait_timeout!r} is not allowed: it is seconds, at least 0"
+            f"wait_timeout = {shown(wait_timeout)} is not allowed: it is seconds, at least 0"
         )
+    return float(min(wait_timeout, sys.float_info.max))
 
 
 def _draws(plan: guests.Plan) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ from memslot_plugin._core import check, ffi, lib, system_call_error
 from memslot_plugin.backing import Backing, File, Held, Holder, new_memfd, why_it_may_change
 from memslot_plugin.container import Container, Contents, Stored
 from memslot_plugin.errors import (
+    ArgumentError,
     GuestNotFound,
     InvalidContainer,
     MemslotError,
@@ -36,6 +37,7 @@ from memslot_plugin.errors import (
     SystemCallError,
     Unsupported,
     UsedAfterClose,
+    shown,
 )
 from memslot_plugin.share import SharedGuest
 
@@ -76,7 +78,16 @@ def save(guest: Guest, path: str | os.PathLike[str], *, key: bytes | None, with_
         for index, image in found.items():  # no comprehension within a with block, as in the pool
             stored[index] = _packed(image, pieces)
         contents = contents_of(guest, stored, pieces, with_code=with_code)
-        return container.write(Path(path), contents, key=_checked(key))
+        return container.write(Path(_decoded(path)), contents, key=_checked(key))
+
+
+def _decoded(path: str | os.PathLike[str]) -> str:
+    try:
+        return os.fsdecode(path)
+    except TypeError:
+        raise ArgumentError(
+            f"the path of a saved guest is a string or a path, and not {shown(path)}"
+        ) from None
 
 
 def _checked(key: bytes | None) -> bytes | None:
@@ -208,6 +219,8 @@ def attach(
     trust_code: bool,
 ) -> Guest:
     """See `Host.attach`."""
+    if not isinstance(shared, SharedGuest):
+        raise ArgumentError(f"a shared guest is what Guest.share makes, and not {shown(shared)}")
     label = f"the shared guest {shared.name}"
     fds = shared.fds
     found = container.read(fds[0], label, keep=True, image_limit=host.settings.image_limit)
@@ -275,7 +288,7 @@ def load(
     """See `Host.load`."""
     if share_file not in SHARES:
         raise SettingError(f"share_file must be one of {', '.join(SHARES)}, not {share_file!r}")
-    label = os.fsdecode(path)
+    label = _decoded(path)
     fd = open_file(label)
     files: dict[int, Backing] = {}
     try:
@@ -495,7 +508,7 @@ def open_file(label: str) -> int:
     try:
         # Without O_NONBLOCK, opening a pipe waits for somebody to write to it.
         return os.open(label, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # a zero byte is in no path
         raise GuestNotFound(f"there is no saved guest at {label}") from None
     except OSError as error:
         raise InvalidContainer(f"{label} cannot be read: {error.strerror}") from None

@@ -280,7 +280,8 @@ class WasmerLive(Live):
         try:
             found.value = value
         except (TypeError, OverflowError) as error:
-            raise ArgumentError(f"the global {name} of {self._guest.name}: {error}") from error
+            wrong = misfit((value,), (int(self._compiled.globals[name].type),)) or error
+            raise ArgumentError(f"the global {name} of {self._guest.name}: {wrong}") from error
 
     def _global(self, name: str) -> Any:
         type_ = self._compiled.globals.get(name)

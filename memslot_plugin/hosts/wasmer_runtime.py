@@ -12,7 +12,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from memslot_plugin._core import ffi, system_call_error
-from memslot_plugin.errors import HostUnavailable, Unsupported
+from memslot_plugin.errors import HostUnavailable, Unsupported, shown
 from memslot_plugin.smaps import mappings
 
 try:
@@ -137,13 +137,11 @@ def misfit(arguments: tuple[Any, ...], parameters: tuple[int, ...]) -> str | Non
         bounds, name = _INTEGERS.get(type_), wasmer.Type(type_).name.lower()
         if bounds is None:
             if not isinstance(value, float):
-                return f"value {place} is an {name}, and {value!r} is no float"
+                return f"value {place} is an {name}, and {shown(value)} is no float"
         elif not isinstance(value, int):
             return f"value {place} is an {name}, and {value!r} is no integer"
         elif not bounds[0] <= value < bounds[1]:
-            return (
-                f"value {place} is an {name}, and {value} is not in {bounds[0]} to {bounds[1] - 1}"
-            )
+            return f"value {place} is an {name}, and {shown(value)} is not in {bounds[0]} to {bounds[1] - 1}"
     return None
 
 

@@ -47,6 +47,7 @@ from memslot_plugin.hosts.wasmtime_errors import (
 )
 from memslot_plugin.hosts.wasmtime_link import Compiled, Link
 from memslot_plugin.hosts.wasmtime_live import NativeInstance, WasmtimeLive
+from memslot_plugin.hosts.wasmtime_store import lent
 from memslot_plugin.hosts.wasmtime_wasi import Environment
 from memslot_plugin.settings import Settings
 
@@ -285,7 +286,8 @@ class WasmtimeHost(Host):
             if link is None:
                 link = compiled.default = compiled.link(guest.binding, self._creator)
         else:
-            link = self._link(compiled, binding)
+            link = self._link(guest, compiled, binding)
+            compiled = link.compiled
         token = next(_tokens)
         live = WasmtimeLive(self, compiled, memories, binding, token)
         try:
@@ -309,22 +311,44 @@ class WasmtimeHost(Host):
             raise
         return live
 
-    def _link(self, compiled: Compiled, binding: Binding) -> Link:
-        store = binding.store
-        if store is not None and (
-            not isinstance(store, wasmtime.Store) or store.engine is not compiled.engine
+    def _link(self, guest: Guest, compiled: Compiled, binding: Binding) -> Link:
+        """Bind the imports; a guest without a memory of its own, for the engine of the store that was given."""
+        store, name = binding.store, compiled.guest_name
+        if store is None:
+            return compiled.link(binding, self._creator)
+        native = compiled.plan.native
+        if not isinstance(store, wasmtime.Store) or store.engine not in (
+            self._engine,
+            self._native_engine,
         ):
-            which = "host.engine" if compiled.plan.native is None else "host.native_engine"
+            fits = "host.engine" if native is None else "host.native_engine"
             raise LinkError(
-                f"the store for an instance of {compiled.guest_name} must be a wasmtime.Store of {which}, not {store!r}"
+                f"the store for an instance of {name} must be a wasmtime.Store of {fits}, not {store!r}"
             )
-        return compiled.link(binding, self._creator)
+        lent(store, name)
+        if store.engine is compiled.engine:
+            return compiled.link(binding, self._creator)
+        if native is not None:
+            raise LinkError(
+                f"the store for an instance of {name} must be a wasmtime.Store of host.native_engine, because"
+                f" the guest is left to the runtime: {native}"
+            )
+        if compiled.places:
+            raise LinkError(
+                f"the store for an instance of {name} must be a wasmtime.Store of host.engine, because its"
+                " memory is in a slot; a guest that it shall be linked with has to run from slots as well"
+            )
+        if compiled.elsewhere is None:
+            module = self._compile_alone(store.engine, guest.plan.module, native=True)
+            compiled.elsewhere = Compiled(store.engine, module, guest.plan, name, compiled.capacity)
+        return compiled.elsewhere.link(binding, self._creator)
 
     def _open_store(self, live: WasmtimeLive, link: Link, binding: Binding) -> None:
         """A store, with what must be set before its instance starts."""
         cell = live.cell
         if binding.store is not None:
             cell.context = address_of(binding.store._context())
+            binding.store.tenants.add(live)
         else:
             lib.ms_wt_open(cell, link.guest.engine)
         if link.environment is not None:

@@ -21,12 +21,14 @@ from memslot_plugin.hosts.wasmtime_bridge import (
     wasmtime_ffi,
 )
 from memslot_plugin.hosts.wasmtime_errors import one_sentence
+from memslot_plugin.hosts.wasmtime_store import identity_of
 from memslot_plugin.hosts.wasmtime_values import (
     FUNCREF,
     KIND_NAMES,
     OTHER,
     V128,
     Signature,
+    checked_result,
     host_function,
     kind_of,
 )
@@ -77,6 +79,7 @@ class Link:
         environment: Environment | None,
         wasi: Wasi | None,
     ) -> None:
+        self.compiled = compiled
         self.environment = environment
         self.wasi = wasi
         self._prepared = linker.instantiate_pre(compiled.module)
@@ -111,6 +114,8 @@ class Compiled:
         self.capacity = capacity
         self.module = module
         self.default: Link | None = None
+        self.elsewhere: Compiled | None = None
+        """The same for the other engine, once an instance was wanted in a store of that one."""
         self.places = {
             memory.index: place
             for place, memory in enumerate(
@@ -266,8 +271,17 @@ class Compiled:
                 f"{wants}, and a {type(given).__name__} of wasmtime's was given, which belongs to a store:"
                 " pass that one to instantiate(store=...)"
             )
+        if isinstance(given, wasmtime.SharedMemory):
+            given = _Shared(given)
+        elif identity_of(given) != binding.store.identity:
+            raise LinkError(
+                f"{wants}, and the {type(given).__name__} that was given belongs to another store than the"
+                " one that was passed to instantiate(store=...)"
+            )
         try:
             linker.define(binding.store or wasmtime.Store(self.engine), module, name, given)
+        except ValueError:
+            raise LinkError(f"{wants}, and the {native} that was given is closed") from None
         except wasmtime.WasmtimeError as error:
             raise LinkError(
                 f"{wants}, and what was given is refused: {one_sentence(str(error))}"
@@ -294,18 +308,29 @@ class Compiled:
                     " cannot pass"
                 )
             # References are wasmtime-py's business; it may only be used where it does not end the process.
-            linker.define_func(module, name, wanted, _watched(function))
+            linker.define_func(module, name, wanted, _watched(signature, function, label))
         except wasmtime.WasmtimeError as error:
             raise LinkError(f"{label} is refused: {one_sentence(str(error))}") from error
 
 
-def _watched(function: Callable[..., Any]) -> Callable[..., Any]:
+class _Shared(wasmtime.SharedMemory):
+    """A shared memory as an import, which wasmtime-py itself describes by one pointer too many."""
+
+    def __init__(self, given: wasmtime.SharedMemory) -> None:
+        self._given = given
+
+    def _as_extern(self) -> Any:
+        union = wasmtime_ffi.wasmtime_extern_union(sharedmemory=self._given.ptr())
+        return wasmtime_ffi.wasmtime_extern_t(wasmtime_ffi.WASMTIME_EXTERN_SHAREDMEMORY, union)
+
+
+def _watched(signature: Signature, function: Callable[..., Any], label: str) -> Callable[..., Any]:
     """Let our own entry raise what the function raises, and not whoever asks wasmtime-py next."""
 
     @functools.wraps(function)
     def watched(*arguments: Any) -> Any:
         try:
-            return function(*arguments)
+            return checked_result(signature, function(*arguments), f"what {label} returned")
         except BaseException as error:
             raised_in_wasmtime_py(error)
             raise

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 
 from memslot_hooks.types import LinearMemory
 from memslot_plugin._core import ffi, lib
@@ -23,6 +23,7 @@ from memslot_plugin.hosts.live import Binding, Live
 from memslot_plugin.hosts.wasmtime_bridge import wasmtime, wasmtime_ffi
 from memslot_plugin.hosts.wasmtime_errors import Outcome, one_sentence, translated
 from memslot_plugin.hosts.wasmtime_link import Compiled
+from memslot_plugin.hosts.wasmtime_store import BorrowedStore, LentStore
 from memslot_plugin.hosts.wasmtime_values import KIND_NAMES, PACKING, V128, Signature, fitted
 from memslot_plugin.hosts.wasmtime_wasi import Environment, Streams
 
@@ -47,19 +48,6 @@ _PAGES = 1 << 48
 
 _call, _locate = lib.ms_wt_call, lib.ms_wt_memory_locate
 _hold, _restore = lib.ms_wt_hold, lib.ms_wt_restore
-
-
-class BorrowedStore(wasmtime.Store):
-    """wasmtime-py's view of a store that belongs to an instance of ours: closing it does nothing to the store."""
-
-    def __init__(self, engine: wasmtime.Engine, store: int, context: int) -> None:
-        # The package has no public way to wrap a store; what its own constructor sets is set here.
-        self._set_ptr(ctypes.cast(store, ctypes.POINTER(wasmtime_ffi.wasmtime_store_t)))
-        self._Store__context = ctypes.cast(context, ctypes.POINTER(wasmtime_ffi.wasmtime_context_t))
-        self.engine = engine
-
-    def _delete(self, ptr: Any) -> None:
-        self._Store__context = None  # type: ignore[assignment]  # as the package's own does
 
 
 class NativeInstance(wasmtime.Instance):
@@ -161,7 +149,7 @@ class WasmtimeLive(Live):
         what = f"{name} of the guest {self._compiled.guest_name}"
 
         def call(*arguments: Any) -> Any:
-            taken = fitted(signature.parameters, arguments, what)
+            taken = fitted(signature.parameters, arguments, what, int(self.cell.instance[0]))
             return self._entered(lambda: self._native_export(name)(self.store(), *taken))
 
         return call
@@ -230,7 +218,7 @@ class WasmtimeLive(Live):
         what = f"the global {name} of the guest {self._compiled.guest_name}"
         if not mutable:
             raise ArgumentError(f"{what} is not mutable")
-        (value,) = fitted([kind], [value], what)
+        (value,) = fitted([kind], [value], what, int(self.cell.instance[0]))
         if kind > V128:
             self._entered(lambda: self._native_export(name).set_value(self.store(), value))
             return
@@ -345,6 +333,9 @@ class WasmtimeLive(Live):
     def locate(self, index: int) -> tuple[int, int]:
         place = self._compiled.places.get(index)
         if place is not None:
+            if not self.cell.context:
+                self._require_store()
+                self._closed()
             memory = self.memories[place]
             return memory.base, memory.byte_size
         self._require_store()
@@ -405,7 +396,7 @@ class WasmtimeLive(Live):
             return given
         if not self.cell.context:
             self._closed()
-        if self._borrowed is None:
+        if self._borrowed is None or not self._borrowed.open:
             self._borrowed = BorrowedStore(
                 self._compiled.engine, self.cell.store, self.cell.context
             )
@@ -439,7 +430,10 @@ class WasmtimeLive(Live):
     @property
     def running(self) -> int:  # type: ignore[override]  # the C half counts; nobody else sets it
         """How many calls are inside the instance, on whichever thread."""
-        return int(self.cell.depth)
+        inside, borrowed = int(self.cell.depth), cast("object", self._borrowed)
+        if isinstance(borrowed, LentStore):  # other instances live in this one's store
+            inside += borrowed.running()
+        return inside
 
     def dispose(self) -> bool:
         return self._host.finish(self, release=False)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from memslot_plugin.errors import ArgumentError
+from memslot_plugin.errors import ArgumentError, shown
 from memslot_plugin.hosts.wasmtime_bridge import HostFunction, wasmtime, wasmtime_ffi
 
 I32, I64, F32, F64, V128, EXTERNREF, FUNCREF, OTHER = range(8)
@@ -36,6 +36,12 @@ _REFERENCE = 5
 """wasmtime_valtype_kind_t of all references."""
 _HEAP_KINDS = {0: EXTERNREF, 2: FUNCREF}
 """wasmtime_heaptype_kind_t: those that wasmtime-py can pass."""
+
+_VAL_KINDS = {
+    EXTERNREF: wasmtime_ffi.WASMTIME_EXTERNREF.value,
+    FUNCREF: wasmtime_ffi.WASMTIME_FUNCREF.value,
+}
+"""wasmtime_valkind_t of the references that wasmtime-py can pass."""
 
 PACKING = (struct.error, OverflowError, TypeError)
 """What `struct` raises for a value that does not fit as it is."""
@@ -108,22 +114,25 @@ def _named(kinds: Sequence[int]) -> str:
     return ", ".join(KIND_NAMES[kind] for kind in kinds)
 
 
-def fitted(kinds: Sequence[int], values: Sequence[Any], what: str) -> list[Any]:
-    """`values` as `struct` takes them for `kinds`.
+def fitted(
+    kinds: Sequence[int], values: Sequence[Any], what: str, home: int | None = None
+) -> list[Any]:
+    """`values` as `struct` takes them for `kinds`, and wasmtime-py the references among them.
 
-    Raises ArgumentError with `what`, which names where they come from.
+    Functions have to be of the store `home`, where that is given.  Raises ArgumentError with `what`,
+    which names where they come from.
     """
     if len(values) != len(kinds):
         raise ArgumentError(
             f"{what} ({_named(kinds)}): {len(kinds)} values are wanted and {len(values)} were given"
         )
     return [
-        _fitted(kind, value, what, place)
+        _fitted(kind, value, what, place, home)
         for place, (kind, value) in enumerate(zip(kinds, values, strict=True), 1)
     ]
 
 
-def _fitted(kind: int, value: Any, what: str, place: int) -> Any:
+def _fitted(kind: int, value: Any, what: str, place: int, home: int | None) -> Any:
     if kind <= I64:
         bits = 32 if kind == I32 else 64
         try:
@@ -134,7 +143,7 @@ def _fitted(kind: int, value: Any, what: str, place: int) -> Any:
             ) from None
         if not -(1 << bits - 1) <= number < 1 << bits:
             raise ArgumentError(
-                f"{what}: value {place} is an {KIND_NAMES[kind]}, and {number} is not in"
+                f"{what}: value {place} is an {KIND_NAMES[kind]}, and {shown(number)} is not in"
                 f" -2**{bits - 1} to 2**{bits} - 1"
             )
         return number - (1 << bits) if number >> (bits - 1) == 1 else number
@@ -156,11 +165,46 @@ def _fitted(kind: int, value: Any, what: str, place: int) -> Any:
                 f"{what}: value {place} is a v128, which is 16 bytes, and not {value!r}"
             )
         return bytes(value)
-    if kind == FUNCREF and not (value is None or isinstance(value, (wasmtime.Func, wasmtime.Val))):
+    if isinstance(value, wasmtime.Val):
+        given = getattr(value._kind, "value", value._kind)  # wasmtime-py keeps either
+        if given != _VAL_KINDS[kind]:
+            raise ArgumentError(
+                f"{what}: value {place} is of the type {KIND_NAMES[kind]}, and a wasmtime.Val of another"
+                " kind was given"
+            )
+        value = value.value
+    if kind == EXTERNREF:
+        return wasmtime.Val.externref(value)
+    if value is None:
+        return value
+    if not isinstance(value, wasmtime.Func):
         raise ArgumentError(
             f"{what}: value {place} is a funcref, and {value!r} is no wasmtime.Func and not None"
         )
+    if home is not None and value._func.store_id != home:
+        raise ArgumentError(
+            f"{what}: value {place} is a function of another store than the instance's; give one that"
+            " this instance, or another one in its store, handed out since its last reset"
+        )
     return value
+
+
+def checked_result(signature: Signature, result: Any, what: str) -> Any:
+    """What a host function with references returned, as wasmtime-py takes it; raises ArgumentError."""
+    kinds = signature.results
+    if len(kinds) == 1:
+        return fitted(kinds, [result], what)[0]
+    if not kinds and result is not None:
+        raise ArgumentError(f"{what}: nothing is wanted and {result!r} was given")
+    return fitted(kinds, _several(kinds, result, what), what) if kinds else None
+
+
+def _several(kinds: Sequence[int], result: Any, what: str) -> Sequence[Any]:
+    if not isinstance(result, Sequence):
+        raise ArgumentError(
+            f"{what}: a sequence of {len(kinds)} values is wanted and {result!r} was given"
+        )
+    return result
 
 
 def host_function(signature: Signature, function: Callable[..., Any], what: str) -> HostFunction:
@@ -186,12 +230,7 @@ def host_function(signature: Signature, function: Callable[..., Any], what: str)
 
     def checked(values: Any) -> None:
         result = function(*unpack(values))
-        if len(results) == 1:
-            result = [result]
-        elif not isinstance(result, Sequence):
-            raise ArgumentError(
-                f"{returned}: a sequence of {len(results)} values is wanted and {result!r} was given"
-            )
+        result = [result] if len(results) == 1 else _several(results, result, returned)
         pack(values, 0, *fitted(results, result, returned))
 
     if not results:

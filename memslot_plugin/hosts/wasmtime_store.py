@@ -1,0 +1,91 @@
+"""Stores on wasmtime: the embedder's own that instances of ours live in, and views of ours for the embedder.
+
+wasmtime ends the process when it meets an object of another store, or a store that was deleted.  So a store that is
+lent knows its instances and ends their use before it goes, and its identity is compared with that of each object.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from memslot_plugin.errors import InUse, UsedAfterClose
+from memslot_plugin.hosts.wasmtime_bridge import wasmtime, wasmtime_ffi
+
+if TYPE_CHECKING:
+    from memslot_plugin.hosts.wasmtime_live import WasmtimeLive
+
+
+class LentStore(wasmtime.Store):
+    """A store that instances of ours live in: none of them can be entered once it goes."""
+
+    tenants: weakref.WeakSet[WasmtimeLive]
+    identity: int
+    """wasmtime's number for the store, with which every object of it begins."""
+
+    def running(self) -> int:
+        """Calls that are inside its instances now."""
+        return sum(tenant.running for tenant in list(self.tenants))
+
+    def end_tenants(self) -> None:
+        """End the use of every instance; raises InUse while one of them runs."""
+        for tenant in list(self.tenants):
+            if not tenant.running:
+                tenant._host.finish(tenant)
+            if tenant.cell.context:
+                raise InUse(
+                    f"the store runs an instance of {tenant._compiled.guest_name}, and cannot be closed"
+                    " before that call has returned"
+                )
+
+    def _delete(self, ptr: Any) -> None:
+        self.end_tenants()
+        super()._delete(ptr)
+
+
+class BorrowedStore(wasmtime.Store):
+    """wasmtime-py's view of a store that belongs to an instance of ours: closing it does nothing to the store."""
+
+    def __init__(self, engine: wasmtime.Engine, store: int, context: int) -> None:
+        # The package has no public way to wrap a store; what its own constructor sets is set here.
+        self._set_ptr(ctypes.cast(store, ctypes.POINTER(wasmtime_ffi.wasmtime_store_t)))
+        self._Store__context = ctypes.cast(context, ctypes.POINTER(wasmtime_ffi.wasmtime_context_t))
+        self.engine = engine
+
+    @property
+    def open(self) -> bool:
+        """True until it is closed."""
+        return self._Store__context is not None
+
+    def _delete(self, ptr: Any) -> None:
+        self._Store__context = None  # type: ignore[assignment]  # as the package's own does
+
+
+_CLASSES: dict[type, type[LentStore]] = {}
+"""For each class of stores the one that they become once they are lent."""
+
+
+def lent(store: wasmtime.Store, guest_name: str) -> LentStore:
+    """The store itself, as one that knows its instances; raises UsedAfterClose."""
+    try:
+        store._context()
+    except ValueError:
+        raise UsedAfterClose(
+            f"the store for an instance of {guest_name} was closed; make a new one"
+        ) from None
+    if not isinstance(store, LentStore):
+        number = wasmtime.GlobalType(wasmtime.ValType.i32(), mutable=False)
+        identity = identity_of(wasmtime.Global(store, number, wasmtime.Val.i32(0)))
+        # The embedder made the object, and closes this very one, so it cannot be wrapped.
+        store.__class__ = _CLASSES.get(type(store)) or _CLASSES.setdefault(
+            type(store), type(type(store).__name__, (LentStore, type(store)), {})
+        )
+        store.identity, store.tenants = identity, weakref.WeakSet()  # type: ignore[attr-defined]
+    assert isinstance(store, LentStore)
+    return store
+
+
+def identity_of(native: Any) -> int:
+    """wasmtime's number for the store that one of wasmtime-py's objects belongs to."""  # noqa: D403 - a name
+    return int(ctypes.c_uint64.from_buffer(native._as_extern().of).value)
