@@ -89,7 +89,10 @@ def test_instance_that_was_closed_is_not_used_again(host: memslot.Host) -> None:
         lambda: memory.grow(1),
         instance.reset,
     )
-    each_raises(uses, "the instance of toy was closed; instantiate the guest again")
+    each_raises(
+        uses,
+        "the instance of toy was closed, or its lease has ended; lease or instantiate the guest again",
+    )
     if host.name != "fake":
         each_raises([lambda: function(16)], ".+")
 

@@ -155,7 +155,7 @@ def test_wrong_arguments_and_closed_instances_are_refused(plain_cell: Cell) -> N
             for number in (-1, 1.5, "2", None):
                 with refused(host, "number of forks", memslot.ArgumentError):
                     instance.fork(number)
-        said = "the instance of toy was closed; instantiate"
+        said = "the instance of toy was closed, or its lease"
         for ask in (instance.snapshot, instance.fork):
             with refused(host, said, memslot.UsedAfterClose):
                 ask()

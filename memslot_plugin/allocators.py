@@ -37,6 +37,7 @@ class SlotMemory(LinearMemory):
         self.byte_size = request.minimum
         self.owner = owner
         self.mapping = None
+        self.exposed = False
         self.slot: Slot | None = None
 
 
@@ -112,11 +113,14 @@ class PoolAllocator:
             return None
         slot = memory.slot or self._released(memory)
         memory.slot = None
-        # The host's word counts, for a plugin asked before us may have kept the report to itself.
-        grown_by_runtime = slot.mapping is not None and (
-            slot.accessible != slot.initial or memory.byte_size != memory.request.minimum
+        # The host's word about growth counts, for a plugin asked before us may have kept the report to itself.
+        # A runtime's own objects reach its mapping for as long as they live, so an exposed one has no other tenant.
+        retire = slot.mapping is not None and (
+            memory.exposed
+            or slot.accessible != slot.initial
+            or memory.byte_size != memory.request.minimum
         )
-        return self.pool.release(slot, retire=grown_by_runtime)
+        return self.pool.release(slot, retire=retire)
 
     def _create(self, request: MemoryRequest, image: images.Image | None) -> SlotMemory | None:
         if self.pool is None:

@@ -139,10 +139,11 @@ class LinearMemory:
     released.
 
     Plugins may subclass it; `owner` is for the plugin that made it, and tells it whether a memory
-    is its own.
+    is its own.  `exposed` is true once the embedder has objects of the runtime's own that may reach
+    the memory after its release; a plugin must not hand a `mapping` on then.
     """
 
-    __slots__ = ("__weakref__", "base", "byte_size", "mapping", "owner", "request")
+    __slots__ = ("__weakref__", "base", "byte_size", "exposed", "mapping", "owner", "request")
 
     def __init__(
         self,
@@ -158,6 +159,7 @@ class LinearMemory:
         self.byte_size = byte_size
         self.owner = owner
         self.mapping = mapping
+        self.exposed = False
 
     def __repr__(self) -> str:
         return (

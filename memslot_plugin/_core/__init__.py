@@ -20,6 +20,8 @@ ffi: Any = _lib.ffi
 lib: Any = _lib.lib
 Watched = _watched.Watched
 """What of a slot is written in C (watched.c)."""
+read = _watched.read
+"""Bytes of a memory of an instance of wasmtime's, within one entry; or the flag that says why not."""
 
 PAGE_SIZE: int = lib.ms_page_size()
 """The host's page in bytes, as the kernel says (sysconf(3), _SC_PAGESIZE); never assumed."""
@@ -57,8 +59,11 @@ def install_resets(
     dirty: object, clean: object, unknown: object, results: Mapping[int, ResetResult]
 ) -> None:
     """Tell `Watched` the states of a slot, and the results of ordinary resets by the core's answer."""
-    address = int(ffi.cast("uintptr_t", ffi.addressof(lib, "ms_reset_watched")))
-    _watched.install(address, dirty, clean, unknown, results)
+    reset, copy = (
+        int(ffi.cast("uintptr_t", ffi.addressof(lib, name)))
+        for name in ("ms_reset_watched", "ms_wt_copy")
+    )
+    _watched.install(reset, copy, dirty, clean, unknown, results)
 
 
 def align_up(byte_size: int, page_size: int = PAGE_SIZE) -> int:

@@ -10,8 +10,10 @@ class Watched:
     address: int
     def reset(self, strategy: Callable[[Any], ResetResult], /) -> ResetResult: ...
 
+def read(cell: int, generation: int, address: int, length: int, /) -> bytes | int: ...
 def install(
-    address: int,
+    reset: int,
+    copy: int,
     dirty: object,
     clean: object,
     unknown: object,

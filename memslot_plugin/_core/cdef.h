@@ -288,8 +288,8 @@ enum ms_wt_flag {
     MS_WT_FAILED = 2,    /* `error` is set, and the caller's to delete */
     MS_WT_RAISED = 4,    /* a host function raised: `raised` names the exception */
     MS_WT_DEFERRED = 8,  /* a growth was refused because Python raised: `deferred` names the exception */
-    MS_WT_BUSY = 16,     /* nothing happened: another thread is inside this instance */
-    MS_WT_CLOSED = 32,   /* nothing happened: the instance was closed */
+    MS_WT_BUSY = 16,     /* nothing happened: another thread is inside this instance, or it is being reset */
+    MS_WT_CLOSED = 32,   /* nothing happened: the instance was closed, or the caller's lease of it has ended */
     MS_WT_CLOSING = 64,  /* somebody closed the instance during the call; the caller closes it now */
     MS_WT_MISSING = 128, /* nothing happened: there is no such export of that kind */
     MS_WT_UNASKED = 256, /* the runtime made a memory without asking for it */
@@ -344,29 +344,38 @@ typedef struct {
     int heap_first; /* a heap of the garbage collector could be mistaken for the first memory: have it made before */
 } ms_wt_guest;
 
+/* Entries: a call is inside as the owner, one thread at a time, which may nest; a copy of a memory's bytes is inside as a pin, also
+ * beside a call.  Both name the lease that they belong to, and are refused once `generation` is another: it changes while
+ * the cell is held, when neither is inside. */
 typedef struct {
-    uint8_t values[256]; /* arguments and results, 16 bytes each */
-    uintptr_t store;     /* 0 if the embedder owns it */
-    uintptr_t context;   /* 0 once closed */
+    uintptr_t store;   /* 0 if the embedder owns it */
+    uintptr_t context; /* 0 once closed */
     uint64_t instance[2];
     uintptr_t group;
-    uintptr_t owner; /* the thread inside, or 0; atomic */
-    unsigned depth;
-    int closing; /* atomic */
+    uintptr_t owner;     /* the thread inside, or 0; atomic */
+    unsigned depth;      /* entries of the owner */
+    unsigned pins;       /* copies that run now; atomic */
+    int held;            /* the owner wants no other entry, not even of its own thread; atomic */
+    uint64_t generation; /* the lease whose handles may enter, from 1; atomic */
+    int closing;         /* atomic */
     int lingering; /* closed, and wasmtime goes on using the memories */
     uintptr_t error; /* what ms_wt_wasi_give was refused with */
 } ms_wt_cell;
 
-/* An exported function of an instance, to be called with up to `count` arguments or results at `values`, 16 bytes each.  What it
- * points to stays where it is for as long as it does.  `function` is filled in by the first call: a cell is opened once. */
+enum { MS_WT_ROOM = 16 }; /* values that a callee has room for; a function with more brings its own */
+
+/* An exported function of an instance, and the `count` arguments or results, 16 bytes each, of one call of it: a call that begins
+ * meanwhile has a callee of its own.  What it points to stays where it is for as long as it does.  `function` is filled in
+ * by the first call: a cell is opened once. */
 typedef struct {
     ms_wt_cell *cell;
     const char *name;
     size_t length;
-    uint8_t *values;
+    uint8_t *values; /* NULL for `room` */
     size_t count;
     int found;
     uint64_t function[2];
+    uint8_t room[256]; /* 16 * MS_WT_ROOM */
 } ms_wt_callee;
 
 /* From empty to open: a store of its own. */
@@ -376,19 +385,23 @@ void ms_wt_open(ms_wt_cell *cell, uintptr_t engine);
 uintptr_t ms_wt_instantiate(ms_wt_cell *cell, const ms_wt_guest *guest, uint64_t token, const uintptr_t *bases);
 /* Both. */
 uintptr_t ms_wt_start(ms_wt_cell *cell, const ms_wt_guest *guest, uint64_t token, const uintptr_t *bases);
-/* Ends the store and the cell's part in its group.  0: wasmtime no longer uses the memories; 1: it does, and ms_wt_drain will
- * tell; 2: a call is running, which closes the cell when it returns. */
-int ms_wt_close(ms_wt_cell *cell);
+/* Ends the store and the cell's part in its group, after waiting for the copies of other threads.  0: wasmtime no longer uses the
+ * memories; 1: it does, and ms_wt_drain will tell; 2: a call is running, which closes the cell when it returns; 3: nothing
+ * happened, for the lease `generation` has ended (0 for the host itself, which may always). */
+int ms_wt_close(ms_wt_cell *cell, uint64_t generation);
 /* Whether a thread other than this one is inside. */
 int ms_wt_elsewhere(ms_wt_cell *cell);
+/* Copies `length` bytes from or to a memory of the instance.  0, MS_WT_BUSY or MS_WT_CLOSED. */
+unsigned ms_wt_copy(ms_wt_cell *cell, uint64_t generation, uintptr_t to, const char *from, size_t length);
 /* Around calls that wasmtime-py makes.  `saved` is three words, zeros at first; the last one says whether there is something to
  * leave, and leaving does nothing where there is not.  0 or an outcome. */
-uintptr_t ms_wt_enter(ms_wt_cell *cell, int64_t *saved);
+uintptr_t ms_wt_enter(ms_wt_cell *cell, uint64_t generation, int64_t *saved);
 uintptr_t ms_wt_leave(ms_wt_cell *cell, int64_t *saved);
-/* The same for somebody who needs the instance alone: MS_WT_BUSY also where this thread is inside it already. */
-uintptr_t ms_wt_hold(ms_wt_cell *cell, int64_t *saved);
+/* The same for a caller that needs the instance alone: MS_WT_BUSY also where this thread is inside it already.  With
+ * `alone` this thread, too, is kept out until ms_wt_leave or ms_wt_restore, and copies have ended. */
+uintptr_t ms_wt_hold(ms_wt_cell *cell, uint64_t generation, int alone, int64_t *saved);
 /* Calls it. */
-uintptr_t ms_wt_call(ms_wt_callee *callee);
+uintptr_t ms_wt_call(ms_wt_callee *callee, uint64_t generation);
 /* The 16 bytes of an exported global, and its kind; and back. */
 uintptr_t ms_wt_global_get(ms_wt_cell *cell, const char *name, size_t length, uint8_t *value, uint8_t *kind);
 uintptr_t ms_wt_global_set(ms_wt_cell *cell, const char *name, size_t length, const uint8_t *value, uint8_t kind);
@@ -404,8 +417,8 @@ typedef struct {
 /* Finds the globals, and reads what they hold now.  A reference that is not null has other bytes than zeros. */
 uintptr_t ms_wt_globals_find(ms_wt_cell *cell, ms_wt_saved *saved, size_t count);
 uintptr_t ms_wt_globals_read(ms_wt_cell *cell, ms_wt_saved *saved, size_t count);
-/* Gives globals that were found their values, and leaves what ms_wt_enter entered. */
-uintptr_t ms_wt_restore(ms_wt_cell *cell, const ms_wt_saved *saved, size_t count, int64_t *entered);
+/* Gives globals that were found their values, and leaves what was held: for the lease `generation`. */
+uintptr_t ms_wt_restore(ms_wt_cell *cell, uint64_t generation, const ms_wt_saved *saved, size_t count, int64_t *entered);
 /* Where an exported memory is and how large; growth by `pages`, and the pages before. */
 uintptr_t ms_wt_memory_locate(ms_wt_cell *cell, const char *name, size_t length, uintptr_t *base, size_t *byte_size);
 uintptr_t ms_wt_memory_grow(ms_wt_cell *cell, const char *name, size_t length, uint64_t pages, uint64_t *before);

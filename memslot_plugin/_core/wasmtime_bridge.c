@@ -3,6 +3,7 @@
 
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 /* ---- wasmtime's functions ---- */
 
@@ -333,7 +334,8 @@ struct entry {
 static unsigned take(ms_wt_cell *cell)
 {
     uintptr_t expected = 0, me = this_thread();
-    if (!__atomic_compare_exchange_n(&cell->owner, &expected, me, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST) && expected != me)
+    if (!__atomic_compare_exchange_n(&cell->owner, &expected, me, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST) &&
+        (expected != me || cell->held))
         return MS_WT_BUSY;
     cell->depth++;
     return 0;
@@ -353,14 +355,14 @@ static unsigned give(ms_wt_cell *cell)
     return __atomic_load_n(&cell->closing, __ATOMIC_SEQ_CST) ? MS_WT_CLOSING : 0;
 }
 
-static unsigned enter(ms_wt_cell *cell, struct entry *entry)
+/* `generation` is 0 for an entry of the host itself, which comes within one that was checked or before there are handles. */
+static unsigned enter(ms_wt_cell *cell, uint64_t generation, struct entry *entry)
 {
     if (take(cell))
         return MS_WT_BUSY;
-    if (!cell->context) {
-        give(cell);
-        return MS_WT_CLOSED;
-    }
+    /* Looked at as the owner: a lease ends only while another thread or an outer frame is that. */
+    if (!cell->context || (generation && generation != cell->generation))
+        return MS_WT_CLOSED | give(cell);
     *entry = (struct entry){frame.raised, frame.deferred};
     frame.raised = frame.deferred = 0;
     frame.depth++;
@@ -380,10 +382,10 @@ static uintptr_t leave(ms_wt_cell *cell, const struct entry *entry, unsigned fla
 
 static uintptr_t refuse(unsigned flags) { return outcome_of(flags, NULL, NULL, 0, 0); }
 
-uintptr_t ms_wt_enter(ms_wt_cell *cell, int64_t *saved)
+uintptr_t ms_wt_enter(ms_wt_cell *cell, uint64_t generation, int64_t *saved)
 {
     struct entry entry;
-    unsigned refused = enter(cell, &entry);
+    unsigned refused = enter(cell, generation, &entry);
     if (refused)
         return refuse(refused);
     saved[0] = entry.raised;
@@ -392,11 +394,42 @@ uintptr_t ms_wt_enter(ms_wt_cell *cell, int64_t *saved)
     return 0;
 }
 
-uintptr_t ms_wt_hold(ms_wt_cell *cell, int64_t *saved)
+/* A copy looks at `held` after it has counted itself in, and the owner at the count after it has set `held`: at least one of the two
+ * sees the other.  A copy runs no Python and takes no lock, so its end is near. */
+static void keep_copies_out(ms_wt_cell *cell)
+{
+    __atomic_store_n(&cell->held, 1, __ATOMIC_SEQ_CST);
+    for (unsigned turns = 0; __atomic_load_n(&cell->pins, __ATOMIC_SEQ_CST); turns++) {
+        struct timespec moment = {0, turns < 100 ? 0 : 50000};
+        nanosleep(&moment, NULL);
+    }
+}
+
+uintptr_t ms_wt_hold(ms_wt_cell *cell, uint64_t generation, int alone, int64_t *saved)
 {
     if (__atomic_load_n(&cell->owner, __ATOMIC_SEQ_CST) == this_thread())
         return refuse(MS_WT_BUSY);
-    return ms_wt_enter(cell, saved);
+    uintptr_t refused = ms_wt_enter(cell, generation, saved);
+    if (!refused && alone)
+        keep_copies_out(cell);
+    return refused;
+}
+
+static void let_copies_in(ms_wt_cell *cell) { __atomic_store_n(&cell->held, 0, __ATOMIC_SEQ_CST); }
+
+unsigned ms_wt_copy(ms_wt_cell *cell, uint64_t generation, uintptr_t to, const char *from, size_t length)
+{
+    unsigned refused = 0;
+    __atomic_add_fetch(&cell->pins, 1, __ATOMIC_SEQ_CST);
+    if (__atomic_load_n(&cell->held, __ATOMIC_SEQ_CST))
+        refused = MS_WT_BUSY;
+    else if (!__atomic_load_n(&cell->context, __ATOMIC_SEQ_CST) ||
+             __atomic_load_n(&cell->generation, __ATOMIC_SEQ_CST) != generation)
+        refused = MS_WT_CLOSED;
+    else
+        memmove((void *)to, from, length);
+    __atomic_sub_fetch(&cell->pins, 1, __ATOMIC_SEQ_CST);
+    return refused;
 }
 
 uintptr_t ms_wt_leave(ms_wt_cell *cell, int64_t *saved)
@@ -405,6 +438,7 @@ uintptr_t ms_wt_leave(ms_wt_cell *cell, int64_t *saved)
     if (!saved[2] || __atomic_load_n(&cell->owner, __ATOMIC_SEQ_CST) != this_thread())
         return 0;
     saved[2] = 0;
+    let_copies_in(cell);
     return leave(cell, &entry, 0, NULL, NULL);
 }
 
@@ -429,9 +463,10 @@ static void make_heap(wt_context *context)
 uintptr_t ms_wt_instantiate(ms_wt_cell *cell, const ms_wt_guest *guest, uint64_t token, const uintptr_t *bases)
 {
     struct entry entry;
-    unsigned flags = enter(cell, &entry);
+    unsigned flags = enter(cell, 0, &entry);
     if (flags)
         return refuse(flags);
+    cell->generation = 1;
     wt_context *context = (wt_context *)cell->context;
     struct group *group = NULL;
     if (guest->count && !(group = group_new(guest->creator, token)))
@@ -472,17 +507,31 @@ static int take_alone(ms_wt_cell *cell)
     return __atomic_compare_exchange_n(&cell->owner, &nobody, this_thread(), 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
 }
 
-int ms_wt_close(ms_wt_cell *cell)
+static int lease_over(ms_wt_cell *cell, uint64_t generation)
+{
+    return generation && __atomic_load_n(&cell->generation, __ATOMIC_SEQ_CST) != generation;
+}
+
+int ms_wt_close(ms_wt_cell *cell, uint64_t generation)
 {
     if (!take_alone(cell)) {
+        if (lease_over(cell, generation))
+            return 3;
         /* Whoever is inside looks at `closing` after it has left: one of us two gets in now. */
         __atomic_store_n(&cell->closing, 1, __ATOMIC_SEQ_CST);
         if (!take_alone(cell))
             return 2;
     }
+    if (lease_over(cell, generation)) {
+        __atomic_store_n(&cell->owner, 0, __ATOMIC_SEQ_CST);
+        return 3;
+    }
     wt_store *store = (wt_store *)cell->store;
     struct group *group = (struct group *)cell->group;
-    cell->store = cell->context = cell->group = 0;
+    keep_copies_out(cell);
+    cell->store = cell->group = 0;
+    __atomic_store_n(&cell->context, 0, __ATOMIC_SEQ_CST);
+    let_copies_in(cell);
     __atomic_store_n(&cell->closing, 0, __ATOMIC_SEQ_CST);
     if (store)
         api.store_delete(store);
@@ -519,18 +568,20 @@ static int find_function(ms_wt_callee *callee)
     return callee->found;
 }
 
-uintptr_t ms_wt_call(ms_wt_callee *callee)
+_Static_assert(sizeof((ms_wt_callee *)0)->room == 16 * MS_WT_ROOM, "the room holds what it says");
+
+uintptr_t ms_wt_call(ms_wt_callee *callee, uint64_t generation)
 {
     struct entry entry;
     ms_wt_cell *cell = callee->cell;
-    unsigned refused = enter(cell, &entry);
+    unsigned refused = enter(cell, generation, &entry);
     if (refused)
         return refuse(refused);
     if (!callee->found && !find_function(callee))
         return leave(cell, &entry, MS_WT_MISSING, NULL, NULL);
     wt_trap *trap = NULL;
-    wt_error *error = api.call((wt_context *)cell->context, (const wt_func *)callee->function, (wt_raw *)callee->values,
-                               callee->count, &trap);
+    wt_error *error = api.call((wt_context *)cell->context, (const wt_func *)callee->function, 
+                               (wt_raw *)(callee->values ? callee->values : callee->room), callee->count, &trap);
     return leave(cell, &entry, 0, trap, error);
 }
 
@@ -538,7 +589,7 @@ uintptr_t ms_wt_call(ms_wt_callee *callee)
 
 static uintptr_t enter_export(ms_wt_cell *cell, struct entry *entry, const char *name, size_t length, wt_extern *found)
 {
-    unsigned refused = enter(cell, entry);
+    unsigned refused = enter(cell, 0, entry);
     if (refused)
         return refuse(refused);
     if (!get_export(cell, name, length, found))
@@ -592,7 +643,7 @@ _Static_assert(sizeof(wt_global) <= sizeof ((ms_wt_saved *)0)->place, "a global'
 uintptr_t ms_wt_globals_find(ms_wt_cell *cell, ms_wt_saved *saved, size_t count)
 {
     struct entry entry;
-    unsigned refused = enter(cell, &entry);
+    unsigned refused = enter(cell, 0, &entry);
     if (refused)
         return refuse(refused);
     for (size_t i = 0; i < count; i++) {
@@ -609,7 +660,7 @@ uintptr_t ms_wt_globals_find(ms_wt_cell *cell, ms_wt_saved *saved, size_t count)
 uintptr_t ms_wt_globals_read(ms_wt_cell *cell, ms_wt_saved *saved, size_t count)
 {
     struct entry entry;
-    unsigned refused = enter(cell, &entry);
+    unsigned refused = enter(cell, 0, &entry);
     if (refused)
         return refuse(refused);
     for (size_t i = 0; i < count; i++) {
@@ -623,7 +674,7 @@ uintptr_t ms_wt_globals_read(ms_wt_cell *cell, ms_wt_saved *saved, size_t count)
     return leave(cell, &entry, 0, NULL, NULL);
 }
 
-uintptr_t ms_wt_restore(ms_wt_cell *cell, const ms_wt_saved *saved, size_t count, int64_t *entered)
+uintptr_t ms_wt_restore(ms_wt_cell *cell, uint64_t generation, const ms_wt_saved *saved, size_t count, int64_t *entered)
 {
     struct entry entry = {entered[0], entered[1]};
     wt_error *error = NULL;
@@ -637,6 +688,8 @@ uintptr_t ms_wt_restore(ms_wt_cell *cell, const ms_wt_saved *saved, size_t count
         memcpy(&val.of, saved[i].value, sizeof saved[i].value);
         error = api.global_set((wt_context *)cell->context, (const wt_global *)saved[i].place, &val);
     }
+    __atomic_store_n(&cell->generation, generation, __ATOMIC_SEQ_CST);
+    let_copies_in(cell);
     return leave(cell, &entry, 0, NULL, error);
 }
 

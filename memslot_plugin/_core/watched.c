@@ -13,6 +13,7 @@ enum { BRIEF_NANOSECONDS = 5000 };
 
 /* Those of the interpreter that imported this last; slots of another one have Python do all their resets. */
 static int64_t (*reset_watched)(ms_slot *slot);
+static unsigned (*copy)(ms_wt_cell *cell, uint64_t generation, uintptr_t to, const char *from, size_t length);
 static PyObject *dirty, *clean, *unknown, *results, *otherwise, *settle;
 
 typedef struct {
@@ -82,16 +83,43 @@ static PyObject *reset(PyObject *object, PyObject *strategy)
 static PyObject *install(PyObject *module, PyObject *arguments)
 {
     (void)module;
-    unsigned long long address;
+    unsigned long long reset_address, copy_address;
     PyObject *given[4];
-    if (!PyArg_ParseTuple(arguments, "KOOOO:install", &address, &given[0], &given[1], &given[2], &given[3]))
+    if (!PyArg_ParseTuple(arguments, "KKOOOO:install", &reset_address, &copy_address, &given[0], &given[1], &given[2],
+                          &given[3]))
         return NULL;
-    reset_watched = (int64_t(*)(ms_slot *))(uintptr_t)address;
+    reset_watched = (int64_t(*)(ms_slot *))(uintptr_t)reset_address;
+    copy = (unsigned (*)(ms_wt_cell *, uint64_t, uintptr_t, const char *, size_t))(uintptr_t)copy_address;
     put(&dirty, given[0]);
     put(&clean, given[1]);
     put(&unknown, given[2]);
     put(&results, given[3]);
     Py_RETURN_NONE;
+}
+
+/* Below this a copy takes less than giving up the interpreter's lock and getting it back. */
+enum { SHORT_COPY = 1 << 16 };
+
+static PyObject *read_bytes(PyObject *module, PyObject *arguments)
+{
+    (void)module;
+    unsigned long long cell, generation, from;
+    Py_ssize_t length;
+    if (!PyArg_ParseTuple(arguments, "KKKn:read", &cell, &generation, &from, &length))
+        return NULL;
+    PyObject *bytes = PyBytes_FromStringAndSize(NULL, length);
+    if (!bytes)
+        return NULL;
+    uintptr_t to = (uintptr_t)PyBytes_AsString(bytes);
+    PyThreadState *let_go = length < SHORT_COPY ? NULL : PyEval_SaveThread();
+    unsigned refused =
+        copy((ms_wt_cell *)(uintptr_t)cell, generation, to, (const char *)(uintptr_t)from, (size_t)length);
+    if (let_go)
+        PyEval_RestoreThread(let_go);
+    if (!refused)
+        return bytes;
+    Py_DECREF(bytes);
+    return PyLong_FromUnsignedLong(refused);
 }
 
 static int traverse(PyObject *object, visitproc visit, void *arg)
@@ -158,9 +186,12 @@ static PyType_Spec spec = {
 
 static PyMethodDef functions[] = {
     {"install", install, METH_VARARGS,
-     PyDoc_STR("install($module, address, dirty, clean, unknown, results, /)\n--\n\n"
-               "Set what all slots have in common: the address of ms_reset_watched, three states, and the results\n"
-               "of ordinary resets by the core's answer.")},
+     PyDoc_STR("install($module, reset, copy, dirty, clean, unknown, results, /)\n--\n\n"
+               "Set what all slots have in common: the addresses of ms_reset_watched and ms_wt_copy, three\n"
+               "states, and the results of ordinary resets by the core's answer.")},
+    {"read", read_bytes, METH_VARARGS,
+     PyDoc_STR("read($module, cell, generation, address, length, /)\n--\n\n"
+               "Copy bytes of a memory of an instance, or return the flag that ms_wt_copy refused with.")},
     {0},
 };
 

@@ -454,7 +454,9 @@ class Host(abc.ABC):
         If it raises, the memory is released.
         """
         armed = self._armed
-        if memory.mapping is not None and memory.byte_size != memory.request.minimum:
+        if memory.mapping is not None and (
+            memory.exposed or memory.byte_size != memory.request.minimum
+        ):
             self._release([memory])
             return self._lease([memory.request])[0]
         try:
@@ -482,18 +484,27 @@ class Host(abc.ABC):
             finally:
                 memory.byte_size = byte_size
 
-    def _end(self, live: Live) -> None:
+    def _end(self, live: Live, generation: int | None = None) -> None:
         """Dispose of what is live and release its memories; once.  Raises InUse while it runs.
 
+        Nothing happens if it does not serve the lease `generation` any more, where one is given.
         Whatever else it raises, what is left to do is done at the host's next call.
         """
+        if generation is not None and generation != live.generation:
+            return
         if live.running:
             self._require_idle(live)
         try:
+            disposed = live.dispose(generation)
+            if disposed is None:
+                return
             self._live.discard(live)
             try:
-                if live.dispose():
+                if disposed:
                     memories, live.memories = live.memories, ()
+                    if live.given_away:
+                        for memory in memories:
+                            memory.exposed = True
                     self._release(memories)
             finally:
                 fork = self._forks.get(live) if self._forks else None
@@ -509,8 +520,8 @@ class Host(abc.ABC):
     def _require_idle(self, live: Live) -> None:
         if live.running:
             raise InUse(
-                f"an instance on {self.name} cannot be closed or reset by a host function that it is"
-                " calling; let the call return first"
+                f"an instance on {self.name} cannot be closed or reset while a call of it runs, by its host functions"
+                " or another thread; let the call return first"
             )
 
     def _drop(self, live: Live) -> None:

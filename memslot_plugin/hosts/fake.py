@@ -7,7 +7,6 @@ same hooks as anywhere, and every access from a function goes through the bounds
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
@@ -67,6 +66,10 @@ class FakeLive(Live):
         self._guest = guest
         self.memories = memories
 
+    @property
+    def guest_name(self) -> str:
+        return self._guest.name
+
     def read(self, index: int, offset: int, length: int) -> bytes:
         """`length` bytes at `offset` of memory `index`; traps outside of it."""
         return bytes(ffi.buffer(self._at(index, offset, length), length))
@@ -90,7 +93,11 @@ class FakeLive(Live):
             raise ExportNotFound(
                 f"the fake host has no function {name!r}; it has {', '.join(sorted(self._host.functions)) or 'none'}"
             ) from None
-        return functools.partial(implementation, self)
+
+        def call(generation: int, *arguments: Any) -> Any:
+            return self.entered(generation, lambda live: implementation(live, *arguments))
+
+        return call
 
     def exports(self) -> Mapping[str, str]:
         return dict.fromkeys(self._host.functions, "func")
@@ -124,13 +131,14 @@ class FakeLive(Live):
     def output(self, stream: Literal["stdout", "stderr"]) -> bytes:
         return b""
 
-    def restore(self) -> None:
+    def restore(self, generation: int) -> None:
         """Its memories are all that it has."""
+        self.generation = self.admits = generation
 
     def saved_values(self) -> dict[int, int | None]:
         return {each.index: each.initial for each in self._guest.plan.saved_globals}
 
-    def dispose(self) -> bool:
+    def dispose(self, generation: int | None = None) -> bool:
         return True
 
     @property

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from memslot_plugin.errors import ArgumentError, ExportNotFound, InUse, MemslotError, UsedAfterClose
+from memslot_plugin.hosts.live import ended
 from memslot_plugin.hosts.memory import Memory
 
 if TYPE_CHECKING:
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
 
     from memslot_plugin.hosts.live import Binding, Live
     from memslot_plugin.hosts.prepared import Guest
+
+_T = TypeVar("_T")
 
 
 class Instance:
@@ -24,22 +28,35 @@ class Instance:
     back at once.
     """
 
-    __slots__ = ("__weakref__", "_binding", "_now", "guest")
+    __slots__ = ("__weakref__", "_binding", "_generation", "_now", "guest")
 
     def __init__(self, guest: Guest, live: Live, binding: Binding) -> None:
         self.guest = guest
         self._binding = binding
+        self._generation = live.generation
+        """The lease of `live` that this handle is good for; every entry compares it."""
         self._now: Live | None = live  # last, for who has it is dropped by its guest's host
 
     def _live(self) -> Live:
+        """What is live, to be entered; whether this handle may, the entry decides."""
         live, host = self._now, self.guest.host
         if live is None or live not in host._live:
-            raise UsedAfterClose(
-                f"the instance of {self.guest.name} was closed; instantiate the guest again"
-            )
+            raise ended(self.guest.name)
         if host.thread_confined and threading.get_ident() != host._thread:
             host._require_thread()
         return live
+
+    def _entered(self, action: Callable[[Live], _T]) -> _T:
+        """What `action` does, within an entry."""
+        return self._live().entered(self._generation, action)
+
+    def _seen(self, look: Callable[[Live], _T]) -> _T:
+        """What can be looked at while another thread calls: the lease has not ended before it was seen."""
+        live = self._live()
+        seen = look(live)
+        if live.generation != self._generation:
+            live.refuse()
+        return seen
 
     def call(self, name: str, *arguments: Any) -> Any:
         """Call an exported function with Python numbers: None, one value, or a list of several.
@@ -51,13 +68,13 @@ class Instance:
         live = self._now
         if live is None or live not in self.guest.host._live:
             live = self._live()
-        return live.function(name)(*arguments)
+        return live.function(name)(self._generation, *arguments)
 
     def function(self, name: str) -> Callable[..., Any]:
-        """The exported function itself, looked up once; valid until the instance is closed, or is
-        reset by a new instance.
+        """The exported function itself, looked up once; valid until the instance is closed, its lease ends,
+        or it is reset by a new instance: UsedAfterClose from then on.
         """
-        return self._live().function(name)
+        return functools.partial(self._live().function(name), self._generation)
 
     @property
     def exports(self) -> Mapping[str, str]:
@@ -78,31 +95,35 @@ class Instance:
 
     def global_value(self, name: str) -> Any:
         """The value of an exported global."""
-        return self._live().global_value(name)
+        return self._entered(lambda live: live.global_value(name))
 
     def set_global(self, name: str, value: Any) -> None:
         """Set an exported mutable global."""
-        self._live().set_global(name, value)
+        self._entered(lambda live: live.set_global(name, value))
 
     @property
     def stdout(self) -> bytes:
         """What the guest wrote to a captured standard output since it was instantiated or reset."""
-        return self._live().output("stdout")
+        return self._seen(lambda live: live.output("stdout"))
 
     @property
     def stderr(self) -> bytes:
         """The same of standard error."""
-        return self._live().output("stderr")
+        return self._seen(lambda live: live.output("stderr"))
 
     @property
     def native(self) -> Any:
         """The runtime's own instance, for what this surface does not offer.
 
-        Who has it can change what no reset in place restores, so the next `reset` makes a new one.
+        Its holder can change what no reset in place restores, so the next `reset` makes a new instance, and
+        where the runtime's objects outlive that one (wasmer) the slot is not handed on.
         """
-        live = self._live()
-        live.given_away = True
-        return live.native
+
+        def give_away(live: Live) -> Any:
+            live.given_away = True
+            return live.native
+
+        return self._entered(give_away)
 
     def reset(self) -> None:
         """Back to the guest's pristine state, same handle.
@@ -114,36 +135,54 @@ class Instance:
         runs, and UsedAfterClose where the guest was closed; the instance goes on then.
         """
         live = self._live()
-        guest, host = self.guest, self.guest.host
+        guest = self.guest
         if guest.closed:
             raise UsedAfterClose(
                 f"the guest {guest.name} was closed: its instances go on and cannot be reset; prepare it again"
             )
-        if guest.in_place and self._binding.store is None and live.can_restore():
-            self._reset_in_place(live)
-            if guest.plan.is_snapshot:
-                guest._restored(self)
-            return
+        if not self._reset_in_place(live, self._generation):
+            self._begin_again(live, self)
+        if guest.plan.is_snapshot:
+            guest._restored(self)
+
+    def _pass_on(self, live: Live) -> Instance:
+        """End this lease, and return the handle of the next one, over the same live instance or a new one,
+        pristine; raises what `reset` raises.
+        """
+        if self._reset_in_place(live, self._generation + 1):
+            following = Instance(self.guest, live, self.guest.binding)
+        else:
+            following = self._begin_again(live, None)
+        self._now = (
+            None  # once another handle has what is live, or it would be nobody's after an interrupt
+        )
+        if self.guest.plan.is_snapshot:
+            self.guest._restored(following)
+        return following
+
+    def _begin_again(self, live: Live, handle: Instance | None) -> Instance:
+        """Put a new live instance over the memories of this one, which are reset, behind `handle` or a new one."""
+        host = self.guest.host
         if self._binding.store is not None:
             raise InUse(
                 "an instance in a store of the embedder's own cannot be reset: end the store instead"
             )
         host._require_idle(live)
-        self._begin_again(live)
-        if guest.plan.is_snapshot:
-            guest._restored(self)
-
-    def _begin_again(self, live: Live) -> None:
-        """Put a new live instance over the memories of this one, which are reset."""
-        host = self.guest.host
+        if live.generation != self._generation:
+            live.refuse()
         renewed = None
         try:
+            disposed = live.dispose(self._generation)
+            if disposed is None:
+                live.refuse()
+            self._now = None
             host._live.discard(live)
-            if not live.dispose():
+            if not disposed:
                 raise InUse(f"a call began in an instance of {self.guest.name} while it was reset")
             # What is not the renewed instance's is this one's, and ends with it.
             for place in range(len(live.memories)):
                 memory = live.memories[place]
+                memory.exposed = live.given_away
                 live.memories = (*live.memories[:place], *live.memories[place + 1 :])
                 memory = host._renew(memory)
                 live.memories = (*live.memories[:place], memory, *live.memories[place:])
@@ -152,7 +191,10 @@ class Instance:
             if fork is not None:
                 host._forks[renewed] = fork
                 del host._forks[live]
-            self._now = renewed
+            if handle is None:
+                handle = Instance(self.guest, renewed, self.guest.binding)
+            else:
+                handle._now, handle._generation = renewed, renewed.generation
             host._live.add(renewed)
             live.memories = ()
             live.ended = True
@@ -168,20 +210,29 @@ class Instance:
                 host._end_dropped()
             raise
         host._resets_by_instantiation += 1
+        return handle
 
-    def _reset_in_place(self, live: Live) -> None:
-        host = self.guest.host
+    def _reset_in_place(self, live: Live, next_generation: int) -> bool:
+        """Reset what is live for the lease of that number; False if only a new instance is pristine."""
+        guest = self.guest
+        if not guest.in_place or self._binding.store is not None:
+            return False
+        host = guest.host
         armed = host._armed
         held = False
         try:
-            live.hold()
+            live.hold(self._generation, alone=True)
             held = True
+            # Asked once nothing can run any more: a call on another thread may have ended just now.
+            if not live.can_restore():
+                live.let_go()
+                return False
             told = armed.memory_reset
             for memory in live.memories:
                 result = armed.reset_memory(memory)
                 if told is not None:
                     told(memory, result)
-            live.restore()
+            live.restore(next_generation)
         except BaseException as error:
             if held or not isinstance(error, MemslotError):
                 live.let_go()
@@ -193,6 +244,7 @@ class Instance:
                     host._end(live)
             raise
         host._resets_in_place += 1
+        return True
 
     def snapshot(self, name: str | None = None) -> Guest:
         """A new guest whose instances start where this one is now, between two calls; it goes on.
@@ -209,7 +261,11 @@ class Instance:
         live = self._live()
         host = self.guest.host
         host._require_idle(live)
-        return host._prepared(self.guest._snapshot_of(live, name, self._binding, depth=depth))
+        return host._prepared(
+            self.guest._snapshot_of(
+                live, name, self._binding, generation=self._generation, depth=depth
+            )
+        )
 
     def fork(self, count: int = 1) -> list[Instance]:
         """`count` independent instances that start where this one is now; it goes on.
@@ -222,7 +278,9 @@ class Instance:
         live = self._live()
         host = self.guest.host
         host._require_idle(live)
-        guest = self.guest._snapshot_of(live, None, self._binding, depth=3)
+        guest = self.guest._snapshot_of(
+            live, None, self._binding, generation=self._generation, depth=3
+        )
         host._guests.add(guest)
         forks: list[Instance] = []
         try:
@@ -246,13 +304,16 @@ class Instance:
         if live is not None and live in host._live:
             if host.thread_confined and threading.get_ident() != host._thread:
                 host._require_thread()
-            host._end(live)
+            host._end(live, self._generation)
             self._now = None
 
     @property
     def closed(self) -> bool:
-        """Whether the instance has ended."""
-        return self._now is None or self._now not in self.guest.host._live
+        """True once the instance has ended, or the lease that this handle is of."""
+        live = self._now
+        return (
+            live is None or live.generation != self._generation or live not in self.guest.host._live
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -262,7 +323,7 @@ class Instance:
 
     def __del__(self) -> None:
         live = getattr(self, "_now", None)
-        if live is not None:
+        if live is not None and live.generation == self._generation:
             self.guest.host._drop(live)
 
     def __repr__(self) -> str:

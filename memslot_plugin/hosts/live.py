@@ -5,13 +5,27 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
-from memslot_plugin.errors import ArgumentError, LinkError, shown
+from memslot_plugin._core import ffi
+from memslot_plugin.errors import (
+    AccessOutOfBounds,
+    ArgumentError,
+    InUse,
+    LinkError,
+    UsedAfterClose,
+    shown,
+)
 from memslot_plugin.hosts.wasi import Wasi
 
 if TYPE_CHECKING:
     from memslot_hooks.types import LinearMemory
+
+_T = TypeVar("_T")
+
+# Looked up once: a request reads and writes as often as it calls.
+_BYTES = ffi.typeof("char *")
+_cast, _unpack, _memmove = ffi.cast, ffi.unpack, ffi.memmove
 
 Imports = Mapping[str, Mapping[str, Any]]
 """Module name -> import name -> a Python callable, or an object of the runtime's own."""
@@ -45,21 +59,83 @@ class Binding:
 class Live(abc.ABC):
     """What a runtime holds for one instance: from `Host._start` to `dispose`.
 
+    A live instance serves one lease after another.  `generation` numbers them, and every handle has
+    the number of the lease that it was made in.  Each use of a handle is an *entry*: it compares the
+    two once nothing can end the lease any more, and refuses with UsedAfterClose if they differ, or
+    with InUse while the instance is held.  What is here serves hosts that are confined to one
+    thread; wasmtime's entries are in C.
+
     `memories` are the leased memories in the order of the guest's requests.
     """
 
     memories: tuple[LinearMemory, ...]
     running: int = 0
-    """How many calls into it are on the stack now; an instance that runs cannot end."""
+    """Entries that are on the stack now; an instance that runs cannot end."""
     given_away: bool = False
     """Whether the embedder was handed the runtime's own objects, and so may have changed anything."""
     ended: bool = False
     """Whether the host has ended it, and all of its memories are back."""
+    generation: int = 1
+    """The lease that is served now."""
+    admits: int = 1
+    """The lease whose handles may enter: `generation`, or 0 while the instance is held."""
+
+    # -- entries
+
+    @property
+    @abc.abstractmethod
+    def guest_name(self) -> str:
+        """The guest's name, for errors."""
+
+    def entered(self, generation: int, action: Callable[[Live], _T]) -> _T:
+        """What `action` does with this instance, within an entry; raises UsedAfterClose, InUse."""
+        self.running += 1
+        try:
+            if generation != self.admits or self.ended:
+                self.refuse()
+            return action(self)
+        finally:
+            self.running -= 1
+
+    def refuse(self) -> NoReturn:
+        """Say why there is no entry: raises InUse, UsedAfterClose."""
+        if not self.admits:
+            raise InUse(f"the instance of {self.guest_name} is being reset")
+        raise ended(self.guest_name)
+
+    def read_memory(self, generation: int, index: int, offset: int, length: int) -> bytes:
+        """`length` bytes of memory `index`, within an entry; raises AccessOutOfBounds, ExportNotFound."""
+        self.running += 1
+        try:
+            if generation != self.admits or self.ended:
+                self.refuse()
+            base, byte_size = self.locate(index)
+            require_within(index, offset, length, byte_size)
+            content: bytes = _unpack(_cast(_BYTES, base + offset), length)
+            return content
+        finally:
+            self.running -= 1
+
+    def write_memory(
+        self, generation: int, index: int, offset: int, data: Any, length: int
+    ) -> None:
+        """Put `data`, a buffer of cffi's or bytes, at `offset` of memory `index`; as `read_memory`."""
+        self.running += 1
+        try:
+            if generation != self.admits or self.ended:
+                self.refuse()
+            base, byte_size = self.locate(index)
+            require_within(index, offset, length, byte_size)
+            _memmove(_cast(_BYTES, base + offset), data, length)
+        finally:
+            self.running -= 1
+
+    # -- what an adapter provides
 
     @abc.abstractmethod
     def function(self, name: str) -> Callable[..., Any]:
-        """The exported function, to be called with Python numbers; raises ExportNotFound, and WrongThread where
-        the host is confined to its thread.
+        """The exported function, to be called with the generation of a handle and Python numbers, which is an
+        entry; raises ExportNotFound, and WrongThread where the host is confined to its thread.
         """
 
     @abc.abstractmethod
@@ -97,18 +173,32 @@ class Live(abc.ABC):
                 return False
         return not self.given_away
 
-    def hold(self) -> None:  # noqa: B027 - where nothing runs, nobody has to be kept out
-        """Keep every call out until `restore` or `let_go`; raises InUse while one runs."""
+    def hold(self, generation: int, *, alone: bool = False) -> None:
+        """Keep other threads' entries out until `restore` or `let_go`, and with `alone` those of this thread;
+        raises InUse while one runs, and UsedAfterClose.
+        """
+        if self.running:
+            raise InUse(
+                f"the instance of {self.guest_name} cannot be closed, reset or captured by what it is calling;"
+                " let the call return first"
+            )
+        if generation != self.admits or self.ended:
+            self.refuse()
+        if alone:
+            self.admits = 0
 
     @abc.abstractmethod
-    def restore(self) -> None:
-        """Give every saved global its initial value, renew what the instance has of WASI, and let go."""
+    def restore(self, generation: int) -> None:
+        """Give every saved global its initial value, renew what the instance has of WASI, and let the handles of
+        that lease in.
+        """
 
     def wake(self) -> None:  # noqa: B027 - most have nothing that runs out
         """A lease begins, and the instance may have waited for long: renew what runs out."""
 
-    def let_go(self) -> None:  # noqa: B027 - as above
-        """Let calls in again without having restored anything."""
+    def let_go(self) -> None:
+        """Let entries in again, without having restored anything; nothing happens if it is not held."""
+        self.admits = self.generation
 
     @abc.abstractmethod
     def saved_values(self) -> dict[int, int | None]:
@@ -123,12 +213,29 @@ class Live(abc.ABC):
         return None
 
     @abc.abstractmethod
-    def dispose(self) -> bool:
+    def dispose(self, generation: int | None = None) -> bool | None:
         """Let go of everything the runtime holds; True if the memories may be released now, False
         if it still uses them.  Once more, after it was cut short or not, does what is left to do.
+
+        None, and nothing happened, if the lease `generation` is given and has ended.
         """
 
     @property
     @abc.abstractmethod
     def native(self) -> Any:
         """The runtime's own instance."""
+
+
+def ended(name: str) -> UsedAfterClose:
+    """The exception for a handle whose instance, or whose lease, has ended."""
+    return UsedAfterClose(
+        f"the instance of {name} was closed, or its lease has ended; lease or instantiate the guest again"
+    )
+
+
+def require_within(index: int, offset: int, length: int, byte_size: int) -> None:
+    """Raise AccessOutOfBounds if memory `index` of `byte_size` bytes lacks some of these."""
+    if offset < 0 or length < 0 or offset + length > byte_size:
+        raise AccessOutOfBounds(
+            f"bytes [{offset}, {offset + length}) are outside memory {index} of {byte_size} bytes"
+        )

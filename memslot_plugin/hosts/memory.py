@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from memslot_plugin._core import ffi
-from memslot_plugin.errors import AccessOutOfBounds, ArgumentError
+from memslot_plugin.errors import ArgumentError
 
 if TYPE_CHECKING:
     from memslot_plugin.hosts.instance import Instance
 
 WASM_PAGE = 65536
 """Bytes per page of a linear memory (WebAssembly core specification, 4.2.8)."""
-
-# Looked up once: a request reads and writes as often as it calls.
-_BYTES = ffi.typeof("char *")
-_cast, _unpack, _memmove = ffi.cast, ffi.unpack, ffi.memmove
 
 
 class Memory:
@@ -30,15 +26,20 @@ class Memory:
     @property
     def byte_size(self) -> int:
         """How many bytes are accessible now."""
-        return self._instance._live().locate(self.index)[1]
+        index = self.index
+        return self._instance._seen(lambda live: live.locate(index)[1])
 
     def read(self, offset: int, length: int) -> bytes:
-        """`length` bytes at `offset`.  Raises AccessOutOfBounds, ArgumentError."""
-        content: bytes = _unpack(_cast(_BYTES, self._require(offset, length)), length)
-        return content
+        """`length` bytes at `offset`.  Raises AccessOutOfBounds, ArgumentError, UsedAfterClose, InUse."""
+        if not (isinstance(offset, int) and isinstance(length, int)):
+            self._refuse(offset, length)
+        instance = self._instance
+        return instance._live().read_memory(instance._generation, self.index, offset, length)
 
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
-        """Put `data` at `offset`.  Raises AccessOutOfBounds, ArgumentError, and writes nothing then."""
+        """Put `data` at `offset`.  Raises AccessOutOfBounds, ArgumentError, UsedAfterClose, InUse, and writes
+        nothing then.
+        """
         source: Any = data
         if type(data) is not bytes:
             try:
@@ -46,27 +47,23 @@ class Memory:
             except (TypeError, BufferError) as error:
                 raise ArgumentError(f"what is written are bytes: {error}") from None
         length = len(source)
-        _memmove(_cast(_BYTES, self._require(offset, length)), source, length)
+        if not isinstance(offset, int):
+            self._refuse(offset, length)
+        instance = self._instance
+        instance._live().write_memory(instance._generation, self.index, offset, source, length)
 
     def grow(self, pages: int) -> int:
         """Grow by `pages` of 64 KiB as memory.grow does, and return the size in pages before.
 
-        Raises GrowthRefused where the guest would see -1.
+        Raises GrowthRefused where the guest would see -1, UsedAfterClose, InUse.
         """
-        return self._instance._live().grow(self.index, pages)
+        index = self.index
+        return self._instance._entered(lambda live: live.grow(index, pages))
 
-    def _require(self, offset: int, length: int) -> int:
-        """The address of `length` bytes at `offset`."""
-        base, byte_size = self._instance._live().locate(self.index)
-        if not (isinstance(offset, int) and isinstance(length, int)):
-            raise ArgumentError(
-                f"offset and length are integers, in bytes, and not {offset!r} and {length!r}"
-            )
-        if offset < 0 or length < 0 or offset + length > byte_size:
-            raise AccessOutOfBounds(
-                f"bytes [{offset}, {offset + length}) are outside memory {self.index} of {byte_size} bytes"
-            )
-        return base + offset
+    def _refuse(self, offset: object, length: object) -> NoReturn:
+        raise ArgumentError(
+            f"offset and length are integers, in bytes, and not {offset!r} and {length!r}"
+        )
 
     def __len__(self) -> int:
         return self.byte_size

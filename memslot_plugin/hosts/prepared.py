@@ -264,35 +264,37 @@ class Guest:
                 return ready
 
     def _begin_lease(self, wait_timeout: float | None) -> Instance:
-        self.host._require_usable()
+        host = self.host
+        if host._closed or (host.thread_confined and threading.get_ident() != host._thread):
+            host._require_usable()
         if not self.closed and (ready := self._take_ready()) is not None:
             try:
-                ready._live().wake()
+                live = ready._now
+                assert live is not None
+                live.wake()
             except BaseException:
-                self.host._end_ready(ready)
+                host._end_ready(ready)
                 raise
             return ready
         return self.instantiate(wait_timeout=wait_timeout)
 
     def _end_lease(self, instance: Instance) -> None:
-        if instance.closed:
+        host, live = self.host, instance._now
+        if live is None or instance.closed:
             return
-        host = self.host
+        if host.thread_confined and threading.get_ident() != host._thread:
+            host._require_thread()
         if self.closed or len(self._ready) >= host.settings.ready_instances:
             instance.close()
             return
         try:
-            instance.reset()
+            ready = instance._pass_on(live)
         except Exception:  # the embedder's too: reseeding calls host functions and plugins
             if instance._now is not None:
                 raise
             # The request itself was served, and the pool counts the slot that was lost.
             _log.exception("an instance of %s could not be reset after its lease", self.name)
             return
-        live = instance._now
-        assert live is not None
-        ready = Instance(self, live, self.binding)
-        instance._now = None
         self._ready.append(ready)
         # Looked at after the instance can be found there, so that nobody waits for what is ready.
         if self.closed or host._waiting:
@@ -305,7 +307,9 @@ class Guest:
         while (ready := self._take_ready()) is not None:
             self.host._end_ready(ready)
 
-    def _snapshot_of(self, live: Live, name: str | None, binding: Binding, *, depth: int) -> Guest:
+    def _snapshot_of(
+        self, live: Live, name: str | None, binding: Binding, *, generation: int, depth: int
+    ) -> Guest:
         """A guest that starts where a live instance of this one is; raises SnapshotRefused."""
         plan, what = self.plan, f"the instance of {self.name} cannot be captured"
         reason = guests.reason_against_snapshots(plan, given_away=live.given_away)
@@ -322,7 +326,7 @@ class Guest:
             )
         alone = False
         try:
-            live.hold()
+            live.hold(generation)
             alone = True
             descriptors = live.descriptors_changed()
             if descriptors is not None:

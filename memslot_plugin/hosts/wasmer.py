@@ -24,7 +24,6 @@ from memslot_plugin.errors import (
     GrowthRefused,
     SnapshotRefused,
     Unsupported,
-    UsedAfterClose,
 )
 from memslot_plugin.guest import MemoryPlan
 from memslot_plugin.hosts import saved, wasmer_state
@@ -200,6 +199,10 @@ class WasmerLive(Live):
         self._functions: dict[str, Callable[..., Any]] = {}
         self._natives: dict[str, Any] = {}
 
+    @property
+    def guest_name(self) -> str:
+        return self._guest.name
+
     def function(self, name: str) -> Callable[..., Any]:
         found = self._functions.get(name)
         if found is None:
@@ -233,18 +236,18 @@ class WasmerLive(Live):
             # Not kept by `make`: a cycle of host and code could end on another thread.
             host = live._host
 
-            def call(*arguments: Any) -> Any:
+            def call(generation: int, *arguments: Any) -> Any:
                 if get_ident() != thread:
                     host._require_thread()
                 if len(arguments) != arity:
                     raise ArgumentError(
                         f"{name} of {guest_name} takes {arity} arguments, and {len(arguments)} were given"
                     )
-                if name not in natives:
-                    raise UsedAfterClose(f"{name} is of an instance of {guest_name} that ended")
-                if calls_out:
-                    live.running += 1
+                live.running += 1
                 try:
+                    # Compared when nothing, a signal's handler either, can end the lease any more.
+                    if generation != live.admits or name not in natives:
+                        live.refuse()
                     result = natives[name](*arguments)
                 except BaseException as error:
                     # No name for the new error: its traceback holds this frame, and a cycle of the two
@@ -257,8 +260,7 @@ class WasmerLive(Live):
                         raise at_call(error, name, host_function_is_wrong=calls_out) from error
                     raise
                 finally:
-                    if calls_out:
-                        live.running -= 1
+                    live.running -= 1
                     if may_grow:
                         live._report()
                 return list(result) if several else result
@@ -317,10 +319,6 @@ class WasmerLive(Live):
 
     # -- resets
 
-    def hold(self) -> None:
-        if self.running:
-            self._host._require_idle(self)
-
     def can_restore(self) -> bool:
         if self.given_away:
             return False
@@ -331,13 +329,14 @@ class WasmerLive(Live):
         streams = None if self._connected is None else self._connected.streams
         return streams is None or streams.changed.value == 0
 
-    def restore(self) -> None:
+    def restore(self, generation: int) -> None:
         if self._restore is None:
             self._attach_initial()
         self._restore()
         streams = None if self._connected is None else self._connected.streams
         if streams is not None:
             streams.clear()
+        self.generation = self.admits = generation
 
     def set_globals(self) -> None:
         """Every saved global gets its initial value."""
@@ -385,7 +384,7 @@ class WasmerLive(Live):
             return None
         return "it called functions of WASI that open, close or change descriptors"
 
-    def dispose(self) -> bool:
+    def dispose(self, generation: int | None = None) -> bool:
         self._natives.clear()
         self._functions.clear()
         try:

@@ -196,7 +196,7 @@ class WasmtimeHost(Host):
             outcome = lib.ms_wt_start(cell, guest, 0, [])
         finally:
             self._probing = False
-            lib.ms_wt_close(cell)
+            lib.ms_wt_close(cell, 0)
         if outcome:
             Outcome(outcome)  # frees it
             return  # the creator was asked, and refused
@@ -365,6 +365,7 @@ class WasmtimeHost(Host):
         """
         self._engine_lock = threading.Lock()
         for token, live in list(self._began.items()):
+            live.cell.pins = 0
             ending = token in self._retained and not live.cell.lingering
             if ending or lib.ms_wt_elsewhere(live.cell):
                 self._live.discard(live)
@@ -447,11 +448,16 @@ class WasmtimeHost(Host):
                 # Whoever held them is gone, and whoever drains has nothing to do with it.
                 _log.exception("memories that wasmtime had let go of could not be released")
 
-    def finish(self, live: WasmtimeLive, *, release: bool = True) -> bool:
+    def finish(
+        self, live: WasmtimeLive, *, release: bool = True, generation: int | None = None
+    ) -> bool | None:
         """End a live instance's store.  True: wasmtime no longer uses its memories, and nobody has released them yet.
+        None: nothing happened, for the lease `generation` has ended.
 
         With `release` they are released here; a running call, or a store that is not ours, releases them later.
         """
+        if generation is not None and generation != live.generation:
+            return None
         token, memories = live.token, live.memories
         if live.cell.lingering:
             self._began.pop(token, None)  # it holds the store, which would hold the memories
@@ -461,7 +467,10 @@ class WasmtimeHost(Host):
             if memories:
                 # Whoever takes it out again releases them.
                 self._retained.setdefault(token, memories)
-            ended = int(lib.ms_wt_close(live.cell))
+            ended = int(lib.ms_wt_close(live.cell, generation or 0))
+            if ended == 3:
+                self._retained.pop(token, None)
+                return None
             if not memories:
                 return ended != 2
             if ended == 2:

@@ -22,6 +22,7 @@ from memslot_plugin.errors import (
     UsedAfterClose,
 )
 from memslot_plugin.hosts.lazy import Lazy
+from memslot_plugin.hosts.live import ended
 from memslot_plugin.hosts.short_of import short_of
 from memslot_plugin.hosts.wasmtime_bridge import take_last_exception, taken, wasmtime, wasmtime_ffi
 
@@ -183,12 +184,8 @@ class Outcome:
             if starting and not isinstance(self.native, wasmtime.ExitTrap):
                 return _at_start(self.native, name)
             return translated(self.native, name)
-        if self.flags & lib.MS_WT_BUSY:
-            return InUse(
-                f"another thread is inside this instance of {name}; an instance serves one thread at a time"
-            )
-        if self.flags & lib.MS_WT_CLOSED:
-            return UsedAfterClose(f"the instance of {name} was closed; instantiate the guest again")
+        if self.flags & (lib.MS_WT_BUSY | lib.MS_WT_CLOSED):
+            return refusal(self.flags, name)
         if self.flags & lib.MS_WT_MISSING:
             return ExportNotFound(f"the guest {name} has no such export")
         if self.flags & lib.MS_WT_UNASKED:
@@ -199,3 +196,13 @@ class Outcome:
         if self.flags & lib.MS_WT_LOST:
             return MemslotError(f"the guest {name} failed, and there was no memory left to say how")
         return None
+
+
+def refusal(flags: int, name: str) -> MemslotError:
+    """The exception for an entry that was refused."""
+    if flags & lib.MS_WT_BUSY:
+        return InUse(
+            f"another thread is inside this instance of {name}, or it is being reset; an instance serves one thread"
+            " at a time"
+        )
+    return ended(name)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 
 from memslot_hooks.types import LinearMemory
-from memslot_plugin._core import ffi, lib
+from memslot_plugin._core import ffi, lib, read
 from memslot_plugin.errors import (
     ArgumentError,
     ExportNotFound,
@@ -19,9 +19,9 @@ from memslot_plugin.errors import (
     SnapshotRefused,
     UsedAfterClose,
 )
-from memslot_plugin.hosts.live import Binding, Live
+from memslot_plugin.hosts.live import Binding, Live, require_within
 from memslot_plugin.hosts.wasmtime_bridge import wasmtime, wasmtime_ffi
-from memslot_plugin.hosts.wasmtime_errors import Outcome, one_sentence, translated
+from memslot_plugin.hosts.wasmtime_errors import Outcome, one_sentence, refusal, translated
 from memslot_plugin.hosts.wasmtime_link import Compiled
 from memslot_plugin.hosts.wasmtime_store import BorrowedStore, LentStore
 from memslot_plugin.hosts.wasmtime_values import KIND_NAMES, PACKING, V128, Signature, fitted
@@ -33,9 +33,6 @@ if TYPE_CHECKING:
 _VALUES = (struct.Struct("<i"), struct.Struct("<q"), struct.Struct("<f"), struct.Struct("<d"))
 """How a global's 16 bytes begin, by kind."""
 
-_ROOM = 16
-"""Values that a cell has room for; a call with more brings its own."""
-
 _READABLE = ("(ref null func)", "(ref null extern)")
 """Types of references that the C API can hand out without ending the process."""
 
@@ -43,11 +40,15 @@ _MASKS = {
     kind: (1 << bits) - 1 for kind, bits in zip(KIND_NAMES, (32, 64, 32, 64, 128), strict=False)
 }
 
+_ROOM, _NULL = lib.MS_WT_ROOM, ffi.NULL
+
 _PAGES = 1 << 48
 """More pages than any memory can grow by."""
 
+_CELL, _CALLEE = ffi.typeof("ms_wt_cell *"), ffi.typeof("ms_wt_callee *")
+
 _call, _locate = lib.ms_wt_call, lib.ms_wt_memory_locate
-_hold, _restore = lib.ms_wt_hold, lib.ms_wt_restore
+_hold, _restore, _copy = lib.ms_wt_hold, lib.ms_wt_restore, lib.ms_wt_copy
 
 
 class NativeInstance(wasmtime.Instance):
@@ -58,6 +59,9 @@ class NativeInstance(wasmtime.Instance):
 
 class WasmtimeLive(Live):
     """One instance, in a store of its own or in the embedder's."""
+
+    _address = 0
+    """Where the cell is, once it was asked for."""
 
     def __init__(
         self,
@@ -70,7 +74,7 @@ class WasmtimeLive(Live):
         self.memories = memories
         self.streams: Streams | None = None
         self.environment: Environment | None = None
-        self.cell = ffi.new("ms_wt_cell *")
+        self.cell = ffi.new(_CELL)
         self.token = token
         self._host = host
         self._compiled = compiled
@@ -81,6 +85,10 @@ class WasmtimeLive(Live):
         self._saved_count = 0
         self._entry: Any = None
         """What a hold puts aside, and whether there is one."""
+
+    @property
+    def guest_name(self) -> str:
+        return self._compiled.guest_name
 
     # -- the boundary ------------------------------------------------------------------------------------------------
 
@@ -111,13 +119,20 @@ class WasmtimeLive(Live):
         return found if self._binding.store is None else self._guarded(found)
 
     def _direct(self, name: str, signature: Signature) -> Callable[..., Any]:
-        """A call of numbers: pack, one call into C, unpack."""
+        """A call of numbers: pack, one call into C, unpack.
+
+        A call that begins while another one packs or runs, in a host function or because an argument's
+        `__index__` calls, has values of its own.
+        """
         cell, count = self.cell, signature.count
-        room = cell.values if count <= _ROOM else ffi.new("uint8_t[]", 16 * count)
-        values = ffi.buffer(room)
         label = self._compiled.name(name)
-        # What it points to lives as long as `call`: the room with `values`, cell and name with `settle`, which is ours.
-        callee = ffi.new("ms_wt_callee *", [cell, label.utf8, label.length, room, count])
+
+        def callee() -> tuple[Any, Any]:
+            # What it points to lives as long as `call`: the values by their buffer, cell and name by `settle`.
+            more = ffi.new("uint8_t[]", 16 * count) if count > _ROOM else _NULL
+            made = ffi.new(_CALLEE, [cell, label.utf8, label.length, more, count])
+            return made, ffi.buffer(more or made.room)
+
         pack, unpack = signature.pack_into, signature.unpack_from
         takes = bool(signature.parameters)
         parameters, settle = signature.parameters, self.settle
@@ -129,18 +144,29 @@ class WasmtimeLive(Live):
             def pack(values: Any, offset: int, *arguments: Any) -> None:
                 as_it_is(values, offset, *fitted(parameters, arguments, what))
 
-        def call(*arguments: Any) -> Any:
-            if takes or arguments:
-                try:
-                    pack(values, 0, *arguments)
-                except PACKING:
-                    pack(values, 0, *fitted(parameters, arguments, what))
-            outcome = _call(callee)
-            if outcome:
-                settle(outcome)
-            if single:
-                return unpack(values)[0]
-            return list(unpack(values)) if several else None
+        unused = [callee()]
+        take, put_back = unused.pop, unused.append
+
+        def call(generation: int, *arguments: Any) -> Any:
+            try:
+                taken = take()
+            except IndexError:
+                taken = callee()
+            function, values = taken
+            try:
+                if takes or arguments:
+                    try:
+                        pack(values, 0, *arguments)
+                    except PACKING:
+                        pack(values, 0, *fitted(parameters, arguments, what))
+                outcome = _call(function, generation)
+                if outcome:
+                    settle(outcome)
+                if single:
+                    return unpack(values)[0]
+                return list(unpack(values)) if several else None
+            finally:
+                put_back(taken)
 
         return call
 
@@ -148,22 +174,25 @@ class WasmtimeLive(Live):
         """A call with references, made by wasmtime-py."""
         what = f"{name} of the guest {self._compiled.guest_name}"
 
-        def call(*arguments: Any) -> Any:
+        def call(generation: int, *arguments: Any) -> Any:
             taken = fitted(signature.parameters, arguments, what, int(self.cell.instance[0]))
-            return self._entered(lambda: self._native_export(name)(self.store(), *taken))
+            return self.entered(
+                generation, lambda _: self._native_export(name)(self.store(), *taken)
+            )
 
         return call
 
-    def _entered(self, action: Callable[[], Any]) -> Any:
-        """What wasmtime-py does, within an entry of ours."""
+    def entered(self, generation: int, action: Callable[[Live], Any]) -> Any:
+        # What our own entries raise within this one is raised already, and what wasmtime-py raises is translated.
+        self._require_store()
         saved = ffi.new("int64_t[3]")
         failure: BaseException | None = None
         result = None
         try:
-            refused = lib.ms_wt_enter(self.cell, saved)
+            refused = lib.ms_wt_enter(self.cell, generation, saved)
             if refused:
                 self.settle(refused)
-            result = action()
+            result = action(self)
         except BaseException as error:  # noqa: BLE001 - raised below, once we have left
             failure = error
         left = lib.ms_wt_leave(self.cell, saved)
@@ -179,11 +208,17 @@ class WasmtimeLive(Live):
     def _guarded(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """For a store of the embedder's: it may have been closed since."""
 
-        def call(*arguments: Any) -> Any:
+        def call(generation: int, *arguments: Any) -> Any:
             self._require_store()
-            return function(*arguments)
+            return function(generation, *arguments)
 
         return call
+
+    def refuse(self) -> NoReturn:
+        self._refuse(lib.MS_WT_BUSY if self.cell.held else lib.MS_WT_CLOSED)
+
+    def _refuse(self, flag: int) -> NoReturn:
+        raise refusal(flag, self.guest_name)
 
     def _require_store(self) -> None:
         if self._binding.store is not None:
@@ -203,7 +238,7 @@ class WasmtimeLive(Live):
         kind, _ = self._compiled.global_kind(name)
         self._require_store()
         if kind > V128:
-            return self._entered(lambda: _bare(self._native_export(name).value(self.store())))
+            return _bare(self._native_export(name).value(self.store()))
         label = self._compiled.name(name)
         value, found = ffi.new("uint8_t[16]"), ffi.new("uint8_t *")
         outcome = lib.ms_wt_global_get(self.cell, label.utf8, label.length, value, found)
@@ -220,7 +255,7 @@ class WasmtimeLive(Live):
             raise ArgumentError(f"{what} is not mutable")
         (value,) = fitted([kind], [value], what, int(self.cell.instance[0]))
         if kind > V128:
-            self._entered(lambda: self._native_export(name).set_value(self.store(), value))
+            self._native_export(name).set_value(self.store(), value)
             return
         content = value if kind == V128 else _VALUES[kind].pack(value)
         label = self._compiled.name(name)
@@ -231,13 +266,13 @@ class WasmtimeLive(Live):
 
     # -- resets ------------------------------------------------------------------------------------------------------
 
-    def hold(self) -> None:
+    def hold(self, generation: int, *, alone: bool = False) -> None:
         if self._saved is None:
             self._find_globals()
-        refused = _hold(self.cell, self._entry)
+        refused = _hold(self.cell, generation, alone, self._entry)
         if refused:
             outcome = Outcome(refused)  # first of all, because it frees what the C half holds
-            if self.cell.depth:
+            if self.cell.depth and generation == self.generation:
                 self._host._require_idle(self)
             self.settle_outcome(outcome)
 
@@ -245,19 +280,22 @@ class WasmtimeLive(Live):
         if self._host._configure_store is not None:
             self._host._configure_store(self.store())
 
-    def restore(self) -> None:
+    def restore(self, generation: int) -> None:
         self.wake()
         if self.environment is not None:
             self.streams = self.environment.give(self.cell)
-        outcome = _restore(self.cell, self._saved, self._saved_count, self._entry)
+        self.generation = generation
+        outcome = _restore(self.cell, generation, self._saved, self._saved_count, self._entry)
         if outcome:
             self.settle(outcome)
 
     def set_globals(self) -> None:
         """Every saved global gets its initial value."""
         try:
-            self.hold()
-            outcome = _restore(self.cell, self._saved, self._saved_count, self._entry)
+            self.hold(self.generation)
+            outcome = _restore(
+                self.cell, self.generation, self._saved, self._saved_count, self._entry
+            )
             if outcome:
                 self.settle(outcome)
         except BaseException:
@@ -335,8 +373,8 @@ class WasmtimeLive(Live):
         if place is not None:
             if not self.cell.context:
                 self._require_store()
-                self._closed()
-            memory = self.memories[place]
+                self.refuse()
+            memory = self._leased(place)
             return memory.base, memory.byte_size
         self._require_store()
         exported = self._memory_name(index)
@@ -348,6 +386,48 @@ class WasmtimeLive(Live):
         if outcome:
             self.settle(outcome)
         return int(base[0]), int(byte_size[0])
+
+    def _leased(self, place: int) -> LinearMemory:
+        try:
+            return self.memories[place]
+        except IndexError:  # it has ended
+            self.refuse()
+
+    def _copied(self, index: int, offset: int, length: int) -> int | None:
+        """The address of bytes of a memory in a slot; None for another one, which a call may move.
+
+        Looked up before the entry, which is one call into C: the base of a memory is the same for as long as
+        its cell is open, and its size is at least what it was.  If either has changed, the entry is refused.
+        """
+        place = self._compiled.places.get(index)
+        if place is None:
+            return None
+        self._require_store()
+        memory = self._leased(place)
+        require_within(index, offset, length, memory.byte_size)
+        return memory.base + offset
+
+    def read_memory(self, generation: int, index: int, offset: int, length: int) -> bytes:
+        address = self._copied(index, offset, length)
+        if address is None:
+            return super().read_memory(generation, index, offset, length)
+        if not self._address:
+            self._address = int(ffi.cast("uintptr_t", self.cell))
+        content = read(self._address, generation, address, length)
+        if not isinstance(content, bytes):
+            self._refuse(content)
+        return content
+
+    def write_memory(
+        self, generation: int, index: int, offset: int, data: Any, length: int
+    ) -> None:
+        address = self._copied(index, offset, length)
+        if address is None:
+            super().write_memory(generation, index, offset, data, length)
+            return
+        refused = _copy(self.cell, generation, address, data, length)
+        if refused:
+            self._refuse(refused)
 
     def _memory_name(self, index: int) -> str | None:
         names = self._compiled.plan.memories[index].exported_as
@@ -395,7 +475,7 @@ class WasmtimeLive(Live):
             given: wasmtime.Store = self._binding.store
             return given
         if not self.cell.context:
-            self._closed()
+            self.refuse()
         if self._borrowed is None or not self._borrowed.open:
             self._borrowed = BorrowedStore(
                 self._compiled.engine, self.cell.store, self.cell.context
@@ -417,11 +497,6 @@ class WasmtimeLive(Live):
     def _native_export(self, name: str) -> Any:
         return self.native.exports(self.store())[name]
 
-    def _closed(self) -> NoReturn:
-        raise UsedAfterClose(
-            f"the instance of {self._compiled.guest_name} was closed; instantiate the guest again"
-        )
-
     def output(self, stream: Literal["stdout", "stderr"]) -> bytes:
         return b"" if self.streams is None else self.streams.read(stream)
 
@@ -435,8 +510,8 @@ class WasmtimeLive(Live):
             inside += borrowed.running()
         return inside
 
-    def dispose(self) -> bool:
-        return self._host.finish(self, release=False)
+    def dispose(self, generation: int | None = None) -> bool | None:
+        return self._host.finish(self, release=False, generation=generation)
 
     def forget_views(self) -> None:
         """The store is going: what wasmtime-py has of it raises from now on."""

@@ -480,7 +480,9 @@ def test_instance_ended_during_a_call_ends_when_the_call_returns(host: WasmtimeH
     instance = hosts.calling(host, end).instantiate()
     live = instance._live()
     host._live.discard(live)
-    function = live.function("run")
+    host._live.add(live)
+    function = instance.function("run")
+    host._live.discard(live)
     assert (function(5), in_use(host)) == (5, 0)
     with pytest.raises(memslot.UsedAfterClose):
         function(5)

@@ -1,0 +1,227 @@
+"""Handles are good for one lease: each use of one is an entry, which is refused once the lease has ended."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import pytest
+
+import memslot_plugin as memslot
+from memslot_hooks import LinearMemory, hookimpl
+from memslot_plugin.tests import hosts
+from memslot_plugin.tests.hosts import HOSTS, RUNTIMES
+
+SECRET = b"a secret"
+
+
+@pytest.fixture
+def eager_switches() -> Iterator[None]:
+    """Threads take turns as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def handles(instance: memslot.Instance) -> dict[str, Callable[[], object]]:
+    """Uses of everything that an instance hands out, each through a handle made now."""
+    memory, get, put = instance.memory, instance.function("get"), instance.function("set")
+    return {
+        "call": lambda: instance.call("set", 64, 1),
+        "function that reads": lambda: get(64),
+        "function that writes": lambda: put(64, 1),
+        "read": lambda: memory.read(64, 1),
+        "write": lambda: memory.write(64, b"x"),
+        "size": lambda: memory.byte_size,
+        "grow": lambda: memory.grow(1),
+        "global": lambda: instance.global_value("count"),
+        "set global": lambda: instance.set_global("count", 9),
+        "stdout": lambda: instance.stdout,
+        "reset": instance.reset,
+        "snapshot": instance.snapshot,
+        "fork": instance.fork,
+        "native": lambda: instance.native,
+    }
+
+
+def refuses_all(uses: dict[str, Callable[[], object]]) -> None:
+    for name, use in uses.items():
+        with pytest.raises(memslot.UsedAfterClose, match="lease has ended"):
+            pytest.fail(f"{name} gave {use()!r}")
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_handles_of_a_lease_are_refused_once_it_has_ended(name: str) -> None:
+    with hosts.serving(name) as host:
+        guest = hosts.prepare(host)
+        with guest.lease() as first:
+            old = handles(first)
+        refuses_all(old)  # the instance waits
+        with guest.lease() as second:
+            refuses_all(old)  # the instance serves another lease
+            first.close()
+            assert second.memory.read(64, 8) == bytes(8)
+            second.call("set", 64, 7)
+            assert (second.call("get", 64), second.memory.byte_size) == (7, 2 * hosts.PAGE)
+        assert (host.statistics().instances, first.closed) == (1, True)
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_handles_of_a_closed_instance_are_refused(name: str) -> None:
+    with hosts.serving(name, slots=1) as host:
+        guest = hosts.prepare(host)
+        with guest.instantiate() as first:
+            old = handles(first)
+        with guest.instantiate() as second:
+            refuses_all(old)
+            assert second.memory.read(64, 8) == bytes(8)
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_handles_stay_good_over_a_reset_in_place(name: str) -> None:
+    with hosts.started(name) as instance:
+        get, put = instance.function("get"), instance.function("set")
+        put(64, 7)
+        instance.reset()
+        assert (get(64), instance.memory.read(8, 5)) == (0, b"hello")
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_argument_whose_index_calls_the_instance_stays_the_caller_s(name: str) -> None:
+    text = """(module (memory (export "memory") 1)
+      (func (export "add") (param i64 i64) (result i64) (i64.add (local.get 0) (local.get 1))))"""
+
+    class Calls(int):
+        def __index__(self) -> int:
+            instance.call("add", 100, 200)
+            return 5
+
+    with hosts.started(name, text) as instance:
+        with suppress(memslot.ArgumentError):  # wasmer takes integers alone
+            assert instance.call("add", 1, Calls(5)) == 6
+        assert instance.call("add", 1, 2) == 3
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_entry_during_a_reset_is_refused_on_the_same_thread_too(name: str) -> None:
+    refused: list[type[BaseException]] = []
+
+    class Enters:
+        @hookimpl(tryfirst=True)
+        def memslot_reset_memory(self, memory: LinearMemory) -> None:
+            for use in (lambda: put(64, 7), lambda: view.read(0, 1), lambda: view.write(64, b"x")):
+                with pytest.raises(memslot.InUse) as raised:
+                    use()
+                refused.append(raised.type)
+
+    with hosts.serving(name, plugins=(Enters(),)) as host:
+        guest = hosts.prepare(host)
+        with guest.lease() as instance:
+            put, view = instance.function("set"), instance.memory
+        assert refused == [memslot.InUse] * 3
+        with guest.lease() as instance:
+            assert instance.memory.read(64, 1) == b"\0"
+            put, view = instance.function("set"), instance.memory
+
+
+@pytest.mark.usefixtures("eager_switches")
+@pytest.mark.parametrize("allocation", ["pooling", "on-demand"])
+@pytest.mark.parametrize("name", [HOSTS[1]])
+def test_memory_of_an_ended_instance_is_never_the_next_tenant_s(name: str, allocation: str) -> None:
+    current: list[memslot.Instance] = []
+    stolen: list[bytes] = []
+    stop = threading.Event()
+
+    def use_old_handles() -> None:
+        while not stop.is_set():
+            for instance in current[-1:]:
+                with suppress(memslot.UsedAfterClose, memslot.InUse):
+                    stolen.extend({instance.memory.read(0, 8)} - {bytes(8)})
+                    instance.memory.write(16, b"not mine")
+
+    with hosts.serving(name, slots=1, allocation=allocation) as host:
+        guest = host.prepare('(module (memory (export "memory") 1))')
+        thread = threading.Thread(target=use_old_handles)
+        thread.start()
+        try:
+            for _ in range(300):
+                with guest.instantiate() as first:
+                    current[:] = [first]
+                with guest.instantiate() as second:
+                    second.memory.write(0, SECRET)
+                    assert second.memory.read(16, 8) == bytes(8)
+        finally:
+            stop.set()
+            thread.join()
+    assert stolen == []
+
+
+@pytest.mark.usefixtures("eager_switches")
+@pytest.mark.parametrize("name", [HOSTS[1]])
+def test_threads_on_one_instance_get_their_own_answers_or_in_use(name: str) -> None:
+    text = """(module (memory 1)
+      (func (export "same") (param i64) (result i64) (local.get 0))
+      (func (export "negative") (param i64) (result i64) (i64.sub (i64.const 0) (local.get 0))))"""
+    wrong: list[Any] = []
+
+    def call(function: str, sign: int) -> None:
+        for number in range(3000):
+            with suppress(memslot.InUse):
+                answer = instance.call(function, number)
+                if answer != sign * number:
+                    wrong.append((function, number, answer))
+
+    with hosts.started(name, text) as instance:
+        threads = [
+            threading.Thread(target=call, args=each) for each in (("same", 1), ("negative", -1))
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert wrong == []
+
+
+READS = """(module (import "a" "memory" (memory 1))
+  (func (export "peek") (param i32) (result i32) (i32.load8_u (local.get 0)))
+  (func (export "poke") (param i32 i32) (i32.store8 (local.get 0) (local.get 1))))"""
+
+
+@pytest.mark.parametrize("name", [HOSTS[2]])
+def test_slot_that_native_objects_reach_is_not_handed_on(name: str) -> None:
+    with hosts.serving(name) as host:
+        guest = hosts.prepare(host)
+        first = guest.instantiate()
+        linked = host.prepare(READS).instantiate(
+            imports={"a": {"memory": first.native.exports.memory}}
+        )
+        first.close()
+        with guest.instantiate() as second:
+            second.memory.write(100, SECRET)
+            assert bytes(linked.call("peek", 100 + each) for each in range(8)) == bytes(8)
+            linked.call("poke", 8, ord("X"))
+            assert second.memory.read(8, 5) == b"hello"
+        linked.close()
+
+
+@pytest.mark.parametrize("name", [HOSTS[2]])
+@pytest.mark.parametrize("end", ["lease", "reset"])
+def test_native_objects_kept_over_the_end_reach_nothing(name: str, end: str) -> None:
+    with hosts.serving(name) as host:
+        guest = hosts.prepare(host)
+        if end == "lease":
+            with guest.lease() as request:
+                kept = request.native
+            with guest.lease() as request:
+                memoryview(kept.exports.memory.buffer)[8:13] = b"KEPT!"
+                assert request.memory.read(8, 5) == b"hello"
+        else:
+            with guest.instantiate() as instance:
+                kept = instance.native
+                instance.reset()
+                memoryview(kept.exports.memory.buffer)[8:13] = b"KEPT!"
+                assert instance.memory.read(8, 5) == b"hello"
