@@ -56,8 +56,7 @@ def refuses_all(uses: dict[str, Callable[[], object]]) -> None:
 
 @pytest.mark.parametrize("name", HOSTS)
 def test_handles_of_a_lease_are_refused_once_it_has_ended(name: str) -> None:
-    with hosts.serving(name) as host:
-        guest = hosts.prepare(host)
+    with hosts.serving(name) as host, hosts.prepare(host) as guest:
         with guest.lease() as first:
             old = handles(first)
         refuses_all(old)  # the instance waits
@@ -118,8 +117,7 @@ def test_entry_during_a_reset_is_refused_on_the_same_thread_too(name: str) -> No
                     use()
                 refused.append(raised.type)
 
-    with hosts.serving(name, plugins=(Enters(),)) as host:
-        guest = hosts.prepare(host)
+    with hosts.serving(name, plugins=(Enters(),)) as host, hosts.prepare(host) as guest:
         with guest.lease() as instance:
             put, view = instance.function("set"), instance.memory
         assert refused == [memslot.InUse] * 3
@@ -211,8 +209,7 @@ def test_slot_that_native_objects_reach_is_not_handed_on(name: str) -> None:
 @pytest.mark.parametrize("name", [HOSTS[2]])
 @pytest.mark.parametrize("end", ["lease", "reset"])
 def test_native_objects_kept_over_the_end_reach_nothing(name: str, end: str) -> None:
-    with hosts.serving(name) as host:
-        guest = hosts.prepare(host)
+    with hosts.serving(name) as host, hosts.prepare(host) as guest:
         if end == "lease":
             with guest.lease() as request:
                 kept = request.native
