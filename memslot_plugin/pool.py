@@ -8,6 +8,11 @@ them, else the least recently used one; `next-available` gives the most recently
 `random` any.
 A pool knows no hosts: a runtime that insists on its own mappings passes a way to make them, and the
 pool keeps, counts and hands out those like its own.
+
+A garbage collection or a signal may come while a thread holds the pool's lock, and run a finalizer or
+a handler there.  So no release takes the lock: it resets the slot and puts the lease on a list, which
+the lock's next holder deals with.  What needs the lock looks whether its own thread has it already,
+and then does without (`statistics`, `purge`) or raises InUse.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ import time
 import weakref
 from collections.abc import Callable, Hashable, Iterable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from memslot_hooks.types import RETIRED, HostMapping, PoolStatistics, ResetResult
 from memslot_plugin._core import (
@@ -43,7 +48,7 @@ from memslot_plugin.errors import (
     UsedAfterClose,
 )
 from memslot_plugin.shelf import STRATEGIES, Shelf
-from memslot_plugin.slot import DIRTY, GROWTHS, Slot, State
+from memslot_plugin.slot import CLEAN, DIRTY, GROWTHS, Slot, State
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -64,21 +69,21 @@ _OWN = object()
 _RETIRED = ResetResult(None, 0, RETIRED)
 
 POLL_SECONDS = 0.05
-"""How often a waiting lease looks for slots that were abandoned without a lock (by the garbage
-collector).
-"""
+"""How often a waiting lease looks for slots that the garbage collector brought back, which wakes no waiter."""
 
 
 class Claim(weakref.ref[object]):
     """One lease of one slot, by somebody who holds it.
 
     When the holder goes without having given the slot back, the claim is put on the pool's list of
-    abandoned ones by C code alone: no Python runs there, which a lock could stop or a signal cut
-    short.
+    those that came back by C code alone: no Python runs there, which a lock could stop or a signal
+    cut short.
     """
 
-    __slots__ = ("slot", "thread")
+    __slots__ = ("complete", "slot", "thread")
 
+    complete: bool
+    """True once the lease was made whole: the slot is on no shelf, and its place is not an unused one."""
     slot: Slot | None
     thread: int
 
@@ -139,11 +144,13 @@ class Pool:
         # A slot is always in one of these, and while it goes from one to another in both: an exception
         # may come at any line, and whoever finds the slot then puts it where it belongs.
         self._leased: dict[Slot, Claim] = {}
-        self._returning: dict[Slot, Claim] = {}
+        self._returning: dict[Slot, object] = {}
+        """Leased slots that a release has begun with, each with an object of the one that came first."""
         self._shelves: dict[Hashable, Shelf] = {}
         self._lost: list[Slot] = []
         """Those that have to be destroyed, and could not be so far."""
-        self._abandoned: collections.deque[Claim] = collections.deque()
+        self._came_back: collections.deque[Claim | Image] = collections.deque()
+        """Leases that have ended, and images to be purged, for the lock's next holder."""
         self._reservation = ffi.new("uintptr_t *")
         self._reservation_length = 0
         self._unused_places: list[int] = []
@@ -158,7 +165,7 @@ class Pool:
         # Counters of their own: of each lease and reset, and a Counter costs twice as much to look into.
         self._hits = self._remaps = 0
         self._how: collections.defaultdict[str, int] = collections.defaultdict(int)
-        self._lock = threading.Lock()
+        self._make_lock()
         _POOLS.add(self)
 
     # -- leasing
@@ -180,31 +187,35 @@ class Pool:
 
         `timeout` (seconds, 0 for none) is how long to wait for one.  The slot also comes back when
         `holder` goes, if one is given and it was not released before.  Raises PoolExhausted,
-        PoolTimeout, MemoryTooLarge, SystemCallError, UsedAfterClose; whatever it raises, nothing
-        stays leased.
+        PoolTimeout, MemoryTooLarge, SystemCallError, UsedAfterClose, and InUse in a finalizer or a
+        signal handler that interrupts the pool; whatever it raises, nothing stays leased.
         """
+        if self._inside():
+            self._refuse_inside("lease")
         deadline = time.monotonic() + timeout if timeout > 0 else 0.0
         key: Hashable = _OWN if map_host_memory is None else shape
-        claim = Claim(self if holder is None else holder, self._abandoned.append)
-        claim.slot, claim.thread = None, threading.get_ident()
+        claim = Claim(self if holder is None else holder, self._came_back.append)
+        claim.complete, claim.slot, claim.thread = False, None, threading.get_ident()
         try:
             while True:
                 with self._lock:
                     if self._closed:
                         self._require_open()
-                    if self._abandoned:
-                        self._take_back_abandoned()
+                    if self._came_back:
+                        self._take_back()
                     slot = self._pick(claim, key, affinity, byte_size, map_host_memory)
                     if slot is not None:
                         break
                     turn = self._line_up(deadline, timeout)
                 try:
-                    turn.acquire(timeout=min(max(deadline - time.monotonic(), 0), POLL_SECONDS))
+                    if not self._came_back:  # what has come since may not have seen this turn
+                        turn.acquire(timeout=min(max(deadline - time.monotonic(), 0), POLL_SECONDS))
                 finally:
                     with suppress(ValueError):  # whoever released it took it out
                         self._waiting.remove(turn)
             remapped = slot.instantiate(image, byte_size, maximum=maximum)
             slot.affinity = affinity
+            claim.complete = True
             if remapped:
                 self._remaps += 1
             else:
@@ -232,22 +243,25 @@ class Pool:
         Each gets the image laid, and the pages that the guest usually writes made private ahead of
         their faults: those that a slot it used last has kept resident.  Slots in use are left
         alone, and fewer than `count` unused ones is no error; on demand there are none at all.
-        Raises SystemCallError.
+        Raises SystemCallError, and InUse as `lease` does.
         """
+        if self._inside():
+            self._refuse_inside("warm slots")
         if self.allocation != "pooling":
             return 0  # no slot outlives its memory
         key: Hashable = _OWN if map_host_memory is None else shape
         ready = 0
         with self._lock:
             self._require_open()
+            self._take_back()
             shelf = self._shelves.get(key)
             model = None if shelf is None else shelf.latest(affinity)
             usual = None if model is None else model.private_runs()
             try:
                 while ready < count:
-                    claim = Claim(self, self._abandoned.append)
-                    claim.slot, claim.thread = None, threading.get_ident()
-                    self._abandoned.append(claim)  # by us, who keep the lock until they are back
+                    claim = Claim(self, self._came_back.append)
+                    claim.complete, claim.slot, claim.thread = False, None, threading.get_ident()
+                    self._came_back.append(claim)  # dealt with below, under the same lock
                     slot = self._pick(claim, key, affinity, byte_size, map_host_memory)
                     if slot is None:
                         break
@@ -258,7 +272,7 @@ class Pool:
                     slot.state = State.CLEAN  # nobody has run in it
                     ready += 1
             finally:
-                self._take_back_abandoned()
+                self._take_back()
         return ready
 
     def reset(self, slot: Slot) -> ResetResult:
@@ -267,7 +281,7 @@ class Pool:
 
         Raises SystemCallError or SlotError; the slot is then unknown and `release` will retire it.
         """
-        if slot not in self._leased:
+        if slot not in self._leased or (self._returning and slot in self._returning):
             raise SlotError(
                 "this slot is not leased from this pool: it was released before, or belongs elsewhere"
             )
@@ -281,42 +295,30 @@ class Pool:
 
         Raises SlotError if it is not leased (released twice).  If the reset fails the slot is
         destroyed, never handed out again, and SystemCallError is raised.  A slot whose `reset` has
-        failed already is destroyed without a further word.
+        failed already is destroyed without a further word.  May be called anywhere, also in a
+        finalizer and in a signal handler.
         """
-        claim = None
-        result = _RETIRED
+        claim, first, result = self._leased.get(slot), object(), _RETIRED
+        # While there is a holder, the claim cannot come back by itself, and two would reset the slot.
+        holder = None if claim is None else claim()
+        if claim is None or holder is None or self._returning.setdefault(slot, first) is not first:
+            raise SlotError(
+                "this slot is not leased from this pool: it was released before, or belongs elsewhere"
+            )
         try:
-            with self._lock:
-                if self._abandoned:  # perhaps this one
-                    self._take_back_abandoned()
-                claim = self._leased.get(slot)
-                if claim is None:
-                    raise SlotError(
-                        "this slot is not leased from this pool: it was released before, or belongs elsewhere"
-                    )
-                self._returning[slot] = claim  # cannot be released again, but is not free either
-                del self._leased[slot]
-            keep = self._may_be_kept(slot) and not retire
-            if keep:
+            if retire or not self._may_be_kept(slot):
+                self._destroy(slot)
+            else:
                 result = self._reset_slot(slot)
-            with self._lock:
-                if keep:
-                    self._shelve(slot)
-                else:
-                    self._retire(slot)
-                del self._returning[slot]
-                if self._waiting:
-                    self._wake_one()
+                if slot.image is not None and slot.image.closed:
+                    self._purge_slot(slot)
         except BaseException:
-            with self._lock:
-                if claim is not None and (
-                    self._leased.get(slot) is claim or self._returning.get(slot) is claim
-                ):
-                    self._retire(slot)
-                    self._leased.pop(slot, None)
-                    self._returning.pop(slot, None)
-                    self._wake_one()
+            self._destroy(slot)
             raise
+        finally:
+            self._came_back.append(claim)
+            if self._waiting:
+                self._wake_one()
         return result
 
     def _may_be_kept(self, slot: Slot) -> bool:
@@ -340,40 +342,47 @@ class Pool:
         self._how[f"{strategy}: {reason}" if reason else strategy] += 1
         return result
 
-    def _take_back_abandoned(self) -> None:
-        """Under the lock: reset what finalizers gave back."""
-        while self._abandoned:
-            claim = self._abandoned[0]  # which stays there until it has been dealt with
-            slot = getattr(claim, "slot", None)  # it may have been cut short before it had one
-            if slot is not None and self._leased.get(slot) is claim:
-                try:
-                    if slot.state is State.DIRTY and self._may_be_kept(slot):
-                        self._reset_slot(slot)
-                except MemslotError as error:
-                    # Nobody is left who could be told but the log and the statistics.
-                    # As text: a handler that keeps records would keep the traceback, and with it the slot's memory.
-                    _log.error(
-                        "a slot that was dropped could not be reset and is destroyed: %s",
-                        str(error),
-                    )
-                self._put_away(claim)
-            self._abandoned.popleft()
+    def _take_back(self) -> None:
+        """Under the lock: deal with what came back without it."""
+        while self._came_back:
+            given = self._came_back[0]  # which stays there until it has been dealt with
+            if isinstance(given, Claim):
+                self._put_away(given)
+            else:
+                self._purge(given)
+            self._came_back.popleft()
 
     def _put_away(self, claim: Claim) -> None:
-        """Under the lock: end a lease in which nobody has run since the slot was clean, or else destroy the slot."""
-        slot = claim.slot
+        """Under the lock: end a lease; its slot becomes idle, or is destroyed."""
+        slot = getattr(claim, "slot", None)  # it may have been cut short before it had one
         if slot is None or self._leased.get(slot) is not claim:
             return
-        self._take_off(slot)
-        if slot.state is State.CLEAN and self.allocation == "pooling":
-            # An interrupt in _pick may have left a new slot's place among the unused ones: it would be given to two.
+        if not claim.complete:
+            # An interrupt in _pick may have left it on its shelf, or a new slot's place among the unused ones: it would
+            # be given to two.
+            self._take_off(slot)
             with suppress(ValueError):
                 self._unused_places.remove(slot.base)
+        if slot.state is DIRTY and self.allocation == "pooling":  # a finalizer brought it
+            self._reset_or_log(slot)
+        if slot.state is CLEAN and self.allocation == "pooling":
             self._shelve(slot)
         else:
             self._retire(slot)
+        self._returning.pop(slot, None)
         del self._leased[slot]
-        self._wake_one()
+        if self._waiting:
+            self._wake_one()
+
+    def _reset_or_log(self, slot: Slot) -> None:
+        """Reset a slot that was dropped: only the log and the statistics can be told of a failure."""
+        try:
+            self._reset_slot(slot)
+        except MemslotError as error:
+            # As text: a handler that keeps records would keep the traceback, and with it the slot's memory.
+            _log.error(
+                "a slot that was dropped could not be reset and is destroyed: %s", str(error)
+            )
 
     def _pick(
         self,
@@ -386,7 +395,7 @@ class Pool:
         """Under the lock: an idle slot, or a new one, leased from now on; None if every slot is in use."""
         if self._lost:
             self._retire_again()
-        in_use = len(self._leased) + len(self._returning)
+        in_use = len(self._leased)
         if in_use >= (self.limit - self._lost_places() if self._lost else self.limit):
             return None
         shelf = self._shelves.get(key)
@@ -476,25 +485,24 @@ class Pool:
         """Under the lock: a clean slot becomes idle; the image of a closed guest is not kept in
         it.
         """
-        if slot.image is not None and slot.image.closed:
+        outdated = slot.image is not None and slot.image.closed
+        if outdated:
             self._purge_slot(slot)
-            if slot.state is not State.CLEAN:
+            if slot.state is not CLEAN:
+                self._retire(slot)
                 return
         key: Hashable = _OWN if slot.mapping is None else slot.mapping.shape
         shelf = self._shelves.get(key)
         if shelf is None:
             shelf = self._shelves[key] = Shelf(self._strategy, self._max_unused_warm)
-        shelf.put(slot)
+        shelf.put(slot, next_to_go=outdated)
 
     def _purge_slot(self, slot: Slot) -> None:
-        """Under the lock: take the image out of a slot that is on no shelf; retires the slot if
-        that fails.
-        """
+        """Take the image out of a slot that is on no shelf; the slot is unknown if that fails."""
         try:
             slot.purge()
         except MemslotError:
             self._counts["failed_resets"] += 1
-            self._retire(slot)
         else:
             slot.affinity = None
             self._counts["purged"] += 1
@@ -508,11 +516,15 @@ class Pool:
             self._counts["destroyed"] += 1
         self._take_off(slot)
         self._adopted.discard(slot)
+        self._destroy(slot)
+        self._account_for(slot)
+
+    def _destroy(self, slot: Slot) -> None:
+        """Destroy a slot that is on no shelf, or log why that is impossible for now."""
         try:
             slot.destroy()
         except MemslotError as error:
             _log.error("a slot could not be destroyed, which is tried again later: %s", str(error))
-        self._account_for(slot)
 
     def _retire_again(self) -> None:
         """Under the lock: try once more to destroy what could not be destroyed."""
@@ -545,7 +557,7 @@ class Pool:
         return [slot for shelf in self._shelves.values() for slot in shelf.listed()]
 
     def _in_use(self) -> int:
-        return len(self._leased) + len(self._returning)
+        return len(self._leased)
 
     def _lost_places(self) -> int:
         return sum(1 for slot in self._lost if self._in_reservation(slot))
@@ -593,27 +605,39 @@ class Pool:
 
         Slots that are still leased give it up when they come back, if the image is closed by then.
         """
-        purged = 0
+        if self._inside():
+            self._came_back.append(image)
+            return 0
         with self._lock:
-            for shelf in self._shelves.values():
-                for slot in shelf.listed():
-                    if slot.image is image:
-                        try:
-                            shelf.discard(slot)
-                            self._purge_slot(slot)
-                            if slot.state is State.CLEAN:
-                                shelf.put(slot, next_to_go=True)
-                        except BaseException:
-                            self._retire(slot)
-                            raise
-                        purged += 1
-        return purged
+            before = self._counts["purged"]
+            self._take_back()
+            self._purge(image)
+            return self._counts["purged"] - before
+
+    def _purge(self, image: Image) -> None:
+        """Under the lock: take `image` out of every idle slot."""
+        for shelf in self._shelves.values():
+            for slot in shelf.listed():
+                if slot.image is image:
+                    try:
+                        shelf.discard(slot)
+                        self._purge_slot(slot)
+                    except BaseException:
+                        self._retire(slot)
+                        raise
+                    if slot.state is CLEAN:
+                        shelf.put(slot, next_to_go=True)
+                    else:
+                        self._retire(slot)
 
     def statistics(self) -> PoolStatistics:
-        """The pool's counters, read at once."""
+        """The pool's counters, read at once; in a finalizer or a signal handler that interrupts the
+        pool, as they are in the middle of that.
+        """
+        outside = not self._inside()
         with self._lock:
-            if self._abandoned and not self._closed:
-                self._take_back_abandoned()
+            if self._came_back and outside and not self._closed:
+                self._take_back()
             idle = self._idle()
             count, hits, remaps = self._counts, self._hits, self._remaps
             return PoolStatistics(
@@ -639,7 +663,10 @@ class Pool:
         """Check every slot's invariant, and that no slot and no place is lost or held twice; raises
         InvariantBroken.  Nobody else may use a leased slot meanwhile: it might grow while it is looked at.
         """
+        if self._inside():
+            self._refuse_inside("check the pool")
         with self._lock:
+            self._take_back()
             idle = self._idle()
             for slot in (*idle, *self._leased):
                 slot.check()
@@ -647,7 +674,7 @@ class Pool:
                 if slot.state is not State.CLEAN:
                     raise InvariantBroken(f"an idle slot is {slot.state.value}")
             if self._laid_out and not self._closed:
-                held = (*idle, *self._leased, *self._returning, *self._lost)
+                held = (*idle, *self._leased, *self._lost)
                 places = self._unused_places + self._bases(held)
                 if len(set(places)) != len(places) or len(places) != self.limit:
                     raise InvariantBroken(
@@ -660,10 +687,12 @@ class Pool:
         Raises InUse while slots are leased, and SystemCallError after giving back everything else;
         closing again then tries again.
         """
+        if self._inside():
+            self._refuse_inside("close the pool")
         with self._lock:
             if not self._closed:
-                self._abandoned.extend(self._orphans)
-                self._take_back_abandoned()
+                self._came_back.extend(self._orphans)
+                self._take_back()
                 if self._in_use():
                     raise InUse(
                         f"the pool has {self._in_use()} leased slots; release them before closing it"
@@ -698,6 +727,18 @@ class Pool:
         """The places in the reservation that these have."""
         return [slot.base for slot in slots if self._in_reservation(slot)]
 
+    def _make_lock(self) -> None:
+        lock: Any = threading.RLock()
+        self._lock = lock
+        self._inside: Callable[[], bool] = lock._is_owned  # noqa: SLF001  # as threading.Condition uses it
+        """True on a thread that has the lock: a finalizer or a signal handler asks."""
+
+    def _refuse_inside(self, what: str) -> NoReturn:
+        raise InUse(
+            f"cannot {what} here: this finalizer or signal handler came while its own thread was changing the pool;"
+            " do it after the finalizer or handler has returned"
+        )
+
     def _require_open(self) -> None:
         if self._closed:
             raise UsedAfterClose("the pool was closed; make a new one")
@@ -712,7 +753,7 @@ class Pool:
         """In a child: locks may be held by threads that do not exist here; what is leased goes on
         as a private copy.
         """
-        self._lock = threading.Lock()
+        self._make_lock()
         self._waiting.clear()
         self._finish_for_others()
         for shelf in self._shelves.values():
@@ -735,12 +776,14 @@ class Pool:
         """Whoever was in the middle of something does not exist here: each slot is where it belongs again."""
         for shelf in self._shelves.values():
             shelf.tidy()
-        for slot in (*self._leased, *self._returning):
+        for slot in self._leased:
             self._take_off(slot)
+        ended = {id(given) for given in self._came_back}
         for slot in list(self._returning):
-            self._leased.pop(slot, None)
-            self._retire(slot)
-        self._returning.clear()
+            if id(self._leased.get(slot)) not in ended:
+                self._leased.pop(slot, None)
+                self._retire(slot)
+                del self._returning[slot]
         self._retire_again()
         if self._laid_out:
             idle = self._idle()

@@ -14,11 +14,10 @@ import itertools
 import logging
 import os
 import platform
-import threading
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 from memslot_hooks.types import LinearMemory, MemoryRequest
 from memslot_plugin._core import ffi, lib
@@ -87,6 +86,7 @@ class WasmtimeHost(Host):
     """
 
     name = "wasmtime"
+    _native_engine: wasmtime.Engine | None = None
 
     def __init__(
         self,
@@ -99,11 +99,9 @@ class WasmtimeHost(Host):
         self._configure = configure
         self._configure_store = configure_store
         self._engine: wasmtime.Engine | None = None
-        self._native_engine: wasmtime.Engine | None = None
         self._creator: Any = None
         self._identity = next(_identities)
         self._process = os.getpid()
-        self._engine_lock = threading.Lock()
         self._groups: dict[int, tuple[LinearMemory, ...]] = {}
         """The leased memories of each instance, by token: for growth."""
         self._retained: dict[int, tuple[LinearMemory, ...]] = {}
@@ -129,9 +127,9 @@ class WasmtimeHost(Host):
     def native_engine(self) -> wasmtime.Engine:
         """The engine of guests that run natively: wasmtime's defaults, changed by `configure` alone."""
         if self._native_engine is None:
-            with self._engine_lock:
-                if self._native_engine is None:
-                    self._native_engine = wasmtime.Engine(self._native_config())
+            # Without a lock: a finalizer that runs in `configure` may come here too.  The first engine stays.
+            made = wasmtime.Engine(self._native_config())
+            return cast("wasmtime.Engine", self.__dict__.setdefault("_native_engine", made))
         return self._native_engine
 
     def increment_epoch(self) -> None:
@@ -206,7 +204,8 @@ class WasmtimeHost(Host):
         )
 
     def _close_runtime(self) -> None:
-        self._engine = self._native_engine = None
+        self._engine = None
+        self.__dict__.pop("_native_engine", None)
         self._creator = None  # the engine may need it for longer than we do
         HOSTS.pop(self._identity, None)
         drop_functions()
@@ -363,7 +362,6 @@ class WasmtimeHost(Host):
         """In a child of a fork: what threads that are not here were in the middle of never ends, and nobody waits for
         it.  The pool takes its slots back when it closes.
         """
-        self._engine_lock = threading.Lock()
         for token, live in list(self._began.items()):
             live.cell.pins = 0
             ending = token in self._retained and not live.cell.lingering

@@ -13,7 +13,7 @@ import pytest
 from memslot_plugin import BytesImage, Image, MemfdImage, Pool, Slot, State, _core
 from memslot_plugin._core import PAGE_SIZE as P
 from memslot_plugin._core import ffi, lib
-from memslot_plugin.errors import MemslotError, PoolExhausted, SystemCallError
+from memslot_plugin.errors import MemslotError, PoolExhausted, SlotError, SystemCallError
 from memslot_plugin.probe import prices, probe
 from memslot_plugin.reset import choose
 from memslot_plugin.tests import faults
@@ -92,7 +92,8 @@ class Life:
         elif retire or not known:
             assert result is not None
             assert result.strategy == "retired"
-        assert slot not in self.pool._leased
+        with pytest.raises(SlotError):
+            self.pool.release(slot)
 
     def run(self) -> None:
         one = self.build("one", (0, b"1" * 2 * P), (40, b"1"))

@@ -163,11 +163,36 @@ def test_slot_given_back_is_not_taken_from_its_next_owner(pool: Pool, released: 
 
 def test_claim_that_was_cut_short_before_it_had_a_slot_is_dropped(pool: Pool) -> None:
     holder = Holder()
-    claim = Claim(holder, pool._abandoned.append)
+    claim = Claim(holder, pool._came_back.append)
     del holder
-    assert list(pool._abandoned) == [claim]
+    assert list(pool._came_back) == [claim]
     cycle(pool, "a")
-    assert not pool._abandoned
+    assert not pool._came_back
+
+
+def test_pool_that_a_finalizer_interrupts_takes_a_slot_back_and_refuses_what_would_wait(
+    make_pool: Make, image: Image
+) -> None:
+    pool = make_pool(2)
+    slot = pool.lease(image, image.byte_size, affinity="a")
+    cycle(pool, "b", image)
+    refused = (
+        lambda: lease(pool),
+        lambda: pool.warm(image, image.byte_size, affinity="a", count=1),
+        pool.check,
+        pool.close,
+    )
+    with pool._lock:  # as a collection of garbage or a signal finds it
+        fill(slot)
+        pool.release(slot)
+        assert pool.purge(image) == 0
+        assert pool.statistics().in_use == 1
+        for call in refused:
+            with pytest.raises(memslot.InUse, match="while its own thread was changing the pool"):
+                call()
+    now = pool.statistics()
+    assert (now.in_use, now.idle, now.purged, now.warm) == (0, 2, 2, 0)
+    pool.check()
 
 
 def test_slot_is_released_once_and_to_its_own_pool(make_pool: Make) -> None:
@@ -240,6 +265,7 @@ def test_check_finds_places_with_two_owners_or_none_and_unknown_slots(make_pool:
     pool._unused_places.append(slot.base + RESERVED + P)
     pool.check()
     pool.release(slot)
+    pool.check()
     slot.state = State.UNKNOWN
     with pytest.raises(memslot.InvariantBroken, match="an idle slot is unknown"):
         pool.check()
