@@ -358,7 +358,17 @@ def reason_against_snapshots(
                 f"Table {table.index} is exported as {name}, and who was given the runtime's own"
                 " objects may have changed it; take the snapshot before."
             )
-    return next(_copies(module), None)
+    for kind, imported in (
+        *(("memory", each.imported) for each in module.memories),
+        *(("table", each.imported) for each in module.tables),
+        *(("mutable global", each.imported) for each in module.globals if each.type.mutable),
+    ):
+        if imported is not None:
+            return (
+                f"The {kind} that is imported as {imported} is not the guest's own, and no snapshot holds"
+                " what is in it; let the module define it, or use the guest without a snapshot."
+            )
+    return None
 
 
 def _exported_as(module: wasm.Module) -> _Names:

@@ -477,7 +477,10 @@ def test_state_that_a_reset_in_place_could_miss_is_a_reason(text: str, reason: s
         assert captured is None
     else:
         assert captured is not None
-        assert captured.split(", at byte")[0] == said.split(", at byte")[0]
+        if "imported as" in said:
+            assert "is not the guest's own, and no snapshot holds what is in it" in captured
+        else:
+            assert captured.split(", at byte")[0] == said.split(", at byte")[0]
         assert captured.endswith(".")
 
 
