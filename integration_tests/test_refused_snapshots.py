@@ -94,7 +94,11 @@ def test_snapshot_fork_and_init_of_a_module_with_state_that_it_imports_are_refus
     }
     with started(real_cell, giving) as (guest, giver):
         native, options = giver.native, {}
-        given = dict(iter(native.exports)) if real_cell.host == "wasmer" else native.exports(native.store)
+        given = (
+            dict(iter(native.exports))
+            if real_cell.host == "wasmer"
+            else native.exports(native.store)
+        )
         if real_cell.host == "wasmtime":
             options = {"store": native.store}
         for name, text in texts.items():

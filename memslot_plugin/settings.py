@@ -7,14 +7,16 @@ defaults.
 
 Sizes are bytes, as a number or as text with a unit: "64KiB", "64 MiB", "1GiB" (powers of 1024) or
 "64kB", "64MB" (powers of 1000).  Every wrong value raises SettingError with one sentence that names
-the setting, the value and what is allowed.
+the setting, the value and what is allowed, and so does a variable of that prefix that is no setting.
 """
 
 from __future__ import annotations
 
+import difflib
+import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -51,6 +53,9 @@ _UNITS = {
     "gib": GIB,
     "tib": 1024 * GIB,
 }
+_NOT_OURS = ("profile", "wheel", "gate", "service_", "port")
+"""Variables that begin so are for the tests of memslot, or Kubernetes sets them for a service of that name."""
+
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", re.ASCII)
 
 
@@ -199,6 +204,7 @@ class Settings(BaseSettings):
     )
 
     def __init__(self, **values: Any) -> None:
+        _require_known(os.environ)
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -229,6 +235,18 @@ class Settings(BaseSettings):
     def replace(self, **values: Any) -> Settings:
         """These settings with `values` changed, validated again."""
         return type(self)(**{**self.model_dump(), **values})
+
+
+def _require_known(environment: Iterable[str]) -> None:
+    """Raise SettingError for a variable of ours that sets nothing."""
+    for variable in environment:
+        prefix, name = variable[:8].upper(), variable[8:].lower()
+        if prefix != "MEMSLOT_" or name in Settings.model_fields or name.startswith(_NOT_OURS):
+            continue
+        (nearest,) = difflib.get_close_matches(name, Settings.model_fields, n=1, cutoff=0)
+        raise SettingError(
+            f"the environment variable {variable} is no setting; the nearest is MEMSLOT_{nearest.upper()}"
+        )
 
 
 def _read_table(path: Path) -> Mapping[str, Any]:

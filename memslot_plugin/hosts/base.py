@@ -226,7 +226,9 @@ class Host(abc.ABC):
         if self._relics:
             self._end_dropped()
         data, label = self._read(source)
-        guest = Guest.of_module(self, name or label, data, Binding(imports or {}, wasi))
+        guest = Guest.of_module(
+            self, name or label, data, Binding({} if imports is None else imports, wasi)
+        )
         guest.reseed = reseed
         if init is None:
             return self._prepared(guest)
@@ -275,7 +277,7 @@ class Host(abc.ABC):
             saved.load(
                 self,
                 path,
-                binding=Binding(imports or {}, wasi),
+                binding=Binding({} if imports is None else imports, wasi),
                 name=name,
                 reseed=reseed,
                 share_file=share_file,
@@ -301,7 +303,7 @@ class Host(abc.ABC):
         module again: say yes where you know who shared it.  Everything else is as in `load`.
         """
         self._require_usable()
-        binding = Binding(imports or {}, wasi)
+        binding = Binding({} if imports is None else imports, wasi)
         return self._prepared(
             saved.attach(
                 self, shared, binding=binding, name=name, reseed=reseed, trust_code=trust_code

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -176,7 +177,10 @@ class Compiled:
         """wasmer's objects for everything that the embedder has to give."""  # noqa: D403 - a name
         namespaces: Namespaces = {}
         for module, name, type_ in self._imports:
-            kind, given = kind_of(type_), binding.imports.get(module, {}).get(name)
+            kind, given = kind_of(type_), None
+            if module not in self.wasi or module in binding.imports:
+                with suppress(KeyError):  # a mapping may make what it is asked for
+                    given = binding.imports[module][name]
             if given is None:
                 if module in self.wasi and binding.wasi is not None:
                     continue

@@ -6,6 +6,7 @@ import functools
 import gc
 import threading
 import weakref
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,20 @@ def test_imports_of_an_instance_replace_those_of_its_guest(host: Host) -> None:
         assert (first.call("run", 41), second.call("run", 21)) == (42, 42)
         second.reset()
         assert (first.call("twice", 1), second.call("twice", 1)) == (4, 4)
+
+
+def test_imports_may_be_made_when_they_are_asked_for(host: Host, tmp_path: Path) -> None:
+    asked: Any = defaultdict(lambda: defaultdict(lambda: lambda value: value + 1))
+    with host.prepare(CALLS_OUT, imports=asked) as guest, guest.instantiate() as instance:
+        assert instance.call("run", 6) == 7
+        guest.save(tmp_path / "guest")
+        with guest.share() as shared:
+            for again in (
+                host.load(tmp_path / "guest", imports=defaultdict(asked.default_factory)),
+                host.attach(shared, imports=defaultdict(asked.default_factory)),
+            ):
+                with again, again.instantiate() as other:
+                    assert other.call("run", 6) == 7
 
 
 def test_import_may_call_back_and_into_new_instances(host: Host) -> None:

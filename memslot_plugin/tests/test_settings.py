@@ -82,6 +82,31 @@ def test_every_setting_can_come_from_the_environment(monkeypatch: pytest.MonkeyP
     assert (found.plugins, found.blocked, found.memory_limit) == (("a",), ("a",), MIB)
 
 
+@pytest.mark.parametrize(
+    ("variable", "nearest"),
+    [
+        ("MEMSLOT_SLOT", "MEMSLOT_SLOTS"),
+        ("memslot_image_limits", "MEMSLOT_IMAGE_LIMIT"),
+        ("MEMSLOT_PLUGIN", "MEMSLOT_PLUGINS"),
+        ("MEMSLOT_", "MEMSLOT_"),
+    ],
+)
+def test_variable_that_is_no_setting_is_refused_with_the_nearest(
+    monkeypatch: pytest.MonkeyPatch, variable: str, nearest: str
+) -> None:
+    found = Settings()
+    monkeypatch.setenv(variable, "1")
+    said = f"environment variable {variable} is no setting; the nearest is {nearest}"
+    for make in (Settings, lambda: Settings(slots=2), lambda: found.replace(slots=2)):
+        with pytest.raises(SettingError, match=said):
+            make()
+    monkeypatch.delenv(variable)
+    # For a service called memslot, and for our own tests.
+    for other in ("MEMSLOT_SERVICE_HOST", "MEMSLOT_PORT_80_TCP_ADDR", "MEMSLOT_PROFILE", "MEMSLO"):
+        monkeypatch.setenv(other, "1")
+    assert Settings() == found
+
+
 def test_settings_are_frozen_and_replaced() -> None:
     found = Settings(slots=3, memory_limit="2MiB")
     with pytest.raises(ValueError, match="frozen"):
