@@ -464,6 +464,18 @@ enum ms_wt_refused { MS_WT_ARGUMENTS = 1, MS_WT_ENVIRONMENT, MS_WT_SET, MS_WT_FO
  * 0 or what was refused; with MS_WT_SET, the cell's `error` is the caller's to delete. */
 size_t ms_wt_wasi_give(ms_wt_cell *cell, const ms_wt_wasi *wasi, ms_wt_output *out, ms_wt_output *err);
 
+/* -- WASI calls that could wait past a deadline -- */
+
+/* The shim, which hosts/wasmtime_wasi.py has the text of, and a linker with WASI alone.  Both outlive every use. */
+typedef struct {
+    uintptr_t module;
+    uintptr_t linker;
+} ms_wt_shim;
+
+/* Defines poll_oneoff (`opens` 0) or path_open (1) of WASI in a linker that may shadow them, as ms_wt_define does.  `foreign` says
+ * that the linker serves one instance, in a store that ms_wt_open did not make. */
+uintptr_t ms_wt_define_wait(uintptr_t linker, uintptr_t type, uint64_t identity, const ms_wt_shim *shim, int opens, int foreign);
+
 
 /* ---- measuring: what memslot_plugin/bench compares with (bench_floor.c) ---- */
 

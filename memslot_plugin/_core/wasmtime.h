@@ -31,6 +31,7 @@ typedef struct wt_error wt_error;
 typedef struct wt_trap wt_trap;
 typedef struct wt_sharedmemory wt_sharedmemory;
 typedef struct wt_wasi_config wt_wasi_config;
+typedef struct wt_module wt_module;
 
 /* ---- layouts (wasmtime 50: wasmtime/extern.h, val.h, config.h) ---- */
 
@@ -38,6 +39,11 @@ typedef struct {
     uint64_t store_id;
     size_t index;
 } wt_instance;
+
+typedef struct {
+    size_t size;
+    char *bytes;
+} wt_bytes;
 
 typedef struct {
     uint64_t store_id;
@@ -141,6 +147,18 @@ typedef struct {
     X(wasi_stderr, "wasi_config_inherit_stderr", void, (wt_wasi_config *))                                            \
     X(wasi_folder, "wasi_config_preopen_dir", _Bool, (wt_wasi_config *, const char *, const char *, _Bool))           \
     X(error_new, "wasmtime_error_new", wt_error *, (const char *))                                                    \
+    X(error_message, "wasmtime_error_message", void, (const wt_error *, wt_bytes *))                                  \
+    X(error_delete, "wasmtime_error_delete", void, (wt_error *))                                                      \
+    X(bytes_delete, "wasm_byte_vec_delete", void, (wt_bytes *))                                                       \
+    X(caller_context, "wasmtime_caller_context", wt_context *, (wt_caller *))                                         \
+    X(caller_export, "wasmtime_caller_export_get", _Bool, (wt_caller *, const char *, size_t, wt_extern *))           \
+    X(context_data, "wasmtime_context_get_data", void *, (const wt_context *))                                        \
+    X(fuel_get, "wasmtime_context_get_fuel", wt_error *, (const wt_context *, uint64_t *))                            \
+    X(fuel_set, "wasmtime_context_set_fuel", wt_error *, (wt_context *, uint64_t))                                    \
+    X(linker_get, "wasmtime_linker_get", _Bool,                                                                       \
+      (const wt_linker *, wt_context *, const char *, size_t, const char *, size_t, wt_extern *))                     \
+    X(instance_new, "wasmtime_instance_new", wt_error *,                                                              \
+      (wt_context *, const wt_module *, const wt_extern *, size_t, wt_instance *, wt_trap **))                        \
     X(trap_new, "wasmtime_trap_new", wt_trap *, (const char *, size_t))                                               \
     X(creator_set, "wasmtime_config_host_memory_creator_set", void, (wt_config *, wt_memory_creator *))               \
     X(define_func, "wasmtime_linker_define_func_unchecked", wt_error *,                                               \

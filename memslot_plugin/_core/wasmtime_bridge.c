@@ -444,9 +444,16 @@ uintptr_t ms_wt_leave(ms_wt_cell *cell, int64_t *saved)
 
 /* ---- an instance's life ---- */
 
+/* The shim's instance in a store, made by the first call that needs it; it holds no state of a guest's. */
+struct shimmed {
+    wt_instance instance; /* of store 0 before it is made */
+    wt_memory memory;     /* the guest's, which it imports; zeros for a shared one */
+    const uint8_t *shared;
+};
+
 void ms_wt_open(ms_wt_cell *cell, uintptr_t engine)
 {
-    wt_store *store = api.store_new((wt_engine *)engine, NULL, NULL);
+    wt_store *store = api.store_new((wt_engine *)engine, calloc(1, sizeof(struct shimmed)), free);
     cell->store = (uintptr_t)store;
     cell->context = (uintptr_t)api.store_context(store);
 }
@@ -764,6 +771,304 @@ uintptr_t ms_wt_define(uintptr_t linker, const char *module, size_t module_lengt
 size_t ms_wt_drain_functions(uint64_t *identities, size_t capacity)
 {
     return drain(&dropped_functions, identities, capacity);
+}
+
+/* ---- WASI calls that could wait past a deadline ----
+ *
+ * wasmtime looks at epochs in code alone.  So poll_oneoff sleeps here, a slice at a time, and enters code after each: the shim's
+ * `tick`, which traps once the deadline has passed.  path_open opens what is a file or a folder: opening a FIFO waits, and so does
+ * reading it.  wasmtime's own functions look for the memory among their caller's exports; the shim is that caller.
+ */
+
+enum { WAIT_SLICE = 5000000 /* ns */, WASI_PAGE = 65536, SUBSCRIPTION = 48, EVENT = 32, FILESTAT = 64, LONGEST_PATH = 4096 };
+enum { WASI_NAMETOOLONG = 37, WASI_NOTSUP = 58 };
+enum { WASI_DIRECTORY = 3, WASI_REGULAR_FILE = 4, WASI_SYMBOLIC_LINK = 7 };
+
+static const char wasi_module[] = "wasi_snapshot_preview1";
+
+struct wait {
+    struct node node; /* first: it is freed as one */
+    const ms_wt_shim *shim;
+    int foreign;
+    struct shimmed own; /* where the store is foreign */
+};
+
+/* A call that is under way: its store, the guest's memory, and the shim's instance. */
+struct visit {
+    wt_context *context;
+    struct shimmed *shimmed;
+    uint8_t *memory;
+    uint64_t size;
+};
+
+static wt_trap *trap_of(const char *message) { return api.trap_new(message, strlen(message)); }
+
+static wt_trap *trap_of_error(wt_error *error)
+{
+    wt_bytes message;
+    api.error_message(error, &message);
+    wt_trap *trap = api.trap_new(message.bytes, message.size);
+    api.bytes_delete(&message);
+    api.error_delete(error);
+    return trap;
+}
+
+static wt_trap *make_shim(const struct wait *wait, wt_context *context, struct shimmed *shimmed, const wt_extern *memory)
+{
+    static const char *const names[] = {"poll_oneoff", "path_open", "path_filestat_get", "clock_time_get"};
+    enum { COUNT = sizeof names / sizeof *names };
+    wt_extern imports[COUNT + 1];
+    for (size_t i = 0; i < COUNT; i++)
+        if (!api.linker_get((const wt_linker *)wait->shim->linker, context, wasi_module, sizeof wasi_module - 1, names[i],
+                            strlen(names[i]), &imports[i]))
+            return trap_of("memslot: wasmtime has no WASI");
+    imports[COUNT] = *memory;
+    wt_trap *trap = NULL;
+    const wt_module *module = (const wt_module *)wait->shim->module;
+    wt_error *error = api.instance_new(context, module, imports, COUNT + 1, &shimmed->instance, &trap);
+    if (error || trap)
+        shimmed->instance.store_id = 0;
+    return error ? trap_of_error(error) : trap;
+}
+
+/* Fills in a visit; NULL, or why there is none. */
+static wt_trap *visit_begin(struct visit *visit, struct wait *wait, wt_caller *caller)
+{
+    wt_extern memory;
+    wt_trap *trap = NULL;
+    wt_context *context = api.caller_context(caller);
+    struct shimmed *shimmed = wait->foreign ? &wait->own : api.context_data(context);
+    if (!shimmed)
+        return trap_of("memslot: out of memory");
+    if (!api.caller_export(caller, "memory", 6, &memory))
+        return trap_of("missing required memory export");
+    if (memory.kind != WT_EXTERN_MEMORY && memory.kind != WT_EXTERN_SHAREDMEMORY) {
+        api.extern_delete(&memory);
+        return trap_of("missing required memory export");
+    }
+    wt_memory plain;
+    memset(&plain, 0, sizeof plain);
+    *visit = (struct visit){.context = context, .shimmed = shimmed};
+    if (memory.kind == WT_EXTERN_SHAREDMEMORY) {
+        visit->memory = api.shared_data(memory.of.sharedmemory);
+        visit->size = api.shared_size(memory.of.sharedmemory);
+    } else {
+        plain = memory.of.memory;
+        visit->memory = api.memory_data(context, &plain);
+        visit->size = api.memory_size(context, &plain);
+    }
+    const uint8_t *shared = memory.kind == WT_EXTERN_SHAREDMEMORY ? visit->memory : NULL;
+    int known = shimmed->shared == shared && shimmed->memory.first.store_id == plain.first.store_id &&
+                shimmed->memory.first.a == plain.first.a && shimmed->memory.b == plain.b;
+    if (!shimmed->instance.store_id || !known) {
+        trap = make_shim(wait, context, shimmed, &memory);
+        shimmed->memory = plain;
+        shimmed->shared = shared;
+    }
+    api.extern_delete(&memory); /* the shim's instance holds it */
+    return trap;
+}
+
+/* Calls a function of the shim, which forwards to WASI's of that name; NULL, or what the guest traps with. */
+static wt_trap *forward(const struct visit *visit, const char *name, wt_raw *values, size_t count)
+{
+    wt_extern found;
+    wt_trap *trap = NULL;
+    if (!api.export_get(visit->context, &visit->shimmed->instance, name, strlen(name), &found))
+        return trap_of("memslot: the shim is not as it was built");
+    wt_error *error = api.call(visit->context, &found.of.func, values, count, &trap);
+    return error ? trap_of_error(error) : trap;
+}
+
+/* Traps if the deadline has passed.  Waiting costs no fuel. */
+static wt_trap *tick(const struct visit *visit)
+{
+    uint64_t fuel;
+    wt_raw none = {0};
+    wt_error *unfuelled = api.fuel_get(visit->context, &fuel);
+    wt_trap *trap = forward(visit, "tick", &none, 1);
+    if (!unfuelled)
+        unfuelled = api.fuel_set(visit->context, fuel);
+    if (unfuelled)
+        api.error_delete(unfuelled);
+    return trap;
+}
+
+static uint64_t word(const uint8_t *bytes)
+{
+    uint64_t value;
+    memcpy(&value, bytes, sizeof value);
+    return value;
+}
+
+static int is_inside(const struct visit *visit, uint64_t address, uint64_t length, uint64_t alignment)
+{
+    return address % alignment == 0 && address + length <= visit->size;
+}
+
+static uint64_t monotonic(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
+}
+
+static wt_trap *sleep_until(const struct visit *visit, uint64_t until)
+{
+    wt_trap *trap = NULL;
+    for (uint64_t now = monotonic(); now < until && !trap; now = monotonic()) {
+        uint64_t slice = until - now < WAIT_SLICE ? until - now : WAIT_SLICE;
+        nanosleep(&(struct timespec){0, (long)slice}, NULL);
+        trap = tick(visit);
+    }
+    return trap;
+}
+
+/* The moments at which a wait began: ours, and those of WASI's clocks that were asked for. */
+struct moments {
+    uint64_t ours;
+    int known[2];
+    uint64_t of_clock[2]; /* real time, monotonic */
+};
+
+/* Copies the i-th subscription, which another thread may change if the memory is shared. */
+static void read_subscription(const struct visit *visit, uint64_t in, uint32_t i, uint8_t *subscription)
+{
+    memcpy(subscription, visit->memory + in + (uint64_t)i * SUBSCRIPTION, SUBSCRIPTION);
+}
+
+/* True if WASI takes the subscription for one to a clock's time. */
+static int is_to_clock(const uint8_t *subscription)
+{
+    uint32_t clock;
+    uint16_t flags;
+    memcpy(&clock, subscription + 16, sizeof clock);
+    memcpy(&flags, subscription + 40, sizeof flags);
+    return subscription[8] == 0 && clock < 2 && flags < 2;
+}
+
+static uint64_t due_at(const uint8_t *subscription, const struct moments *began)
+{
+    uint64_t timeout = word(subscription + 24);
+    if (subscription[40]) { /* an absolute time */
+        uint64_t passed = began->of_clock[subscription[16]];
+        timeout = timeout > passed ? timeout - passed : 0;
+    }
+    return timeout < UINT64_MAX - began->ours ? began->ours + timeout : UINT64_MAX;
+}
+
+/* Reads a clock of WASI's, whose monotonic one counts from the store's beginning, into 8 bytes of the guest's that are put back. */
+static wt_trap *read_clock(const struct visit *visit, uint32_t clock, uint64_t borrowed, uint64_t *now)
+{
+    wt_raw values[3] = {{.i64 = clock}, {.i64 = 0}, {.i64 = (int64_t)borrowed}};
+    uint64_t kept = word(visit->memory + borrowed);
+    wt_trap *trap = forward(visit, "clock_time_get", values, 3);
+    *now = word(visit->memory + borrowed);
+    memcpy(visit->memory + borrowed, &kept, sizeof kept);
+    return trap;
+}
+
+static wt_trap *poll_oneoff(void *env, wt_caller *caller, wt_raw *values, size_t count)
+{
+    (void)count;
+    struct visit visit;
+    wt_trap *trap = visit_begin(&visit, env, caller);
+    if (trap)
+        return trap;
+    uint64_t in = (uint32_t)values[0].i32, out = (uint32_t)values[1].i32, of_count = (uint32_t)values[3].i32;
+    uint32_t subscribed = (uint32_t)values[2].i32;
+    struct moments began = {.ours = monotonic()};
+    uint64_t until = UINT64_MAX;
+    int clocks_alone = subscribed && is_inside(&visit, in, (uint64_t)subscribed * SUBSCRIPTION, 8);
+    for (uint32_t i = 0; i < subscribed && clocks_alone; i++) {
+        uint8_t subscription[SUBSCRIPTION];
+        read_subscription(&visit, in, i, subscription);
+        clocks_alone = is_to_clock(subscription);
+        if (clocks_alone && subscription[40] && !began.known[subscription[16]]) {
+            trap = read_clock(&visit, subscription[16], in, &began.of_clock[subscription[16]]);
+            if (trap)
+                return trap;
+            began.known[subscription[16]] = 1;
+        }
+        uint64_t due = clocks_alone ? due_at(subscription, &began) : 0;
+        until = due < until ? due : until;
+    }
+    /* WASI answers anything else at once: each descriptor that it can subscribe to is ready, or an error. */
+    if (!clocks_alone)
+        return forward(&visit, "poll_oneoff", values, 4);
+    if ((trap = sleep_until(&visit, until)))
+        return trap;
+    uint32_t ready = 0;
+    uint64_t now = monotonic();
+    for (uint32_t i = 0; i < subscribed; i++) {
+        uint8_t subscription[SUBSCRIPTION];
+        read_subscription(&visit, in, i, subscription);
+        if (!is_to_clock(subscription) || due_at(subscription, &began) > now)
+            continue;
+        uint64_t event[EVENT / 8] = {word(subscription)}; /* no error, of a clock */
+        if (!is_inside(&visit, out, EVENT, 8) || !is_inside(&visit, of_count, 4, 4)) {
+            values[0].i32 = -1; /* let WASI refuse an address */
+            return forward(&visit, "poll_oneoff", values, 4);
+        }
+        memcpy(visit.memory + out, event, EVENT);
+        out += EVENT;
+        ready++;
+    }
+    memcpy(visit.memory + of_count, &ready, sizeof ready);
+    values[0].i64 = 0;
+    return NULL;
+}
+
+/* True if what the path leads to is neither a folder, a file nor a link; `borrowed` are bytes of the guest's that are put back. */
+static wt_trap *is_special(const struct visit *visit, const wt_raw *opened, uint64_t borrowed, int *special)
+{
+    uint8_t kept[FILESTAT];
+    wt_raw values[5];
+    memcpy(values, opened, 4 * sizeof *values);
+    values[4] = (wt_raw){.i64 = (int64_t)borrowed};
+    memcpy(kept, visit->memory + borrowed, FILESTAT);
+    wt_trap *trap = forward(visit, "path_filestat_get", values, 5);
+    uint8_t type = visit->memory[borrowed + 16];
+    memcpy(visit->memory + borrowed, kept, FILESTAT);
+    *special = !trap && !values[0].i32 && type != WASI_DIRECTORY && type != WASI_REGULAR_FILE && type != WASI_SYMBOLIC_LINK;
+    return trap;
+}
+
+static wt_trap *path_open(void *env, wt_caller *caller, wt_raw *values, size_t count)
+{
+    (void)count;
+    struct visit visit;
+    wt_trap *trap = visit_begin(&visit, env, caller);
+    if (trap)
+        return trap;
+    uint64_t path = (uint32_t)values[2].i32, length = (uint32_t)values[3].i32;
+    int special = 0;
+    if (length > LONGEST_PATH) {
+        values[0].i64 = WASI_NAMETOOLONG;
+        return NULL;
+    }
+    if (visit.size >= WASI_PAGE && path + length <= visit.size) {
+        /* Beside the path, which ends before the second of these places if it begins within the first. */
+        trap = is_special(&visit, values, path < FILESTAT ? FILESTAT + LONGEST_PATH : 0, &special);
+        if (trap)
+            return trap;
+    }
+    if (special) {
+        values[0].i64 = WASI_NOTSUP;
+        return NULL;
+    }
+    return forward(&visit, "path_open", values, 9);
+}
+
+uintptr_t ms_wt_define_wait(uintptr_t linker, uintptr_t type, uint64_t identity, const ms_wt_shim *shim, int opens, int foreign)
+{
+    struct wait *wait = malloc(sizeof *wait);
+    if (!wait)
+        return (uintptr_t)out_of_memory();
+    const char *name = opens ? "path_open" : "poll_oneoff";
+    *wait = (struct wait){.node = {NULL, identity}, .shim = shim, .foreign = foreign};
+    return (uintptr_t)api.define_func((wt_linker *)linker, wasi_module, sizeof wasi_module - 1, name, strlen(name),
+                                      (const wt_functype *)type, opens ? path_open : poll_oneoff, wait, finalize_function);
 }
 
 /* ---- captured streams: wasmtime may write from a thread of its own ---- */

@@ -47,7 +47,7 @@ from memslot_plugin.hosts.wasmtime_errors import (
 from memslot_plugin.hosts.wasmtime_link import Compiled, Link
 from memslot_plugin.hosts.wasmtime_live import NativeInstance, WasmtimeLive
 from memslot_plugin.hosts.wasmtime_store import lent
-from memslot_plugin.hosts.wasmtime_wasi import Environment
+from memslot_plugin.hosts.wasmtime_wasi import Environment, Shim, shim_text
 from memslot_plugin.settings import Settings
 
 __all__ = ["NativeInstance", "WasmtimeExit", "WasmtimeFailure", "WasmtimeHost", "WasmtimeTrap"]
@@ -110,6 +110,8 @@ class WasmtimeHost(Host):
         """The tokens of those whose finalizers have run."""
         self._began: dict[int, WasmtimeLive] = {}
         """Every instance with memories in `_groups`."""
+        self._shims: dict[tuple[bool, str], Shim] = {}
+        """By true for the native engine, and text."""
         self._probing = False
         _OPEN.add(self)
         super().__init__(settings, plugins=plugins)
@@ -206,6 +208,7 @@ class WasmtimeHost(Host):
     def _close_runtime(self) -> None:
         self._engine = None
         self.__dict__.pop("_native_engine", None)
+        self._shims.clear()
         self._creator = None  # the engine may need it for longer than we do
         HOSTS.pop(self._identity, None)
         drop_functions()
@@ -227,13 +230,24 @@ class WasmtimeHost(Host):
             module = self._reused(guest, engine)
             if module is None:
                 module = self._compile_alone(engine, guest.plan.module, native=native)
-            return Compiled(engine, module, guest.plan, guest.name, self.settings.reserved)
         except wasmtime.WasmtimeError as error:
             said = one_sentence(str(error))
             raise (
                 short_of(said, f"compiling {guest.name}")
                 or InvalidModule(f"wasmtime refuses {guest.name}: {said}")
             ) from error
+        return self._compiled(engine, module, guest)
+
+    def _compiled(self, engine: wasmtime.Engine, module: wasmtime.Module, guest: Guest) -> Compiled:
+        """A guest's module on an engine of ours, with the shim that its calls of WASI need."""
+        compiled = Compiled(engine, module, guest.plan, guest.name, self.settings.reserved)
+        if compiled.waits:
+            native, text = engine is not self._engine, shim_text(compiled.memory_type)
+            if (native, text) not in self._shims:
+                shim = self._compile_alone(engine, self._assemble(text), native=native)
+                self._shims[native, text] = Shim(engine, shim)
+            compiled.shim = self._shims[native, text]
+        return compiled
 
     def _reused(self, guest: Guest, engine: wasmtime.Engine) -> wasmtime.Module | None:
         """The module of the parent, or from code that came with the guest; None where there is none that
@@ -339,7 +353,7 @@ class WasmtimeHost(Host):
             )
         if compiled.elsewhere is None:
             module = self._compile_alone(store.engine, guest.plan.module, native=True)
-            compiled.elsewhere = Compiled(store.engine, module, guest.plan, name, compiled.capacity)
+            compiled.elsewhere = self._compiled(store.engine, module, guest)
         return compiled.elsewhere.link(binding, self._creator)
 
     def _open_store(self, live: WasmtimeLive, link: Link, binding: Binding) -> None:

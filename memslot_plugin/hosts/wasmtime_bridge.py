@@ -212,8 +212,10 @@ def ms_wt_python_lease(  # noqa: PLR0917 - C calls it
 HostFunction = Callable[[Any], None]
 """Takes arguments from a buffer of 16 bytes each, and puts its results there."""
 
-FUNCTIONS: dict[int, HostFunction] = {}
-"""By the identity under which the C half calls it."""
+FUNCTIONS: dict[int, Any] = {}
+"""What linkers and stores need of ours, by the identity under which the C half knows it: host functions, and
+shims of WASI.
+"""
 
 _identities = itertools.count(1)
 
@@ -236,6 +238,21 @@ def define(
         len(name_bytes),
         address_of(kind.ptr()),
         identity,
+    )
+    if failed:
+        raise wasmtime.WasmtimeError._from_ptr(
+            ctypes.cast(failed, ctypes.POINTER(wasmtime_ffi.wasmtime_error_t))
+        )
+
+
+def define_wait(
+    linker: wasmtime.Linker, kind: wasmtime.FuncType, shim: Any, *, opens: bool, foreign: bool
+) -> None:
+    """Put one of WASI's functions that wait into a linker, which keeps the shim; raises WasmtimeError."""
+    identity = next(_identities)
+    FUNCTIONS[identity] = shim
+    failed = lib.ms_wt_define_wait(
+        address_of(linker.ptr()), address_of(kind.ptr()), identity, shim.given, opens, foreign
     )
     if failed:
         raise wasmtime.WasmtimeError._from_ptr(

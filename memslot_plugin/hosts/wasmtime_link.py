@@ -32,7 +32,7 @@ from memslot_plugin.hosts.wasmtime_values import (
     host_function,
     kind_of,
 )
-from memslot_plugin.hosts.wasmtime_wasi import Environment, provides
+from memslot_plugin.hosts.wasmtime_wasi import WAITS, Environment, Shim, provides
 
 NATIVE_KINDS: Mapping[type, str] = {
     wasmtime.Func: "func",
@@ -116,6 +116,8 @@ class Compiled:
         self.default: Link | None = None
         self.elsewhere: Compiled | None = None
         """The same for the other engine, once an instance was wanted in a store of that one."""
+        self.shim: Shim | None = None
+        """For a guest that imports one of `waits`."""
         self.places = {
             memory.index: place
             for place, memory in enumerate(
@@ -152,6 +154,22 @@ class Compiled:
             each.module in wasi.MODULES and each.name in ("path_open", "sock_accept")
             for each in self.module.imports
         )
+
+    @Lazy
+    def waits(self) -> list[str]:
+        """Functions that the guest imports from WASI and that can wait past a deadline."""
+        return [
+            name
+            for name in WAITS
+            if any(provides(each.module) and each.name == name for each in self.module.imports)
+        ]
+
+    @Lazy
+    def memory_type(self) -> wasmtime.MemoryType | None:
+        """The type of the memory that WASI works on, which is exported as "memory"."""
+        export = self._exports.get("memory")
+        declared = None if export is None else export.type
+        return declared if isinstance(declared, wasmtime.MemoryType) else None
 
     @Lazy
     def saved(self) -> Any:
@@ -239,6 +257,9 @@ class Compiled:
                 continue
             self._bind(linker, binding, module, name, wanted.type)
         try:
+            for name in self.waits if uses_wasi else ():
+                assert self.shim is not None
+                self.shim.stand_before(linker, name, foreign=binding.store is not None)
             environment = Environment(binding.wasi or Wasi()) if uses_wasi else None
             return Link(self, linker, creator, environment, binding.wasi)
         except wasmtime.WasmtimeError as error:

@@ -58,6 +58,9 @@ class BorrowedStore(wasmtime.Store):
         """True until it is closed."""
         return self._Store__context is not None
 
+    def data(self) -> None:
+        """None: the store's data is the C half's, and not an object of wasmtime-py's."""
+
     def _delete(self, ptr: Any) -> None:
         self._Store__context = None  # type: ignore[assignment]  # as the package's own does
 

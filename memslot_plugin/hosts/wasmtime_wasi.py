@@ -10,7 +10,7 @@ from typing import Any
 from memslot_plugin._core import ffi, lib
 from memslot_plugin.errors import SettingError
 from memslot_plugin.hosts.wasi import Wasi
-from memslot_plugin.hosts.wasmtime_bridge import wasmtime, wasmtime_ffi
+from memslot_plugin.hosts.wasmtime_bridge import address_of, define_wait, wasmtime, wasmtime_ffi
 
 _NONE = ffi.NULL
 _give = lib.ms_wt_wasi_give
@@ -95,6 +95,58 @@ class Environment:
         folder, seen, _ = self._folders[refused - lib.MS_WT_FOLDER]
         why = "there is no such folder" if not Path(folder).is_dir() else "it cannot be opened"
         return f"wasi preopened {seen!r} = {folder!r} is not allowed: {why}"
+
+
+WAITS = ("poll_oneoff", "path_open")
+"""Functions of WASI that can wait past a deadline; path_open by opening a FIFO."""
+
+_SHIM = """(module
+  (import "wasi_snapshot_preview1" "poll_oneoff" (func $poll (param i32 i32 i32 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "path_open"
+    (func $open (param i32 i32 i32 i32 i32 i64 i64 i32 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "path_filestat_get" (func $stat (param i32 i32 i32 i32 i32) (result i32)))
+  (import "wasi_snapshot_preview1" "clock_time_get" (func $time (param i32 i64 i32) (result i32)))
+  (import "memslot" "memory" (memory MEMORY))
+  (export "memory" (memory 0))
+  (func (export "tick"))
+  (func (export "poll_oneoff") (param i32 i32 i32 i32) (result i32)
+    (call $poll (local.get 0) (local.get 1) (local.get 2) (local.get 3)))
+  (func (export "path_open") (param i32 i32 i32 i32 i32 i64 i64 i32 i32) (result i32)
+    (call $open (local.get 0) (local.get 1) (local.get 2) (local.get 3) (local.get 4) (local.get 5) (local.get 6)
+      (local.get 7) (local.get 8)))
+  (func (export "path_filestat_get") (param i32 i32 i32 i32 i32) (result i32)
+    (call $stat (local.get 0) (local.get 1) (local.get 2) (local.get 3) (local.get 4)))
+  (func (export "clock_time_get") (param i32 i64 i32) (result i32)
+    (call $time (local.get 0) (local.get 1) (local.get 2))))"""
+
+
+def shim_text(memory: wasmtime.MemoryType | None) -> str:
+    """The module through which the C half calls WASI on a guest's memory of this type."""
+    if memory is None:
+        return _SHIM.replace("MEMORY", "0")
+    index = "i64 " if memory.is_64 else ""
+    # A shared memory fits an import of no smaller maximum.
+    shared = f" {memory.limits.max} shared" if memory.is_shared else ""
+    return _SHIM.replace("MEMORY", f"{index}0{shared}")
+
+
+class Shim:
+    """The shim compiled for an engine, and WASI for it; the C half makes an instance of it where a guest waits."""
+
+    def __init__(self, engine: wasmtime.Engine, module: wasmtime.Module) -> None:
+        self._linker = wasmtime.Linker(engine)
+        self._linker.define_wasi()
+        self._module = module
+        self._types: dict[str | None, Any] = {each.name: each.type for each in module.imports}
+        self.given = ffi.new(
+            "ms_wt_shim *", [address_of(module.ptr()), address_of(self._linker.ptr())]
+        )
+
+    def stand_before(self, linker: wasmtime.Linker, name: str, *, foreign: bool) -> None:
+        """Take the place of one of `WAITS`; `foreign` says that the linker is for one store of the embedder's."""
+        linker.allow_shadowing = True
+        define_wait(linker, self._types[name], self, opens=name == "path_open", foreign=foreign)
+        linker.allow_shadowing = False
 
 
 def provides(module: str) -> bool:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import struct
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,9 @@ import memslot_plugin as memslot
 from memslot_plugin import Folder, Host, Instance, Wasi
 from memslot_plugin.tests import hosts
 from memslot_plugin.tests.hosts import in_use
+from memslot_plugin.tests.runtimes import missing
+
+wasmtime: Any = importlib.import_module("wasmtime") if missing("wasmtime") is None else None
 
 _SIGNATURES = {
     "fd_allocate": "iII",
@@ -45,7 +52,7 @@ def _text(*, memory: str = "1") -> str:
     return f'(module {" ".join(imports)} (memory (export "memory") {memory}) {" ".join(functions)})'
 
 
-_PATH, _OTHER, _VECTOR, _RESULT = 1024, 1200, 512, 2048
+_PATH, _OTHER, _VECTOR, _RESULT = 1024, 1200, 512, 12288
 _READ, _WRITE = 1 << 1, 1 << 6
 _CREATE, _TRUNCATE = 1, 8
 
@@ -72,9 +79,11 @@ class Calls:
         self.instance.memory.write(at, text.encode())
         return at, len(text.encode())
 
-    def open(self, path: str, *, flags: int = 0, rights: int = _READ, follow: int = 1) -> int:
+    def open(
+        self, path: str, *, flags: int = 0, rights: int = _READ, follow: int = 1, at: int = _PATH
+    ) -> int:
         """The errno of path_open; `descriptor` is then what it gave."""
-        place = self.path(path)
+        place = self.path(path, at)
         return int(
             self.instance.call(
                 "path_open", self.folder, follow, *place, flags, rights, rights, 0, _RESULT
@@ -183,3 +192,172 @@ def test_folders_of_both_kinds_are_kept_apart_or_refused(host: Host, tmp_path: P
         assert calls.open("note", flags=_CREATE, rights=_WRITE) == 0
         assert calls.open("../read/note", flags=_CREATE, rights=_WRITE) != 0
     assert not list((tmp_path / "read").iterdir())
+
+
+def _poll_text(memory: str = '(memory (export "memory") 1)') -> str:
+    signature = "(param i32 i32 i32 i32) (result i32)"
+    now = "(param i32 i64 i32) (result i32)"
+    return f"""(module (import "wasi_snapshot_preview1" "poll_oneoff" (func $poll {signature}))
+      (import "wasi_snapshot_preview1" "clock_time_get" (func $now {now}))
+      {memory}
+      (func (export "poll") {signature}
+        (call $poll (local.get 0) (local.get 1) (local.get 2) (local.get 3)))
+      (func (export "now") {now} (call $now (local.get 0) (local.get 1) (local.get 2))))"""
+
+
+_POLL = _poll_text()
+_MILLISECOND = 1_000_000
+_HOUR = 3_600_000 * _MILLISECOND
+
+
+def _subscription(
+    name: int = 7, tag: int = 0, of: int = 1, timeout: int = 0, *, absolute: bool = False
+) -> bytes:
+    return struct.pack("<QB7xI4xQQH6x", name, tag, of, timeout, 0, absolute)
+
+
+def _poll(instance: Instance, *subscriptions: bytes) -> tuple[int, list[tuple[int, int, int]]]:
+    """The errno of poll_oneoff, and the name, errno and tag of each event."""
+    instance.memory.write(64, b"".join(subscriptions))
+    errno = instance.call("poll", 64, 1024, len(subscriptions), 4096)
+    events = int.from_bytes(instance.memory.read(4096, 4), "little")
+    return errno, list(struct.iter_unpack("<QHB21x", instance.memory.read(1024, 32 * events)))
+
+
+def test_poll_answers_as_the_runtime_does(host: Host) -> None:
+    """Each of these is over at once or after milliseconds; wasmtime's own answers are the right ones."""
+    with host.prepare(_POLL, wasi=Wasi()).instantiate() as instance:
+        soon, later = 3 * _MILLISECOND, _HOUR
+        one, other = _subscription(7, timeout=soon), _subscription(8, timeout=later)
+        if host.name == "wasmer":
+            with pytest.raises(memslot.Unsupported, match="not implemented for clocks"):
+                _poll(instance, one)
+            return
+        assert _poll(instance, one) == (0, [(7, 0, 0)])
+        assert _poll(instance, other, one) == (0, [(7, 0, 0)])
+        assert _poll(instance, one, one) == (0, [(7, 0, 0), (7, 0, 0)])
+        assert instance.memory.read(64, 48) == one
+        for clock in (0, 1):
+            assert instance.call("now", clock, 0, 512) == 0
+            now = int.from_bytes(instance.memory.read(512, 8), "little")
+            past = _subscription(9, of=clock, timeout=1, absolute=True)
+            future = _subscription(9, of=clock, timeout=now + soon, absolute=True)
+            assert _poll(instance, past) == (0, [(9, 0, 0)])
+            assert _poll(instance, future, other) == (0, [(9, 0, 0)])
+            assert instance.memory.read(64, 48) == future
+        assert _poll(instance, other, _subscription(5, tag=2, of=1)) == (0, [(5, 0, 2)])
+        assert _poll(instance, _subscription(5, tag=1, of=0), other) == (0, [(5, 0, 1)])
+        for wrong in (_subscription(tag=3), _subscription(of=2, timeout=later)):
+            assert _poll(instance, wrong)[0] == _poll(instance, other, wrong)[0] == 28
+        assert _poll(instance)[0] == 28
+        assert _poll(instance, _subscription(tag=1, of=9), other)[0] == 8
+        instance.memory.write(64, one)
+        for bad in (
+            (65, 1024, 1, 4096),
+            (64, 1025, 1, 4096),
+            (64, 65528, 1, 4096),
+            (65504, 8, 1, 0),
+        ):
+            with pytest.raises(memslot.GuestTrap, match=r"not aligned|out of bounds"):
+                instance.call("poll", *bad)
+
+
+@pytest.fixture
+def ticking(no_leaks: None) -> Iterator[Host]:
+    """A host whose guests have a deadline of a few milliseconds."""
+
+    def configure(config: Any) -> None:
+        config.epoch_interruption = config.shared_memory = True
+
+    with memslot.open_host(
+        "wasmtime",
+        slots=4,
+        configure=configure,
+        configure_store=lambda store: store.set_epoch_deadline(2),
+    ) as opened:
+        stop = threading.Event()
+
+        def tick() -> None:
+            while not stop.wait(0.01):
+                opened.increment_epoch()
+
+        thread = threading.Thread(target=tick)
+        thread.start()
+        try:
+            yield opened
+        finally:
+            stop.set()
+            thread.join()
+
+
+_MEMORIES = {
+    "leased": '(memory (export "memory") 1)',
+    "of-64-bit": '(memory (export "memory") i64 1)',
+    "of-the-runtime": '(memory (export "memory") 1) (memory 1 2 shared)',
+    "shared": '(memory (export "memory") 1 2 shared)',
+}
+
+
+@pytest.mark.skipif(missing("wasmtime") is not None, reason="wasmtime is missing")
+@pytest.mark.parametrize("memory", _MEMORIES)
+def test_deadline_ends_a_guest_that_waits(ticking: Host, memory: str) -> None:
+    guest = ticking.prepare(_poll_text(_MEMORIES[memory]))
+    with guest.instantiate() as instance:
+        for _ in range(2):
+            for kind in (_subscription(timeout=_HOUR), _subscription(of=0, timeout=2**64 - 1)):
+                with pytest.raises(memslot.GuestTrap, match="interrupt"):
+                    _poll(instance, kind, kind)
+                instance.reset()
+    with guest.lease() as instance, pytest.raises(memslot.GuestTrap, match="interrupt"):
+        _poll(instance, _subscription(timeout=_HOUR))
+
+
+@pytest.mark.skipif(missing("wasmtime") is not None, reason="wasmtime is missing")
+def test_deadline_ends_a_guest_that_waits_in_a_store_of_the_embedder(ticking: Any) -> None:
+    store = wasmtime.Store(ticking.engine)
+    guest = ticking.prepare(_POLL)
+    for _ in range(2):
+        store.set_epoch_deadline(2)
+        instance = guest.instantiate(store=store)
+        with pytest.raises(memslot.GuestTrap, match="interrupt"):
+            _poll(instance, _subscription(timeout=_HOUR))
+        instance.close()
+    store.close()
+
+
+@pytest.mark.skipif(missing("wasmtime") is not None, reason="wasmtime is missing")
+def test_wait_of_a_guest_costs_no_fuel() -> None:
+    left: list[int] = []
+    with memslot.open_host(
+        "wasmtime",
+        slots=2,
+        configure=lambda config: setattr(config, "consume_fuel", True),
+        configure_store=lambda store: store.set_fuel(100_000),
+    ) as host:
+        for timeout in (0, 30 * _MILLISECOND):
+            with host.prepare(_POLL).instantiate() as instance:
+                assert _poll(instance, _subscription(timeout=timeout))[0] == 0
+                left.append(instance.native.store.get_fuel())
+    assert left[0] == left[1]
+
+
+def test_path_that_is_no_file_and_no_folder_is_not_opened(host: Host, tmp_path: Path) -> None:
+    _filled(tmp_path)
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "to-fifo").symlink_to("fifo")
+    (tmp_path / "to-note").symlink_to("note")
+    guest = host.prepare(_text(), wasi=Wasi(preopened={"/data": tmp_path}))
+    with guest.instantiate() as instance:
+        calls = Calls(instance)
+        around = bytes(range(256)) * 33
+        for place in (0, 8, 63, 64, 100, 4160, 65536 - 9):
+            instance.memory.write(0, around)
+            assert calls.open("fifo", at=place) == 58
+            kept = bytearray(around)
+            kept[place : place + 4] = b"fifo"[: max(0, len(kept) - place)]
+            assert instance.memory.read(0, len(around)) == bytes(kept)
+        assert calls.open("to-fifo") == 58
+        assert calls.open("./" * 3000 + "fifo", at=0) == 37
+        assert calls.open("note") == calls.open("empty", flags=2) == 0
+        assert calls.open("nothing") == 44
+        calls.open("to-note")
