@@ -21,6 +21,7 @@ from memslot_plugin import image as images
 from memslot_plugin._core import PAGE_SIZE, align_up
 from memslot_plugin.analysis import CodeReport, Verdict
 from memslot_plugin.errors import InvalidContainer, Unsupported
+from memslot_plugin.settings import Settings
 from memslot_plugin.wasm import ImportName
 
 MOST_ZEROS = 16 << 20
@@ -95,7 +96,7 @@ class Plan:
     `is_snapshot` is whether it starts from the state of an instance instead of its own beginning.
     `has_contents` is whether only the contents hold what memories begin with, and `source` does not.
     `origin` is what the module was before the guest was saved, where it was: `source` is then what
-    was saved.
+    was saved.  `lowered` is true if `bounded` lowered maximums in `module`.
     """
 
     source: bytes
@@ -110,6 +111,7 @@ class Plan:
     is_snapshot: bool = False
     has_contents: bool = False
     origin: Origin | None = None
+    lowered: bool = False
 
     def report(self) -> GuestReport:
         """The plan without the bytes."""
@@ -155,6 +157,10 @@ class Plan:
         names = [each.export_name for each in self.saved_globals if each.export_name is not None]
         if names:
             changes.append(f"Mutable globals are exported as {', '.join(names)} to be restored.")
+        if self.lowered:
+            changes.append(
+                "Maximums of memories and tables are lowered to what the settings allow."
+            )
         return [] if self.module is self.source and self.origin is None else changes
 
     def _segment_report(self, segment: wasm.DataSegment) -> SegmentReport:
@@ -564,17 +570,56 @@ def _plan_memory(
     )
 
 
-def reason_too_large(plan: Plan, limit: int) -> str | None:
-    """What a guest of `plan` needs that settings do not allow, a sentence without its beginning; None if it fits.
-    `limit` is how many bytes a memory may have; memories of the runtime's own know no such limit.
+def reason_too_large(plan: Plan, settings: Settings) -> str | None:
+    """What a guest of `plan` needs that the settings do not allow, a sentence without its beginning; None if it
+    fits.
     """
-    for memory in plan.memories if plan.native is None else ():
-        if memory.imported is None and memory.minimum_bytes > limit:
+    memories = [memory for memory in plan.memories if memory.imported is None]
+    if len(memories) > settings.memories_per_instance:
+        return (
+            f"defines {len(memories)} memories, and the settings allow {settings.memories_per_instance}"
+            " (memories_per_instance)"
+        )
+    limit, names = settings.largest_memory, "memory_limit and reserved"
+    if plan.native is not None:
+        limit, names = settings.largest_native_memory, "memory_limit"
+    for memory in memories:
+        if memory.minimum_bytes > limit:
             return (
                 f"needs {memory.minimum_bytes} bytes for memory {memory.index}, and the settings allow"
-                f" {limit} (memory_limit and reserved)"
+                f" {limit} ({names})"
+            )
+    every = () if plan.structure is None else plan.structure.tables
+    tables = [table for table in every if table.imported is None]
+    if len(tables) > settings.tables_per_instance:
+        return (
+            f"defines {len(tables)} tables, and the settings allow {settings.tables_per_instance}"
+            " (tables_per_instance)"
+        )
+    for table in tables:
+        if table.type.minimum > settings.table_limit:
+            return (
+                f"needs {table.type.minimum} elements for table {table.index}, and the settings allow"
+                f" {settings.table_limit} (table_limit)"
             )
     return None
+
+
+def bounded(plan: Plan, settings: Settings, *, runtime_limits: bool) -> Plan:
+    """The plan with the maximums lowered of what a runtime would let grow past the settings: memories of its own,
+    and tables.  With `runtime_limits` it limits these itself, but for memories that are shared.
+    """
+    shared = any(memory.shared for memory in plan.memories if memory.imported is None)
+    if plan.structure is None or (runtime_limits and not shared):
+        return plan
+    module = wasm.rewrite(
+        wasm.parse(plan.module),
+        most_bytes=None if plan.native is None else settings.largest_native_memory,
+        most_elements=None if runtime_limits else settings.table_limit,
+    )
+    if module == plan.module:
+        return plan
+    return replace(plan, module=module, lowered=True)
 
 
 def _native_reason(module: wasm.Module, *, import_memory: bool) -> str | None:

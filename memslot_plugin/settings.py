@@ -141,7 +141,10 @@ class Settings(BaseSettings):
         (), description="plugins that are never loaded nor asked (names, comma-separated)"
     )
     slots: Annotated[int, NUMBER] = Field(
-        128, ge=1, le=1_000_000, description="linear memories that can live at once"
+        128,
+        ge=1,
+        le=1_000_000,
+        description="linear memories that can live at once, the runtime's own included",
     )
     allocation: Literal["pooling", "on-demand"] = Field(
         "pooling", description="slots of one reservation, or a reservation for each memory"
@@ -162,6 +165,19 @@ class Settings(BaseSettings):
     )
     memory_limit: Limit | None = Field(
         None, description="how far a linear memory may grow; none set: its own maximum"
+    )
+    memories_per_instance: Annotated[int, NUMBER] = Field(
+        8, ge=0, le=1_000_000, description="linear memories that a guest may define"
+    )
+    table_limit: Annotated[int, NUMBER] = Field(
+        1_000_000, ge=0, le=2**32 - 1, description="elements that a table may have"
+    )
+    tables_per_instance: Annotated[int, NUMBER] = Field(
+        16, ge=0, le=1_000_000, description="tables that a guest may define"
+    )
+    heap_limit: Limit | None = Field(
+        None,
+        description="how far the heap of a garbage collector may grow; none set: as a linear memory (wasmtime)",
     )
     image_limit: Limit = Field(
         GIB, description="a larger image is not built; the runtime initialises that memory"
@@ -231,6 +247,16 @@ class Settings(BaseSettings):
     def largest_memory(self) -> int:
         """The most bytes that a linear memory may have: `memory_limit`, or what a slot holds."""
         return self.reserved if self.memory_limit is None else min(self.memory_limit, self.reserved)
+
+    @property
+    def largest_native_memory(self) -> int:
+        """The same of a memory that the runtime makes itself: `memory_limit`, or as much as a slot holds."""
+        return self.reserved if self.memory_limit is None else self.memory_limit
+
+    @property
+    def largest_heap(self) -> int:
+        """The most bytes that the heap of a garbage collector may have."""
+        return self.largest_memory if self.heap_limit is None else self.heap_limit
 
     def replace(self, **values: Any) -> Settings:
         """These settings with `values` changed, validated again."""

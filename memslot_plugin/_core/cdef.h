@@ -293,6 +293,7 @@ enum ms_wt_flag {
     MS_WT_CLOSING = 64,  /* somebody closed the instance during the call; the caller closes it now */
     MS_WT_MISSING = 128, /* nothing happened: there is no such export of that kind */
     MS_WT_UNASKED = 256, /* the runtime made a memory without asking for it */
+    MS_WT_OUTGROWN = 1024, /* the heap of the garbage collector passed what may be kept */
     MS_WT_LOST = 512     /* there was no memory to say more */
 };
 
@@ -315,6 +316,10 @@ size_t ms_wt_layout(size_t *layout, size_t capacity);
 void ms_wt_outcome_free(uintptr_t outcome);
 /* How many entries into wasmtime this thread is inside. */
 unsigned ms_wt_depth(void);
+/* What a host function raised within the innermost entry, or 0. */
+int64_t ms_wt_raised(void);
+/* Whether an exception in a growth would be the first within the innermost entry, which alone is raised. */
+int ms_wt_first_deferred(void);
 /* A host function that wasmtime-py calls raised; as if one of ours had. */
 void ms_wt_raise(int64_t exception);
 
@@ -322,8 +327,9 @@ void ms_wt_raise(int64_t exception);
 
 typedef struct ms_wt_creator ms_wt_creator;
 
-/* `identity` is Python's name for it; `heap_limit` is how many bytes a heap of wasmtime's garbage collector may have. */
-ms_wt_creator *ms_wt_creator_new(uint64_t identity, size_t heap_limit);
+/* `identity` is Python's name for it; `heap_limit` is how many bytes a heap of wasmtime's garbage collector may have,
+ * `heap_kept` past which size an instance tells (MS_WT_OUTGROWN), and `most_heaps` how many live at once. */
+ms_wt_creator *ms_wt_creator_new(uint64_t identity, size_t heap_limit, size_t heap_kept, size_t most_heaps);
 /* Makes an engine of this configuration ask the creator for memory. */
 void ms_wt_creator_install(ms_wt_creator *creator, uintptr_t config);
 void ms_wt_creator_release(ms_wt_creator *creator);
@@ -342,6 +348,11 @@ typedef struct {
     size_t *byte_sizes;
     size_t *capacities;
     int heap_first; /* a heap of the garbage collector could be mistaken for the first memory: have it made before */
+    /* The limits of a store: bytes of each memory and heap, elements of each table, and how many of both; below 0 for none. */
+    int64_t most_bytes;
+    int64_t most_elements;
+    int64_t most_tables;
+    int64_t most_memories;
 } ms_wt_guest;
 
 /* Entries: a call is inside as the owner, one thread at a time, which may nest; a copy of a memory's bytes is inside as a pin, also
@@ -360,6 +371,7 @@ typedef struct {
     int closing;         /* atomic */
     int lingering; /* closed, and wasmtime goes on using the memories */
     uintptr_t error; /* what ms_wt_wasi_give was refused with */
+    int outgrown;    /* an entry let the heap of the garbage collector grow past what may be kept */
 } ms_wt_cell;
 
 enum { MS_WT_ROOM = 16 }; /* values that a callee has room for; a function with more brings its own */
@@ -378,8 +390,8 @@ typedef struct {
     uint8_t room[256]; /* 16 * MS_WT_ROOM */
 } ms_wt_callee;
 
-/* From empty to open: a store of its own. */
-void ms_wt_open(ms_wt_cell *cell, uintptr_t engine);
+/* From empty to open: a store of its own, within the limits of the guest. */
+void ms_wt_open(ms_wt_cell *cell, const ms_wt_guest *guest);
 /* From open to live.  `bases` are the addresses of the memories, which are Python's under `token`.  The result, here and below, is 0
  * or the address of an outcome.  Close the cell also if this fails. */
 uintptr_t ms_wt_instantiate(ms_wt_cell *cell, const ms_wt_guest *guest, uint64_t token, const uintptr_t *bases);

@@ -119,6 +119,7 @@ typedef struct {
 #define WT_SYMBOLS(X)                                                                                                  \
     X(store_new, "wasmtime_store_new", wt_store *, (wt_engine *, void *, void (*)(void *)))                           \
     X(store_context, "wasmtime_store_context", wt_context *, (wt_store *))                                            \
+    X(store_limiter, "wasmtime_store_limiter", void, (wt_store *, int64_t, int64_t, int64_t, int64_t, int64_t))        \
     X(store_delete, "wasmtime_store_delete", void, (wt_store *))                                                       \
     X(instantiate, "wasmtime_instance_pre_instantiate", wt_error *,                                                   \
       (const wt_instance_pre *, wt_context *, wt_instance *, wt_trap **))                                             \

@@ -55,6 +55,7 @@ static _Thread_local struct {
     unsigned depth;
     int64_t raised;   /* by a host function, within the innermost entry */
     int64_t deferred; /* by Python in a growth, within the innermost entry */
+    ms_wt_cell *cell; /* of the innermost entry; NULL outside of all */
     const ms_wt_guest *guest; /* whose memories are offered; NULL for none */
     const uintptr_t *bases;
     size_t next;
@@ -65,6 +66,10 @@ static _Thread_local struct {
 static uintptr_t this_thread(void) { return (uintptr_t)&frame; }
 
 unsigned ms_wt_depth(void) { return frame.depth; }
+
+int64_t ms_wt_raised(void) { return frame.raised; }
+
+int ms_wt_first_deferred(void) { return frame.depth && !frame.deferred; }
 
 void ms_wt_raise(int64_t exception) { frame.raised = exception; }
 
@@ -120,6 +125,9 @@ static size_t drain(struct node **list, uint64_t *names, size_t capacity)
 struct ms_wt_creator {
     uint64_t identity;
     size_t heap_limit;
+    size_t heap_kept;
+    size_t most_heaps;
+    size_t heaps; /* that are mapped now; atomic */
     unsigned references;
     struct node *finished; /* groups, by token */
 };
@@ -131,6 +139,7 @@ struct group {
 };
 
 struct memory {
+    ms_wt_creator *creator;
     struct group *group; /* NULL for a heap of the garbage collector */
     size_t index;
     uintptr_t base;
@@ -164,11 +173,15 @@ static void unmap_again(void)
     }
 }
 
-ms_wt_creator *ms_wt_creator_new(uint64_t identity, size_t heap_limit)
+ms_wt_creator *ms_wt_creator_new(uint64_t identity, size_t heap_limit, size_t heap_kept, size_t most_heaps)
 {
     ms_wt_creator *creator = calloc(1, sizeof *creator);
     if (creator)
-        *creator = (ms_wt_creator){.identity = identity, .heap_limit = heap_limit, .references = 1};
+        *creator = (ms_wt_creator){.identity = identity,
+                                   .heap_limit = heap_limit,
+                                   .heap_kept = heap_kept,
+                                   .most_heaps = most_heaps,
+                                   .references = 1};
     return creator;
 }
 
@@ -232,6 +245,8 @@ static wt_error *grow_memory(void *env, size_t byte_size)
         size_t from = (memory->byte_size + page - 1) / page * page, to = (byte_size + page - 1) / page * page;
         if (to > from && ms_allow(memory->base + from, to - from) < 0)
             return api.error_new("memslot: the kernel refused to grow the heap of the garbage collector");
+        if (frame.cell && byte_size > memory->creator->heap_kept)
+            frame.cell->outgrown = 1;
     }
     memory->byte_size = byte_size;
     return NULL;
@@ -245,24 +260,35 @@ static void finalize_memory(void *env)
         ms_wt_creator *creator = group->creator;
         if (group_drop(group))
             push(&creator->finished, &group->node);
-    } else if (ms_unmap(memory->base, memory->mapped) < 0) {
-        keep_mapped(memory);
-        return;
+    } else {
+        __atomic_sub_fetch(&memory->creator->heaps, 1, __ATOMIC_RELAXED);
+        if (ms_unmap(memory->base, memory->mapped) < 0) {
+            keep_mapped(memory);
+            return;
+        }
     }
     free(memory);
 }
 
 static wt_error *out_of_memory(void) { return api.error_new("memslot: out of memory"); }
 
-static wt_error *new_heap(struct memory *memory, const ms_wt_creator *creator, size_t reserved, size_t guard)
+/* A memory of bare wasmtime-py's that begins empty and has no maximum looks the same, and is within the same limits. */
+static wt_error *new_heap(struct memory *memory, size_t reserved, size_t guard)
 {
+    ms_wt_creator *creator = memory->creator;
     size_t page = ms_page_size();
     memory->capacity = (reserved + page - 1) / page * page;
     memory->mapped = memory->capacity + (guard + page - 1) / page * page;
     memory->limit = creator->heap_limit < memory->capacity ? creator->heap_limit : memory->capacity;
-    if (ms_reserve(memory->mapped, &memory->base) < 0)
-        return api.error_new("memslot: the kernel refused address space for the heap of the garbage collector");
-    return NULL;
+    const char *refused = NULL;
+    if (__atomic_add_fetch(&creator->heaps, 1, __ATOMIC_RELAXED) > creator->most_heaps)
+        refused = "memslot: as many heaps of the garbage collector live as the settings allow (slots)";
+    else if (ms_reserve(memory->mapped, &memory->base) < 0)
+        refused = "memslot: the kernel refused address space for the heap of the garbage collector";
+    if (!refused)
+        return NULL;
+    __atomic_sub_fetch(&creator->heaps, 1, __ATOMIC_RELAXED);
+    return api.error_new(refused);
 }
 
 static wt_error *lease(struct memory *memory, ms_wt_creator *creator, size_t minimum, size_t maximum)
@@ -293,6 +319,7 @@ static wt_error *new_memory(void *env, const void *type, size_t minimum, size_t 
     struct memory *memory = calloc(1, sizeof *memory);
     if (!memory)
         return out_of_memory();
+    memory->creator = creator;
     memory->byte_size = minimum;
     int offered = guest && guest->creator == creator && frame.next < guest->count;
     if (offered && minimum == guest->byte_sizes[frame.next] && reserved <= guest->capacities[frame.next]) {
@@ -302,7 +329,7 @@ static wt_error *new_memory(void *env, const void *type, size_t minimum, size_t 
         memory->index = frame.next++;
         __atomic_add_fetch(&frame.group->references, 1, __ATOMIC_RELAXED);
     } else if (minimum == 0 && maximum >= (size_t)UINT32_MAX) {
-        error = new_heap(memory, creator, reserved, guard);
+        error = new_heap(memory, reserved, guard);
     } else if (offered) {
         error = api.error_new("memslot: the memory that was asked for is not the one that was leased");
     } else {
@@ -329,6 +356,7 @@ void ms_wt_creator_install(ms_wt_creator *creator, uintptr_t config)
 
 struct entry {
     int64_t raised, deferred;
+    ms_wt_cell *cell; /* of the entry around this one */
 };
 
 static unsigned take(ms_wt_cell *cell)
@@ -363,8 +391,9 @@ static unsigned enter(ms_wt_cell *cell, uint64_t generation, struct entry *entry
     /* Looked at as the owner: a lease ends only while another thread or an outer frame is that. */
     if (!cell->context || (generation && generation != cell->generation))
         return MS_WT_CLOSED | give(cell);
-    *entry = (struct entry){frame.raised, frame.deferred};
+    *entry = (struct entry){frame.raised, frame.deferred, frame.cell};
     frame.raised = frame.deferred = 0;
+    frame.cell = cell;
     frame.depth++;
     return 0;
 }
@@ -375,9 +404,17 @@ static uintptr_t leave(ms_wt_cell *cell, const struct entry *entry, unsigned fla
     frame.depth--;
     frame.raised = entry->raised;
     frame.deferred = entry->deferred;
+    frame.cell = entry->cell;
+    flags |= cell->outgrown ? MS_WT_OUTGROWN : 0;
+    cell->outgrown = 0;
     flags |= give(cell) | (trap ? MS_WT_TRAPPED : 0) | (error ? MS_WT_FAILED : 0) | (raised ? MS_WT_RAISED : 0) |
              (deferred ? MS_WT_DEFERRED : 0);
     return flags ? outcome_of(flags, trap, error, raised, deferred) : 0;
+}
+
+static struct entry entry_of(const int64_t *saved)
+{
+    return (struct entry){saved[0], saved[1], (ms_wt_cell *)((uintptr_t)saved[2] & ~(uintptr_t)1)};
 }
 
 static uintptr_t refuse(unsigned flags) { return outcome_of(flags, NULL, NULL, 0, 0); }
@@ -390,7 +427,7 @@ uintptr_t ms_wt_enter(ms_wt_cell *cell, uint64_t generation, int64_t *saved)
         return refuse(refused);
     saved[0] = entry.raised;
     saved[1] = entry.deferred;
-    saved[2] = 1;
+    saved[2] = (int64_t)((uintptr_t)entry.cell | 1); /* a cell is aligned, and nothing has the address 0 */
     return 0;
 }
 
@@ -434,7 +471,7 @@ unsigned ms_wt_copy(ms_wt_cell *cell, uint64_t generation, uintptr_t to, const c
 
 uintptr_t ms_wt_leave(ms_wt_cell *cell, int64_t *saved)
 {
-    struct entry entry = {saved[0], saved[1]};
+    struct entry entry = entry_of(saved);
     if (!saved[2] || __atomic_load_n(&cell->owner, __ATOMIC_SEQ_CST) != this_thread())
         return 0;
     saved[2] = 0;
@@ -451,9 +488,10 @@ struct shimmed {
     const uint8_t *shared;
 };
 
-void ms_wt_open(ms_wt_cell *cell, uintptr_t engine)
+void ms_wt_open(ms_wt_cell *cell, const ms_wt_guest *guest)
 {
-    wt_store *store = api.store_new((wt_engine *)engine, calloc(1, sizeof(struct shimmed)), free);
+    wt_store *store = api.store_new((wt_engine *)guest->engine, calloc(1, sizeof(struct shimmed)), free);
+    api.store_limiter(store, guest->most_bytes, guest->most_elements, -1, guest->most_tables, guest->most_memories);
     cell->store = (uintptr_t)store;
     cell->context = (uintptr_t)api.store_context(store);
 }
@@ -504,7 +542,7 @@ uintptr_t ms_wt_instantiate(ms_wt_cell *cell, const ms_wt_guest *guest, uint64_t
 
 uintptr_t ms_wt_start(ms_wt_cell *cell, const ms_wt_guest *guest, uint64_t token, const uintptr_t *bases)
 {
-    ms_wt_open(cell, guest->engine);
+    ms_wt_open(cell, guest);
     return ms_wt_instantiate(cell, guest, token, bases);
 }
 
@@ -683,7 +721,7 @@ uintptr_t ms_wt_globals_read(ms_wt_cell *cell, ms_wt_saved *saved, size_t count)
 
 uintptr_t ms_wt_restore(ms_wt_cell *cell, uint64_t generation, const ms_wt_saved *saved, size_t count, int64_t *entered)
 {
-    struct entry entry = {entered[0], entered[1]};
+    struct entry entry = entry_of(entered);
     wt_error *error = NULL;
     if (!entered[2])
         return refuse(MS_WT_BUSY);

@@ -109,7 +109,8 @@ def _judge(source: Source, settings: Settings, import_memory: bool) -> Verdict:
         for memory in plan.memories
         if memory.content is not None
     )
-    too_large = guests.reason_too_large(plan, settings.largest_memory)
+    too_large = guests.reason_too_large(plan, settings)
+    plan = guests.bounded(plan, settings, runtime_limits=not import_memory)
     return Verdict(plan.report(), images, None if too_large is None else f"It {too_large}.")
 
 

@@ -95,6 +95,8 @@ class Host(abc.ABC):
     name: ClassVar[str]
     imports_memory: ClassVar[bool] = False
     """Whether a memory of ours reaches a module only as an import."""
+    limits_what_grows: ClassVar[bool] = False
+    """True if the runtime limits memories of its own, and tables, to the settings; else declared maximums do."""
     growth: ClassVar[Literal["decide", "report"]] = "decide"
     checks_bounds_in_code: bool = False
     thread_confined: ClassVar[bool] = False

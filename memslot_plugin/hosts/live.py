@@ -73,6 +73,8 @@ class Live(abc.ABC):
     """Entries that are on the stack now; an instance that runs cannot end."""
     given_away: bool = False
     """Whether the embedder was handed the runtime's own objects, and so may have changed anything."""
+    outgrown: bool = False
+    """Whether the heap of a garbage collector, which no reset in place empties, passed `keep_resident`."""
     ended: bool = False
     """Whether the host has ended it, and all of its memories are back."""
     generation: int = 1
@@ -171,7 +173,7 @@ class Live(abc.ABC):
         for memory in self.memories:
             if memory.byte_size != memory.request.minimum:
                 return False
-        return not self.given_away
+        return not self.given_away and not self.outgrown
 
     def hold(self, generation: int, *, alone: bool = False) -> None:
         """Keep other threads' entries out until `restore` or `let_go`, and with `alone` those of this thread;

@@ -89,19 +89,22 @@ class Guest:
         self._parent = parent
         self.sets_globals = False
         """Whether its code is its parent's, so that globals get their values when an instance begins."""
-        too_large = guests.reason_too_large(plan, host.settings.largest_memory)
+        too_large = guests.reason_too_large(plan, host.settings)
         if too_large is not None:
             raise MemoryTooLarge(f"{name} {too_large}")
         try:
             if self.plan.native is None:
                 self._build_images()
+            self.plan = guests.bounded(
+                self.plan, host.settings, runtime_limits=host.limits_what_grows
+            )
             self.compiled = host._compile(self)
             self._saved_code, self._parent = {}, None
             self.in_place = self.plan.verdict.in_place
             self.captures = self.in_place and any(
                 each.initial is None for each in self.plan.saved_globals
             )
-            self.requests = () if self.plan.native is not None else tuple(self._requests())
+            self.requests = tuple(self._places() if self.plan.native else self._requests())
         except BaseException:
             self._close_images()
             raise
@@ -140,6 +143,26 @@ class Guest:
             raise MemoryTooLarge(
                 f"the image of {self.name} spans {span} bytes and the limit is"
                 f" {self.host.settings.image_limit}; raise the setting image_limit"
+            )
+
+    def _places(self) -> Iterator[MemoryRequest]:
+        """One request per memory that the runtime makes itself, of which it takes the place only: `slots`
+        bounds them all.  What was not understood may have one memory.
+        """
+        host, settings = self.host, self.host.settings
+        defined = [each.index for each in self.plan.memories if each.imported is None]
+        for index in [0] if self.plan.structure is None else defined:
+            yield MemoryRequest(
+                minimum=0,
+                maximum=0,
+                reserved=settings.reserved,
+                guard=settings.guard,
+                image=None,
+                guest_id=self.guest_id,
+                memory_index=index,
+                host=host.name,
+                bounds_checks="code" if host.checks_bounds_in_code else settings.bounds_checks,
+                wait_timeout=settings.wait_timeout,
             )
 
     def _requests(self) -> Iterator[MemoryRequest]:

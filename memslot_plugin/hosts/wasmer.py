@@ -79,7 +79,13 @@ class WasmerHost(Host):
             raise at_compile(error, "the text") from error
 
     def _compile(self, guest: Guest) -> Compiled:
-        return Compiled(self.store, guest, self._reused(guest))
+        compiled = Compiled(self.store, guest, self._reused(guest))
+        if guest.plan.structure is None:
+            raise Unsupported(
+                f"{guest.name} cannot be bounded by the settings, because wasmer has no limits of its own."
+                f" {guest.plan.native}"
+            )
+        return compiled
 
     def _reused(self, guest: Guest) -> Any:
         """The module of the parent, or from code that came with the guest; None where there is none that
@@ -136,7 +142,7 @@ class WasmerHost(Host):
         self, guest: Guest, memories: tuple[LinearMemory, ...], binding: Binding
     ) -> WasmerLive:
         compiled: Compiled = guest.compiled
-        owner = _owner_of(memories[0]) if memories else None
+        owner = _owner_of(memories[0]) if memories and guest.plan.native is None else None
         if binding.store is not None:
             raise Unsupported("wasmer's stores belong to their hosts; use the host of that store")
         try:
@@ -158,7 +164,8 @@ class WasmerHost(Host):
 
     def _cut_short(self, memories: tuple[LinearMemory, ...]) -> None:
         for memory in memories:  # a start function may have come far
-            self._report_growth(memory, _owner_of(memory).memory.data_size)
+            if memory.mapping is not None:
+                self._report_growth(memory, _owner_of(memory).memory.data_size)
 
 
 def _owner_of(memory: LinearMemory) -> Owner:
@@ -297,13 +304,15 @@ class WasmerLive(Live):
         return export_of(self._exports, name)
 
     def locate(self, index: int) -> tuple[int, int]:
-        if self.memories and index == 0:
+        if self._memory is not None and index == 0:
             return self.memories[0].base, self._memory.data_size
         memory = self._foreign_memory(index)
         return address_of(memory), memory.data_size
 
     def grow(self, index: int, pages: int) -> int:
-        memory = self._memory if self.memories and index == 0 else self._foreign_memory(index)
+        memory = (
+            self._memory if self._memory is not None and index == 0 else self._foreign_memory(index)
+        )
         try:
             before: int = memory.grow(pages)
         except RuntimeError as error:
@@ -322,7 +331,7 @@ class WasmerLive(Live):
     def can_restore(self) -> bool:
         if self.given_away:
             return False
-        if self.memories:
+        if self._memory is not None:
             minimum = self.memories[0].request.minimum
             if self._memory.data_size != minimum or self.memories[0].byte_size != minimum:
                 return False

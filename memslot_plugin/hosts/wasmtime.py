@@ -87,6 +87,7 @@ class WasmtimeHost(Host):
 
     name = "wasmtime"
     _native_engine: wasmtime.Engine | None = None
+    limits_what_grows = True
 
     def __init__(
         self,
@@ -144,9 +145,11 @@ class WasmtimeHost(Host):
         bind()
         settings = self.settings
         self.checks_bounds_in_code = settings.bounds_checks == "code"
-        heap_limit = settings.largest_memory
         creator = ffi.gc(
-            lib.ms_wt_creator_new(self._identity, heap_limit), lib.ms_wt_creator_release
+            lib.ms_wt_creator_new(
+                self._identity, settings.largest_heap, settings.keep_resident, settings.slots
+            ),
+            lib.ms_wt_creator_release,
         )
         if creator == ffi.NULL:
             raise MemoryError("no memory is left for a host")
@@ -191,6 +194,7 @@ class WasmtimeHost(Host):
         )
         guest, cell = ffi.new("ms_wt_guest *"), ffi.new("ms_wt_cell *")
         guest.engine, guest.prepared = address_of(self.engine.ptr()), address_of(prepared.ptr())
+        guest.most_bytes = guest.most_elements = guest.most_tables = guest.most_memories = -1
         self._probing = True
         try:
             outcome = lib.ms_wt_start(cell, guest, 0, [])
@@ -240,7 +244,7 @@ class WasmtimeHost(Host):
 
     def _compiled(self, engine: wasmtime.Engine, module: wasmtime.Module, guest: Guest) -> Compiled:
         """A guest's module on an engine of ours, with the shim that its calls of WASI need."""
-        compiled = Compiled(engine, module, guest.plan, guest.name, self.settings.reserved)
+        compiled = Compiled(engine, module, guest.plan, guest.name, self.settings)
         if compiled.waits:
             native, text = engine is not self._engine, shim_text(compiled.memory_type)
             if (native, text) not in self._shims:
@@ -363,7 +367,7 @@ class WasmtimeHost(Host):
             cell.context = address_of(binding.store._context())
             binding.store.tenants.add(live)
         else:
-            lib.ms_wt_open(cell, link.guest.engine)
+            lib.ms_wt_open(cell, link.guest)
         if link.environment is not None:
             live.environment = link.environment
             if binding.wasi is not link.wasi:

@@ -164,7 +164,7 @@ HOSTS: weakref.WeakValueDictionary[int, Memories] = weakref.WeakValueDictionary(
 
 def _refused(_: type, error: BaseException, __: object) -> int:
     """An exception came before the callback below could catch it."""
-    return -keep(error) if lib.ms_wt_depth() else 0
+    return -keep(error) if lib.ms_wt_first_deferred() else 0
 
 
 @ffi.def_extern(error=0, onerror=_refused)  # type: ignore[untyped-decorator]
@@ -172,8 +172,10 @@ def ms_wt_python_grow(creator: int, token: int, index: int, byte_size: int) -> i
     try:
         return int(HOSTS[creator].granted(token, index, byte_size))
     except BaseException as error:  # noqa: BLE001 - it is raised where the call into wasmtime was made
-        if lib.ms_wt_depth():
+        if lib.ms_wt_first_deferred():
             return -keep(error)
+        if lib.ms_wt_depth():  # the guest asked again, and would make us keep any number of them
+            return 0
         # wasmtime-py itself made the call, which has no place for the exception.
         _log.exception(
             "a growth to %d bytes was refused, because deciding about it failed", byte_size
@@ -279,6 +281,9 @@ def ms_wt_python_call(identity: int, values: Any, count: int) -> int:
         FUNCTIONS[identity](ffi.buffer(values, 16 * count))
     except BaseException as error:  # noqa: BLE001 - it is raised where the call into wasmtime was made
         if lib.ms_wt_depth():
+            _kept.pop(
+                lib.ms_wt_raised(), None
+            )  # a host function caught it, and the guest called another
             return keep(error)
         # wasmtime-py itself made the call, and raises what it finds there.
         wasmtime_func.LAST_EXCEPTION = error  # type: ignore[assignment]
@@ -289,6 +294,7 @@ def ms_wt_python_call(identity: int, values: Any, count: int) -> int:
 def raised_in_wasmtime_py(error: BaseException) -> None:
     """Called within a host function that wasmtime-py runs: let our own entry raise the exception."""
     if lib.ms_wt_depth():
+        _kept.pop(lib.ms_wt_raised(), None)
         lib.ms_wt_raise(keep(error))
 
 

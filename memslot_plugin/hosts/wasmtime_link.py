@@ -33,6 +33,7 @@ from memslot_plugin.hosts.wasmtime_values import (
     kind_of,
 )
 from memslot_plugin.hosts.wasmtime_wasi import WAITS, Environment, Shim, provides
+from memslot_plugin.settings import Settings
 
 NATIVE_KINDS: Mapping[type, str] = {
     wasmtime.Func: "func",
@@ -86,7 +87,7 @@ class Link:
         plan = compiled.plan
         own = [] if plan.native else [memory for memory in plan.memories if memory.imported is None]
         self._sizes = ffi.new("size_t[]", [memory.minimum_bytes for memory in own])
-        self._capacities = ffi.new("size_t[]", [compiled.capacity] * len(own))
+        self._capacities = ffi.new("size_t[]", [compiled.settings.reserved] * len(own))
         self.guest = ffi.new("ms_wt_guest *")
         self.guest.creator = creator
         self.guest.engine = address_of(compiled.engine.ptr())
@@ -94,11 +95,22 @@ class Link:
         self.guest.count = len(own)
         self.guest.byte_sizes = self._sizes
         self.guest.capacities = self._capacities
+        settings = compiled.settings
+        self.guest.most_bytes = (
+            max(settings.largest_memory, settings.largest_heap)
+            if plan.native is None
+            else settings.largest_native_memory
+        )
+        self.guest.most_elements = settings.table_limit
+        # How many there are was looked at when the guest was prepared, but for what was not understood.
+        uncounted = plan.structure is None
+        self.guest.most_tables = settings.tables_per_instance if uncounted else -1
+        self.guest.most_memories = 1 if uncounted else -1
         self.guest.heap_first = bool(own) and own[0].minimum_bytes == 0
 
 
 class Compiled:
-    """A module compiled for one engine; `capacity` is how many bytes each of its slots can hold."""
+    """A module compiled for one engine."""
 
     def __init__(
         self,
@@ -106,12 +118,12 @@ class Compiled:
         module: wasmtime.Module,
         plan: Plan,
         name: str,
-        capacity: int,
+        settings: Settings,
     ) -> None:
         self.engine = engine
         self.plan = plan
         self.guest_name = name
-        self.capacity = capacity
+        self.settings = settings
         self.module = module
         self.default: Link | None = None
         self.elsewhere: Compiled | None = None

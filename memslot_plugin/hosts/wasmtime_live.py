@@ -100,6 +100,8 @@ class WasmtimeLive(Live):
         """End the instance if that was asked for meanwhile, and raise what is to be raised."""
         if outcome.flags & lib.MS_WT_CLOSING:
             self._host.finish(self)
+        if outcome.flags & lib.MS_WT_OUTGROWN:
+            self.outgrown = True
         error = outcome.exception(self._compiled.guest_name, starting=starting)
         if error is not None:
             try:

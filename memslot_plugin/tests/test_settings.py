@@ -74,7 +74,7 @@ def test_names_are_separated_by_commas(monkeypatch: Any, text: str) -> None:
 
 def test_every_setting_can_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     values = Settings().model_dump()
-    texts = {"plugins": "a", "blocked": "a", "memory_limit": "1MiB"}
+    texts = {"plugins": "a", "blocked": "a", "memory_limit": "1MiB", "heap_limit": "2MiB"}
     for name, value in values.items():
         monkeypatch.setenv(f"MEMSLOT_{name.upper()}", texts.get(name, str(value)))
     found = Settings()
@@ -138,8 +138,15 @@ def test_size_may_have_blanks_small_letters_and_a_fraction() -> None:
 
 # Wrong values: one sentence, with setting, value and what is allowed
 
-NUMBERS = ["slots", "max_unused_warm_slots", "ready_instances"]
-SIZES = ["reserved", "guard", "memory_limit", "image_limit", "keep_resident"]
+NUMBERS = [
+    "slots",
+    "max_unused_warm_slots",
+    "ready_instances",
+    "memories_per_instance",
+    "table_limit",
+    "tables_per_instance",
+]
+SIZES = ["reserved", "guard", "memory_limit", "heap_limit", "image_limit", "keep_resident"]
 FLOATS = ["audit", "wait_timeout"]
 CHOICES = {
     name: [str(value) for value in get_args(field.annotation)]

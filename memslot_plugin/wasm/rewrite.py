@@ -23,8 +23,9 @@ from memslot_plugin.wasm.module import (
     Memory,
     Module,
     SectionId,
+    Table,
 )
-from memslot_plugin.wasm.types import read_global_type
+from memslot_plugin.wasm.types import read_global_type, read_reference_type, read_table_type
 
 _EMPTY = b"\x00"
 
@@ -36,6 +37,8 @@ def rewrite(
     named_segments: int | None = None,
     import_memory: ImportName | None = None,
     minimums: Mapping[int, int] | None = None,
+    most_bytes: int | None = None,
+    most_elements: int | None = None,
     exports: Collection[Export] = (),
     initial_values: Mapping[int, int | None] | None = None,
     drop_start: bool = False,
@@ -50,6 +53,8 @@ def rewrite(
       except where the offset is more than one constant, which a runtime could refuse.
     - `import_memory`: the single defined memory is imported under this name instead.
     - `minimums`: a larger minimum, in pages, for defined memories by index.
+    - `most_bytes`, `most_elements`: no defined memory, or table, declares a larger maximum, or none.
+      A minimum stays.
     - `exports`: exported after the module's own; `state_exports` finds names that are free.
     - `initial_values`: what mutable globals start with, by index, as `encode_constant` takes it.
     - `drop_start`: no function runs at instantiation.
@@ -69,6 +74,10 @@ def rewrite(
             count = len(module.data_segments) - len(left_out)
             contents[SectionId.DATA_COUNT] = unsigned_leb128(count)
     memories = _raised(module, minimums or {})
+    if most_bytes is not None:
+        memories = tuple(_lowered(memory, most_bytes) for memory in memories)
+    if most_elements is not None and any(_may_pass(each, most_elements) for each in module.tables):
+        contents[SectionId.TABLE] = _tables(module, most_elements)
     if import_memory is not None:
         contents[SectionId.IMPORT] = _imports(module, import_memory, memories)
         contents[SectionId.MEMORY] = None
@@ -184,6 +193,45 @@ def _raised(module: Module, minimums: Mapping[int, int]) -> tuple[Memory, ...]:
             )
         memories[index] = Memory(index, replace(old, minimum_pages=pages))
     return tuple(memories)
+
+
+def _lowered(memory: Memory, most: int) -> Memory:
+    """The memory with a maximum of at most so many bytes, if it is the module's own."""
+    pages = max(most // memory.type.page_size, memory.type.minimum_pages)
+    declared = memory.type.maximum_pages
+    if memory.imported is not None or (declared is not None and declared <= pages):
+        return memory
+    return replace(memory, type=replace(memory.type, maximum_pages=pages))
+
+
+def _may_pass(table: Table, most: int) -> bool:
+    return table.imported is None and (table.type.maximum is None or table.type.maximum > most)
+
+
+def _tables(module: Module, most: int) -> bytes:
+    """The table section with maximums of at most so many elements."""
+    section = module.section(SectionId.TABLE)
+    assert section is not None
+    reader = Reader(module.source, section.payload, section.end)
+    parts = [unsigned_leb128(reader.u32())]
+    for table in module.tables:
+        if table.imported is not None:
+            continue
+        start = reader.position
+        if table.initializer is not None:
+            reader.skip(2)
+        read_reference_type(reader)
+        parts.append(reader.since(start))
+        reader.position = start + (2 if table.initializer is not None else 0)
+        read_table_type(reader)
+        kind = table.type
+        if _may_pass(table, most):
+            kind = replace(kind, maximum=max(most, kind.minimum))
+        parts.append(kind.encode_limits())
+        if table.initializer is not None:
+            parts.append(table.initializer.encoded)
+            reader.skip(len(table.initializer.encoded))
+    return b"".join(parts)
 
 
 def _memories(memories: tuple[Memory, ...]) -> bytes:

@@ -60,6 +60,15 @@ class TableType:
     maximum: int | None
     table64: bool
 
+    def encode_limits(self) -> bytes:
+        """The limits as the format writes them behind the type of the elements."""
+        flags = _MEMORY64 * self.table64
+        limits = unsigned_leb128(self.minimum)
+        if self.maximum is not None:
+            flags |= _HAS_MAXIMUM
+            limits += unsigned_leb128(self.maximum)
+        return bytes([flags]) + limits
+
 
 @dataclass(frozen=True, slots=True)
 class GlobalType:
