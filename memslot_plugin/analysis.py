@@ -16,6 +16,7 @@ from typing import Any
 
 from memslot_plugin import wasm
 from memslot_plugin._core import ffi, lib
+from memslot_plugin.errors import printable
 from memslot_plugin.wasm import ExternKind, SectionId
 
 
@@ -375,7 +376,7 @@ def _exported_as(module: wasm.Module) -> _Names:
     """The quoted export names of everything that has one."""
     names: dict[tuple[ExternKind, int], list[str]] = defaultdict(list)
     for export in module.exports:
-        names[export.kind, export.index].append(f'"{export.name}"')
+        names[export.kind, export.index].append(f'"{printable(export.name)}"')
     return {key: " and ".join(found) for key, found in names.items()}
 
 

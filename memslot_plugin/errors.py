@@ -32,6 +32,7 @@ builtin that a caller would already catch.
 
 from __future__ import annotations
 
+import re
 from typing import Any, cast
 
 
@@ -42,12 +43,28 @@ def shown(value: object) -> str:
     return repr(value)
 
 
+def printable(text: str) -> str:
+    """Return text as one line that does nothing to a terminal or a log, whatever a guest or a file has put
+    into it: other characters are escaped, as by repr.
+    """
+    if text.isprintable():
+        return text
+    line = re.sub(r"\s*[\r\n]\s*", " ", text.strip())
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in line
+    )
+
+
 class MemslotError(Exception):
     """The base of every error that memslot raises on its own account.
 
-    Each can be copied and pickled, and comes back with its class, arguments and attributes; only
-    `native` is None then, if it is the runtime's own, which belongs to its process.
+    Its message is one line of printable characters.  It can be copied and pickled, and comes back with
+    its class, arguments and attributes; only `native` is None then, if it is the runtime's own object,
+    which belongs to its process.
     """
+
+    def __init__(self, *args: object, **named: Any) -> None:
+        super().__init__(*(printable(a) if isinstance(a, str) else a for a in args), **named)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """The class, what it is made of (a message, for all but the kernel's), and its attributes."""

@@ -22,7 +22,7 @@ from memslot_plugin.cli.options import (
 from memslot_plugin.cli.output import Output, byte_size, console, table, write_json
 from memslot_plugin.cli.source import Source, read_source
 from memslot_plugin.container import Container
-from memslot_plugin.errors import Unsupported
+from memslot_plugin.errors import Unsupported, printable
 from memslot_plugin.guest import GuestReport, MemoryReport, Plan
 from memslot_plugin.hosts.saved import About, contents_in
 from memslot_plugin.image import extents_of
@@ -214,7 +214,9 @@ def _show_functions(output: Output, source: Source) -> None:
 
 def _some(words: Sequence[str]) -> str:
     more = len(words) - SHOWN
-    return ("; ".join(words[:SHOWN]) or "none") + (f"; and {more} more" if more > 0 else "")
+    return ("; ".join(map(printable, words[:SHOWN])) or "none") + (
+        f"; and {more} more" if more > 0 else ""
+    )
 
 
 def _show_memories(output: Output, verdict: Verdict) -> None:

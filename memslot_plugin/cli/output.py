@@ -19,7 +19,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from memslot_plugin.errors import GuestExit, GuestTrap, HostUnavailable, MemslotError
+from memslot_plugin.errors import (
+    GuestExit,
+    GuestTrap,
+    HostUnavailable,
+    MemslotError,
+    printable,
+)
 
 OK, FAILED, REFUSED, NO_RUNTIME = 0, 1, 2, 3
 INTERRUPTED, READER_GONE = 130, 141  # 128 + SIGINT and 128 + SIGPIPE, as shells count
@@ -44,6 +50,10 @@ class Output(Console):
         super().__init__(file=file, markup=False, highlight=False, emoji=False)
         if not self.is_terminal and "COLUMNS" not in self._environ:
             self.width = _PIPED_WIDTH
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Escape what a guest's names, a path or a guest's output would do to the terminal."""
+        return super().render_str("\n".join(map(printable, text.split("\n"))), **options)
 
     def show_table(self, title: str, rows: Table, *, left_out: int = 0) -> None:
         """A title over a table, and how many rows it leaves out."""
@@ -129,7 +139,7 @@ def exit_code(error: MemslotError) -> int:
 
 def complain(text: str) -> None:
     """One line on standard error."""
-    click.echo(f"memslot: {text}", err=True)
+    click.echo(f"memslot: {printable(text)}", err=True)
 
 
 class _OneLine(logging.Handler):

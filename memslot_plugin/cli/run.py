@@ -38,7 +38,7 @@ from memslot_plugin.cli.source import (
     read_source,
     require_no_foreign_imports,
 )
-from memslot_plugin.errors import SettingError
+from memslot_plugin.errors import SettingError, printable
 from memslot_plugin.hosts import Wasi, open_host
 from memslot_plugin.hosts.alone import runtime_version
 
@@ -56,7 +56,7 @@ class Steps:
     def __init__(self, output: Output) -> None:
         self._progress = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             console=output,
             transient=True,
             auto_refresh=False,
@@ -68,7 +68,7 @@ class Steps:
 
     def say(self, what: str) -> None:
         """What is being done now."""
-        self._progress.update(self._task, description=what)
+        self._progress.update(self._task, description=printable(what))
         self._progress.refresh()
 
     def __enter__(self) -> Steps:

@@ -25,6 +25,7 @@ from memslot_plugin.errors import (
     SettingError,
     SnapshotRefused,
     UsedAfterClose,
+    printable,
     shown,
 )
 from memslot_plugin.hosts import saved
@@ -72,7 +73,7 @@ class Guest:
         if not isinstance(name, str):
             raise ArgumentError(f"a guest's name is a string, and not {shown(name)}")
         self.host = host
-        self.name = name
+        self.name = name = printable(name)
         self.guest_id = f"{name}#{next(_NUMBERS)}"
         self.binding = binding
         self.closed = False

@@ -10,6 +10,7 @@ import enum
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
+from memslot_plugin.errors import printable
 from memslot_plugin.wasm.expressions import Expression
 from memslot_plugin.wasm.types import GlobalType, MemoryType, TableType
 
@@ -73,7 +74,7 @@ class ImportName(NamedTuple):
     name: str
 
     def __str__(self) -> str:
-        return f"{self.module}.{self.name}"
+        return printable(f"{self.module}.{self.name}")
 
 
 @dataclass(frozen=True, slots=True)

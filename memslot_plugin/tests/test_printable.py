@@ -1,0 +1,78 @@
+"""Names that a guest, a file or a caller chose reach no terminal and no log as they are."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+import memslot_plugin as memslot
+from memslot_plugin import errors
+from memslot_plugin.cli import main
+from memslot_plugin.cli.output import Output
+from memslot_plugin.cli.run import Steps
+from memslot_plugin.errors import printable
+from memslot_plugin.tests import hosts
+
+EVIL = "\x1b[31mred\x07\r\nCRITICAL \x9b2J\u202e\udcff"
+SHOWN = r"\x1b[31mred\x07 CRITICAL \x9b2J\u202e\udcff"
+NAME = r"\1b[31mred\07\0d\0aCRITICAL"
+TEXT = f"""(module (import "{NAME}" "{NAME}" (func)) (memory (export "{NAME}") 1) (table 1 funcref)
+  (func (export "{NAME}2") (drop (table.grow (ref.null func) (i32.const 1)))))"""
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_text_becomes_one_line_that_does_nothing_to_a_terminal() -> None:
+    assert printable(EVIL) == SHOWN
+    assert printable(SHOWN) == SHOWN
+    assert printable("a  b\n\n   c\td\n") == r"a  b c\td"
+    assert printable("Grüße, 世界 🦀") == "Grüße, 世界 🦀"
+
+
+@pytest.mark.parametrize("kind", [errors.GuestTrap, errors.SystemCallError, errors.PoolTimeout])
+def test_message_of_an_error_is_printable(kind: Any) -> None:
+    error = kind(7, EVIL) if kind is errors.SystemCallError else kind(EVIL)
+    assert SHOWN in str(error)
+    assert kind is not errors.SystemCallError or (error.errno, error.strerror) == (7, SHOWN)
+
+
+@pytest.mark.parametrize("name", hosts.HOSTS)
+def test_names_in_refusals_reports_and_logs_are_printable(name: str, tmp_path: Path) -> None:
+    with hosts.serving(name) as host:
+        guest = host.prepare(hosts.assemble(TEXT), name=EVIL)
+        assert (guest.name, repr(guest)[:40]) == (SHOWN, f"<Guest {SHOWN}"[:40])
+        for reason in (*guest.report.verdict.reasons, *guest.report.changes):
+            assert reason.isprintable()
+        for call in (
+            guest.instantiate,
+            lambda: host.prepare(f"/nowhere/{EVIL}"),
+            lambda: host.load(f"/nowhere/{EVIL}"),
+        ):
+            if name == "fake" and call == guest.instantiate:
+                continue  # it links nothing
+            with pytest.raises(memslot.MemslotError) as raised:
+                call()
+            assert str(raised.value).isprintable()
+            assert "[31mred" in str(raised.value)
+
+
+def test_commands_print_names_escaped(tmp_path: Path) -> None:
+    file = tmp_path / "guest.wasm"
+    file.write_bytes(hosts.assemble(TEXT))
+    shown = CliRunner().invoke(main, ["inspect", str(file)], color=True)
+    assert shown.exit_code == 0
+    assert r"\x1b[31mred\x07 CRITICAL" in shown.output
+    assert not {"\x1b", "\x07", "\r"} & set(shown.output)
+    screen = Terminal()
+    with Steps(Output(screen)) as steps:
+        steps.say(f"{EVIL} [bold]")
+    assert r"\x1b[31mred" in screen.getvalue()
+    assert "[bold]" in screen.getvalue()
+    assert "\x1b[31m" not in screen.getvalue()
