@@ -175,7 +175,7 @@ WASI = """(module
     (i32.load (i32.const 200)))
   (func (export "look") (param i32) (result i32)
     (call $look (local.get 0) (i32.const 0) (i32.const 80) (i32.const 1) (i32.const 208)))
-  (data (i32.const 80) "/"))"""
+  (data (i32.const 80) "."))"""
 
 
 def test_reset_renews_captured_output_and_descriptors(real_cell: Cell, tmp_path: Path) -> None:

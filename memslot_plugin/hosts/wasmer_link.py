@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from memslot_plugin.errors import LinkError, Unsupported
 from memslot_plugin.hosts import wasmer_state, wasmer_wasi
 from memslot_plugin.hosts.wasmer_errors import at_compile, made_by_wasmer
+from memslot_plugin.hosts.wasmer_folders import Folders
 from memslot_plugin.hosts.wasmer_runtime import (
     EXTERNS,
     Owner,
@@ -231,8 +232,6 @@ class Compiled:
             ]
             own = given.get(module, {})
             served = {name: offered[name] for name in names if name in offered and name not in own}
-            if "path_open" in served:  # the shim asks for the type of a path before it is opened
-                served.setdefault("path_filestat_get", offered["path_filestat_get"])
             shimmed, shim = self._shim(module, served, memory, streams, binding.wasi)
             given[module] = {**served, **shimmed, **own}
             kept += served, shim
@@ -254,20 +253,21 @@ class Compiled:
         }
         if not behind:
             return {}, None
-        folders = wasi.folders()
-        permitted = {"folders": bool(folders), "writable": any(each[2] for each in folders)}
-        key = (module, *permitted.values(), *behind)
+        key = (module, bool(wasi.preopened), *behind)
         if key not in self._shims:
             require_compiler()
-            text = wasmer_wasi.shim_text(behind, **permitted)
-            self._shims[key] = wasmer.Module(self._store, text)
+            text = wasmer_wasi.shim_text(behind, folders=bool(wasi.preopened))
+            self._shims[key] = wasmer.Module(self._store, text), text
+        compiled, text = self._shims[key]
+        folders = Folders(wasi, memory, address_of(memory))
         ours = {
+            **wasmer_wasi.asked(folders, self._store, text),
             "memory": memory,
             "changed": streams.changed,
             "streams": wasmer.Global(self._store, wasmer.Value.i32(streams.mask)),
             "write": wasmer.Function(self._store, streams.write, wasmer_wasi.write_type()),
         }
-        shim = wasmer.Instance(self._shims[key], {"wasi": behind, "memslot": ours})
+        shim = wasmer.Instance(compiled, {"wasi": behind, "memslot": ours})
         return {name: getattr(shim.exports, name) for name in behind}, (shim, ours)
 
     def _imported_memory(self, given: Namespaces) -> Any:

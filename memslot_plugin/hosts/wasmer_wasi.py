@@ -6,9 +6,10 @@ stands between it and wasmer's own function:
 
     guest -- fd_read(0) ----> shim --> nothing to read
           -- fd_write(1) ---> shim --> `Streams`, in Python, unless the stream is inherited
-          -- fd_write(5) ---> shim --> wasmer's fd_write, unless every folder is read-only
+          -- fd_write(5) ---> shim --> wasmer's fd_write, if `Folders` has it among the writable
           -- fd_close(1) ---> shim --> wasmer's fd_close, and a note that descriptors have changed
-          -- path_open() ---> shim --> wasmer's path_open, for what is a file or a folder
+          -- path_open() ---> shim --> wasmer's path_open, if `Folders` lets the path pass
+          -- fd_renumber() -> shim --> refused: under another number a descriptor would not be recognised
 
 The note is for resets and snapshots: an instance can be reset in place as long as nothing that only a
 new environment has was changed.
@@ -16,13 +17,15 @@ new environment has was changed.
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from memslot_plugin._core import ffi
-from memslot_plugin.errors import SettingError, Unsupported
+from memslot_plugin.errors import SettingError
 from memslot_plugin.hosts.wasi import Wasi
+from memslot_plugin.hosts.wasmer_folders import CHANGE, NOTSUP, OPEN, ROFS, Folders
 from memslot_plugin.hosts.wasmer_runtime import wasmer
 
 VERSIONS = {
@@ -50,38 +53,43 @@ _SERVED = {
     # errno::spipe: a stream has no offsets.
     "fd_pread": "(return (i32.const 70))",
     "fd_pwrite": "(return (i32.const 70))",
-    # errno::notsup: under another number a stream would no longer be recognised.
-    "fd_renumber": "(return (i32.const 58))",
 }
 REPLACED = tuple(_SERVED)
-"""What the shim serves itself where a descriptor is ours: all that moves its bytes, and what gives it
-another number.
-"""
+"""What the shim serves itself where a descriptor is ours: all that moves its bytes."""
 
-_REFUSED = "(return (i32.const 69))"
-"""`errno::rofs`: a read-only file system."""
-
-_READ_ONLY = {
-    # Neither a stream nor a descriptor that a stream can have become.
-    "fd_write": f"(if (i32.ge_u (local.get 0) (i32.const 3)) (then {_REFUSED}))",
-    "fd_pwrite": f"(if (i32.ge_u (local.get 0) (i32.const 3)) (then {_REFUSED}))",
-    # oflags::creat and oflags::trunc, and the right fd_write.
-    "path_open": f"(if (i32.and (local.get 4) (i32.const 9)) (then {_REFUSED}))"
-    f" (if (i64.ne (i64.and (local.get 5) (i64.const 64)) (i64.const 0)) (then {_REFUSED}))",
-    "fd_allocate": _REFUSED,
-    "fd_filestat_set_size": _REFUSED,
-    "fd_filestat_set_times": _REFUSED,
-    "path_create_directory": _REFUSED,
-    "path_filestat_set_times": _REFUSED,
-    "path_link": _REFUSED,
-    "path_remove_directory": _REFUSED,
-    "path_rename": _REFUSED,
-    "path_symlink": _REFUSED,
-    "path_unlink_file": _REFUSED,
+_PATHS = {
+    "path_create_directory": ((0, 1, 2),),
+    "path_filestat_get": ((0, 2, 3),),
+    "path_filestat_set_times": ((0, 2, 3),),
+    "path_link": ((0, 2, 3), (4, 5, 6)),
+    "path_open": ((0, 2, 3),),
+    "path_readlink": ((0, 1, 2),),
+    "path_remove_directory": ((0, 1, 2),),
+    "path_rename": ((0, 1, 2), (3, 4, 5)),
+    "path_unlink_file": ((0, 1, 2),),
 }
-"""How the shim begins each function that can change a folder, for a guest that may change none: wasmer-python
-opens every folder for writing.
-"""
+"""Functions with paths: the parameters that hold a folder's descriptor, and the address and length of a path."""
+
+_CHANGES = frozenset(_PATHS) - {"path_filestat_get", "path_open", "path_readlink"}
+
+_ASKED = {
+    "refused": "(param i32 i32 i32 i32) (result i32)",
+    "writable": "(param i32) (result i32)",
+    "opened": "(param i32)",
+    "closed": "(param i32)",
+}
+"""Methods of `Folders` that the shim calls."""
+
+_WRITES = frozenset(
+    {
+        "fd_allocate",
+        "fd_filestat_set_size",
+        "fd_filestat_set_times",
+        "fd_pwrite",
+        "fd_write",
+    }
+)
+"""Functions that change an open file."""
 
 HARMLESS = frozenset(
     {
@@ -170,46 +178,37 @@ class Streams:
         return bytes(self.captured.get(1 if stream == "stdout" else 2, b""))
 
 
-_KEPT = range(0, 64, 8)
-"""Offsets of the words of a `filestat`, for which the shim borrows room in the guest's memory."""
-
-_SPECIAL = f"""
-  (func $special (param $fd i32) (param $flags i32) (param $path i32) (param $length i32) (result i32)
-    (local $at i32) (local $type i32) {"".join(f"(local $kept{place} i64)" for place in _KEPT)}
-    (if (i32.or (i32.eqz (memory.size))
-          (i64.gt_u (i64.add (i64.extend_i32_u (local.get $path)) (i64.extend_i32_u (local.get $length)))
-            (i64.shl (i64.extend_i32_u (memory.size)) (i64.const 16))))
-      (then (return (i32.const 0))))
-    (if (i32.lt_u (local.get $path) (i32.const 64)) (then (local.set $at (i32.const 4160))))
-    {"".join(f"(local.set $kept{place} (i64.load offset={place} (local.get $at)))" for place in _KEPT)}
-    (local.set $type (i32.const 4))
-    (if (i32.eqz (call $path_filestat_get
-          (local.get $fd) (local.get $flags) (local.get $path) (local.get $length) (local.get $at)))
-      (then (local.set $type (i32.load8_u offset=16 (local.get $at)))))
-    {"".join(f"(i64.store offset={place} (local.get $at) (local.get $kept{place}))" for place in _KEPT)}
-    (i32.eqz (i32.and (i32.shl (i32.const 1) (local.get $type)) (i32.const {1 << 3 | 1 << 4 | 1 << 7}))))
-"""
-"""True if a path leads to something else than a folder, a file or a link: opening a FIFO would wait, and nothing
-can interrupt that.  A path has up to 4096 bytes, so the room that is borrowed lies before or after it.
-"""
-
-_ORDINARY = (
-    # errno::nametoolong and errno::notsup
-    "(if (i32.gt_u (local.get 3) (i32.const 4096)) (then (return (i32.const 37))))"
-    " (if (call $special (local.get 0) (local.get 1) (local.get 2) (local.get 3))"
-    " (then (return (i32.const 58))))"
-)
+def _guard(name: str) -> str:
+    """How the shim begins a function that could reach a folder: it returns what `Folders` refuses."""
+    if name in _WRITES:  # below 3 are the streams, and no other descriptor gets their numbers
+        return (
+            " (if (i32.ge_u (local.get 0) (i32.const 3)) (then (if (i32.eqz (call $writable (local.get 0)))"
+            f" (then (return (i32.const {ROFS}))))))"
+        )
+    if name == "fd_close":
+        return " (call $closed (local.get 0))"
+    if name in {"fd_renumber", "path_symlink"}:
+        return f" (return (i32.const {NOTSUP}))"
+    what = f"(i32.const {CHANGE if name in _CHANGES else 0})"
+    if name == "path_open":  # oflags::creat, oflags::trunc, and the right fd_write
+        what = (
+            f"(i32.or (i32.const {OPEN}) (i32.or (i64.ne (i64.and (local.get 5) (i64.const 64)) (i64.const 0))"
+            " (i32.ne (i32.and (local.get 4) (i32.const 9)) (i32.const 0))))"
+        )
+    return "".join(
+        f" (local.set $errno (call $refused {' '.join(f'(local.get {place})' for place in places)} {what}))"
+        " (if (local.get $errno) (then (return (local.get $errno))))"
+        for places in _PATHS.get(name, ())
+    )
 
 
-def shim_text(functions: Mapping[str, Any], *, folders: bool, writable: bool) -> str:
+def shim_text(functions: Mapping[str, Any], *, folders: bool) -> str:
     """The shim for `functions`, wasmer's own by name: of `REPLACED`, and what is not harmless.
 
     Where the environment has no `folders`, a call that fails is not noted, and neither is one that only
-    looks: language runtimes look for files even where there are none.  `writable` says that the guest may
-    change its folders.
+    looks: language runtimes look for files even where there are none.
     """
     imports, bodies = [], []
-    special = ""
     for name, function in functions.items():
         kinds, results = (
             [wasmer.Type(int(number)).name.lower() for number in side]
@@ -220,16 +219,17 @@ def shim_text(functions: Mapping[str, Any], *, folders: bool, writable: bool) ->
         passed = " ".join(f"(local.get {place})" for place in range(len(kinds)))
         imports.append(f'(import "wasi" "{name}" (func ${name}{type_}))')
         serve = note = local = fail = ""
+        call = f"(call ${name} {passed})"
         if name in REPLACED:
-            ours = "(call $ours (local.get 0))"
-            if name == "fd_renumber":
-                ours = f"(i32.or {ours} (call $ours (local.get 1)))"
-            serve = f" (if {ours} (then {_SERVED[name]}))"
-        if not writable and name in _READ_ONLY:
-            serve += f" {_READ_ONLY[name]}"
+            serve = f" (if (call $ours (local.get 0)) (then {_SERVED[name]}))"
+        serve += _guard(name)
+        if name in _PATHS:
+            local = " (local $errno i32)"
         if name == "path_open":
-            special = _SPECIAL
-            serve += f" {_ORDINARY}"
+            call = (
+                f"(local.set $errno {call}) (if (i32.eqz (local.get $errno)) (then"
+                " (call $opened (i32.load (local.get 8))))) (local.get $errno)"
+            )
         if name not in HARMLESS and (folders or name not in LOOKS):
             note = " (global.set $changed (i32.const 1))"
             if results == ["i32"] and not folders:
@@ -239,9 +239,12 @@ def shim_text(functions: Mapping[str, Any], *, folders: bool, writable: bool) ->
                     " (local.set $errno) (if (local.get $errno)"
                     " (then (global.set $changed (local.get $before)))) (local.get $errno)"
                 )
-        bodies.append(
-            f'(func (export "{name}"){type_}{local}{serve}{note} (call ${name} {passed}){fail})'
-        )
+        bodies.append(f'(func (export "{name}"){type_}{local}{serve}{note} {call}{fail})')
+    imports += [
+        f'(import "memslot" "{name}" (func ${name} {type_}))'
+        for name, type_ in _ASKED.items()
+        if any(f"${name} " in body for body in bodies)
+    ]
     return "\n".join(
         [
             "(module",
@@ -251,28 +254,35 @@ def shim_text(functions: Mapping[str, Any], *, folders: bool, writable: bool) ->
             '(import "memslot" "changed" (global $changed (mut i32)))',
             '(export "memory" (memory 0))',  # where wasmer's functions look for it
             _OURS,
-            special,
             *bodies,
             ")",
         ]
     )
 
 
+def asked(folders: Folders, store: Any, text: str) -> dict[str, Any]:
+    """The methods of `Folders` that a shim imports, as wasmer's functions."""
+    return {
+        name: wasmer.Function(store, getattr(folders, name), _function_type(type_))
+        for name, type_ in _ASKED.items()
+        if f'"memslot" "{name}"' in text
+    }
+
+
 def write_type() -> Any:
     """The type of `Streams.write`, which is that of `fd_write`."""
+    return _function_type("(param i32 i32 i32 i32) (result i32)")
+
+
+@functools.cache
+def _function_type(text: str) -> Any:
+    parameters, _, results = text.partition("(result")
     i32 = wasmer.Type.I32
-    return wasmer.FunctionType([i32] * 4, [i32])
+    return wasmer.FunctionType([i32] * parameters.count("i32"), [i32] * results.count("i32"))
 
 
 def environment(wasi: Wasi) -> Any:
-    """The environment of one instance; raises SettingError for what wasmer refuses, Unsupported for folders
-    of which only some are writable: a path in one of them can lead into another.
-    """
-    if len({writable for _, _, writable in wasi.folders()}) > 1:
-        raise Unsupported(
-            "wasi preopened has writable folders beside read-only ones, which wasmer cannot keep apart;"
-            " give folders of one kind, or use wasmtime"
-        )
+    """The environment of one instance; raises SettingError for what wasmer refuses."""
     try:
         builder = wasmer.wasi.StateBuilder(wasi.program)
         for argument in wasi.arguments:
