@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import collections
 import logging
-import os
 import random
 import threading
 import time
@@ -30,7 +29,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from memslot_hooks.types import RETIRED, HostMapping, PoolStatistics, ResetResult
 from memslot_plugin._core import (
+    after_fork,
     align_up,
+    catch_up,
     ffi,
     lib,
     map_count,
@@ -190,6 +191,7 @@ class Pool:
         PoolTimeout, MemoryTooLarge, SystemCallError, UsedAfterClose, and InUse in a finalizer or a
         signal handler that interrupts the pool; whatever it raises, nothing stays leased.
         """
+        catch_up()
         if self._inside():
             self._refuse_inside("lease")
         deadline = time.monotonic() + timeout if timeout > 0 else 0.0
@@ -249,6 +251,7 @@ class Pool:
             self._refuse_inside("warm slots")
         if self.allocation != "pooling":
             return 0  # no slot outlives its memory
+        catch_up()
         key: Hashable = _OWN if map_host_memory is None else shape
         ready = 0
         with self._lock:
@@ -605,6 +608,7 @@ class Pool:
 
         Slots that are still leased give it up when they come back, if the image is closed by then.
         """
+        catch_up()
         if self._inside():
             self._came_back.append(image)
             return 0
@@ -634,6 +638,7 @@ class Pool:
         """The pool's counters, read at once; in a finalizer or a signal handler that interrupts the
         pool, as they are in the middle of that.
         """
+        catch_up()
         outside = not self._inside()
         with self._lock:
             if self._came_back and outside and not self._closed:
@@ -687,6 +692,7 @@ class Pool:
         Raises InUse while slots are leased, and SystemCallError after giving back everything else;
         closing again then tries again.
         """
+        catch_up()
         if self._inside():
             self._refuse_inside("close the pool")
         with self._lock:
@@ -799,4 +805,4 @@ def _after_fork() -> None:
         pool.after_fork()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+after_fork(_after_fork)

@@ -11,17 +11,17 @@ import os
 import resource
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from memslot_plugin._core import (
     PAGE_SIZE,
+    after_fork,
     check,
     ffi,
     lib,
     map_count,
     max_map_count,
-    system_call_error,
 )
 from memslot_plugin.errors import SystemCallError
 from memslot_plugin.image import BytesImage, MemfdImage
@@ -191,7 +191,8 @@ def _probe_pagemap(with_image: bool) -> Finding:
 def _private_pages(pagemap: int, address: int, pages: int) -> tuple[list[int], int]:
     """The numbers of the private ones among so many pages, and an errno or 0."""
     runs, report = ffi.new("ms_extent[]", pages), ffi.new("ms_reset_report *")
-    failed = lib.ms_list_private(pagemap, address, pages * PAGE_SIZE, runs, pages, report)
+    memory = ffi.new("ms_memory *", {"base": address, "accessible": pages * PAGE_SIZE})
+    failed = lib.ms_list_private(pagemap, memory, runs, pages, report)
     found = [
         (run.offset + at) // PAGE_SIZE
         for run in runs[0 : report.runs]
@@ -200,30 +201,14 @@ def _private_pages(pagemap: int, address: int, pages: int) -> tuple[list[int], i
     return found, -failed
 
 
-@functools.cache
 def pagemap_descriptor() -> int:
-    """This process's /proc/self/pagemap, opened once, and known to the core from then on; a child
-    opens its own, for the parent's shows the parent.
-    """
-    try:
-        descriptor = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise system_call_error(error.errno or 0, "opening /proc/self/pagemap") from None
-    lib.ms_set_pagemap(descriptor)
+    """A descriptor of this process's /proc/self/pagemap; raises SystemCallError."""
+    descriptor = int(lib.ms_pagemap())
+    check(descriptor, "opening /proc/self/pagemap")
     return descriptor
 
 
-def _forget_after_fork() -> None:
-    lib.ms_set_pagemap(-1)
-    parents = pagemap_descriptor() if pagemap_descriptor.cache_info().currsize else -1
-    pagemap_descriptor.cache_clear()
-    probe.cache_clear()
-    if parents >= 0:
-        with suppress(OSError):  # it is gone whatever close(2) says
-            os.close(parents)
-
-
-os.register_at_fork(after_in_child=_forget_after_fork)
+after_fork(probe.cache_clear)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,11 +10,15 @@
               (see adaptive.py); madvise where the kernel has no PAGEMAP_SCAN
 
 remap is nothing to choose: it takes the place of madvise where that does not work.
+
+A call that worked when it was probed may be refused later: a worker that gave up root cannot open its pagemap, and
+locked pages (mlockall(2)) cannot be dropped.  Such a reset is done by the next way, and its reason says which call
+failed: pagemap -> madvise -> remap.
 """
 
 from __future__ import annotations
 
-import errno
+import os
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -23,7 +27,7 @@ from memslot_hooks.types import ResetResult
 from memslot_plugin._core import PAGE_SIZE, ffi, lib, system_call_error
 from memslot_plugin.adaptive import History
 from memslot_plugin.errors import Unsupported
-from memslot_plugin.probe import pagemap_descriptor, prices, probe
+from memslot_plugin.probe import prices, probe
 
 if TYPE_CHECKING:
     from memslot_plugin.slot import Slot
@@ -49,7 +53,7 @@ def madvise(slot: Slot) -> ResetResult:
     report = slot.report
     failed = lib.ms_reset_discard(slot.memory, report)
     if failed:
-        raise system_call_error(-failed, "MADV_DONTNEED in a reset")
+        return _instead(remap, slot, "MADV_DONTNEED", -failed)
     return ResetResult(None, report.nanoseconds, "madvise")
 
 
@@ -60,6 +64,12 @@ def remap(slot: Slot) -> ResetResult:
     if failed:
         raise system_call_error(-failed, "mapping over a slot in a reset")
     return ResetResult(None, report.nanoseconds, "remap")
+
+
+def _instead(reset: Reset, slot: Slot, call: str, error: int) -> ResetResult:
+    """The result of another reset, with the last failure that led to it for a reason."""
+    result = reset(slot)
+    return result if result.reason else result._replace(reason=f"{call}: {os.strerror(error)}")
 
 
 class Copy:
@@ -75,7 +85,7 @@ class Copy:
         report = slot.report
         failed = lib.ms_reset_copy(slot.memory, self._keep_pages, report)
         if failed:
-            raise system_call_error(-failed, "MADV_DONTNEED in a reset")
+            return _instead(remap, slot, "MADV_DONTNEED", -failed)
         if report.dropped_pages:  # written or not, nobody has looked
             return ResetResult(None, report.nanoseconds, "copy", "keep_resident")
         return ResetResult(report.dirty_pages * PAGE_SIZE, report.nanoseconds, "copy")
@@ -106,8 +116,9 @@ class Pagemap:
     do the next reset without asking, and asks `settle` only if that was no ordinary one.
     """
 
-    def __init__(self, keep_resident: int) -> None:
+    def __init__(self, keep_resident: int, discard: Reset = madvise) -> None:
         self._keep_pages = keep_resident // PAGE_SIZE
+        self._discard = discard
         self._limits = ffi.new(
             "ms_reset_limits *",
             {
@@ -130,12 +141,9 @@ class Pagemap:
         return self._limits
 
     def settle(self, slot: Slot, answer: int) -> ResetResult:
-        """The result of a reset that failed or was not ordinary; raises SystemCallError."""
-        if answer == NOTABLE + errno.EBADF:  # the first one, here or in a forked child
-            pagemap_descriptor()
-            answer = watched(slot.core)
+        """The result of a reset that was not ordinary, or of the one in its place; raises SystemCallError."""
         if answer > NOTABLE:
-            raise system_call_error(answer - NOTABLE, "PAGEMAP_SCAN in a reset")
+            return _instead(self._discard, slot, "PAGEMAP_SCAN", answer - NOTABLE)
         report = slot.report
         pages = report.dirty_pages + report.dropped_pages
         reason = "keep_resident" if report.dropped_pages else ""
@@ -164,6 +172,8 @@ class Auto(Pagemap):
     def settle(self, slot: Slot, answer: int) -> ResetResult:
         """The same, or a flush where the history says so."""
         result = super().settle(slot, answer)
+        if answer > NOTABLE:
+            return result
         report, history = slot.report, slot.history
         assert history is not None
         kept = report.private_pages - report.dropped_pages
@@ -197,5 +207,5 @@ def choose(strategy: str, keep_resident: int) -> Reset:
             raise Unsupported(
                 f"reset = pagemap is not possible here: {found.pagemap.detail}; allowed: auto, madvise, copy"
             )
-        return Pagemap(budget)
+        return Pagemap(budget, discard)
     return Auto(keep_resident) if found.pagemap.works and discard is madvise else discard

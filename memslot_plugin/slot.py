@@ -15,7 +15,16 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from memslot_hooks.types import HostMapping, ResetResult
-from memslot_plugin._core import PAGE_SIZE, Watched, align_up, check, ffi, install_resets, lib
+from memslot_plugin._core import (
+    PAGE_SIZE,
+    Watched,
+    align_up,
+    catch_up,
+    check,
+    ffi,
+    install_resets,
+    lib,
+)
 from memslot_plugin.backing import fill_memfd
 from memslot_plugin.errors import (
     InvariantBroken,
@@ -24,7 +33,7 @@ from memslot_plugin.errors import (
     SlotError,
     Unsupported,
 )
-from memslot_plugin.probe import pagemap_descriptor, probe
+from memslot_plugin.probe import probe
 from memslot_plugin.reset import ORDINARY
 from memslot_plugin.smaps import mappings
 
@@ -270,6 +279,8 @@ class Slot(Watched):
                 f"a linear memory cannot shrink: {self.accessible} bytes are accessible, {byte_size} were asked for"
             )
         limit = self.reserved
+        if self._extension_length:
+            catch_up()  # otherwise the parent's memory would grow
         if self.growth == "ftruncate":
             limit = self.initial + self._extension_length
         if accessible > limit:
@@ -305,6 +316,8 @@ class Slot(Watched):
                 f"the runtime grew this memory from {self.initial} to {self.accessible} bytes and cannot shrink it;"
                 " the slot has to be retired"
             )
+        if self._extension_length:
+            catch_up()  # otherwise the parent's memory would shrink
         self.state = UNKNOWN
         result = strategy(self)
         if self.accessible > self.initial:
@@ -320,9 +333,10 @@ class Slot(Watched):
         """(offset, length) of the runs of private pages, or None where the kernel cannot list
         them.
         """
-        if not probe().pagemap.works:
+        listed = self._list_private(MAX_RUNS)
+        if listed is None:
             return None
-        runs, count = self._list_private(MAX_RUNS)
+        runs, count = listed
         return [(runs[i].offset, runs[i].length) for i in range(min(count, MAX_RUNS))]
 
     def changes(self, min_gap: int) -> list[tuple[int, int]]:
@@ -331,30 +345,27 @@ class Slot(Watched):
         own, or unnoticed, is not among them.
 
         Where the kernel lists private pages this takes the time of those alone, elsewhere of all.
-        Raises SystemCallError.
         """
         accessible = self.memory.accessible
         runs, count = ffi.new("ms_extent[]", [{"offset": 0, "length": accessible}]), 1
-        if probe().pagemap.works and self.image is not None and not self.image.copied:
+        if self.image is not None and not self.image.copied:
             capacity = MAX_RUNS
-            runs, count = self._list_private(capacity)
-            while count > capacity:
-                capacity = count
-                runs, count = self._list_private(capacity)
+            while (listed := self._list_private(capacity)) is not None and listed[1] > capacity:
+                capacity = listed[1]
+            runs, count = (runs, count) if listed is None else listed
         found = ffi.new("ms_extent[]", accessible // (PAGE_SIZE + min_gap) + 1)
         length = lib.ms_find_changes(self.memory, runs, count, min_gap, found, len(found))
         return [(found[i].offset, found[i].length) for i in range(length)]
 
-    def _list_private(self, capacity: int) -> tuple[Any, int]:
-        """The first `capacity` runs of private pages, and how many there are in all."""
+    def _list_private(self, capacity: int) -> tuple[Any, int] | None:
+        """The first `capacity` runs of private pages, and how many there are in all; None where the kernel cannot
+        list them, or will not any more.
+        """
+        if not probe().pagemap.works or (pagemap := lib.ms_pagemap()) < 0:
+            return None
         runs = ffi.new("ms_extent[]", capacity)
-        check(
-            lib.ms_list_private(
-                pagemap_descriptor(), self.base, self.memory.accessible, runs, capacity, self.report
-            ),
-            "listing a slot's private pages",
-        )
-        return runs, int(self.report.runs)
+        failed = lib.ms_list_private(pagemap, self.memory, runs, capacity, self.report)
+        return None if failed else (runs, int(self.report.runs))
 
     def populate(self, runs: list[tuple[int, int]]) -> None:
         """Make these runs private and resident without changing a byte, ahead of their faults."""
@@ -379,7 +390,12 @@ class Slot(Watched):
             self.state = State.UNKNOWN
             check(self.image.lift(self.base), "removing an image from a slot")
             # Resets keep pages resident, and those of a grown memory lie behind what is accessible now.
-            check(lib.ms_discard(self.base, self.reserved), "purging a slot")
+            failed = lib.ms_discard(self.base, self.reserved)
+            if (
+                failed
+            ):  # locked pages cannot be dropped; those that are not mapped over here are zeros
+                failed = lib.ms_zero(self.base, self.accessible) if self.accessible else 0
+            check(failed, "purging a slot")
             self._hold(None)
             self.state = State.CLEAN
 
@@ -490,7 +506,7 @@ class Slot(Watched):
             return self.reserved, "---p", 0, 0
         if at >= private_end:
             inode = os.fstat(self._extension_fd).st_ino
-            return extension_end, "rw-s", inode, at - private_end
+            return extension_end, "rw-p", inode, at - private_end
         if self.image is not None and not self.image.copied:
             for offset, length, backing, file_offset in self.image.pieces:
                 if at < offset:
@@ -569,7 +585,7 @@ class Slot(Watched):
         if self._extension_fd < 0:
             fill_memfd(self._extension, "extension", 0, "a slot's extension")
         check(
-            lib.ms_map_shared(self.base + self.initial, length, self._extension_fd),
+            lib.ms_map_extension(self.base + self.initial, length, self._extension_fd),
             "mapping a slot's extension",
         )
         self._extension_length = length

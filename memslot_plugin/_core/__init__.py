@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import resource
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ CALLS = (
     "pwrite",
     "fcntl",
     "close",
+    "open",
     "pagemap_scan",
 )
 """The system calls that the core makes, in the order of `enum ms_call`."""
@@ -64,6 +66,31 @@ def install_resets(
         for name in ("ms_reset_watched", "ms_wt_copy")
     )
     _watched.install(reset, copy, dirty, clean, unknown, results)
+
+
+_after_fork: list[Callable[[], None]] = []
+_forks_seen = lib.ms_forks
+_catching_up = threading.RLock()
+"""Held while a child does what it has to do first; another thread of it waits."""
+
+
+def after_fork(routine: Callable[[], None]) -> None:
+    """Have `routine` run in each child of a fork: at once if Python forks, else when `catch_up` is called next."""
+    _after_fork.append(routine)
+
+
+def catch_up() -> None:
+    """Do what a child of a fork has to do first, unless it is done: a C library's fork(3) tells the core alone.
+
+    Call it before a lock is taken, or a mapping used, that may be the parent's.
+    """
+    global _forks_seen  # noqa: PLW0603 - a fact of the process
+    if lib.ms_forks != _forks_seen:
+        with _catching_up:
+            if (forks := lib.ms_forks) != _forks_seen:
+                for routine in _after_fork:
+                    routine()
+                _forks_seen = forks
 
 
 def align_up(byte_size: int, page_size: int = PAGE_SIZE) -> int:
@@ -151,3 +178,7 @@ def map_count() -> int | None:
             return sum(1 for _ in maps)
     except OSError:  # as above
         return None
+
+
+check(lib.ms_watch_forks(), "watching for forks")
+os.register_at_fork(after_in_child=catch_up)

@@ -42,7 +42,7 @@ int64_t ms_bench_floor_pagemap(int pagemap, const ms_memory *memory, const size_
 {
     size_t page = ms_page_size();
     struct page_region regions[REGIONS];
-    struct pm_scan_arg scan = scan_for_private(memory->base, memory->accessible, 1, regions);
+    struct pm_scan_arg scan = scan_for_private(memory->base, memory->accessible, 1, 0, regions);
     int64_t started = now();
     for (; scan.start < scan.end; scan.start = scan.walk_end)
         if (ioctl(pagemap, MS_PAGEMAP_SCAN_IOCTL, &scan) < 0)

@@ -74,6 +74,7 @@ enum ms_call {
     MS_PWRITE,
     MS_FCNTL,
     MS_CLOSE,
+    MS_OPEN,
     MS_PAGEMAP_SCAN,
     MS_CALLS
 };
@@ -86,6 +87,15 @@ void ms_counters(uint64_t *counts);
  * -EINVAL for an unknown call. */
 int ms_inject(int call, uint64_t skip, int error);
 size_t ms_page_size(void);
+
+/* ---- this process ---- */
+
+/* How often this process, or one that it descends from, was forked since the core was loaded, by whatever called fork(3). */
+extern unsigned ms_forks;
+/* Begins to count forks; -errno. */
+int ms_watch_forks(void);
+/* A descriptor of /proc/self/pagemap, or -errno; opened once, and again in a child of a fork, for the parent's shows the parent. */
+int ms_pagemap(void);
 
 /* ---- address ranges ---- */
 
@@ -141,8 +151,9 @@ int ms_zero_extents(uintptr_t base, const ms_extent *extents, size_t count);
 void ms_copy_extents(uintptr_t base, const ms_extent *extents, size_t count);
 /* Makes `length` bytes zeros, and copies each extent, which need not be aligned here, over them. */
 void ms_fill_bytes(uintptr_t base, size_t length, const ms_extent *extents, size_t count);
-/* Maps a file shared, readable and writable, over [base, base + length), which may reach past the file's end. */
-int ms_map_shared(uintptr_t base, size_t length, int fd);
+/* Maps an empty file, readable and writable, over [base, base + length): as much of it as the file is made long holds private
+ * zeros, and an access past the file's end raises SIGBUS. */
+int ms_map_extension(uintptr_t base, size_t length, int fd);
 /* The offset of the first byte that is not pristine, or -1; no system call. */
 int64_t ms_first_difference(const ms_memory *memory);
 /* Finds the pages of these runs (offset and length, in ascending order, below accessible) that are not pristine, joining those
@@ -250,8 +261,8 @@ void ms_analyse_code(const uint8_t *bytes, size_t start, size_t end, ms_code_mar
 
 /* ---- resets: afterwards the memory is pristine ---- */
 
-/* Lists the pages that became private (PAGEMAP_SCAN on `pagemap`, an open /proc/self/pagemap; present or swapped, not
- * of the file and not the kernel's zero page), compares each with its extent or zeros and puts it back if it differs.
+/* Lists the pages that became private (PAGEMAP_SCAN on `pagemap`, an open /proc/self/pagemap; present or swapped, not of the
+ * file, and the kernel's zero page in extents only), compares each with its extent or zeros and puts it back if it differs.
  * The first `keep_pages` of them stay resident, and so does what was copied of the image; further ones are dropped.  The result
  * is how many pages were put back or dropped, or -errno. */
 int64_t ms_reset_pagemap(int pagemap, const ms_memory *memory, size_t keep_pages, ms_reset_report *report);
@@ -260,11 +271,10 @@ int64_t ms_spare_nanoseconds(const ms_reset_report *report, const ms_reset_limit
 /* What ms_reset_watched answers, plus errno if it failed, where the reset was no ordinary one: 2**62. */
 #define MS_NOTABLE 4611686018427387904
 
-/* As ms_reset_pagemap, comparing only now and then, on the pagemap that was set last (-1 for none: EBADF); a forked child sets its own, for the parent's shows the
- * parent.  For an ordinary reset the result says everything at once: the pages put back in bits 32 to 61, and the time it
- * took, in units of 32 ns, below.  Otherwise it is MS_NOTABLE, and the report says what it was. */
+/* As ms_reset_pagemap, comparing only now and then, on ms_pagemap().  For an ordinary reset the result says everything at once:
+ * the pages put back in bits 32 to 61, and the time it took, in units of 32 ns, below.  Otherwise it is MS_NOTABLE, and the report
+ * says what it was. */
 int64_t ms_reset_watched(ms_slot *slot);
-void ms_set_pagemap(int pagemap);
 /* Drops every private page, and copies the extents back if they are not mapped. */
 int ms_reset_discard(const ms_memory *memory, ms_reset_report *report);
 /* Maps zeros and the extents (or copies them) over everything. */
@@ -272,9 +282,9 @@ int ms_reset_remap(const ms_memory *memory, ms_reset_report *report);
 /* Compares the first `keep_pages` with their extents or zeros and puts back those that differ; reads all of them, without a
  * system call.  What comes after them is dropped, but for what was copied of the image. */
 int ms_reset_copy(const ms_memory *memory, size_t keep_pages, ms_reset_report *report);
-/* Lists the runs of private pages of the range (offset and length relative to base) without touching them: fills at most
- * `capacity`, and the report counts all. */
-int ms_list_private(int pagemap, uintptr_t base, size_t length, ms_extent *runs, size_t capacity, ms_reset_report *report);
+/* Lists the runs of pages that ms_reset_pagemap would put back, without touching them: fills at most `capacity`, and the report
+ * counts all.  A file may be mapped anywhere. */
+int ms_list_private(int pagemap, const ms_memory *memory, ms_extent *runs, size_t capacity, ms_reset_report *report);
 /* Makes the runs private and resident without changing a byte (MADV_POPULATE_WRITE, Linux >= 5.14). */
 int ms_populate(uintptr_t base, const ms_extent *runs, size_t count);
 /* Counts the private pages of the range without touching them. */

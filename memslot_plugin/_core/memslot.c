@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <stdatomic.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -61,6 +62,39 @@ size_t ms_page_size(void)
         atomic_store_explicit(&known, page, memory_order_relaxed);
     }
     return page;
+}
+
+/* ---- this process ---- */
+
+unsigned ms_forks;
+static _Atomic int own_pagemap = -1;
+
+/* In a child: the parent's descriptor shows the parent's pages. */
+static void begin_child(void)
+{
+    ms_forks++;
+    int parents = atomic_exchange(&own_pagemap, -1);
+    if (parents >= 0)
+        ms_close(parents);
+}
+
+int ms_watch_forks(void)
+{
+    return -pthread_atfork(NULL, NULL, begin_child);
+}
+
+int ms_pagemap(void)
+{
+    int known = atomic_load_explicit(&own_pagemap, memory_order_relaxed);
+    if (known >= 0)
+        return known;
+    int opened = GATE(MS_OPEN, open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC));
+    if (opened < 0)
+        return -errno;
+    if (atomic_compare_exchange_strong(&own_pagemap, &known, opened))
+        return opened;
+    ms_close(opened); /* another thread was faster */
+    return known;
 }
 
 /* ---- address ranges ---- */
@@ -275,9 +309,10 @@ void ms_fill_bytes(uintptr_t base, size_t length, const ms_extent *extents, size
     ms_copy_extents(base, extents, count);
 }
 
-int ms_map_shared(uintptr_t base, size_t length, int fd)
+int ms_map_extension(uintptr_t base, size_t length, int fd)
 {
-    return map(base, length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0);
+    /* MAP_PRIVATE, because a file's bytes are seen by every process forked from here; a truncation takes private pages, too. */
+    return map(base, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE | MAP_FIXED, fd, 0);
 }
 
 /* Walks a memory upwards and says where each byte's pristine value is; used by all that restores or compares. */
@@ -443,14 +478,16 @@ enum { WORTH_A_SCAN = 40 };
 /* More private pages than these are put back in more time than letting another thread in takes. */
 enum { A_FEW = 32 };
 
-/* What a scan is for: `walk` is set where the pages shall be put back, `runs` where they are to be listed. */
+/* What a scan is for: the pages are put back if it `restores`, and listed if there are `runs`. */
 typedef struct {
     int pagemap;
     uintptr_t base;
     size_t plain; /* nothing of a file is mapped from here on, relative to base */
+    size_t image; /* no extent lies from here on */
     size_t keep_pages;
     int compare;
-    walker *walk;
+    int restores;
+    walker walk;
     ms_extent *runs;
     size_t capacity;
     ms_reset_report *report;
@@ -462,13 +499,13 @@ typedef struct {
  * and are put back instead. */
 static int drop(search *s, size_t start, size_t end)
 {
-    const ms_memory *memory = s->walk->memory;
+    const ms_memory *memory = s->walk.memory;
     const uint8_t *source = NULL;
     size_t page = ms_page_size();
     for (size_t length; start < end; start += length) {
-        length = memory->copied ? piece(s->walk, start, end, &source) : end - start;
+        length = memory->copied ? piece(&s->walk, start, end, &source) : end - start;
         if (source) {
-            s->report->dirty_pages += restore(s->walk, start, start + length, start, page, s->compare);
+            s->report->dirty_pages += restore(&s->walk, start, start + length, start, page, s->compare);
             continue;
         }
         int failed = ms_discard(memory->base + start, length);
@@ -483,23 +520,58 @@ int ms_reset_copy(const ms_memory *memory, size_t keep_pages, ms_reset_report *r
 {
     uint64_t started = now();
     size_t page = ms_page_size(), pages = memory->accessible / page, kept = (pages < keep_pages ? pages : keep_pages) * page;
-    walker walk = {memory, 0};
-    search s = {.compare = 1, .walk = &walk, .report = report};
+    search s = {.compare = 1, .walk = {memory, 0}, .report = report};
     *report = (ms_reset_report){.compared = 1};
-    report->dirty_pages = restore(&walk, 0, kept, kept, page, 1);
+    report->dirty_pages = restore(&s.walk, 0, kept, kept, page, 1);
     int failed = kept < memory->accessible ? drop(&s, kept, memory->accessible) : 0;
     report->nanoseconds = now() - started;
     return failed;
 }
 
-/* Lists the private pages [start, end), relative to base, by as many scans as it takes, and restores and counts them; those
- * beyond the first `keep_pages` are dropped. */
+/* Counts and lists the pages [from, to), relative to base, and puts them back; those beyond the first `keep_pages` are dropped. */
+static int found_pages(search *s, size_t from, size_t to, size_t next)
+{
+    ms_reset_report *report = s->report;
+    size_t page = ms_page_size(), pages = (to - from) / page;
+    size_t kept = report->private_pages < s->keep_pages ? s->keep_pages - report->private_pages : 0;
+    kept = pages < kept ? pages : kept;
+    report->private_pages += pages;
+    if (to > s->plain)
+        report->plain_pages += (to - (from > s->plain ? from : s->plain)) / page;
+    if (report->runs < s->capacity)
+        s->runs[report->runs] = (ms_extent){.offset = from, .length = to - from, .fd = -1};
+    report->runs++;
+    if (!s->restores)
+        return 0;
+    if (s->before_long && report->private_pages > A_FEW) {
+        s->before_long();
+        s->before_long = NULL;
+    }
+    report->dirty_pages += restore(&s->walk, from, from + kept * page, next, page, s->compare);
+    return kept < pages ? drop(s, from + kept * page, to) : 0;
+}
+
+/* The same for those of the pages [from, to) that lie in extents.  All of them are the shared page of zeros: KSM, and splitting a
+ * huge page, put it where a guest wrote zeros over the image.  Outside of extents they are pristine. */
+static int found_zeros(search *s, size_t from, size_t to)
+{
+    const uint8_t *source;
+    int failed = 0;
+    for (size_t length; from < to && !failed; from += length) {
+        length = piece(&s->walk, from, to, &source);
+        if (source)
+            failed = found_pages(s, from, from + length, from + length);
+    }
+    return failed;
+}
+
+/* Searches [start, end), relative to base, by as many scans as it takes. */
 static int search_range(search *s, size_t start, size_t end)
 {
     struct page_region regions[REGIONS];
-    struct pm_scan_arg scan = scan_for_private(s->base + start, end - start, start < s->plain, regions);
+    struct pm_scan_arg scan =
+        scan_for_private(s->base + start, end - start, start < s->plain, start < s->image, regions);
     ms_reset_report *report = s->report;
-    size_t page = ms_page_size();
     while (scan.start < scan.end) {
         long found = GATE(MS_PAGEMAP_SCAN, ioctl(s->pagemap, MS_PAGEMAP_SCAN_IOCTL, &scan));
         if (found < 0 && errno == EINTR)
@@ -510,33 +582,17 @@ static int search_range(search *s, size_t start, size_t end)
         report->scans++;
         report->scan_nanoseconds += after - s->before;
         for (long i = 0; i < found; i++) {
-            size_t from = regions[i].start - s->base, to = regions[i].end - s->base, pages = (to - from) / page;
-            size_t kept = report->private_pages < s->keep_pages ? s->keep_pages - report->private_pages : 0;
-            kept = pages < kept ? pages : kept;
-            report->private_pages += pages;
-            if (to > s->plain)
-                report->plain_pages += (to - (from > s->plain ? from : s->plain)) / page;
-            if (report->runs + (size_t)i < s->capacity)
-                s->runs[report->runs + (size_t)i] = (ms_extent){.offset = from, .length = to - from, .fd = -1};
-            if (!s->walk)
-                continue;
-            if (s->before_long && report->private_pages > A_FEW) {
-                s->before_long();
-                s->before_long = NULL;
-            }
+            size_t from = regions[i].start - s->base, to = regions[i].end - s->base;
             size_t next = i + 1 < found ? regions[i + 1].start - s->base : from;
-            report->dirty_pages += restore(s->walk, from, from + kept * page, next, page, s->compare);
-            if (kept < pages) {
-                int failed = drop(s, from + kept * page, to);
-                if (failed)
-                    return failed;
-            }
+            int zeros = (regions[i].categories & MS_PAGE_IS_PFNZERO) != 0;
+            int failed = zeros ? found_zeros(s, from, to) : found_pages(s, from, to, next);
+            if (failed)
+                return failed;
         }
-        report->runs += (size_t)found;
         if (scan.walk_end <= scan.start)
             return -EIO; /* a kernel that makes no progress must not make us spin */
         scan.start = scan.walk_end;
-        s->before = found > 0 && s->walk ? now() : after;
+        s->before = found > 0 && s->restores ? now() : after;
     }
     return 0;
 }
@@ -554,14 +610,20 @@ static int search_all(search *s, size_t length, int apart)
     return failed;
 }
 
+static size_t image_end(const ms_memory *memory)
+{
+    if (memory->count == 0)
+        return 0;
+    const ms_extent *last = &memory->extents[memory->count - 1];
+    return last->offset + last->length;
+}
+
 static int64_t reset_pagemap(int pagemap, const ms_memory *memory, size_t keep_pages, int compare, int apart,
                              ms_reset_report *report, void (*before_long)(void))
 {
-    walker walk = {memory, 0};
-    search s = {.pagemap = pagemap, .base = memory->base, .keep_pages = keep_pages, .compare = compare, .walk = &walk,
-                .report = report, .before_long = before_long};
-    if (memory->count && !memory->copied)
-        s.plain = memory->extents[memory->count - 1].offset + memory->extents[memory->count - 1].length;
+    search s = {.pagemap = pagemap, .base = memory->base, .image = image_end(memory), .keep_pages = keep_pages,
+                .compare = compare, .restores = 1, .walk = {memory, 0}, .report = report, .before_long = before_long};
+    s.plain = memory->copied ? 0 : s.image;
     int failed = search_all(&s, memory->accessible, apart);
     return failed ? failed : (int64_t)(report->dirty_pages + report->dropped_pages);
 }
@@ -569,13 +631,6 @@ static int64_t reset_pagemap(int pagemap, const ms_memory *memory, size_t keep_p
 int64_t ms_reset_pagemap(int pagemap, const ms_memory *memory, size_t keep_pages, ms_reset_report *report)
 {
     return reset_pagemap(pagemap, memory, keep_pages, 1, 0, report, NULL);
-}
-
-static _Atomic int known_pagemap = -1; /* one argument less to convert in every reset */
-
-void ms_set_pagemap(int pagemap)
-{
-    atomic_store(&known_pagemap, pagemap);
 }
 
 int64_t ms_spare_nanoseconds(const ms_reset_report *report, const ms_reset_limits *limits)
@@ -590,7 +645,9 @@ int64_t ms_reset_watched(ms_slot *slot)
 {
     const ms_reset_limits *limits = slot->limits;
     ms_reset_report *report = &slot->report;
-    int pagemap = atomic_load_explicit(&known_pagemap, memory_order_relaxed);
+    int pagemap = ms_pagemap();
+    if (pagemap < 0)
+        return MS_NOTABLE - pagemap;
     int apart = report->plain_pages >= WORTH_A_SCAN; /* as the last reset found it */
     int compare = limits->compare_every && slot->blind + 1 >= limits->compare_every;
     int64_t pages = reset_pagemap(pagemap, &slot->memory, limits->keep_pages, compare, apart, report, slot->before_long);
@@ -604,10 +661,11 @@ int64_t ms_reset_watched(ms_slot *slot)
     return ordinary ? pages << 32 | (int64_t)ticks : MS_NOTABLE;
 }
 
-int ms_list_private(int pagemap, uintptr_t base, size_t length, ms_extent *runs, size_t capacity, ms_reset_report *report)
+int ms_list_private(int pagemap, const ms_memory *memory, ms_extent *runs, size_t capacity, ms_reset_report *report)
 {
-    search s = {.pagemap = pagemap, .base = base, .plain = SIZE_MAX, .runs = runs, .capacity = capacity, .report = report};
-    return search_all(&s, length, 0);
+    search s = {.pagemap = pagemap, .base = memory->base, .plain = SIZE_MAX, .image = image_end(memory),
+                .walk = {memory, 0}, .runs = runs, .capacity = capacity, .report = report};
+    return search_all(&s, memory->accessible, 0);
 }
 
 int ms_populate(uintptr_t base, const ms_extent *runs, size_t count)
@@ -620,5 +678,6 @@ int ms_populate(uintptr_t base, const ms_extent *runs, size_t count)
 
 int ms_count_private(int pagemap, uintptr_t base, size_t length, ms_reset_report *report)
 {
-    return ms_list_private(pagemap, base, length, NULL, 0, report);
+    ms_memory memory = {.base = base, .accessible = length};
+    return ms_list_private(pagemap, &memory, NULL, 0, report);
 }

@@ -38,12 +38,13 @@ struct pm_scan_arg {
  * many that alone costs a third of a scan that finds nothing. */
 enum { REGIONS = 256 };
 
-/* A scan of [base, base + length) for private pages, into `regions`: in memory or swapped out, and neither the file's own
- * page nor the shared page of zeros.  `file`: whether a file is mapped in there; to tell its pages from private ones takes the
- * kernel twice as long again as to list a page. */
-static inline struct pm_scan_arg scan_for_private(uintptr_t base, size_t length, int file, struct page_region *regions)
+/* A scan of [base, base + length) for private pages, into `regions`: in memory or swapped out, and not the file's own page.
+ * `file`: true if a file is mapped in there; to tell its pages from private ones takes the kernel twice as long again as to list a
+ * page.  `zeros`: the shared page of zeros is listed too, in regions of its own. */
+static inline struct pm_scan_arg scan_for_private(uintptr_t base, size_t length, int file, int zeros,
+                                                  struct page_region *regions)
 {
-    uint64_t others = MS_PAGE_IS_PFNZERO | (file ? MS_PAGE_IS_FILE : 0);
+    uint64_t others = (zeros ? 0 : MS_PAGE_IS_PFNZERO) | (file ? MS_PAGE_IS_FILE : 0);
     return (struct pm_scan_arg){
         .size = sizeof(struct pm_scan_arg),
         .start = base,
@@ -53,7 +54,7 @@ static inline struct pm_scan_arg scan_for_private(uintptr_t base, size_t length,
         .category_inverted = others,
         .category_mask = others,
         .category_anyof_mask = MS_PAGE_IS_PRESENT | MS_PAGE_IS_SWAPPED,
-        .return_mask = MS_PAGE_IS_PRESENT,
+        .return_mask = MS_PAGE_IS_PRESENT | (zeros ? MS_PAGE_IS_PFNZERO : 0),
     };
 }
 

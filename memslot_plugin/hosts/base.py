@@ -32,6 +32,7 @@ from memslot_hooks.types import (
     PoolStatistics,
 )
 from memslot_plugin import guest as guests
+from memslot_plugin._core import catch_up
 from memslot_plugin.errors import (
     ArgumentError,
     ExportNotFound,
@@ -102,6 +103,7 @@ class Host(abc.ABC):
     thread_confined: ClassVar[bool] = False
 
     def __init__(self, settings: Settings | None = None, *, plugins: Sequence[object] = ()) -> None:
+        catch_up()
         self.settings = Settings() if settings is None else settings
         self.plugins = Plugins(only=self.settings.plugins, blocked=self.settings.blocked)
         for plugin in plugins:
@@ -591,6 +593,7 @@ class Host(abc.ABC):
         """
         if self._gave_back:
             return
+        catch_up()
         self._require_thread()
         self._end_dropped()
         for guest in list(self._guests):
@@ -617,6 +620,7 @@ class Host(abc.ABC):
         self.close(force=True)
 
     def _require_usable(self) -> None:
+        catch_up()
         if self._closed:
             raise UsedAfterClose(f"the {self.name} host was closed; open a new one")
         if self.thread_confined and threading.get_ident() != self._thread:

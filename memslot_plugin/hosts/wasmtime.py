@@ -20,7 +20,7 @@ from contextlib import suppress
 from typing import Any, cast
 
 from memslot_hooks.types import LinearMemory, MemoryRequest
-from memslot_plugin._core import ffi, lib
+from memslot_plugin._core import after_fork, ffi, lib
 from memslot_plugin.errors import (
     InUse,
     InvalidModule,
@@ -72,7 +72,7 @@ def _after_fork() -> None:
         host._leave_behind()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+after_fork(_after_fork)
 
 
 class WasmtimeHost(Host):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import logging
-import os
 import sys
 import threading
 import weakref
@@ -19,6 +18,7 @@ from typing import Any, Literal
 import pluggy
 
 from memslot_hooks import HOOKS, PROJECT, Answer, Image, MemslotSpecs, PoolStatistics
+from memslot_plugin._core import after_fork
 from memslot_plugin.errors import PluginError, SettingError
 from memslot_plugin.plugins.arming import (
     Armed,
@@ -458,4 +458,4 @@ def _after_fork() -> None:
         plugins.after_fork()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+after_fork(_after_fork)

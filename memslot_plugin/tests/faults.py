@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from memslot_plugin import _core
 from memslot_plugin.tests.profiles import LONG
@@ -27,6 +28,7 @@ PLAUSIBLE: dict[str, tuple[int, ...]] = {
         "pwrite": "ENOSPC ENOMEM EINTR EFBIG EIO EPERM",
         "fcntl": "EPERM EINVAL EBUSY ENOMEM",
         "close": "EIO EINTR ENOSPC",
+        "open": "EACCES ENOENT EMFILE ENFILE EPERM",
         "pagemap_scan": "ENOTTY EPERM EINVAL ENOMEM EINTR",
     }.items()
 }
@@ -40,6 +42,15 @@ MADE_AGAIN = {
     ("ftruncate", errno.EINVAL),  # of a new memfd, for the core makes both calls at once
 }
 """Failures after which the same call is made again, so that no error is raised."""
+
+DONE_WITHOUT = ("madvise", "open", "pagemap_scan")
+"""Calls that some of their callers do without: a reset is done by another one then, and its reason names the call."""
+
+
+def fail_next_reset(inject: Any, error: int) -> None:
+    """Let pages be neither dropped nor mapped over, once."""
+    inject("madvise", error=error)
+    inject("mmap", error=error)
 
 
 @dataclass(frozen=True)
@@ -58,6 +69,10 @@ class Fault:
     @property
     def is_made_again(self) -> bool:
         return (self.call, self.error) in MADE_AGAIN
+
+    @property
+    def may_be_silent(self) -> bool:
+        return self.is_made_again or self.call in DONE_WITHOUT
 
 
 @dataclass

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+import os
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +21,26 @@ RESERVED = 64 * PAGE_SIZE
 needs_pagemap = pytest.mark.skipif(
     not probe().pagemap.works, reason=f"impossible: PAGEMAP_SCAN: {probe().pagemap.detail}"
 )
+
+
+Fork = Callable[[], int]
+foreign_fork: Fork = ctypes.PyDLL(None).fork
+"""A fork that Python is not told of, as a C library makes it."""
+
+every_fork = pytest.mark.parametrize("fork", [os.fork, foreign_fork], ids=["python", "foreign"])
+
+
+def in_child(check: Callable[[], object], fork: Fork = os.fork) -> None:
+    """Run `check` in a forked child, which must not raise."""
+    pid = fork()
+    if not pid:
+        try:
+            check()
+        except BaseException:  # noqa: BLE001 - told by the exit status
+            os.write(2, f"in the child: {traceback.format_exc()}\n".encode())
+            os._exit(1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 class Holder:

@@ -17,6 +17,7 @@ from memslot_plugin._core import lib
 from memslot_plugin.allocators import AnonymousAllocator, MemfdAllocator
 from memslot_plugin.errors import MemoryTooLarge, SystemCallError, Unsupported, UsedAfterClose
 from memslot_plugin.probe import Finding, probe
+from memslot_plugin.tests.faults import fail_next_reset
 from memslot_plugin.tests.slots import Runtime
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -89,7 +90,7 @@ def test_memory_lives_through_its_hooks(make: Make) -> None:
 def test_memory_is_used_no_more_also_if_its_release_failed(make: Make, inject: Any) -> None:
     allocator = make(slots=1)
     memory = created(allocator, request_for())
-    inject("madvise", error=errno.EINVAL)
+    fail_next_reset(inject, errno.EINVAL)
     with pytest.raises(SystemCallError):
         allocator.memslot_release_memory(memory)
     for hook in (

@@ -9,7 +9,6 @@ import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 from hypothesis import given
@@ -20,7 +19,7 @@ from memslot_plugin._core import PAGE_SIZE as P
 from memslot_plugin._core import ffi, lib
 from memslot_plugin.errors import SystemCallError
 from memslot_plugin.probe import pagemap_descriptor
-from memslot_plugin.tests.slots import needs_pagemap, sparse
+from memslot_plugin.tests.slots import in_child, needs_pagemap, sparse
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -205,11 +204,14 @@ def test_data_limits_are_named_if_there_are_any(monkeypatch: Any, limit: int) ->
     assert ("(ulimit -d)" in said) == (f"(ulimit -d) is {2**40}" in said) == (limit == 2**40)
 
 
-def test_pagemap_that_cannot_be_opened_names_the_limit(monkeypatch: Any) -> None:
-    monkeypatch.setattr(os, "open", Mock(side_effect=OSError(errno.EMFILE, "")))
-    sentence = r"opening /proc/self/pagemap: .*RLIMIT_NOFILE \(ulimit -n\) is "
-    with pytest.raises(SystemCallError, match=sentence):
-        pagemap_descriptor.__wrapped__()
+def test_pagemap_that_cannot_be_opened_names_the_limit(inject: Any) -> None:
+    def check() -> None:
+        inject("open", error=errno.EMFILE)
+        sentence = r"opening /proc/self/pagemap: .*RLIMIT_NOFILE \(ulimit -n\) is "
+        with pytest.raises(SystemCallError, match=sentence):
+            pagemap_descriptor()
+
+    in_child(check)  # which opens its own
 
 
 def test_map_counts_are_the_kernels() -> None:

@@ -13,6 +13,7 @@ from memslot_hooks import ResetResult, hookimpl
 from memslot_plugin._core import PAGE_SIZE
 from memslot_plugin.hosts.instance import Instance
 from memslot_plugin.tests import hosts
+from memslot_plugin.tests.faults import fail_next_reset
 from memslot_plugin.tests.hosts import PAGE, assemble, in_use, serving
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -134,7 +135,7 @@ def test_dropped_instance_whose_reset_fails_is_logged_without_its_frames(
     with hosts.opened("fake", reset="madvise", **SMALL) as host:
         guest = hosts.prepare(host)
         guest.instantiate().memory.write(0, b"x")  # and dropped
-        inject("madvise", error=errno.ENOMEM)
+        fail_next_reset(inject, errno.ENOMEM)
         assert host.statistics().live_instances == 0
         (record,) = caplog.records
         assert "its slot is destroyed" in record.message

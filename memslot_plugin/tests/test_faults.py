@@ -163,13 +163,12 @@ ATTEMPTED = {
     r"|removing an image from a slot|covering a slot",
     "munmap": r"unmapping (a slot|the (image of|pool's))",
     "mprotect": r"growing a slot to \d+|making (\d+|all but \d+) bytes of a slot (in)?accessible",
-    "madvise": r"MADV_DONTNEED in a reset|populating a slot|purging a slot|PAGEMAP_SCAN in a reset",
+    "madvise": r"populating a slot",
     "memfd_create": r"creating a memfd of \d+ bytes for (a slot's|the image of)",
     "ftruncate": r"creating a memfd of \d+ bytes for|growing a slot to \d+|(emptying|sizing) a slot's",
     "pwrite": r"writing the image of",
     "fcntl": r"sealing the image of",
     "close": r"closing (a slot's extension|the image of)",
-    "pagemap_scan": r"PAGEMAP_SCAN in a reset|listing a slot's private pages",
 }
 """Beginnings of the sentences by which a failed call is told, or logged."""
 
@@ -203,8 +202,9 @@ def test_pool_survives_each_system_call_failing_once(
         assert len(life.failures) <= 1, life.failures
         assert injection.hit, fault
         heard = bool(life.failures or injection.logged or life.failed_resets)
+        assert heard or fault.may_be_silent, fault
         # The ftruncate of a new memfd is made again, that of a memory which grows is not.
-        assert heard != fault.is_made_again or (heard and fault.call == "ftruncate"), fault
+        assert not (heard and fault.is_made_again) or fault.call == "ftruncate", fault
     request.node.user_properties.append(("faults", count))
     assert resources().lost_since(before) == []
 
@@ -215,7 +215,8 @@ def test_every_system_call_of_the_core_belongs_to_a_life_and_says_how_it_may_fai
     assert lib.MS_CALLS == len(_core.CALLS) == len(names) - 1
     assert set(faults.PLAUSIBLE) == set(_core.CALLS) == set(_core.counters())
     lives = [faults.calls_of(lambda about=about: Life(*about).run()) for about in SOME]  # type: ignore[misc]
-    assert [call for call in _core.CALLS if not any(made[call] for made in lives)] == []
+    # A process opens its pagemap once, which test_reset.py lets fail in a child.
+    assert [call for call in _core.CALLS if not any(made[call] for made in lives)] == ["open"]
 
 
 @pytest.mark.scales

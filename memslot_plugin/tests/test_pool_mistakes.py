@@ -15,6 +15,7 @@ import memslot_plugin as memslot
 from memslot_plugin import Image, Pool, Slot, State
 from memslot_plugin._core import PAGE_SIZE as P
 from memslot_plugin.pool import Claim
+from memslot_plugin.tests.faults import fail_next_reset
 from memslot_plugin.tests.slots import RESERVED as SLOT
 from memslot_plugin.tests.slots import Holder, content, cycle, fill
 
@@ -80,7 +81,7 @@ def test_dropped_slot_whose_reset_fails_is_logged_without_its_frames(
 ) -> None:
     holder = Holder()
     fill(lease(pool, holder=holder))
-    inject("madvise", error=errno.ENOMEM)
+    fail_next_reset(inject, errno.ENOMEM)
     del holder
     pool.release(lease(pool))
     (record,) = caplog.records

@@ -18,6 +18,7 @@ from memslot_plugin import reset as resets
 from memslot_plugin._core import PAGE_SIZE as P
 from memslot_plugin.errors import SlotError, SystemCallError
 from memslot_plugin.probe import Finding, probe
+from memslot_plugin.tests.faults import fail_next_reset
 from memslot_plugin.tests.slots import fill, needs_pagemap, use
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -173,8 +174,8 @@ def test_copy_makes_no_call_within_its_budget_and_drops_above_it(slot: Slot, cal
 def test_failed_reset_makes_the_slot_unknown_and_the_next_use_right(
     slot: Slot, inject: Any
 ) -> None:
-    inject("madvise", error=errno.EPERM)
-    with pytest.raises(SystemCallError, match="MADV_DONTNEED in a reset: Operation not permitted"):
+    fail_next_reset(inject, errno.EPERM)
+    with pytest.raises(SystemCallError, match="mapping over a slot in a reset: Operation not perm"):
         slot.reset(resets.madvise)
     with pytest.raises(SlotError, match="this one is unknown"):
         slot.reset(resets.madvise)

@@ -13,10 +13,20 @@ import pytest
 
 from memslot_plugin import BytesImage, InvariantBroken, MemfdImage, Pool, Slot, State
 from memslot_plugin._core import PAGE_SIZE as P
-from memslot_plugin._core import lib
+from memslot_plugin._core import catch_up, lib
 from memslot_plugin.probe import pagemap_descriptor, probe
 from memslot_plugin.reset import choose
-from memslot_plugin.tests.slots import RESERVED, content, fill, needs_pagemap, sparse, use
+from memslot_plugin.tests.slots import (
+    RESERVED,
+    Fork,
+    content,
+    every_fork,
+    fill,
+    in_child,
+    needs_pagemap,
+    sparse,
+    use,
+)
 
 pytestmark = [
     pytest.mark.usefixtures("no_leaks"),
@@ -115,7 +125,7 @@ def test_check_finds_a_written_byte_of_a_clean_slot_only(kind: Any) -> None:
         lambda s: lib.ms_resize(s._extension_fd, 30 * P),
         lambda s: lib.ms_zero(s.base + 8 * P, 56 * P),
         lambda s: lib.ms_cover(s.base + 20 * P, P),
-        lambda s: lib.ms_map_shared(s.base + 9 * P, 55 * P, s._extension_fd),
+        lambda s: lib.ms_map_extension(s.base + 9 * P, 55 * P, s._extension_fd),
     ],
     ids=["longer", "private", "covered", "moved"],
 )
@@ -164,21 +174,32 @@ def test_scan_misses_no_private_page(image: MemfdImage, reset: str, how: str) ->
         slot.destroy()
 
 
-def in_child(check: Callable[[], object]) -> None:
-    """Run `check` in a forked child, which must not raise."""
-    pid = os.fork()
-    if not pid:
-        try:
-            check()
-        except BaseException as error:  # noqa: BLE001 - told by the exit status
-            os.write(2, f"in the child: {error!r}\n".encode())
-            os._exit(1)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+@needs_pagemap
+@pytest.mark.parametrize("reset", ["pagemap", "auto"])
+@pytest.mark.parametrize(("kind", "kept"), [(MemfdImage, 64), (BytesImage, 64), (BytesImage, 0)])
+def test_page_of_an_image_that_became_the_shared_page_of_zeros_is_put_back(
+    kind: Any, kept: int, reset: str
+) -> None:
+    """KSM and the splitting of huge pages do this to pages of zeros (here: a page of no file that is read first)."""
+    slot, strategy = Slot.create(RESERVED), choose(reset, kept * P)
+    with kind("zeros", IMAGE) as image:
+        for _ in range(3):
+            slot.instantiate(image, 40 * P)
+            for page in (0, 1, 10, 30):
+                assert lib.ms_zero(slot.base + page * P, P) == 0
+                assert ctypes.string_at(slot.base + page * P, P) == bytes(P)
+            assert slot.changes(P) == [(0, 2 * P), (30 * P, P)]
+            slot.reset(strategy)
+            assert slot.first_difference() is None
+            assert slot.report.private_pages == 3  # in the gap between the extents zeros are right
+        slot.destroy()
 
 
+@every_fork
 @pytest.mark.parametrize("strategy", ["madvise", "copy", "auto"])
-def test_fork_resets_the_childs_own_pages(slot: Slot, strategy: str, resources: Any) -> None:
+def test_fork_resets_the_childs_own_pages(
+    slot: Slot, strategy: str, resources: Any, fork: Fork
+) -> None:
     """The parent's pagemap descriptor would list the parent's pages, and leave the child's as they are."""
     found, descriptor = probe(), pagemap_descriptor()
     path = str(Path(f"/proc/self/fd/{descriptor}").readlink())
@@ -188,15 +209,19 @@ def test_fork_resets_the_childs_own_pages(slot: Slot, strategy: str, resources: 
     def check() -> None:
         assert str(Path(f"/proc/self/fd/{pagemap_descriptor()}").readlink()) != path
         assert path not in resources().descriptors
-        assert probe() is not found
         use(slot, choose(strategy, 1 << 30))
+        catch_up()
+        assert probe() is not found
 
-    in_child(check)
+    in_child(check, fork)
     use(slot, choose(strategy, 1 << 30))
 
 
-def test_fork_gives_the_child_extensions_of_its_own(make_pool: Callable[..., Pool]) -> None:
-    """Tenants of two processes would meet in a file that is mapped shared."""
+@every_fork
+def test_fork_gives_the_child_extensions_of_its_own(
+    make_pool: Callable[..., Pool], fork: Fork
+) -> None:
+    """Tenants of two processes would meet in a file that is mapped shared, and in its length."""
     pool = make_pool(3, growth="ftruncate")
     leased, idle = (pool.lease(None, 4 * P, affinity=i) for i in range(2))
     pool.release(idle)
@@ -215,5 +240,5 @@ def test_fork_gives_the_child_extensions_of_its_own(make_pool: Callable[..., Poo
             pool.release(slot)
         pool.check()
 
-    in_child(check)
+    in_child(check, fork)
     check()
