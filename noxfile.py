@@ -95,10 +95,10 @@ def wheel(session: nox.Session) -> None:
     session.log(built_wheel(session))
 
 
-def pytest_on_the_wheel(session: nox.Session, *arguments: str) -> None:
+def pytest_on_the_wheel(session: nox.Session, *arguments: str, extra: str = "test") -> None:
     """Install the wheel with the hosts that work on this Python, and run tests beside which there are no sources."""
     hosts = HOSTS.get(str(session.python), "wasmtime")
-    session.install(f"{built_wheel(session)}[{hosts},test]")
+    session.install(f"{built_wheel(session)}[{hosts},{extra}]")
     folder = copy_of_the_tree(session)
     session.run("rm", "-r", str(folder / "memslot_plugin"), str(folder / "hooks"), external=True)
     session.chdir(folder)
@@ -126,7 +126,7 @@ def tests_short(session: nox.Session) -> None:
 @nox.session(python="3.10")
 def gate(session: nox.Session) -> None:
     """T1 beyond T0, on the Python that has every host: the whole matrix, machines, faults, the differential."""
-    pytest_on_the_wheel(session, "-m", "gate", *EVERYTHING)
+    pytest_on_the_wheel(session, "-m", "gate", *EVERYTHING, extra="test,servers")
 
 
 @nox.session(python=DEFAULT)

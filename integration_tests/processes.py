@@ -31,13 +31,13 @@ PATIENCE = 100
 """Seconds after which a child that hangs is ended, with every thread's stack on its standard error."""
 
 
-def in_child(action: Callable[[], object]) -> str:
+def in_child(action: Callable[[], object], fork: Callable[[], int] = os.fork) -> str:
     """Fork, run it there, and return what it raised: "" for nothing."""
     reader, writer = os.pipe()
     with warnings.catch_warnings():
         # From Python 3.12 on a fork of a process with threads is warned of; it is what is tested here.
         warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
+        child = fork()
     if child == 0:
         said = "it ended in an unforeseen way"
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import sys
 import threading
@@ -9,8 +10,10 @@ import threading
 import pytest
 
 import memslot_plugin as memslot
+from memslot_plugin.cli.doctor import diagnose
 from memslot_plugin.reset import madvise
 from memslot_plugin.tests.profiles import LONG
+from memslot_plugin.tests.slots import Fork, every_fork
 
 from . import cells, javascript, toy
 from .cells import Cell
@@ -19,8 +22,11 @@ from .interrupts import Halts
 from .processes import beside, in_child, serve
 from .toy import PAGE
 
+NOBODY = 65534
 
-def test_forked_child_uses_what_its_parent_had(plain_cell: Cell) -> None:
+
+@every_fork
+def test_forked_child_uses_what_its_parent_had(plain_cell: Cell, fork: Fork) -> None:
     with plain_cell.serving(slots=4) as host:
         guest = host.prepare(toy.A)
         serve(host, guest)
@@ -51,12 +57,16 @@ def test_forked_child_uses_what_its_parent_had(plain_cell: Cell) -> None:
                 each.close()
 
         for _ in range(2):
-            assert in_child(child) == ""
+            assert in_child(child, fork) == ""
         assert held.call("different", 0, 2 * PAGE, 0x11) == 0, "the child wrote to its parent"
         assert dirty.call("size") == 5
+
         # A child of a child, and one that closes by force what its parent uses.
-        assert in_child(lambda: None if in_child(child) == "" else pytest.fail("grandchild")) == ""
-        assert in_child(lambda: host.close(force=True)) == ""
+        def grandchild() -> None:
+            assert in_child(child, fork) == ""
+
+        assert in_child(grandchild, fork) == ""
+        assert in_child(lambda: host.close(force=True), fork) == ""
         held.close()
         dirty.close()
         serve(host, guest)
@@ -79,9 +89,10 @@ def test_forked_child_uses_wasi(real_cell: Cell, quickjs: bytes) -> None:
         guest.close()
 
 
+@every_fork
 @pytest.mark.parametrize("whose", ["pool", "plugins"])
 def test_fork_while_another_thread_has_a_lock_serves_and_closes(
-    plain_cell: Cell, whose: str
+    plain_cell: Cell, whose: str, fork: Fork
 ) -> None:
     with plain_cell.serving(slots=3) as host:
         guest = host.prepare(toy.A)
@@ -97,10 +108,44 @@ def test_fork_while_another_thread_has_a_lock_serves_and_closes(
         with beside(hold):
             locked.wait()
             try:
-                assert in_child(lambda: (serve(host, guest), guest.close(), host.close())) == ""
+                said = in_child(lambda: (serve(host, guest), guest.close(), host.close()), fork)
+                assert said == ""
             finally:
                 done.set()
         serve(host, guest)
+        guest.close()
+
+
+@pytest.mark.parametrize("forked", [True, False], ids=["worker", "same process"])
+def test_process_that_gives_up_root_drops_pages_and_says_so(plain_cell: Cell, forked: bool) -> None:
+    """A process that changed its user cannot open its pagemap, and goes on with one that it opened before."""
+    if os.geteuid():
+        pytest.skip("impossible: the tests do not run as root")
+    if not memslot.probe().pagemap.works:
+        pytest.skip(f"impossible: {memslot.probe().pagemap.detail}")
+    with plain_cell.open(slots=2) as host:
+        guest = host.prepare(toy.A)
+        serve(host, guest)
+        before = cells.pool(host).statistics()
+
+        def child() -> None:
+            if not forked:
+                serve(host, guest)
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
+            serve(host, guest, 5, alone=False)
+            now = cells.pool(host).statistics()
+            assert now.failed_resets == 0
+            if host.name != "wasmer":  # where a memory that grew is retired
+                assert now.destroyed == 0
+            dropped = now.resets_by.get("madvise: PAGEMAP_SCAN: Permission denied", 0)
+            assert dropped == (now.resets - before.resets if forked else 0)
+            if forked:
+                found = diagnose(plain_cell.settings()).found.pagemap
+                assert not found.works
+                assert found.detail.startswith("opening /proc/self/pagemap: Permission denied")
+
+        assert in_child(child) == ""
         guest.close()
 
 

@@ -301,6 +301,7 @@ class Pool:
         failed already is destroyed without a further word.  May be called anywhere, also in a
         finalizer and in a signal handler.
         """
+        catch_up()
         claim, first, result = self._leased.get(slot), object(), _RETIRED
         # While there is a holder, the claim cannot come back by itself, and two would reset the slot.
         holder = None if claim is None else claim()

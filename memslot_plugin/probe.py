@@ -163,7 +163,8 @@ def _probe_pagemap(with_image: bool) -> Finding:
     except SystemCallError as error:
         if error.errno in PASSING:
             raise
-        return Finding(False, str(error.strerror))
+        why = " (the process changed its user: prctl(2), PR_SET_DUMPABLE)"
+        return Finding(False, f"{error.strerror}{why if error.errno == errno.EACCES else ''}")
     content = b"\x5a" * (2 * PAGE_SIZE)
     image = MemfdImage("probe", content) if with_image else BytesImage("probe", b"")
     with image, _range(4, "for the probe") as address:

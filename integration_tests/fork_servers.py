@@ -1,0 +1,79 @@
+"""An application for servers that fork: its guest is prepared, and has served, before the workers begin.
+
+SERVED_BY names the host.  Each request looks for other tenants' bytes wherever they could be, and leaves its own there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import memslot_plugin as memslot
+
+from . import cells, toy
+from .toy import PAGE
+
+PAGES = 4
+PRISTINE = toy.laid(PAGES, toy.SEGMENTS["a"])
+REQUESTS = 1000
+
+HOST = cells.Cell(os.environ["SERVED_BY"], "memfd").open(slots=4, audit=0.0)
+GUEST = HOST.prepare(toy.assemble(toy.text("a", "4 8")))
+
+_numbers = itertools.count()
+
+
+def tenant(instance: memslot.Instance) -> None:
+    """Find nothing but the guest's own bytes; leave a secret in its image, above it, at both ends, and in a global."""
+    assert instance.memory.byte_size == len(PRISTINE)
+    assert instance.memory.read(0, len(PRISTINE)) == PRISTINE
+    assert instance.call("bump") == 8
+    secret = f"secret {next(_numbers)} of process {os.getpid()} ".encode() * 8
+    for at in (0, PAGE, 3 * PAGE + 77, len(PRISTINE) - len(secret)):
+        instance.memory.write(at, secret)
+
+
+def request(_number: int = 0) -> dict[str, Any]:
+    """Serve one request, by an instance that is leased and by one that is new; the process, and its pool's numbers."""
+    with GUEST.lease() as leased, GUEST.instantiate() as new:
+        tenant(leased)
+        tenant(new)
+    with GUEST.instantiate() as grows:
+        tenant(grows)
+        assert grows.call("grow", 2) == PAGES
+        assert grows.memory.read(PAGES * PAGE, 2 * PAGE) == bytes(2 * PAGE)
+        grows.memory.write(5 * PAGE, b"grown secret")
+    now = cells.pool(HOST).statistics()
+    return {
+        "process": os.getpid(),
+        "failed": now.failed_resets + (now.destroyed if HOST.name != "wasmer" else 0),
+        "resets_by": now.resets_by,
+    }
+
+
+HELD = GUEST.instantiate()
+"""An instance that is in use when the server forks."""
+tenant(HELD)
+for _ in range(3):
+    request()
+
+
+def application(
+    environ: dict[str, Any], start_response: Callable[[str, list[tuple[str, str]]], object]
+) -> Iterable[bytes]:
+    """WSGI; a request that finds something is answered by the server's own error."""
+    start_response("200 OK", [("Content-Type", "application/json")])
+    return [json.dumps(request()).encode()]
+
+
+def multiprocess(method: str) -> None:
+    """Serve with workers of multiprocessing; print all answers."""
+    context = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload([__name__])
+    with context.Pool(4) as pool:
+        print(json.dumps(pool.map(request, range(REQUESTS), chunksize=1)))
