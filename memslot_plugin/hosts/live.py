@@ -107,30 +107,25 @@ class Live(abc.ABC):
 
     def read_memory(self, generation: int, index: int, offset: int, length: int) -> bytes:
         """`length` bytes of memory `index`, within an entry; raises AccessOutOfBounds, ExportNotFound."""
-        self.running += 1
-        try:
-            if generation != self.admits or self.ended:
-                self.refuse()
-            base, byte_size = self.locate(index)
-            require_within(index, offset, length, byte_size)
-            content: bytes = _unpack(_cast(_BYTES, base + offset), length)
-            return content
-        finally:
-            self.running -= 1
+        place = self._place(index, offset, length)
+        # Compared last: CPython handles signals after a call and at a jump back, so none ends the lease before the copy.
+        if generation != self.admits or self.ended:
+            self.refuse()
+        return _unpack(place, length)  # type: ignore[no-any-return]
 
     def write_memory(
         self, generation: int, index: int, offset: int, data: Any, length: int
     ) -> None:
         """Put `data`, a buffer of cffi's or bytes, at `offset` of memory `index`; as `read_memory`."""
-        self.running += 1
-        try:
-            if generation != self.admits or self.ended:
-                self.refuse()
-            base, byte_size = self.locate(index)
-            require_within(index, offset, length, byte_size)
-            _memmove(_cast(_BYTES, base + offset), data, length)
-        finally:
-            self.running -= 1
+        place = self._place(index, offset, length)
+        if generation != self.admits or self.ended:  # compared last, as in read_memory
+            self.refuse()
+        _memmove(place, data, length)
+
+    def _place(self, index: int, offset: int, length: int) -> Any:
+        base, byte_size = self.locate(index)
+        require_within(index, offset, length, byte_size)
+        return _cast(_BYTES, base + offset)
 
     # -- what an adapter provides
 

@@ -250,9 +250,11 @@ class WasmerLive(Live):
                     raise ArgumentError(
                         f"{name} of {guest_name} takes {arity} arguments, and {len(arguments)} were given"
                     )
-                live.running += 1
+                if calls_out:
+                    live.running += 1
                 try:
-                    # Compared when nothing, a signal's handler either, can end the lease any more.
+                    # Compared last: wasmer takes plain numbers alone, and CPython 3.10 handles signals after a call and
+                    # at a jump back, so nothing can end the lease before the call.
                     if generation != live.admits or name not in natives:
                         live.refuse()
                     result = natives[name](*arguments)
@@ -267,7 +269,8 @@ class WasmerLive(Live):
                         raise at_call(error, name, host_function_is_wrong=calls_out) from error
                     raise
                 finally:
-                    live.running -= 1
+                    if calls_out:
+                        live.running -= 1
                     if may_grow:
                         live._report()
                 return list(result) if several else result

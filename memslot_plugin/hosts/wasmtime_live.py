@@ -480,7 +480,7 @@ class WasmtimeLive(Live):
             self.refuse()
         if self._borrowed is None or not self._borrowed.open:
             self._borrowed = BorrowedStore(
-                self._compiled.engine, self.cell.store, self.cell.context
+                self._compiled.engine, self.cell.store, self.cell.context, self.guest_name
             )
         return self._borrowed
 

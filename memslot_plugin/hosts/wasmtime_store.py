@@ -11,6 +11,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from memslot_plugin.errors import InUse, UsedAfterClose
+from memslot_plugin.hosts.live import ended
 from memslot_plugin.hosts.wasmtime_bridge import wasmtime, wasmtime_ffi
 
 if TYPE_CHECKING:
@@ -47,11 +48,17 @@ class LentStore(wasmtime.Store):
 class BorrowedStore(wasmtime.Store):
     """wasmtime-py's view of a store that belongs to an instance of ours: closing it does nothing to the store."""
 
-    def __init__(self, engine: wasmtime.Engine, store: int, context: int) -> None:
+    def __init__(self, engine: wasmtime.Engine, store: int, context: int, guest_name: str) -> None:
         # The package has no public way to wrap a store; what its own constructor sets is set here.
         self._set_ptr(ctypes.cast(store, ctypes.POINTER(wasmtime_ffi.wasmtime_store_t)))
         self._Store__context = ctypes.cast(context, ctypes.POINTER(wasmtime_ffi.wasmtime_context_t))
         self.engine = engine
+        self.guest_name = guest_name
+
+    def _context(self) -> Any:
+        if not self.open:  # the package's own would raise a ValueError
+            raise ended(self.guest_name)
+        return super()._context()
 
     @property
     def open(self) -> bool:

@@ -222,3 +222,17 @@ def test_native_objects_kept_over_the_end_reach_nothing(name: str, end: str) -> 
                 instance.reset()
                 memoryview(kept.exports.memory.buffer)[8:13] = b"KEPT!"
                 assert instance.memory.read(8, 5) == b"hello"
+
+
+@pytest.mark.parametrize("name", [HOSTS[1]])
+def test_native_objects_are_refused_once_their_lease_has_ended(name: str) -> None:
+    with hosts.serving(name) as host, hosts.prepare(host) as guest:
+        with guest.lease() as request:
+            native = request.native
+            kept = native.exports(native.store)
+        for use in (
+            lambda: kept["get"](native.store, 8),
+            lambda: kept["memory"].read(native.store, 8, 13),
+        ):
+            with pytest.raises(memslot.UsedAfterClose, match="lease has ended"):
+                use()
