@@ -108,7 +108,7 @@ class Live(abc.ABC):
     def read_memory(self, generation: int, index: int, offset: int, length: int) -> bytes:
         """`length` bytes of memory `index`, within an entry; raises AccessOutOfBounds, ExportNotFound."""
         place = self._place(index, offset, length)
-        # Compared last: CPython handles signals after a call and at a jump back, so none ends the lease before the copy.
+        # Compared last: CPython handles signals after a call and at a jump back, so none ends the lease meanwhile.
         if generation != self.admits or self.ended:
             self.refuse()
         return _unpack(place, length)  # type: ignore[no-any-return]
