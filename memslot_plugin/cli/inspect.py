@@ -110,6 +110,7 @@ def _judge(source: Source, settings: Settings, import_memory: bool) -> Verdict:
         if memory.content is not None
     )
     too_large = guests.reason_too_large(plan, settings)
+    plan = guests.with_few_globals(plan, None if import_memory else guests.MOST_GLOBALS)
     plan = guests.bounded(plan, settings, runtime_limits=not import_memory)
     return Verdict(plan.report(), images, None if too_large is None else f"It {too_large}.")
 

@@ -98,6 +98,8 @@ class Host(abc.ABC):
     """Whether a memory of ours reaches a module only as an import."""
     limits_what_grows: ClassVar[bool] = False
     """True if the runtime limits memories of its own, and tables, to the settings; else declared maximums do."""
+    most_globals: ClassVar[int | None] = None
+    """More globals than these are restored faster by a new instance; None: there is no such number."""
     growth: ClassVar[Literal["decide", "report"]] = "decide"
     checks_bounds_in_code: bool = False
     thread_confined: ClassVar[bool] = False

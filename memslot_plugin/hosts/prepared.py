@@ -97,7 +97,9 @@ class Guest:
             if self.plan.native is None:
                 self._build_images()
             self.plan = guests.bounded(
-                self.plan, host.settings, runtime_limits=host.limits_what_grows
+                guests.with_few_globals(self.plan, host.most_globals),
+                host.settings,
+                runtime_limits=host.limits_what_grows,
             )
             self.compiled = host._compile(self)
             self._saved_code, self._parent = {}, None

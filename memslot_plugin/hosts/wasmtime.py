@@ -30,6 +30,7 @@ from memslot_plugin.errors import (
     Unsupported,
     UsedAfterClose,
 )
+from memslot_plugin.guest import MOST_GLOBALS
 from memslot_plugin.hosts.alone import runtime_version
 from memslot_plugin.hosts.base import Host, HostStatistics
 from memslot_plugin.hosts.live import Binding, Live
@@ -88,6 +89,7 @@ class WasmtimeHost(Host):
     name = "wasmtime"
     _native_engine: wasmtime.Engine | None = None
     limits_what_grows = True
+    most_globals = MOST_GLOBALS
 
     def __init__(
         self,

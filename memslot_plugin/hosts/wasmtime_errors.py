@@ -126,6 +126,15 @@ def translated(error: BaseException, name: str) -> BaseException:
     return error
 
 
+_LIMITS = {
+    "exceeds memory limits": "memory_limit",
+    "exceeds table limits": "table_limit",
+    "table count too high": "tables_per_instance",
+    "memory count too high": "a module that memslot does not understand may define a single one",
+}
+"""What wasmtime's limiter says, and the setting that it was given."""
+
+
 def _at_start(error: wasmtime.WasmtimeError, name: str) -> BaseException:
     """What kept a guest from being instantiated, and was no trap of its start function."""
     said = one_sentence(str(error))
@@ -133,8 +142,11 @@ def _at_start(error: wasmtime.WasmtimeError, name: str) -> BaseException:
     if refused is not None:
         refused.__cause__ = error
         return refused
-    # Nothing but its text tells a limit on memory from anything else.
-    limited = "memory" in said and ("exceeds" in said or "limit" in said)
+    # Nothing but its text tells a limit from anything else.
+    setting = next((each for text, each in _LIMITS.items() if text in said), None)
+    if setting is not None:
+        said = f"{said} ({setting})"
+    limited = setting is not None or ("memory" in said and ("exceeds" in said or "limit" in said))
     ours = (MemoryTooLarge if limited else LinkError)(
         f"the guest {name} cannot be instantiated: {said}"
     )

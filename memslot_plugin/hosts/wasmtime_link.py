@@ -21,7 +21,7 @@ from memslot_plugin.hosts.wasmtime_bridge import (
     wasmtime_ffi,
 )
 from memslot_plugin.hosts.wasmtime_errors import one_sentence
-from memslot_plugin.hosts.wasmtime_store import identity_of
+from memslot_plugin.hosts.wasmtime_store import Limits, identity_of
 from memslot_plugin.hosts.wasmtime_values import (
     FUNCREF,
     KIND_NAMES,
@@ -95,17 +95,9 @@ class Link:
         self.guest.count = len(own)
         self.guest.byte_sizes = self._sizes
         self.guest.capacities = self._capacities
-        settings = compiled.settings
-        self.guest.most_bytes = (
-            max(settings.largest_memory, settings.largest_heap)
-            if plan.native is None
-            else settings.largest_native_memory
-        )
-        self.guest.most_elements = settings.table_limit
-        # How many there are was looked at when the guest was prepared, but for what was not understood.
-        uncounted = plan.structure is None
-        self.guest.most_tables = settings.tables_per_instance if uncounted else -1
-        self.guest.most_memories = 1 if uncounted else -1
+        limits = compiled.limits
+        self.guest.most_bytes, self.guest.most_elements = limits.memory_size, limits.table_elements
+        self.guest.most_tables, self.guest.most_memories = limits.tables, limits.memories
         self.guest.heap_first = bool(own) and own[0].minimum_bytes == 0
 
 
@@ -139,6 +131,21 @@ class Compiled:
         """Where the memory of an index is among the leased ones."""
         self._names: dict[str, Name] = {}
         self._signatures: dict[str, Signature] = {}
+
+    @Lazy
+    def limits(self) -> Limits:
+        """What a store of this guest's is limited to."""
+        settings, plan = self.settings, self.plan
+        # How many there are was looked at when the guest was prepared, but for what was not understood.
+        uncounted = plan.structure is None
+        return Limits(
+            memory_size=max(settings.largest_memory, settings.largest_heap)
+            if plan.native is None
+            else settings.largest_native_memory,
+            table_elements=settings.table_limit,
+            tables=settings.tables_per_instance if uncounted else -1,
+            memories=1 if uncounted else -1,
+        )
 
     @Lazy
     def _exports(self) -> dict[str, wasmtime.ExportType]:

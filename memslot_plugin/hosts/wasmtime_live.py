@@ -480,7 +480,11 @@ class WasmtimeLive(Live):
             self.refuse()
         if self._borrowed is None or not self._borrowed.open:
             self._borrowed = BorrowedStore(
-                self._compiled.engine, self.cell.store, self.cell.context, self.guest_name
+                self._compiled.engine,
+                self.cell.store,
+                self.cell.context,
+                self.guest_name,
+                self._compiled.limits,
             )
         return self._borrowed
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memslot_plugin.errors import InUse, UsedAfterClose
 from memslot_plugin.hosts.live import ended
@@ -45,10 +45,23 @@ class LentStore(wasmtime.Store):
         super()._delete(ptr)
 
 
+class Limits(NamedTuple):
+    """What `wasmtime.Store.set_limits` takes; below 0 is no limit."""
+
+    memory_size: int = -1
+    table_elements: int = -1
+    instances: int = -1
+    tables: int = -1
+    memories: int = -1
+
+
 class BorrowedStore(wasmtime.Store):
     """wasmtime-py's view of a store that belongs to an instance of ours: closing it does nothing to the store."""
 
-    def __init__(self, engine: wasmtime.Engine, store: int, context: int, guest_name: str) -> None:
+    def __init__(
+        self, engine: wasmtime.Engine, store: int, context: int, guest_name: str, limits: Limits
+    ) -> None:
+        self._limits = limits
         # The package has no public way to wrap a store; what its own constructor sets is set here.
         self._set_ptr(ctypes.cast(store, ctypes.POINTER(wasmtime_ffi.wasmtime_store_t)))
         self._Store__context = ctypes.cast(context, ctypes.POINTER(wasmtime_ffi.wasmtime_context_t))
@@ -67,6 +80,23 @@ class BorrowedStore(wasmtime.Store):
 
     def data(self) -> None:
         """None: the store's data is the C half's, and not an object of wasmtime-py's."""
+
+    def set_limits(
+        self,
+        memory_size: int = -1,
+        table_elements: int = -1,
+        instances: int = -1,
+        tables: int = -1,
+        memories: int = -1,
+    ) -> None:
+        """Set limits of the store (`wasmtime.Store.set_limits`); those of the settings stay where they are lower."""
+        given = Limits(memory_size, table_elements, instances, tables, memories)
+        super().set_limits(
+            *(
+                ours if theirs < 0 else theirs if ours < 0 else min(ours, theirs)
+                for ours, theirs in zip(self._limits, given, strict=True)
+            )
+        )
 
     def _delete(self, ptr: Any) -> None:
         self._Store__context = None  # type: ignore[assignment]  # as the package's own does
