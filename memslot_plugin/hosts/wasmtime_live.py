@@ -412,7 +412,9 @@ class WasmtimeLive(Live):
     def read_memory(self, generation: int, index: int, offset: int, length: int) -> bytes:
         address = self._copied(index, offset, length)
         if address is None:
-            return super().read_memory(generation, index, offset, length)
+            return self.entered(
+                generation, lambda _: ffi.unpack(self._place(index, offset, length), length)
+            )
         if not self._address:
             self._address = int(ffi.cast("uintptr_t", self.cell))
         content = read(self._address, generation, address, length)
@@ -425,7 +427,9 @@ class WasmtimeLive(Live):
     ) -> None:
         address = self._copied(index, offset, length)
         if address is None:
-            super().write_memory(generation, index, offset, data, length)
+            self.entered(
+                generation, lambda _: ffi.memmove(self._place(index, offset, length), data, length)
+            )
             return
         refused = _copy(self.cell, generation, address, data, length)
         if refused:

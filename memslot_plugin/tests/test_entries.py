@@ -236,3 +236,21 @@ def test_native_objects_are_refused_once_their_lease_has_ended(name: str) -> Non
         ):
             with pytest.raises(memslot.UsedAfterClose, match="lease has ended"):
                 use()
+
+
+@pytest.mark.parametrize("name", [HOSTS[1]])
+def test_memory_outside_of_slots_is_read_and_written_in_each_lease(name: str) -> None:
+    wasmtime = pytest.importorskip("wasmtime")
+
+    def shared_memory(config: Any) -> None:
+        config.shared_memory = True
+
+    text = '(module (import "e" "m" (memory $m 1 2 shared)) (export "m" (memory $m)) (memory (export "own") 1))'
+    with hosts.serving(name, configure=shared_memory) as host:
+        kind = wasmtime.MemoryType(wasmtime.Limits(1, 2), shared=True)
+        given = wasmtime.SharedMemory(host.engine, kind)
+        with host.prepare(text, imports={"e": {"m": given}}) as guest:
+            for turn in range(3):
+                with guest.lease() as instance:
+                    instance.memory.write(turn, b"x")
+                    assert instance.memory.read(0, 4) == b"x" * (turn + 1) + bytes(3 - turn)
