@@ -468,6 +468,15 @@ def of_saved(
     )
 
 
+def offsets(plan: Plan) -> wasm.Offsets | None:
+    """Where the code that a runtime compiles of this plan is in the module that was given; None if it is
+    in the same place.
+    """
+    if plan.structure is None or plan.module is plan.source:
+        return None
+    return wasm.Offsets(plan.structure, plan.module)
+
+
 def require_ours(plan: Plan) -> None:
     """Raise Unsupported for a saved guest whose module this host leaves to the runtime."""
     if plan.native is not None:

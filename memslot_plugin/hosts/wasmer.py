@@ -79,7 +79,10 @@ class WasmerHost(Host):
             raise at_compile(error, "the text") from error
 
     def _compile(self, guest: Guest) -> Compiled:
+        parents: Compiled | None = self._parents_code(guest)
         compiled = Compiled(self.store, guest, self._reused(guest))
+        if parents is not None:
+            compiled.offsets = parents.offsets
         if guest.plan.structure is None:
             raise Unsupported(
                 f"{guest.name} cannot be bounded by the settings, because wasmer has no limits of its own."
@@ -152,7 +155,7 @@ class WasmerHost(Host):
             if owner is not None:  # a start function may have come far
                 self._report_growth(memories[0], owner.memory.data_size)
             if made_by_wasmer(error):
-                raise at_instantiate(error, guest.name) from error
+                raise at_instantiate(error, guest.name, compiled.offsets) from error
             raise
         memory = None if owner is None else owner.memory
         live = WasmerLive(guest, memories, memory, instance, connected)
@@ -236,7 +239,7 @@ class WasmerLive(Live):
                 " cannot hand to Python"
             )
         arity, several, parameters = signature.arity, signature.several, signature.parameters
-        calls_out, may_grow = compiled.calls_out, compiled.may_grow
+        calls_out, may_grow, offsets = compiled.calls_out, compiled.may_grow, compiled.offsets
         thread, get_ident, guest_name = self._host._thread, threading.get_ident, self._guest.name
 
         def make(live: WasmerLive, natives: dict[str, Any]) -> Callable[..., Any]:
@@ -266,7 +269,9 @@ class WasmerLive(Live):
                             wrong = misfit(arguments, parameters)
                             if wrong is not None:
                                 raise ArgumentError(f"{name} of {guest_name}: {wrong}") from error
-                        raise at_call(error, name, host_function_is_wrong=calls_out) from error
+                        raise at_call(
+                            error, name, offsets, host_function_is_wrong=calls_out
+                        ) from error
                     raise
                 finally:
                     if calls_out:

@@ -28,9 +28,11 @@ from memslot_plugin.errors import (
     WrongThread,
 )
 from memslot_plugin.hosts.short_of import short_of
+from memslot_plugin.wasm import Offsets
 
 _EXIT = re.compile(r"RuntimeError: WASI exited with code: (\d+)")
 _IMPORT = re.compile(r'Error while importing "(.*?)"\."(.*?)": (.*)', re.DOTALL)
+_FRAME = re.compile(r"^(    at .* \(.*)\[(\d+)\]:(0x[0-9a-f]+)\)$", re.MULTILINE)
 _LINK = ("Host env initialization error", "Link error")
 _RESOURCES = ("Insufficient resources", "Error when allocating memory")
 _WRONG_RESULT = "RuntimeError: Dynamic function returned wrong signature"
@@ -52,7 +54,9 @@ def at_compile(error: BaseException, name: str, hint: str | None = None) -> Mems
     )
 
 
-def at_instantiate(error: BaseException, name: str) -> BaseException:
+def at_instantiate(
+    error: BaseException, name: str, offsets: Offsets | None = None
+) -> BaseException:
     """What wasmer made while it instantiated the guest `name`: linked it, or ran its start function."""
     if isinstance(error, TypeError):
         return LinkError(f"an import of {name} is not what wasmer can take: {error}")
@@ -67,11 +71,17 @@ def at_instantiate(error: BaseException, name: str) -> BaseException:
         return LinkError(f"{name} cannot be linked: {text}")
     if text.startswith(_RESOURCES):
         return system_call_error(errno.ENOMEM, f"instantiating {name}: {text}")
-    return at_call(error, name, host_function_is_wrong=True)
+    return at_call(error, name, offsets, host_function_is_wrong=True)
 
 
-def at_call(error: BaseException, name: str, *, host_function_is_wrong: bool) -> BaseException:
-    """What wasmer made while `name` was called.
+def at_call(
+    error: BaseException,
+    name: str,
+    offsets: Offsets | None = None,
+    *,
+    host_function_is_wrong: bool,
+) -> BaseException:
+    """What wasmer made while `name` was called, with offsets of the module that was given.
 
     `host_function_is_wrong` says that a value which does not fit was a host function's result, and not
     an argument of the call.
@@ -91,7 +101,14 @@ def at_call(error: BaseException, name: str, *, host_function_is_wrong: bool) ->
     if exited is not None:
         # The status is 32 bits; the operating system hands on the low eight of them (exit(3)).
         return GuestExit(int(exited[1]) & 0xFF)
+    if offsets is not None:
+        text = _FRAME.sub(lambda found: _given(found, offsets), text)
     return GuestTrap(text.removeprefix("RuntimeError: "), error)
+
+
+def _given(found: re.Match[str], offsets: Offsets) -> str:
+    """A frame of a trap with the offset that its function has in the module that was given."""
+    return f"{found[1]}[{found[2]}]:{offsets.given(int(found[2]), int(found[3], 16)):#x})"
 
 
 def _is_panic(error: BaseException) -> bool:

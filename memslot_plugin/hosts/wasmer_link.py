@@ -12,6 +12,7 @@ from contextlib import suppress
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from memslot_plugin import guest as guests
 from memslot_plugin.errors import LinkError, Unsupported
 from memslot_plugin.hosts import wasmer_state, wasmer_wasi
 from memslot_plugin.hosts.wasmer_errors import at_compile, made_by_wasmer
@@ -46,6 +47,18 @@ class Connected(NamedTuple):
     streams: wasmer_wasi.Streams | None = None
 
 
+def _said_of_source(error: BaseException, plan: guests.Plan) -> BaseException:
+    """What is wrong, at an offset of the module that was given and not of the rewritten one."""
+    try:
+        if plan.module is not plan.source:
+            wasmer.Module(new_store(), plan.source)
+    except BaseException as of_source:
+        if not made_by_wasmer(of_source):
+            raise
+        return of_source
+    return error
+
+
 class Compiled:
     """A guest's module, compiled; `kinds` has the kind of each export by its name.
 
@@ -71,7 +84,8 @@ class Compiled:
         except BaseException as error:
             if not made_by_wasmer(error):
                 raise
-            raise at_compile(error, guest.name, plan.native) from error
+            raise at_compile(_said_of_source(error, plan), guest.name, plan.native) from error
+        self.offsets = guests.offsets(plan)
         saved = [
             each
             for each in plan.saved_globals

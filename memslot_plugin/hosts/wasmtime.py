@@ -20,6 +20,7 @@ from contextlib import suppress
 from typing import Any, cast
 
 from memslot_hooks.types import LinearMemory, MemoryRequest
+from memslot_plugin import guest as guests
 from memslot_plugin._core import after_fork, ffi, lib
 from memslot_plugin.errors import (
     InUse,
@@ -237,16 +238,30 @@ class WasmtimeHost(Host):
             if module is None:
                 module = self._compile_alone(engine, guest.plan.module, native=native)
         except wasmtime.WasmtimeError as error:
-            said = one_sentence(str(error))
-            raise (
-                short_of(said, f"compiling {guest.name}")
-                or InvalidModule(f"wasmtime refuses {guest.name}: {said}")
+            short = short_of(one_sentence(str(error)), f"compiling {guest.name}")
+            if short is not None:
+                raise short from error
+            raise InvalidModule(
+                f"wasmtime refuses {guest.name}: {self._said_of_source(engine, guest, error)}"
             ) from error
         return self._compiled(engine, module, guest)
 
+    def _said_of_source(
+        self, engine: wasmtime.Engine, guest: Guest, error: wasmtime.WasmtimeError
+    ) -> str:
+        """What is wrong, at an offset of the module that was given and not of the rewritten one."""
+        try:
+            if guest.plan.module is not guest.plan.source:
+                wasmtime.Module.validate(engine, guest.plan.source)
+        except wasmtime.WasmtimeError as of_source:
+            error = of_source
+        return one_sentence(str(error))
+
     def _compiled(self, engine: wasmtime.Engine, module: wasmtime.Module, guest: Guest) -> Compiled:
         """A guest's module on an engine of ours, with the shim that its calls of WASI need."""
+        parents: Compiled | None = self._parents_code(guest)
         compiled = Compiled(engine, module, guest.plan, guest.name, self.settings)
+        compiled.offsets = guests.offsets(guest.plan) if parents is None else parents.offsets
         if compiled.waits:
             native, text = engine is not self._engine, shim_text(compiled.memory_type)
             if (native, text) not in self._shims:

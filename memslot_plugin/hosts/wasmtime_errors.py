@@ -20,11 +20,13 @@ from memslot_plugin.errors import (
     MemslotError,
     Unsupported,
     UsedAfterClose,
+    printable,
 )
 from memslot_plugin.hosts.lazy import Lazy
 from memslot_plugin.hosts.live import ended
 from memslot_plugin.hosts.short_of import short_of
 from memslot_plugin.hosts.wasmtime_bridge import take_last_exception, taken, wasmtime, wasmtime_ffi
+from memslot_plugin.wasm import Offsets
 
 PYTHON_EXCEPTION = "python exception"
 """The message of an error that stands for an exception in a host function of wasmtime-py's own."""
@@ -61,19 +63,39 @@ class WasmtimeTrap(_Native, GuestTrap, wasmtime.Trap):
 
     native: wasmtime.Trap
 
-    def __init__(self, message: str, native: wasmtime.Trap | None = None) -> None:
+    def __init__(
+        self, message: str, native: wasmtime.Trap | None = None, offsets: Offsets | None = None
+    ) -> None:
         GuestTrap.__init__(self, message, native)
+        self._offsets = offsets
 
     @Lazy
     def message(self) -> str:
         """The words of wasmtime, with a backtrace."""
-        return str(self.native.message)
+        moved = {
+            native.module_offset: frame.module_offset
+            for native, frame in zip(self.native.frames, self.frames, strict=True)
+        }
+
+        def given(found: re.Match[str]) -> str:
+            at = int(found[2], 16)
+            return f"{found[1]}{moved.get(at, at):#{len(found[2])}x}"
+
+        text = re.sub(r"(?m)^(\s*\d+:\s+)(0x[0-9a-f]+)", given, self.native.message)
+        return "\n".join(map(printable, text.split("\n")))
 
     @Lazy
     def frames(self) -> list[Frame]:  # type: ignore[override]  # these can be pickled
-        """The functions that were running, the innermost first."""
-        return [
+        """The functions that were running, the innermost first, at offsets of the module that was given."""
+        frames = [
             Frame(*(getattr(each, name) for name in Frame._fields)) for each in self.native.frames
+        ]
+        if self._offsets is None:
+            return frames
+        given = self._offsets.given
+        return [
+            each._replace(module_offset=given(each.func_index, each.module_offset))
+            for each in frames
         ]
 
     @Lazy
@@ -84,6 +106,7 @@ class WasmtimeTrap(_Native, GuestTrap, wasmtime.Trap):
     def __reduce__(self) -> tuple[Any, ...]:
         """As for each error, and what only wasmtime knows."""
         _ = self.message, self.frames, self.trap_code
+        self._offsets = None
         return super().__reduce__()
 
 
@@ -113,12 +136,13 @@ def one_sentence(message: str) -> str:
     return "; ".join(line.rstrip(":;") for line in lines if line) or message.strip()
 
 
-def translated(error: BaseException, name: str) -> BaseException:
+def translated(error: BaseException, name: str, offsets: Offsets | None = None) -> BaseException:
     """What wasmtime-py raised while the guest `name` ran, as ours; anything else is a host function's own."""
     if isinstance(error, MemslotError):
         return error
     if isinstance(error, wasmtime.Trap):
-        return WasmtimeTrap(f"the guest {name} trapped: {one_sentence(error.message)}", error)
+        said = f"the guest {name} trapped: {one_sentence(error.message)}"
+        return WasmtimeTrap(said, error, offsets)
     if isinstance(error, wasmtime.ExitTrap):
         return WasmtimeExit(error.code, error)
     if isinstance(error, wasmtime.WasmtimeError):
@@ -176,7 +200,9 @@ class Outcome:
             self.native = wasmtime.WasmtimeError._from_ptr(error)
         lib.ms_wt_outcome_free(address)
 
-    def exception(self, name: str, *, starting: bool = False) -> BaseException | None:
+    def exception(
+        self, name: str, offsets: Offsets | None = None, *, starting: bool = False
+    ) -> BaseException | None:
         """What to raise, for a guest of that name; None if the entry came to its end.
 
         `starting` says that the entry was an instantiation.  An exception in deciding about a growth
@@ -188,7 +214,7 @@ class Outcome:
             return self.raised
         if self.native is not None:
             if isinstance(self.native, wasmtime.Trap):
-                return translated(self.native, name)
+                return translated(self.native, name, offsets)
             if one_sentence(str(self.native)) == PYTHON_EXCEPTION and (
                 last := take_last_exception()
             ):

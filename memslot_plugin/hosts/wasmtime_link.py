@@ -34,6 +34,7 @@ from memslot_plugin.hosts.wasmtime_values import (
 )
 from memslot_plugin.hosts.wasmtime_wasi import WAITS, Environment, Shim, provides
 from memslot_plugin.settings import Settings
+from memslot_plugin.wasm import Offsets
 
 NATIVE_KINDS: Mapping[type, str] = {
     wasmtime.Func: "func",
@@ -112,6 +113,7 @@ class Compiled:
         name: str,
         settings: Settings,
     ) -> None:
+        self.offsets: Offsets | None = None
         self.engine = engine
         self.plan = plan
         self.guest_name = name

@@ -102,7 +102,9 @@ class WasmtimeLive(Live):
             self._host.finish(self)
         if outcome.flags & lib.MS_WT_OUTGROWN:
             self.outgrown = True
-        error = outcome.exception(self._compiled.guest_name, starting=starting)
+        error = outcome.exception(
+            self._compiled.guest_name, self._compiled.offsets, starting=starting
+        )
         if error is not None:
             try:
                 raise error
@@ -202,7 +204,7 @@ class WasmtimeLive(Live):
             self.settle(left)
         if failure is not None:
             try:
-                raise translated(failure, self._compiled.guest_name)
+                raise translated(failure, self._compiled.guest_name, self._compiled.offsets)
             finally:
                 del failure  # as in settle_outcome
         return result

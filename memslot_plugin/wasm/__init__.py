@@ -21,6 +21,7 @@ from memslot_plugin.wasm.module import (
     SectionId,
     Table,
 )
+from memslot_plugin.wasm.offsets import Offsets
 from memslot_plugin.wasm.parse import parse
 from memslot_plugin.wasm.rewrite import rewrite, state_exports
 from memslot_plugin.wasm.types import WASM_PAGE, GlobalType, MemoryType, TableType, ValueType
@@ -39,6 +40,7 @@ __all__ = [
     "MemoryType",
     "Module",
     "NotUnderstood",
+    "Offsets",
     "Section",
     "SectionId",
     "Table",
