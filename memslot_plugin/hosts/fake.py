@@ -133,7 +133,8 @@ class FakeLive(Live):
 
     def restore(self, generation: int) -> None:
         """Its memories are all that it has."""
-        self.generation = self.admits = generation
+        self.generation = generation
+        self.let_go()
 
     def saved_values(self) -> dict[int, int | None]:
         return {each.index: each.initial for each in self._guest.plan.saved_globals}

@@ -79,6 +79,8 @@ class Live(abc.ABC):
     """Whether the host has ended it, and all of its memories are back."""
     generation: int = 1
     """The lease that is served now."""
+    held: bool = False
+    """True from `hold` to `restore` or `let_go`."""
     admits: int = 1
     """The lease whose handles may enter: `generation`, or 0 while the instance is held."""
 
@@ -181,6 +183,8 @@ class Live(abc.ABC):
             )
         if generation != self.admits or self.ended:
             self.refuse()
+        self.held = True
+        self.running += 1  # so that a signal's handler or a finalizer cannot end it meanwhile
         if alone:
             self.admits = 0
 
@@ -195,7 +199,10 @@ class Live(abc.ABC):
 
     def let_go(self) -> None:
         """Let entries in again, without having restored anything; nothing happens if it is not held."""
-        self.admits = self.generation
+        if self.held:
+            self.held = False
+            self.running -= 1
+            self.admits = self.generation
 
     @abc.abstractmethod
     def saved_values(self) -> dict[int, int | None]:

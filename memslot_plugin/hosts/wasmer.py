@@ -353,7 +353,8 @@ class WasmerLive(Live):
         streams = None if self._connected is None else self._connected.streams
         if streams is not None:
             streams.clear()
-        self.generation = self.admits = generation
+        self.generation = generation
+        self.let_go()
 
     def set_globals(self) -> None:
         """Every saved global gets its initial value."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from memslot_hooks.types import LinearMemory
 from memslot_plugin._core import ffi, lib, read
@@ -517,7 +517,8 @@ class WasmtimeLive(Live):
     @property
     def running(self) -> int:  # type: ignore[override]  # the C half counts; nobody else sets it
         """How many calls are inside the instance, on whichever thread."""
-        inside, borrowed = int(self.cell.depth), cast("object", self._borrowed)
+        inside = int(self.cell.depth)
+        borrowed: object = self._borrowed
         if isinstance(borrowed, LentStore):  # other instances live in this one's store
             inside += borrowed.running()
         return inside

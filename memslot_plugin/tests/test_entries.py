@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import memslot_plugin as memslot
-from memslot_hooks import LinearMemory, hookimpl
+from memslot_hooks import InitialContent, LinearMemory, hookimpl
 from memslot_plugin.tests import hosts
 from memslot_plugin.tests.hosts import HOSTS, RUNTIMES
 
@@ -254,3 +254,29 @@ def test_memory_outside_of_slots_is_read_and_written_in_each_lease(name: str) ->
                 with guest.lease() as instance:
                     instance.memory.write(turn, b"x")
                     assert instance.memory.read(0, 4) == b"x" * (turn + 1) + bytes(3 - turn)
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_instance_that_is_captured_or_reset_cannot_be_ended_by_what_interrupts(name: str) -> None:
+    refused: list[str] = []
+
+    class Interrupts:
+        def close(self, what: str) -> None:
+            with pytest.raises(memslot.InUse):
+                instance.close()
+            refused.append(what)
+
+        @hookimpl(tryfirst=True)
+        def memslot_build_image(self, content: InitialContent) -> None:
+            if content.memory is not None:
+                self.close("captured")
+
+        @hookimpl(tryfirst=True)
+        def memslot_reset_memory(self, memory: LinearMemory) -> None:
+            self.close("reset")
+
+    with hosts.serving(name, plugins=(Interrupts(),)) as host, hosts.prepare(host) as guest:
+        with guest.instantiate() as instance:
+            instance.snapshot().close()
+            instance.reset()
+        assert refused == ["captured", "reset"]
