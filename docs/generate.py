@@ -1,6 +1,7 @@
 """Prints what comes from the code and from stored runs: writes it, or checks with --check.
 
     docs/hooks.md                      from the hook specifications
+    docs/settings.md                   from the class Settings
     README.md, section "benchmark"     from docs/benchmark.json, a stored `memslot bench --json`
 
 --check also looks whether each test that a page names is there.  Exit status 0 when everything is current (or was
@@ -19,6 +20,7 @@ from pathlib import Path
 from memslot_hooks.docs import hooks_page
 from memslot_plugin.bench import report
 from memslot_plugin.bench.results import Run
+from memslot_plugin.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,8 +31,30 @@ def pages(root: Path) -> dict[Path, str]:
     run = Run.read(json.loads(stored.read_text(encoding="utf-8")))
     return {
         root / "docs" / "hooks.md": hooks_page(),
+        root / "docs" / "settings.md": settings_page(),
         readme: report.insert(readme.read_text(encoding="utf-8"), run),
     }
+
+
+def settings_page() -> str:
+    """Every setting with its default and what it does."""
+    rows = [
+        f"| `{name}` | {field.default!r} | {field.description} |"
+        for name, field in Settings.model_fields.items()
+    ]
+    return "\n".join(
+        [
+            "# Settings",
+            "",
+            "Keywords of `open_host`, variables (`MEMSLOT_SLOTS=16`), or a TOML table `[memslot]`.",
+            'Sizes are bytes, or text with a unit: "64MiB". `python docs/generate.py` prints this page.',
+            "",
+            "| setting | default | what it is |",
+            "|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
 
 
 def missing_tests(root: Path) -> list[str]:

@@ -20,7 +20,7 @@ builtin that a caller would already catch.
     +-- AccessOutOfBounds   (IndexError)          outside of the linear memory
     +-- PoolExhausted       (MemoryError)         every slot is in use
     |   +-- PoolTimeout     (TimeoutError)        ... and none came back in the time given
-    +-- MemoryTooLarge      (ValueError)          a memory fits no slot, or passes the limit
+    +-- MemoryTooLarge      (ValueError)          a memory fits no slot, or a setting allows less
     +-- SlotError           (RuntimeError)        a slot's state does not allow that use
     |   +-- InvariantBroken (AssertionError)      a slot is not what its state says
     +-- InUse               (RuntimeError)        closed while instances of it are live
@@ -168,7 +168,9 @@ class PoolTimeout(PoolExhausted, TimeoutError):
 
 
 class MemoryTooLarge(MemslotError, ValueError):
-    """A linear memory needs more bytes than a slot reserves or than `memory_limit` allows."""
+    """A guest needs more than a slot reserves, or than a setting allows of memories or tables; the message names
+    the setting.
+    """
 
 
 class SlotError(MemslotError, RuntimeError):

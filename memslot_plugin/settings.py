@@ -164,7 +164,8 @@ class Settings(BaseSettings):
         32 * MIB, description="address space after a slot that always faults"
     )
     memory_limit: Limit | None = Field(
-        None, description="how far a linear memory may grow; none set: its own maximum"
+        None,
+        description="how far a linear memory may grow; none set: its own maximum, within reserved",
     )
     memories_per_instance: Annotated[int, NUMBER] = Field(
         8, ge=0, le=1_000_000, description="linear memories that a guest may define"
@@ -196,7 +197,7 @@ class Settings(BaseSettings):
     )
     keep_resident: Limit = Field(
         16 * MIB,
-        description="private bytes of a slot that may stay in memory after a reset, beside a copied image",
+        description="private bytes of a slot, and of a heap, that may stay after a reset, beside a copied image",
     )
     audit: Annotated[float, NUMBER] = Field(
         0.0,

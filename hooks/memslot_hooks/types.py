@@ -115,7 +115,8 @@ class MemoryRequest:
     "report" when the host can only tell afterwards.  `map_host_memory` is None where the plugin
     provides the address range, and makes a new range of the runtime's own where the runtime insists
     on owning it; a plugin that keeps such ranges may hand the same one out again for an equal
-    `host_shape`.
+    `host_shape`.  `minimum` and `maximum` are 0 for a memory that the runtime makes itself: it takes
+    the place of one, and no byte of it is used.
     """
 
     minimum: int

@@ -64,7 +64,11 @@ def test_pages_of_the_checkout_are_current_and_a_stale_one_fails_with_a_diff(
         (tmp_path / copied).write_bytes((CHECKOUT / copied).read_bytes())
     assert generate("--check") == 1  # hooks.md is missing
     assert generate() == 0
-    for name, said in (("docs/hooks.md", "### memslot_reset_memory"), ("README.md", "bare loops:")):
+    for name, said in (
+        ("docs/hooks.md", "### memslot_reset_memory"),
+        ("docs/settings.md", "| `table_limit` | 1000000 |"),
+        ("README.md", "bare loops:"),
+    ):
         page = tmp_path / name
         text = page.read_text()
         assert text == (CHECKOUT / name).read_text(), "run python docs/generate.py"
