@@ -316,7 +316,14 @@ def _read(fd: int, name: str, key: bytes | None, keep: bool, image_limit: int | 
 
 
 def require_data(fd: int, name: str, byte_size: int) -> None:
-    """Raise InvalidContainer for a file of which more than half is holes.
+    """Raise InvalidContainer for a file of which more than half is holes."""
+    reason = why_hollow(fd, byte_size)
+    if reason is not None:
+        raise InvalidContainer(f"{name} {reason}")
+
+
+def why_hollow(fd: int, byte_size: int) -> str | None:
+    """What is wrong with a file of which more than half is holes, a sentence's end; None for another one.
 
     Reading a hole costs as much as reading data, and takes nothing of whoever made the file.  Ours
     have none, but a file system that compresses makes some of long runs of zeros (zfs), where the
@@ -330,13 +337,12 @@ def require_data(fd: int, name: str, byte_size: int) -> None:
             data += end - start
     except OSError as error:
         if error.errno == errno.EINVAL:  # lseek(2): a file system that knows of no holes
-            return
+            return None
         if error.errno != errno.ENXIO:  # no data behind `end`
             raise
-    if 2 * data < byte_size:
-        raise InvalidContainer(
-            f"{name} claims {byte_size} bytes, and {data} of them are there: copy it without making holes"
-        )
+    if 2 * data >= byte_size:
+        return None
+    return f"claims {byte_size} bytes, and {data} of them are there: copy it without making holes"
 
 
 def copied(fd: int, name: str, byte_size: int) -> Iterator[tuple[int, memoryview]]:

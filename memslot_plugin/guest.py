@@ -433,6 +433,8 @@ def of_saved(
     leaves such a module to the runtime, which knows nothing of contents.
     """
     made = plan(source, image_limit=image_limit, import_memory=import_memory)
+    if is_snapshot and made.structure is not None and made.structure.start is not None:
+        raise InvalidContainer("it claims to be a snapshot, and its module has a start function")
     made = replace(made, origin=origin, is_snapshot=is_snapshot)
     if not contents:
         return made

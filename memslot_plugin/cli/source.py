@@ -13,12 +13,11 @@ from memslot_plugin.container import Container
 from memslot_plugin.errors import (
     ArgumentError,
     ExportNotFound,
-    GuestNotFound,
     InvalidModule,
     LinkError,
 )
 from memslot_plugin.hosts import Guest, Host, Wasi, alone
-from memslot_plugin.hosts.saved import About, read_saved
+from memslot_plugin.hosts.saved import About, read_module, read_saved
 from memslot_plugin.hosts.wasi import MODULES
 
 START, INITIALIZE = "_start", "_initialize"
@@ -105,14 +104,7 @@ def read_source(file: str | None, key: bytes | None = None) -> Source:
 
 
 def _read(path: Path) -> bytes:
-    try:
-        data = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise GuestNotFound(f"there is no guest at {path}") from None
-    except OSError as error:
-        raise InvalidModule(
-            f"{path} cannot be read: {error.strerror}; a guest is a .wasm or .wat file"
-        ) from None
+    data = read_module(path)
     if path.suffix != ".wat":
         return data
     try:

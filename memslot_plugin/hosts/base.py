@@ -36,7 +36,6 @@ from memslot_plugin._core import catch_up
 from memslot_plugin.errors import (
     ArgumentError,
     ExportNotFound,
-    GuestNotFound,
     InUse,
     InvalidModule,
     MemslotError,
@@ -359,14 +358,7 @@ class Host(abc.ABC):
                 f"a guest is a path, the bytes of a module, or WebAssembly text, and not {shown(source)}"
             )
         path = Path(source)
-        try:
-            data = path.read_bytes()
-        except (FileNotFoundError, NotADirectoryError, ValueError):  # a zero byte is in no path
-            raise GuestNotFound(f"there is no guest at {path}") from None
-        except OSError as error:
-            raise InvalidModule(
-                f"{path} cannot be read: {error.strerror}; a guest is a .wasm or .wat file"
-            ) from None
+        data = saved.read_module(path)
         if path.suffix == ".wat":
             try:
                 return self._assemble(data.decode()), path.stem

@@ -32,6 +32,7 @@ from memslot_plugin.errors import (
     ArgumentError,
     GuestNotFound,
     InvalidContainer,
+    InvalidModule,
     MemslotError,
     SettingError,
     SystemCallError,
@@ -512,3 +513,24 @@ def open_file(label: str) -> int:
         raise GuestNotFound(f"there is no saved guest at {label}") from None
     except OSError as error:
         raise InvalidContainer(f"{label} cannot be read: {error.strerror}") from None
+
+
+def read_module(path: Path) -> bytes:
+    """The bytes of a .wasm or .wat file; raises GuestNotFound, InvalidModule."""
+    try:
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            if stat.S_ISREG(status.st_mode):  # a pipe brings what it brings
+                reason = container.why_hollow(file.fileno(), status.st_size)
+                if reason is not None:
+                    raise InvalidModule(f"{path} {reason}")
+                file.seek(0)
+            return file.read()
+    except MemslotError:
+        raise
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # a zero byte is in no path
+        raise GuestNotFound(f"there is no guest at {path}") from None
+    except OSError as error:
+        raise InvalidModule(
+            f"{path} cannot be read: {error.strerror}; a guest is a .wasm or .wat file"
+        ) from None

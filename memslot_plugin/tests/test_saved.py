@@ -381,6 +381,8 @@ WRONG: list[dict[str, Any]] = [{"name": 7}, {"snapshot": 1}, {"reseed": []}, {"c
 WRONG += [{"segments": [7]}, {"segments": [{"index": 0}]}]
 WRONG = [{}, *({**ABOUT, **each} for each in WRONG)]
 EMPTIED = MODULE.replace(b"\x0b\x0c", b"\x0b\x08").replace(b"\x04data", b"\x00")
+# (module (func) (memory 3 9) (start 0))
+STARTS = b"\0asm\1\0\0\0\1\4\1\x60\0\0\3\2\1\0\5\4\1\1\3\x09\x08\1\0\x0a\4\1\2\0\x0b"
 
 
 def write(path: Path, **changes: Any) -> Path:
@@ -407,6 +409,7 @@ def write(path: Path, **changes: Any) -> Path:
             },
             f"has {MAX_EXTENTS + 1} extents for memory 0",
         ),
+        ({"module": STARTS}, "claims to be a snapshot, and its module has a start function"),
         *(({"about": about}, "makes no sense") for about in WRONG),
     ],
 )
@@ -428,6 +431,22 @@ def test_a_module_that_no_slot_serves_has_no_contents(
         host.load(write(tmp_path / "bad", module=shared))
     with pytest.raises(memslot.InvalidModule):
         host.load(write(tmp_path / "bad", module=b"no module"))
+
+
+def test_a_module_in_a_file_of_holes_is_refused_and_in_a_pipe_it_is_read(
+    host: memslot.FakeHost, tmp_path: Path
+) -> None:
+    file = tmp_path / "guest.wasm"
+    file.write_bytes(MODULE)
+    assert host.prepare(file).name == "guest"
+    os.truncate(file, 3 << 30)
+    with pytest.raises(memslot.InvalidModule, match="claims 3221225472 bytes, and"):
+        host.prepare(file)
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "wb") as stream:
+        stream.write(MODULE)
+    assert host.prepare(f"/dev/fd/{reader}").report.source_bytes == len(MODULE)
+    os.close(reader)
 
 
 def test_the_verdict_is_found_out_again_and_not_believed(
