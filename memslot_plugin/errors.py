@@ -55,6 +55,13 @@ def printable(text: str) -> str:
     )
 
 
+def cause_of(error: BaseException) -> BaseException | None:
+    """Return a runtime's error as the cause of ours; None if its text, which a traceback prints as it is,
+    would do something to a terminal.
+    """
+    return error if str(error).replace("\n", "").isprintable() else None
+
+
 class MemslotError(Exception):
     """The base of every error that memslot raises on its own account.
 
@@ -122,7 +129,7 @@ class ArgumentError(MemslotError, TypeError):
 class GuestTrap(MemslotError, RuntimeError):
     """The guest trapped.
 
-    The runtime's own error object is `native` (and the `__cause__`).  On wasmtime the raised class
+    The runtime's own error object is `native`.  On wasmtime the raised class
     also inherits `wasmtime.Trap`, and on wasmer a trap is a `RuntimeError`, so code written for the
     bare runtime still catches it.
     """

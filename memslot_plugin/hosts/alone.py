@@ -21,6 +21,7 @@ from memslot_plugin.errors import (
     HostUnavailable,
     InvalidModule,
     LinkError,
+    cause_of,
 )
 from memslot_plugin.hosts.wasi import Wasi
 
@@ -80,14 +81,14 @@ class WasmtimeAlone(Alone):
         try:
             return store, self._prepared.instantiate(store)
         except (self._wasmtime.Trap, self._wasmtime.WasmtimeError) as error:
-            raise self._translated(error) from error
+            raise self._translated(error) from cause_of(error)
 
     def call(self, instance: Any, name: str, arguments: Sequence[Any]) -> Any:
         store, started = instance
         try:
             return started.exports(store)[name](store, *arguments)
         except (self._wasmtime.Trap, self._wasmtime.WasmtimeError) as error:
-            raise self._translated(error) from error
+            raise self._translated(error) from cause_of(error)
 
     def read_memory(self, instance: Any, name: str, most: int) -> bytes | None:
         store, started = instance
@@ -151,13 +152,13 @@ class WasmerAlone(Alone):
         except RuntimeError as error:
             if "link" in str(error).lower():
                 raise LinkError(f"wasmer cannot link the module: {error}") from None
-            raise self._translated(error) from error
+            raise self._translated(error) from cause_of(error)
 
     def call(self, instance: Any, name: str, arguments: Sequence[Any]) -> Any:
         try:
             return getattr(instance.exports, name)(*arguments)
         except RuntimeError as error:
-            raise self._translated(error) from error
+            raise self._translated(error) from cause_of(error)
 
     def read_memory(self, instance: Any, name: str, most: int) -> bytes | None:
         memory = getattr(instance.exports, name)

@@ -24,6 +24,7 @@ from memslot_plugin.errors import (
     GrowthRefused,
     SnapshotRefused,
     Unsupported,
+    cause_of,
 )
 from memslot_plugin.guest import MemoryPlan
 from memslot_plugin.hosts import saved, wasmer_state
@@ -76,7 +77,7 @@ class WasmerHost(Host):
         except BaseException as error:
             if not made_by_wasmer(error):
                 raise
-            raise at_compile(error, "the text") from error
+            raise at_compile(error, "the text") from cause_of(error)
 
     def _compile(self, guest: Guest) -> Compiled:
         parents: Compiled | None = self._parents_code(guest)
@@ -155,7 +156,7 @@ class WasmerHost(Host):
             if owner is not None:  # a start function may have come far
                 self._report_growth(memories[0], owner.memory.data_size)
             if made_by_wasmer(error):
-                raise at_instantiate(error, guest.name, compiled.offsets) from error
+                raise at_instantiate(error, guest.name, compiled.offsets) from cause_of(error)
             raise
         memory = None if owner is None else owner.memory
         live = WasmerLive(guest, memories, memory, instance, connected)
@@ -271,7 +272,7 @@ class WasmerLive(Live):
                                 raise ArgumentError(f"{name} of {guest_name}: {wrong}") from error
                         raise at_call(
                             error, name, offsets, host_function_is_wrong=calls_out
-                        ) from error
+                        ) from cause_of(error)
                     raise
                 finally:
                     if calls_out:
@@ -376,7 +377,7 @@ class WasmerLive(Live):
         except BaseException as error:
             if not made_by_wasmer(error):
                 raise
-            raise at_instantiate(error, f"the globals of {self._guest.name}") from error
+            raise at_instantiate(error, f"the globals of {self._guest.name}") from cause_of(error)
         if values is not None:
             self._attached, self._restore = attached, attached.exports.restore
         return attached

@@ -13,7 +13,7 @@ from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memslot_plugin import guest as guests
-from memslot_plugin.errors import LinkError, Unsupported
+from memslot_plugin.errors import LinkError, Unsupported, cause_of
 from memslot_plugin.hosts import wasmer_state, wasmer_wasi
 from memslot_plugin.hosts.wasmer_errors import at_compile, made_by_wasmer
 from memslot_plugin.hosts.wasmer_folders import Folders
@@ -84,7 +84,9 @@ class Compiled:
         except BaseException as error:
             if not made_by_wasmer(error):
                 raise
-            raise at_compile(_said_of_source(error, plan), guest.name, plan.native) from error
+            raise at_compile(_said_of_source(error, plan), guest.name, plan.native) from cause_of(
+                error
+            )
         self.offsets = guests.offsets(plan)
         saved = [
             each
@@ -162,7 +164,7 @@ class Compiled:
                 if not made_by_wasmer(error):
                     raise
                 what = f"the module of ours that restores the globals of {self._guest_name}"
-                raise at_compile(error, what) from error
+                raise at_compile(error, what) from cause_of(error)
         return self._state_modules[values]
 
     def let_go(self) -> None:

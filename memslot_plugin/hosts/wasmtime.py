@@ -30,6 +30,7 @@ from memslot_plugin.errors import (
     MemslotError,
     Unsupported,
     UsedAfterClose,
+    cause_of,
 )
 from memslot_plugin.guest import MOST_GLOBALS
 from memslot_plugin.hosts.alone import runtime_version
@@ -228,7 +229,7 @@ class WasmtimeHost(Host):
         except wasmtime.WasmtimeError as error:
             raise InvalidModule(
                 f"the text is not WebAssembly: {one_sentence(str(error))}"
-            ) from error
+            ) from cause_of(error)
 
     def _compile(self, guest: Guest) -> Compiled:
         native = guest.plan.native is not None
@@ -240,10 +241,10 @@ class WasmtimeHost(Host):
         except wasmtime.WasmtimeError as error:
             short = short_of(one_sentence(str(error)), f"compiling {guest.name}")
             if short is not None:
-                raise short from error
+                raise short from cause_of(error)
             raise InvalidModule(
                 f"wasmtime refuses {guest.name}: {self._said_of_source(engine, guest, error)}"
-            ) from error
+            ) from cause_of(error)
         return self._compiled(engine, module, guest)
 
     def _said_of_source(

@@ -20,6 +20,7 @@ from memslot_plugin.errors import (
     MemslotError,
     Unsupported,
     UsedAfterClose,
+    cause_of,
     printable,
 )
 from memslot_plugin.hosts.lazy import Lazy
@@ -164,7 +165,7 @@ def _at_start(error: wasmtime.WasmtimeError, name: str) -> BaseException:
     said = one_sentence(str(error))
     refused = short_of(said, f"instantiating {name}")
     if refused is not None:
-        refused.__cause__ = error
+        refused.__cause__ = cause_of(error)
         return refused
     # Nothing but its text tells a limit from anything else.
     setting = next((each for text, each in _LIMITS.items() if text in said), None)
@@ -174,7 +175,7 @@ def _at_start(error: wasmtime.WasmtimeError, name: str) -> BaseException:
     ours = (MemoryTooLarge if limited else LinkError)(
         f"the guest {name} cannot be instantiated: {said}"
     )
-    ours.__cause__ = error
+    ours.__cause__ = cause_of(error)
     return ours
 
 

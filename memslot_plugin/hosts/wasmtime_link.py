@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from memslot_plugin._core import ffi
-from memslot_plugin.errors import ExportNotFound, LinkError, Unsupported
+from memslot_plugin.errors import ExportNotFound, LinkError, Unsupported, cause_of
 from memslot_plugin.guest import Plan
 from memslot_plugin.hosts import wasi
 from memslot_plugin.hosts.lazy import Lazy
@@ -285,7 +285,9 @@ class Compiled:
             return Link(self, linker, creator, environment, binding.wasi)
         except wasmtime.WasmtimeError as error:
             said = one_sentence(str(error)).replace("`", "").replace("::", ".")
-            raise LinkError(f"the guest {self.guest_name} cannot be linked: {said}") from error
+            raise LinkError(f"the guest {self.guest_name} cannot be linked: {said}") from cause_of(
+                error
+            )
 
     def _bind(
         self, linker: wasmtime.Linker, binding: Binding, module: str, name: str, wanted: Any
@@ -327,7 +329,7 @@ class Compiled:
         except wasmtime.WasmtimeError as error:
             raise LinkError(
                 f"{wants}, and what was given is refused: {one_sentence(str(error))}"
-            ) from error
+            ) from cause_of(error)
 
     def _bind_function(
         self,
@@ -352,7 +354,7 @@ class Compiled:
             # References are wasmtime-py's business; it may only be used where it does not end the process.
             linker.define_func(module, name, wanted, _watched(signature, function, label))
         except wasmtime.WasmtimeError as error:
-            raise LinkError(f"{label} is refused: {one_sentence(str(error))}") from error
+            raise LinkError(f"{label} is refused: {one_sentence(str(error))}") from cause_of(error)
 
 
 class _Shared(wasmtime.SharedMemory):

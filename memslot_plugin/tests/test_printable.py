@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ SHOWN = r"\x1b[31mred\x07 CRITICAL \x9b2J\u202e\udcff"
 NAME = r"\1b[31mred\07\0d\0aCRITICAL"
 TEXT = f"""(module (import "{NAME}" "{NAME}" (func)) (memory (export "{NAME}") 1) (table 1 funcref)
   (func (export "{NAME}2") (drop (table.grow (ref.null func) (i32.const 1)))))"""
+
+
+FUNCTION_NAME = r"\01\0b\01\00\08\1b[31mred"
+"""The contents of a name section: function 0 has such a name."""
 
 
 class Terminal(io.StringIO):
@@ -61,6 +66,27 @@ def test_names_in_refusals_reports_and_logs_are_printable(name: str, tmp_path: P
                 call()
             assert str(raised.value).isprintable()
             assert "[31mred" in str(raised.value)
+
+
+@pytest.mark.parametrize("name", hosts.RUNTIMES)
+def test_tracebacks_of_traps_and_refusals_are_printable(name: str) -> None:
+    texts = (
+        f'(module (memory 1) (func $f (export "f") unreachable) (@custom "name" "{FUNCTION_NAME}"))',
+        f'(module (memory 1) (export "{NAME}" (memory 0)) (export "{NAME}" (memory 0)))',
+        f'(module (memory 1) (import "{NAME}" "{NAME}" (func)))',
+        "(module (memory 1) \x1b[31mred",
+    )
+    with hosts.serving(name) as host:
+        for text in texts:
+            with pytest.raises(memslot.MemslotError) as raised:
+                host.prepare(text).instantiate().call("f")
+            if isinstance(raised.value, memslot.GuestTrap):
+                assert "[31mred" in getattr(raised.value, "message", str(raised.value))
+            for printed in (
+                *traceback.format_exception(type(raised.value), raised.value, None),
+                getattr(raised.value, "message", ""),
+            ):
+                assert printed.replace("\n", "").isprintable()
 
 
 def test_commands_print_names_escaped(tmp_path: Path) -> None:
