@@ -9,6 +9,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import random
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -28,12 +29,17 @@ _numbers = itertools.count()
 
 
 def tenant(instance: memslot.Instance) -> None:
-    """Find nothing but the guest's own bytes; leave a secret in its image, above it, at both ends, and in a global."""
+    """Find nothing but the guest's own bytes; leave a secret in its image, above it, at both ends, and in a global.
+
+    Some pages are drawn by each process for itself: what a worker writes where its master did not is what a reset of
+    the master's pages would miss.
+    """
     assert instance.memory.byte_size == len(PRISTINE)
     assert instance.memory.read(0, len(PRISTINE)) == PRISTINE
     assert instance.call("bump") == 8
     secret = f"secret {next(_numbers)} of process {os.getpid()} ".encode() * 8
-    for at in (0, PAGE, 3 * PAGE + 77, len(PRISTINE) - len(secret)):
+    drawn = [random.randrange(len(PRISTINE) // 1024 - 1) * 1024 for _ in range(4)]
+    for at in (0, PAGE, 3 * PAGE + 77, len(PRISTINE) - len(secret), *drawn):
         instance.memory.write(at, secret)
 
 
