@@ -9,12 +9,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memslot_plugin import guest as guests
 from memslot_plugin.errors import LinkError, Unsupported, cause_of
 from memslot_plugin.hosts import wasmer_state, wasmer_wasi
+from memslot_plugin.hosts.wasi import Wasi
 from memslot_plugin.hosts.wasmer_errors import at_compile, made_by_wasmer
 from memslot_plugin.hosts.wasmer_folders import Folders
 from memslot_plugin.hosts.wasmer_runtime import (
@@ -33,7 +35,6 @@ from memslot_plugin.wasm.module import SectionId
 if TYPE_CHECKING:
     from memslot_plugin.hosts.live import Binding
     from memslot_plugin.hosts.prepared import Guest
-    from memslot_plugin.hosts.wasi import Wasi
 
 Namespaces = dict[str, dict[str, Any]]
 """Import module -> import name -> an object of wasmer's."""
@@ -136,6 +137,10 @@ class Compiled:
 
         Raises LinkError for what is missing or of the wrong kind, SettingError, Unsupported.
         """
+        if binding.wasi is None and any(module not in binding.imports for module in self.wasi):
+            binding = replace(
+                binding, wasi=Wasi()
+            )  # as on wasmtime: nothing to read, and output discarded
         if self.wasi and binding.wasi is not None:
             return self._with_wasi(binding, owner)
         if binding is not self._binding:
