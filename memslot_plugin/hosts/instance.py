@@ -8,7 +8,14 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from memslot_plugin.errors import ArgumentError, ExportNotFound, InUse, MemslotError, UsedAfterClose
+from memslot_plugin.errors import (
+    ArgumentError,
+    ExportNotFound,
+    InUse,
+    MemslotError,
+    UsedAfterClose,
+    shown,
+)
 from memslot_plugin.hosts.live import ended
 from memslot_plugin.hosts.memory import Memory
 
@@ -68,12 +75,17 @@ class Instance:
         live = self._now
         if live is None or live not in self.guest.host._live:
             live = self._live()
-        return live.function(name)(self._generation, *arguments)
+        try:
+            function = live.function(name)
+        except TypeError:  # an object that is in no dictionary
+            raise _no_name(name) from None
+        return function(self._generation, *arguments)
 
     def function(self, name: str) -> Callable[..., Any]:
         """The exported function itself, looked up once; valid until the instance is closed, its lease ends,
         or it is reset by a new instance: UsedAfterClose from then on.
         """
+        _require_name(name)
         return functools.partial(self._live().function(name), self._generation)
 
     @property
@@ -95,10 +107,12 @@ class Instance:
 
     def global_value(self, name: str) -> Any:
         """The value of an exported global."""
+        _require_name(name)
         return self._entered(lambda live: live.global_value(name))
 
     def set_global(self, name: str, value: Any) -> None:
         """Set an exported mutable global."""
+        _require_name(name)
         self._entered(lambda live: live.set_global(name, value))
 
     @property
@@ -328,3 +342,13 @@ class Instance:
 
     def __repr__(self) -> str:
         return f"<Instance of {self.guest.guest_id}{', closed' * self.closed}>"
+
+
+def _no_name(name: object) -> ArgumentError:
+    return ArgumentError(f"the name of an export is a string, and not {shown(name)}")
+
+
+def _require_name(name: object) -> None:
+    """Raise ArgumentError if no export can be called like this."""
+    if not isinstance(name, str):
+        raise _no_name(name)

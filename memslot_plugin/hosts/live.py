@@ -241,5 +241,5 @@ def require_within(index: int, offset: int, length: int, byte_size: int) -> None
     """Raise AccessOutOfBounds if memory `index` of `byte_size` bytes lacks some of these."""
     if offset < 0 or length < 0 or offset + length > byte_size:
         raise AccessOutOfBounds(
-            f"bytes [{offset}, {offset + length}) are outside memory {index} of {byte_size} bytes"
+            f"bytes [{shown(offset)}, {shown(offset + length)}) are outside memory {index} of {byte_size} bytes"
         )

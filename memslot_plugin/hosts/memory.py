@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from memslot_plugin._core import ffi
-from memslot_plugin.errors import ArgumentError
+from memslot_plugin.errors import ArgumentError, shown
 
 if TYPE_CHECKING:
     from memslot_plugin.hosts.instance import Instance
@@ -58,11 +58,13 @@ class Memory:
         Raises GrowthRefused where the guest would see -1, UsedAfterClose, InUse.
         """
         index = self.index
+        if not isinstance(pages, int):
+            raise ArgumentError(f"a number of pages is an integer, and not {pages!r}")
         return self._instance._entered(lambda live: live.grow(index, pages))
 
     def _refuse(self, offset: object, length: object) -> NoReturn:
         raise ArgumentError(
-            f"offset and length are integers, in bytes, and not {offset!r} and {length!r}"
+            f"offset and length are integers, in bytes, and not {shown(offset)} and {shown(length)}"
         )
 
     def __len__(self) -> int:

@@ -47,6 +47,9 @@ __all__ = [
 WASM32_BYTES = 1 << 32
 """What a 32-bit address reaches."""
 
+LARGEST_BYTES = WASM32_BYTES + (1 << 31)
+"""The most that wasmer maps for a memory: all that 32 bits reach, and a guard behind it (its BaseTunables)."""
+
 REFERENCES = frozenset((int(wasmer.Type.EXTERN_REF), int(wasmer.Type.FUNC_REF)))
 """Types whose values wasmer-python cannot hand to Python: it panics."""
 
@@ -188,15 +191,13 @@ def reserved_bytes() -> int:
     Raises SystemCallError where it cannot, and HostUnavailable if it moves memories that grow: a slot
     cannot.
     """
-    before = [mapping.start for mapping in mappings(0, 1 << 64)]
     try:
         memory = wasmer.Memory(new_store(), wasmer.MemoryType(1, 2, False))
     except RuntimeError as error:
         raise system_call_error(errno.ENOMEM, f"mapping a memory in wasmer: {error}") from error
     base = end = address_of(memory)
-    # The kernel may merge what faults here with a neighbour that was there before.
-    limit = min((start for start in before if start > base), default=1 << 64)
-    for mapping in mappings(base, limit):
+    # Behind it may be a neighbour, which other threads map and unmap meanwhile: that is not this memory's to cover.
+    for mapping in mappings(base, base + LARGEST_BYTES):
         if mapping.start != end:
             break
         end = mapping.end

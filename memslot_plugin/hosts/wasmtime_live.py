@@ -18,6 +18,7 @@ from memslot_plugin.errors import (
     GrowthRefused,
     SnapshotRefused,
     UsedAfterClose,
+    shown,
 )
 from memslot_plugin.hosts.live import Binding, Live, require_within
 from memslot_plugin.hosts.wasmtime_bridge import wasmtime, wasmtime_ffi
@@ -461,7 +462,7 @@ class WasmtimeLive(Live):
             )
         self._require_store()
         if not 0 <= pages < _PAGES:
-            raise GrowthRefused(f"{what} cannot grow by {pages} pages")
+            raise GrowthRefused(f"{what} cannot grow by {shown(pages)} pages")
         label = self._compiled.name(name)
         before = ffi.new("uint64_t *")
         outcome = lib.ms_wt_memory_grow(self.cell, label.utf8, label.length, pages, before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import threading
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -81,6 +82,20 @@ def test_import_of_another_type_is_named(host: WasmerHost) -> None:
             calling(host, given).instantiate()
     with pytest.raises(memslot.Unsupported, match="stores"):
         hosts.prepare(host).instantiate(store=object())
+
+
+def test_size_of_a_slot_is_the_same_while_other_threads_map_memories() -> None:
+    found: set[int] = set()
+    measure = reserved_bytes.__wrapped__
+    threads = [
+        threading.Thread(target=lambda: found.update(measure() for _ in range(20)))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {6 << 30}
 
 
 def test_slot_is_as_large_as_wasmer_makes_it(host: WasmerHost) -> None:

@@ -1,0 +1,179 @@
+"""Faults of the kinds that the adversary looks for, each put back by a patch, with the seed that finds it."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from memslot_plugin._core import ffi
+from memslot_plugin.allocators import SlotMemory
+from memslot_plugin.hosts.base import Host
+from memslot_plugin.hosts.instance import Instance
+from memslot_plugin.hosts.live import Live, require_within
+from memslot_plugin.hosts.memory import Memory
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A fault; `seeds` has the one that finds it for each host on which it can be, and `says` is in its report."""
+
+    put_back: Callable[[], None]
+    says: str
+    seeds: Mapping[str, int]
+    threads: int = 1
+
+
+def _every_live() -> list[type[Live]]:
+    """The classes of live instances whose hosts are open."""
+    return Live.__subclasses__()
+
+
+def _handles_outlive_their_lease() -> None:
+    reset = Instance._reset_in_place
+    Instance._reset_in_place = lambda self, live, _: reset(self, live, self._generation)  # type: ignore[method-assign]
+
+
+def _memory_is_read_outside_of_an_entry() -> None:
+    def read(self: Memory, offset: int, length: int) -> bytes:
+        base, byte_size = self._instance._live().locate(self.index)
+        require_within(self.index, offset, length, byte_size)
+        time.sleep(0.001)
+        return bytes(ffi.buffer(ffi.cast("char *", base + offset), length))
+
+    Memory.read = read  # type: ignore[method-assign]
+
+
+def _around_reset(keep: Callable[[Live], Any], put: Callable[[Live, Any], None]) -> None:
+    reset = Instance._reset_in_place
+
+    def reset_but(self: Instance, live: Live, generation: int) -> bool:
+        kept = keep(live)
+        done = reset(self, live, generation)
+        if done:
+            put(live, kept)
+        return done
+
+    Instance._reset_in_place = reset_but  # type: ignore[method-assign]
+
+
+def _a_page_is_not_reset() -> None:
+    def page(live: Live) -> Any:
+        return ffi.buffer(ffi.cast("char *", live.memories[0].base + 16384), 4096)
+
+    def put(live: Live, kept: bytes) -> None:
+        page(live)[:] = kept
+
+    _around_reset(lambda live: bytes(page(live)), put)
+
+
+def _globals_are_not_reset() -> None:
+    def put(live: Live, value: Any) -> None:
+        live.set_global("count", value)
+
+    _around_reset(lambda live: live.global_value("count"), put)
+
+
+def _ready_instances_are_not_reset() -> None:
+    def pass_on(self: Instance, live: Live) -> Instance:
+        following = Instance(self.guest, live, self.guest.binding)
+        self._now = None
+        return following
+
+    Instance._pass_on = pass_on  # type: ignore[method-assign]
+
+
+def _exposed_slots_are_handed_on() -> None:
+    SlotMemory.exposed = property(lambda _: False, lambda _, __: None)  # type: ignore[assignment]
+
+
+def _native_objects_are_forgotten() -> None:
+    Live.given_away = property(lambda _: False, lambda _, __: None)  # type: ignore[assignment]
+
+
+def _grown_memories_are_reset_in_place() -> None:
+    for kind in _every_live():
+        kind.can_restore = lambda self: not self.given_away  # type: ignore[method-assign]
+
+
+def _what_drops_segments_is_reset_in_place() -> None:
+    from memslot_plugin.hosts.prepared import Guest
+
+    Guest.in_place = property(lambda _: True, lambda _, __: None)  # type: ignore[assignment]
+
+
+def _children_do_not_reset() -> None:
+    process, reset = os.getpid(), Instance._reset_in_place
+
+    def in_the_parent(self: Instance, live: Live, generation: int) -> bool:
+        if os.getpid() == process:
+            return reset(self, live, generation)
+        live.hold(self._generation, alone=True)
+        live.restore(generation)
+        return True
+
+    Instance._reset_in_place = in_the_parent  # type: ignore[method-assign]
+
+
+def _dropped_handles_are_kept() -> None:
+    Host._drop = lambda self, live: None  # type: ignore[method-assign]
+
+
+def _finalizers_want_a_lock() -> None:
+    lock, drop, lease = threading.Lock(), Host._drop, Host._lease
+    gc.set_threshold(20)
+
+    def drop_locked(self: Host, live: Live) -> None:
+        with lock:
+            drop(self, live)
+
+    def lease_locked(self: Host, requests: Any) -> Any:
+        with lock:
+            return lease(self, requests)
+
+    Host._drop = drop_locked  # type: ignore[method-assign]
+    Host._lease = lease_locked  # type: ignore[method-assign]
+
+
+MUTANTS = {
+    "handles-outlive-their-lease": Mutant(
+        _handles_outlive_their_lease, "a handle that ended answered", {"wasmtime": 1, "wasmer": 1}
+    ),
+    "memory-outside-of-an-entry": Mutant(
+        _memory_is_read_outside_of_an_entry, "words of others", {"wasmtime": 1}, threads=3
+    ),
+    "a-page-is-not-reset": Mutant(
+        _a_page_is_not_reset, "words of others", {"wasmtime": 1, "wasmer": 1}
+    ),
+    "globals-are-not-reset": Mutant(
+        _globals_are_not_reset, "the global is", {"wasmtime": 1, "wasmer": 1}
+    ),
+    "ready-instances-are-not-reset": Mutant(
+        _ready_instances_are_not_reset, "a new instance", {"wasmtime": 1, "wasmer": 1}
+    ),
+    "exposed-slots-are-handed-on": Mutant(
+        _exposed_slots_are_handed_on, "words of others", {"wasmer": 1}
+    ),
+    "native-objects-are-forgotten": Mutant(
+        _native_objects_are_forgotten, "found", {"wasmtime": 1, "wasmer": 1}
+    ),
+    "grown-memories-are-reset-in-place": Mutant(
+        _grown_memories_are_reset_in_place, "cannot shrink it", {"wasmer": 1}
+    ),
+    "dropped-segments-are-reset-in-place": Mutant(
+        _what_drops_segments_is_reset_in_place, "once of", {"wasmtime": 1, "wasmer": 1}
+    ),
+    "children-do-not-reset": Mutant(
+        _children_do_not_reset, "a child of", {"wasmtime": 1, "wasmer": 1}
+    ),
+    "dropped-handles-are-kept": Mutant(
+        _dropped_handles_are_kept, "after the last handle", {"wasmtime": 1, "wasmer": 1}
+    ),
+    "finalizers-want-a-lock": Mutant(
+        _finalizers_want_a_lock, "Timeout", {"wasmtime": 1, "wasmer": 1}
+    ),
+}

@@ -1,0 +1,86 @@
+"""The adversary that draws public calls at random finds nothing, and finds each fault that is put back."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from . import children, misuse_mutants
+from .children import ROOT
+
+LIMIT = 120
+"""Seconds after which an adversary hangs and says where."""
+
+
+def adversary(tmp_path: Path, host: str, **told: object) -> tuple[int, str]:
+    """Its status, and what it says; a child that it leaves behind holds no pipe of ours."""
+    command = [sys.executable, "-m", "integration_tests.misuse", host]
+    command += [f"--{name}={each}" for name, each in told.items()]
+    said = tmp_path / "said"
+    inherited = {name: each for name, each in os.environ.items() if not name.startswith("MEMSLOT_")}
+    with said.open("w") as output:
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=inherited,
+            stdout=output,
+            stderr=output,
+            check=False,
+            timeout=LIMIT + 30,
+        )
+    return done.returncode, said.read_text(errors="replace")
+
+
+def finds_nothing(tmp_path: Path, host: str, seed: int, rounds: int, threads: int = 1) -> None:
+    """An adversary comes to its end."""
+    status, said = adversary(
+        tmp_path, host, seed=seed, rounds=rounds, threads=threads, seconds=LIMIT
+    )
+    assert status == 0, f"status {status}: {said[-6000:]}"
+
+
+HOSTS = [each for each in children.hosts() if each.values[0] != "fake"]
+
+
+@pytest.mark.parametrize(("seed", "threads"), [(3, 1), (4, 3)])
+@pytest.mark.parametrize("host", HOSTS)
+def test_adversary_finds_nothing_in_a_moment(
+    host: str, seed: int, threads: int, tmp_path: Path
+) -> None:
+    finds_nothing(tmp_path, host, seed, 150, threads)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize("seed", range(100, 110))
+@pytest.mark.parametrize("host", HOSTS)
+def test_adversary_finds_nothing_at_length(
+    host: str, seed: int, threads: int, tmp_path: Path
+) -> None:
+    finds_nothing(tmp_path, host, seed, 3000, threads)
+
+
+MUTANTS = [
+    pytest.param(host, name, seed, marks=host_.marks, id=f"{host}-{name}")
+    for host_ in HOSTS
+    for host in map(str, host_.values)
+    for name, mutant in misuse_mutants.MUTANTS.items()
+    if (seed := mutant.seeds.get(host)) is not None
+]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("host", "name", "seed"), MUTANTS)
+def test_adversary_finds_a_fault_that_is_put_back(
+    host: str, name: str, seed: int, tmp_path: Path
+) -> None:
+    mutant = misuse_mutants.MUTANTS[name]
+    status, said = adversary(
+        tmp_path, host, seed=seed, rounds=400, threads=mutant.threads, seconds=20, mutant=name
+    )
+    assert status != 0
+    assert mutant.says in said, said[-3000:]
