@@ -89,6 +89,23 @@ class Claim(weakref.ref[object]):
     thread: int
 
 
+class Reservation:
+    """The address range of a pool's slots; unmapped when neither the pool nor one of them needs it any more."""
+
+    __slots__ = ("base", "length")
+
+    def __init__(self) -> None:
+        self.base = ffi.new("uintptr_t *")
+        self.length = 0
+
+    def unmap(self) -> int:
+        """Unmap it, if that has not been done; return an errno, negative, or 0."""
+        return int(lib.ms_unmap_held(self.base, self.length))
+
+    def __del__(self) -> None:
+        lib.ms_unmap_held(self.base, self.length)
+
+
 class Pool:
     """Slots and the policy by which they are handed out; safe for threads.
 
@@ -152,8 +169,7 @@ class Pool:
         """Those that have to be destroyed, and could not be so far."""
         self._came_back: collections.deque[Claim | Image] = collections.deque()
         """Leases that have ended, and images to be purged, for the lock's next holder."""
-        self._reservation = ffi.new("uintptr_t *")
-        self._reservation_length = 0
+        self._reservation = Reservation()
         self._unused_places: list[int] = []
         self._laid_out = False
         self._adopted: set[Slot] = set()
@@ -421,6 +437,7 @@ class Pool:
         else:
             self._reserve()
             slot = Slot(self._unused_places[-1], self.reserved, growth=self.growth)
+            slot.within = self._reservation
             self._hand_out(slot, claim)
             self._unused_places.remove(slot.base)
         self._counts["created"] += 1
@@ -584,8 +601,8 @@ class Pool:
                 f" vm.max_map_count is {allowed} with {used} in use; allowed here: at most {possible} slots"
             )
         stride = self.reserved + self.guard
-        length = self._reservation_length = self.guard + self.limit * stride
-        base = self._reservation
+        length = self._reservation.length = self.guard + self.limit * stride
+        base = self._reservation.base
         failed = 0 if base[0] else lib.ms_reserve(length, base)
         if failed:
             raise system_call_error(
@@ -598,7 +615,7 @@ class Pool:
 
     def _places(self) -> list[int]:
         """The base of every slot in the reservation, the first one last."""
-        first, stride = self._reservation[0] + self.guard, self.reserved + self.guard
+        first, stride = self._reservation.base[0] + self.guard, self.reserved + self.guard
         return [first + place * stride for place in reversed(range(self.limit))]
 
     # -- upkeep
@@ -718,7 +735,7 @@ class Pool:
                 except MemslotError as error:
                     failures.append(error)
             self._forget_destroyed()
-            failed = lib.ms_unmap_held(self._reservation, self._reservation_length)
+            failed = self._reservation.unmap()
             if failed:
                 failures.append(system_call_error(-failed, "unmapping the pool's reservation"))
             if failures:
@@ -785,7 +802,7 @@ class Pool:
             shelf.tidy()
         for slot in self._leased:
             self._take_off(slot)
-        ended = {id(given) for given in self._came_back}
+        ended = {id(given) for given in list(self._came_back)}
         for slot in list(self._returning):
             if id(self._leased.get(slot)) not in ended:
                 self._leased.pop(slot, None)

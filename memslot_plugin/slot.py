@@ -109,6 +109,7 @@ class Slot(Watched):
         "memory",
         "report",
         "reserved",
+        "within",
     )
 
     def __init__(
@@ -162,6 +163,8 @@ class Slot(Watched):
         """Where the address of a reservation of its own stands; None where the range is part of another's."""
         self._extension = ffi.new("int *", -1)
         """Where its extension's descriptor stands, or -1."""
+        self.within: object = None
+        """The larger reservation that it is part of, which has to outlive it; None for a range of the caller's."""
         self._extension_length = 0
 
     @classmethod

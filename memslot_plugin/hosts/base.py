@@ -17,7 +17,6 @@ import collections
 import logging
 import os
 import threading
-import weakref
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -46,6 +45,7 @@ from memslot_plugin.errors import (
 )
 from memslot_plugin.hosts import saved
 from memslot_plugin.hosts.live import Binding, Imports, Live
+from memslot_plugin.hosts.living import Living
 from memslot_plugin.hosts.prepared import Guest
 from memslot_plugin.hosts.wasi import Wasi
 from memslot_plugin.plugins import Plugins
@@ -111,11 +111,12 @@ class Host(abc.ABC):
             self.plugins.register(plugin)
         self._armed = self.plugins.armed
         self._thread = threading.get_ident()
-        self._live: set[Live] = set()
-        self._forks: dict[Live, Guest] = {}
-        """The guests of forks, which end together with their last instance."""
+        # What is live belongs to its handle: what it imports may know the handle, and a collection has to see that.
+        self._live: Living[Live] = Living()
+        self._held: dict[int, tuple[LinearMemory, ...]] = {}
+        """The memories of what is live, by its id: they do not go with it, because it has to end first."""
         self._dropped: collections.deque[Live] = collections.deque()
-        self._guests: weakref.WeakSet[Guest] = weakref.WeakSet()
+        self._guests: Living[Guest] = Living()
         self._relics: collections.deque[object] = collections.deque()
         """Compiled code of guests that nobody could reach any more, which has to end on the host's thread."""
         self._waiting: set[object] = set()
@@ -399,7 +400,7 @@ class Host(abc.ABC):
     def _wait_for_memory(self, request: MemoryRequest) -> LinearMemory:
         """Ask the plugins; instances that only wait for a lease make room before anybody has to wait."""
         armed = self._armed
-        if any(guest._ready for guest in tuple(self._guests)):
+        if any(guest._ready for guest in self._guests.listed()):
             with suppress(PoolExhausted):
                 memory = armed.create_memory(replace(request, wait_timeout=0.0))
                 memory.request = request
@@ -416,7 +417,9 @@ class Host(abc.ABC):
         """End an instance that waits for a lease, of the guest that has the most; False if there is
         none.
         """
-        for guest in sorted(self._guests, key=lambda guest: len(guest._ready), reverse=True):
+        for guest in sorted(
+            self._guests.listed(), key=lambda guest: len(guest._ready), reverse=True
+        ):
             ready = guest._take_ready()
             if ready is not None:
                 self._end_ready(ready)
@@ -498,7 +501,7 @@ class Host(abc.ABC):
             disposed = live.dispose(generation)
             if disposed is None:
                 return
-            self._live.discard(live)
+            self._unlist(live)
             try:
                 if disposed:
                     memories, live.memories = live.memories, ()
@@ -507,11 +510,10 @@ class Host(abc.ABC):
                             memory.exposed = True
                     self._release(memories)
             finally:
-                fork = self._forks.get(live) if self._forks else None
-                if fork is not None:
-                    if sum(each is fork for each in self._forks.values()) == 1:
-                        fork.close()
-                    del self._forks[live]
+                if live.fork is not None:
+                    live.fork._forks.discard(live)
+                    if not live.fork._forks:
+                        live.fork.close()
             live.ended = True
         except BaseException:
             self._drop(live)
@@ -524,6 +526,18 @@ class Host(abc.ABC):
                 " or another thread; let the call return first"
             )
 
+    def _list(self, live: Live) -> None:
+        """A live instance has its handle."""
+        self._held[id(live)] = live.memories
+        self._live.add(live)
+        live.dropped, live.open = self._dropped, True
+
+    def _unlist(self, live: Live) -> None:
+        """Its end has begun; `live` itself has its memories from now on."""
+        live.open = False
+        self._live.discard(live)
+        self._held.pop(id(live), None)
+
     def _drop(self, live: Live) -> None:
         """The handle of a live instance became unreachable.  Runs in a finalizer, on any thread:
         only notes it.
@@ -534,17 +548,17 @@ class Host(abc.ABC):
         """End the instances whose handles were dropped without being closed."""
         self._relics.clear()
         for _ in range(len(self._dropped)):
-            live = None
             try:
-                live = self._dropped.popleft()
-                if not live.ended and not live.running:
-                    self._end_or_log(live)
-                    live.ended = True
-            except IndexError:  # another thread took the last one
+                live = self._dropped[0]  # which stays there until it has ended
+            except IndexError:  # another thread has ended the last one
                 break
-            finally:
-                if live is not None and not live.ended:
-                    self._dropped.append(live)
+            self._dropped.rotate(-1)
+            if not live.ended and not live.running:
+                self._end_or_log(live)
+                live.ended = True
+            if live.ended:
+                with suppress(ValueError):  # as above
+                    self._dropped.remove(live)
 
     def _end_or_log(self, live: Live) -> None:
         """End an instance whose owner is not the caller: a reset that fails destroys its slot, and is logged."""
@@ -570,7 +584,7 @@ class Host(abc.ABC):
             host=self.name,
             guests=len(self._guests),
             live_instances=len(self._live),
-            ready_instances=sum(len(guest._ready) for guest in self._guests),
+            ready_instances=sum(len(guest._ready) for guest in self._guests.listed()),
             instances=self._instances,
             resets=self._resets_in_place + self._resets_by_instantiation,
             resets_in_place=self._resets_in_place,
@@ -590,15 +604,15 @@ class Host(abc.ABC):
         catch_up()
         self._require_thread()
         self._end_dropped()
-        for guest in list(self._guests):
+        for guest in self._guests.listed():
             guest._end_ready()
         if self._live and not force:
             raise InUse(
                 f"the {self.name} host has {len(self._live)} live instances; close them first, or use close(force=True)"
             )
-        for live in list(self._live):
+        for live in self._live.listed():
             self._end_or_log(live)
-        for guest in list(self._guests):
+        for guest in self._guests.listed():
             guest.close()
         self._closed = True
         try:

@@ -47,7 +47,7 @@ class Instance:
     def _live(self) -> Live:
         """What is live, to be entered; whether this handle may, the entry decides."""
         live, host = self._now, self.guest.host
-        if live is None or live not in host._live:
+        if live is None or not live.open:
             raise ended(self.guest.name)
         if host.thread_confined and threading.get_ident() != host._thread:
             host._require_thread()
@@ -73,7 +73,7 @@ class Instance:
         """
         # What _live says, without the call, for this is in the path of every request; the function looks at the thread.
         live = self._now
-        if live is None or live not in self.guest.host._live:
+        if live is None or not live.open:
             live = self._live()
         try:
             function = live.function(name)
@@ -190,7 +190,7 @@ class Instance:
             if disposed is None:
                 live.refuse()
             self._now = None
-            host._live.discard(live)
+            host._unlist(live)
             if not disposed:
                 raise InUse(f"a call began in an instance of {self.guest.name} while it was reset")
             # What is not the renewed instance's is this one's, and ends with it.
@@ -201,15 +201,15 @@ class Instance:
                 memory = host._renew(memory)
                 live.memories = (*live.memories[:place], memory, *live.memories[place:])
             renewed = host._start(self.guest, live.memories, self._binding)
-            fork = host._forks.get(live)
-            if fork is not None:
-                host._forks[renewed] = fork
-                del host._forks[live]
+            renewed.fork, live.fork = live.fork, None
+            if renewed.fork is not None:
+                renewed.fork._forks.add(renewed)
+                renewed.fork._forks.discard(live)
             if handle is None:
                 handle = Instance(self.guest, renewed, self.guest.binding)
             else:
                 handle._now, handle._generation = renewed, renewed.generation
-            host._live.add(renewed)
+            host._list(renewed)
             live.memories = ()
             live.ended = True
         except BaseException:
@@ -253,7 +253,7 @@ class Instance:
             if not held:
                 raise
             self._now = None
-            if live in host._live:
+            if live.open:
                 with suppress(MemslotError):  # what is wrong is being raised already
                     host._end(live)
             raise
@@ -301,7 +301,8 @@ class Instance:
             for _ in range(count):
                 fork = guest.instantiate()
                 assert fork._now is not None
-                host._forks[fork._now] = guest
+                fork._now.fork = guest
+                guest._forks.add(fork._now)
                 forks.append(fork)
         except BaseException:
             for fork in forks:
@@ -315,7 +316,7 @@ class Instance:
     def close(self) -> None:
         """End the instance and give its slot back, pristine; twice is a no-op."""
         live, host = self._now, self.guest.host
-        if live is not None and live in host._live:
+        if live is not None and live.open:
             if host.thread_confined and threading.get_ident() != host._thread:
                 host._require_thread()
             host._end(live, self._generation)
@@ -325,9 +326,7 @@ class Instance:
     def closed(self) -> bool:
         """True once the instance has ended, or the lease that this handle is of."""
         live = self._now
-        return (
-            live is None or live.generation != self._generation or live not in self.guest.host._live
-        )
+        return live is None or live.generation != self._generation or not live.open
 
     def __enter__(self) -> Self:
         return self

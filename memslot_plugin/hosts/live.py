@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
@@ -20,6 +21,7 @@ from memslot_plugin.hosts.wasi import Wasi
 
 if TYPE_CHECKING:
     from memslot_hooks.types import LinearMemory
+    from memslot_plugin.hosts.prepared import Guest
 
 _T = TypeVar("_T")
 
@@ -75,14 +77,25 @@ class Live(abc.ABC):
     """Whether the embedder was handed the runtime's own objects, and so may have changed anything."""
     outgrown: bool = False
     """Whether the heap of a garbage collector, which no reset in place empties, passed `keep_resident`."""
+    open: bool = False
+    """True from when its host lists it until it has begun to end it."""
     ended: bool = False
     """Whether the host has ended it, and all of its memories are back."""
+    fork: Guest | None = None
+    """The guest of a fork, which ends together with its last instance."""
+    dropped: deque[Live]
+    """Where its host looks for instances that nobody can reach."""
     generation: int = 1
     """The lease that is served now."""
     held: bool = False
     """True from `hold` to `restore` or `let_go`."""
     admits: int = 1
     """The lease whose handles may enter: `generation`, or 0 while the instance is held."""
+
+    def __del__(self) -> None:
+        # The handle's finalizer says so too, and earlier; but it is Python, and a signal may cut it short.
+        if self.open:
+            self.dropped.append(self)
 
     # -- entries
 

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -31,6 +32,7 @@ from memslot_plugin.errors import (
 from memslot_plugin.hosts import saved
 from memslot_plugin.hosts.instance import Instance
 from memslot_plugin.hosts.live import Binding, Imports
+from memslot_plugin.hosts.living import Living
 from memslot_plugin.hosts.wasi import MODULES
 
 if TYPE_CHECKING:
@@ -88,6 +90,8 @@ class Guest:
         self.reused_code = False
         """Whether its code came with it, from a file or another process."""
         self._parent = parent
+        self._forks: Living[Live] = Living()
+        """Live instances of the guest of a fork, which ends with the last one."""
         self.sets_globals = False
         """Whether its code is its parent's, so that globals get their values when an instance begins."""
         too_large = guests.reason_too_large(plan, host.settings)
@@ -239,7 +243,7 @@ class Guest:
         try:
             live = host._start(self, memories, binding)
             instance = Instance(self, live, binding)
-            host._live.add(live)
+            host._list(live)
             host._instances += 1
         except BaseException:
             if live is None:
@@ -319,7 +323,12 @@ class Guest:
             if instance._now is not None:
                 raise
             # The request itself was served, and the pool counts the slot that was lost.
-            _log.exception("an instance of %s could not be reset after its lease", self.name)
+            # As text, as in the pool.
+            _log.error(
+                "an instance of %s could not be reset after its lease: %s",
+                self.name,
+                traceback.format_exc(),
+            )
             return
         self._ready.append(ready)
         # Looked at after the instance can be found there, so that nobody waits for what is ready.

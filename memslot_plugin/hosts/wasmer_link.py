@@ -10,7 +10,6 @@ import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memslot_plugin import guest as guests
@@ -126,6 +125,8 @@ class Compiled:
         self._prepared: Connected | None = None
         self._given: Namespaces | None = None
         """What the embedder gives to every instance, for those that get WASI beside it."""
+        self._kept: list[Any] = []
+        """What `_given` needs."""
         self._bound: Owner | None = None
         self._reference = weakref.ref(self)
         self._shims: dict[tuple[object, ...], Any] = {}
@@ -144,11 +145,12 @@ class Compiled:
         if self.wasi and binding.wasi is not None:
             return self._with_wasi(binding, owner)
         if binding is not self._binding:
-            imports = self._import_object(self._link(binding), owner)
-            return Connected(imports, imports)
+            kept: list[Any] = []
+            return Connected(self._import_object(self._link(binding, kept), owner), kept)
         if self._prepared is None:
-            imports = self._import_object(self._link(binding), owner)
-            self._prepared = Connected(imports, imports)
+            kept = []
+            imports = self._import_object(self._link(binding, kept), owner)
+            self._prepared = Connected(imports, kept)
             self._bind(owner)
         elif owner is not self._bound and owner is not None:
             self._bind(
@@ -195,8 +197,8 @@ class Compiled:
             imports.register(self._memory_from, owner.namespace)
         return imports
 
-    def _link(self, binding: Binding) -> Namespaces:
-        """wasmer's objects for everything that the embedder has to give."""  # noqa: D403 - a name
+    def _link(self, binding: Binding, kept: list[Any]) -> Namespaces:
+        """wasmer's objects for everything that the embedder has to give, for as long as `kept` is there."""  # noqa: D403 - a name
         namespaces: Namespaces = {}
         for module, name, type_ in self._imports:
             kind, given = kind_of(type_), None
@@ -211,7 +213,9 @@ class Compiled:
             if not isinstance(given, EXTERNS[kind]):
                 if kind != "func" or not callable(given):
                     raise self._wrong(module, name, type_, f"{given!r} was given for it")
-                given = self._host_function(given, type_)
+                kept.append(function := _HostFunction(given))
+                called = _weakly(function, several=len(type_.results) > 1)
+                given = wasmer.Function(self._store, called, type_)
             namespaces.setdefault(module, {})[name] = given
         return namespaces
 
@@ -219,12 +223,6 @@ class Compiled:
         return LinkError(
             f"{self._guest_name} imports {module}.{name}, a {described(type_)}, and {what}"
         )
-
-    def _host_function(self, function: Callable[..., Any], type_: Any) -> Any:
-        target = function.__func__ if isinstance(function, MethodType) else function
-        if not isinstance(target, FunctionType) or len(type_.results) > 1:
-            function = _in_python(function)
-        return wasmer.Function(self._store, function, type_)
 
     # -- WASI
 
@@ -236,17 +234,18 @@ class Compiled:
                 f"{self._guest_name} imports WASI, which works on an exported memory of the name"
                 " 'memory', and it exports none"
             )
+        kept: list[Any] = []
         if binding.imports is not self._binding.imports:
-            given = self._link(binding)
+            given = self._link(binding, kept)
         else:
             if self._given is None:
-                self._given = self._link(binding)
+                self._given = self._link(binding, self._kept)
             given = dict(self._given)
         memory = self._imported_memory(given) if owner is None else owner.memory
         environment = wasmer_wasi.environment(binding.wasi)
         changed = wasmer.Global(self._store, wasmer.Value.i32(0), mutable=True)
         streams = wasmer_wasi.Streams(binding.wasi, memory, address_of(memory), changed)
-        kept: list[Any] = [environment, given]
+        kept += environment, given
         for module, names in self.wasi.items():
             offered = environment.generate_imports(self._store, wasmer_wasi.VERSIONS[module])[
                 module
@@ -302,17 +301,32 @@ class Compiled:
         )
 
 
-def _in_python(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` with a frame of Python around it, which tells its exceptions from wasmer's.
+class _HostFunction:
+    """A host function of the embedder's."""
 
-    Several results may then come as a list, which wasmer itself does not take.
+    __slots__ = ("__weakref__", "call")
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self.call = call
+
+
+def _weakly(function: _HostFunction, *, several: bool) -> Callable[..., Any]:
+    """`function` for wasmer, which keeps what it is given where no collection looks; it may know its instance.
+
+    The frame of Python around it tells its exceptions from wasmer's.  Several results may come as a list, which
+    wasmer itself does not take.
     """
+    found = weakref.ref(function)
 
     def call(*arguments: Any) -> Any:
-        result = function(*arguments)
+        held: Any = found()  # there for as long as what was linked with it
+        return held.call(*arguments)
+
+    def call_for_several(*arguments: Any) -> Any:
+        result = call(*arguments)
         return tuple(result) if isinstance(result, list) else result
 
-    return call
+    return call_for_several if several else call
 
 
 def _may_grow(guest: Guest) -> bool:

@@ -78,6 +78,17 @@ def _after_fork() -> None:
 after_fork(_after_fork)
 
 
+class Cells(dict[int, Any]):
+    """The cells of a host's instances that have not ended, by token.
+
+    A host that is dropped is collected together with its instances, and nothing else ends their stores then.
+    """
+
+    def __del__(self, close: Callable[[Any, int], int] = lib.ms_wt_close) -> None:
+        for cell in self.values():
+            close(cell, 0)
+
+
 class WasmtimeHost(Host):
     """Guests on wasmtime (wasmtime-py).  Any thread may use it; an instance serves one thread at a time.
 
@@ -113,10 +124,11 @@ class WasmtimeHost(Host):
         """Those that nobody but wasmtime uses: released when their finalizers have run."""
         self._finished: collections.deque[int] = collections.deque()
         """The tokens of those whose finalizers have run."""
-        self._began: dict[int, WasmtimeLive] = {}
-        """Every instance with memories in `_groups`."""
+        self._between: dict[int, WasmtimeLive] = {}
+        """Every instance with memories that is about to begin, or to end."""
         self._shims: dict[tuple[bool, str], Shim] = {}
         """By true for the native engine, and text."""
+        self._cells = Cells()
         self._probing = False
         _OPEN.add(self)
         super().__init__(settings, plugins=plugins)
@@ -159,6 +171,8 @@ class WasmtimeHost(Host):
             raise MemoryError("no memory is left for a host")
         self._creator = creator
         self._engine = wasmtime.Engine(self._engine_config())
+        # Stores on it, the embedder's too, have memories of ours, which are unmapped when the host is collected.
+        self._engine.host = self  # type: ignore[attr-defined]
         HOSTS[self._identity] = self
         if self._configure is not None:
             try:
@@ -325,9 +339,11 @@ class WasmtimeHost(Host):
             compiled = link.compiled
         token = next(_tokens)
         live = WasmtimeLive(self, compiled, memories, binding, token)
+        live.link = link
+        self._cells[token] = live.cell
         try:
             if memories:
-                self._began[token] = live
+                self._between[token] = live
                 self._groups[token] = memories
             bases = [memory.base for memory in memories]
             if link.environment is None and binding.store is None and self._configure_store is None:
@@ -384,6 +400,7 @@ class WasmtimeHost(Host):
         if binding.store is not None:
             cell.context = address_of(binding.store._context())
             binding.store.tenants.add(live)
+            binding.store.links.append(link)
         else:
             lib.ms_wt_open(cell, link.guest)
         if link.environment is not None:
@@ -398,19 +415,25 @@ class WasmtimeHost(Host):
         """In a child of a fork: what threads that are not here were in the middle of never ends, and nobody waits for
         it.  The pool takes its slots back when it closes.
         """
-        for token, live in list(self._began.items()):
+        begun = cast("list[WasmtimeLive]", self._live.listed())
+        for live in (*self._between.values(), *begun):
+            token = live.token
             live.cell.pins = 0
             ending = token in self._retained and not live.cell.lingering
             if ending or lib.ms_wt_elsewhere(live.cell):
-                self._live.discard(live)
+                self._unlist(live)
                 live.ended = True
-                for held in (self._began, self._groups, self._retained):
+                for held in (self._between, self._groups, self._retained):
                     held.pop(token, None)
 
     def _cut_short(self, memories: tuple[LinearMemory, ...]) -> None:
         for token, group in list(self._groups.items()):
-            if group is memories and token in self._began:
-                self.finish(self._began[token], release=False)
+            if group is memories and token in self._between:
+                self.finish(self._between[token], release=False)
+
+    def _list(self, live: WasmtimeLive) -> None:  # type: ignore[override]  # its own are all that it starts
+        super()._list(live)
+        self._between.pop(live.token, None)
 
     # -- memories ----------------------------------------------------------------------------------------------------
 
@@ -473,14 +496,16 @@ class WasmtimeHost(Host):
 
     def _give_back(self, token: int) -> None:
         self._groups.pop(token, None)
-        self._began.pop(token, None)
+        self._between.pop(token, None)
         memories = self._retained.pop(token, None)
         if memories is not None:
             try:
                 super()._release(memories)
-            except MemslotError:
+            except MemslotError as error:
                 # Whoever held them is gone, and whoever drains has nothing to do with it.
-                _log.exception("memories that wasmtime had let go of could not be released")
+                _log.error(
+                    "memories that wasmtime had let go of could not be released: %s", str(error)
+                )
 
     def finish(
         self, live: WasmtimeLive, *, release: bool = True, generation: int | None = None
@@ -494,27 +519,31 @@ class WasmtimeHost(Host):
             return None
         token, memories = live.token, live.memories
         if live.cell.lingering:
-            self._began.pop(token, None)  # it holds the store, which would hold the memories
+            self._between.pop(token, None)
             return False
         live.forget_views()
         try:
             if memories:
+                self._between[token] = live
                 # Whoever takes it out again releases them.
                 self._retained.setdefault(token, memories)
             ended = int(lib.ms_wt_close(live.cell, generation or 0))
+            if ended < 2:
+                self._cells.pop(token, None)
             if ended == 3:
                 self._retained.pop(token, None)
+                self._between.pop(token, None)
                 return None
             if not memories:
                 return ended != 2
             if ended == 2:
                 return False
             if ended:
-                self._began.pop(token, None)
+                self._between.pop(token, None)
                 return False
             self._groups.pop(token, None)
             held = self._retained.pop(token, None)
-            self._began.pop(token, None)  # last: a forked child looks here for what was cut short
+            self._between.pop(token, None)  # last: a forked child looks here for what was cut short
             if held is None:
                 return False
             if release:
@@ -544,7 +573,7 @@ class WasmtimeHost(Host):
             return
         if force and not self._closed:
             self._end_dropped()
-            for live in list(self._live):
+            for live in self._live.listed():
                 self._end_or_log(live)
         self._drain()
         if self._retained:

@@ -14,6 +14,7 @@ import functools
 import importlib.metadata
 import itertools
 import logging
+import traceback
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -177,8 +178,11 @@ def ms_wt_python_grow(creator: int, token: int, index: int, byte_size: int) -> i
         if lib.ms_wt_depth():  # the guest asked again, and would make us keep any number of them
             return 0
         # wasmtime-py itself made the call, which has no place for the exception.
-        _log.exception(
-            "a growth to %d bytes was refused, because deciding about it failed", byte_size
+        # As text: a kept record would keep the traceback, and with it what was to grow.
+        _log.error(
+            "a growth to %d bytes was refused, because deciding about it failed: %s",
+            byte_size,
+            traceback.format_exc(),
         )
         return 0
 
@@ -214,9 +218,10 @@ def ms_wt_python_lease(  # noqa: PLR0917 - C calls it
 HostFunction = Callable[[Any], None]
 """Takes arguments from a buffer of 16 bytes each, and puts its results there."""
 
-FUNCTIONS: dict[int, Any] = {}
+FUNCTIONS: dict[int, weakref.ref[Any]] = {}
 """What linkers and stores need of ours, by the identity under which the C half knows it: host functions, and
-shims of WASI.
+shims of WASI.  Each belongs to its `Link`, because a host function may know its instance: held from here, the
+two would never be collected.
 """
 
 _identities = itertools.count(1)
@@ -225,12 +230,9 @@ _identities = itertools.count(1)
 def define(
     linker: wasmtime.Linker, module: str, name: str, kind: wasmtime.FuncType, function: HostFunction
 ) -> None:
-    """Put a host function into a linker; raises WasmtimeError.
-
-    It is forgotten when no linker and no store needs it any more.
-    """
+    """Put a host function into a linker, for as long as the caller keeps it; raises WasmtimeError."""
     identity = next(_identities)
-    FUNCTIONS[identity] = function
+    FUNCTIONS[identity] = weakref.ref(function)
     module_bytes, name_bytes = module.encode(), name.encode()
     failed = lib.ms_wt_define(
         address_of(linker.ptr()),
@@ -250,9 +252,11 @@ def define(
 def define_wait(
     linker: wasmtime.Linker, kind: wasmtime.FuncType, shim: Any, *, opens: bool, foreign: bool
 ) -> None:
-    """Put one of WASI's functions that wait into a linker, which keeps the shim; raises WasmtimeError."""
+    """Put one of WASI's functions that wait into a linker, for as long as the caller keeps the shim; raises
+    WasmtimeError.
+    """
     identity = next(_identities)
-    FUNCTIONS[identity] = shim
+    FUNCTIONS[identity] = weakref.ref(shim)
     failed = lib.ms_wt_define_wait(
         address_of(linker.ptr()), address_of(kind.ptr()), identity, shim.given, opens, foreign
     )
@@ -278,7 +282,8 @@ def _raised(_: type, error: BaseException, __: object) -> int:
 @ffi.def_extern(error=LOST, onerror=_raised)  # type: ignore[untyped-decorator]
 def ms_wt_python_call(identity: int, values: Any, count: int) -> int:
     try:
-        FUNCTIONS[identity](ffi.buffer(values, 16 * count))
+        function: Any = FUNCTIONS[identity]()  # there, because its link is
+        function(ffi.buffer(values, 16 * count))
     except BaseException as error:  # noqa: BLE001 - it is raised where the call into wasmtime was made
         if lib.ms_wt_depth():
             _kept.pop(

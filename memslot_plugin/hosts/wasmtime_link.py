@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -80,7 +81,13 @@ class Link:
         creator: Any,
         environment: Environment | None,
         wasi: Wasi | None,
+        *,
+        kept: list[Any],
     ) -> None:
+        """`kept` is what the linker needs, which belongs to whoever may be called with it: live instances, and
+        stores of the embedder's.
+        """
+        self.kept = kept
         self.compiled = compiled
         self.environment = environment
         self.wasi = wasi
@@ -259,6 +266,7 @@ class Compiled:
         """Bind the imports; raises LinkError with what is missing or wrong."""
         linker = wasmtime.Linker(self.engine)
         uses_wasi = False
+        kept: list[Any] = []
         done: set[tuple[str, str]] = set()
         for wanted in self.module.imports:
             module, name = wanted.module, wanted.name or ""
@@ -276,21 +284,28 @@ class Compiled:
                     linker.define_wasi()
                     uses_wasi = True
                 continue
-            self._bind(linker, binding, module, name, wanted.type)
+            self._bind(linker, binding, module, name, wanted.type, kept)
         try:
             for name in self.waits if uses_wasi else ():
                 assert self.shim is not None
+                kept.append(self.shim)
                 self.shim.stand_before(linker, name, foreign=binding.store is not None)
             environment = Environment(binding.wasi or Wasi()) if uses_wasi else None
-            return Link(self, linker, creator, environment, binding.wasi)
+            return Link(self, linker, creator, environment, binding.wasi, kept=kept)
         except wasmtime.WasmtimeError as error:
             said = one_sentence(str(error)).replace("`", "").replace("::", ".")
             raise LinkError(f"the guest {self.guest_name} cannot be linked: {said}") from cause_of(
                 error
             )
 
-    def _bind(
-        self, linker: wasmtime.Linker, binding: Binding, module: str, name: str, wanted: Any
+    def _bind(  # noqa: PLR0917 - one import, from all sides
+        self,
+        linker: wasmtime.Linker,
+        binding: Binding,
+        module: str,
+        name: str,
+        wanted: Any,
+        kept: list[Any],
     ) -> None:
         kind = _TYPE_KINDS.get(type(wanted), "tag")
         wants = f"the guest {self.guest_name} imports {module}.{name}, a {_described(kind, wanted)}"
@@ -306,7 +321,7 @@ class Compiled:
         if native is None:
             if kind != "func" or not callable(given):
                 raise LinkError(f"{wants}, and {given!r} was given")
-            self._bind_function(linker, module, name, wanted, given)
+            kept.append(self._bind_function(linker, module, name, wanted, given))
             return
         if native != kind:
             raise LinkError(f"{wants}, and a {native} was given")
@@ -338,13 +353,15 @@ class Compiled:
         name: str,
         wanted: wasmtime.FuncType,
         function: Callable[..., Any],
-    ) -> None:
+    ) -> Callable[..., Any]:
+        """Put a host function into the linker, and return what has to be kept for it."""
         signature = Signature.of(wanted)
         label = f"the host function {module}.{name}"
         try:
             if signature.direct:
-                define(linker, module, name, wanted, host_function(signature, function, label))
-                return
+                direct = host_function(signature, function, label)
+                define(linker, module, name, wanted, direct)
+                return direct
             kinds = (*signature.parameters, *signature.results)
             if OTHER in kinds or V128 in kinds:
                 raise LinkError(
@@ -352,9 +369,11 @@ class Compiled:
                     " cannot pass"
                 )
             # References are wasmtime-py's business; it may only be used where it does not end the process.
-            linker.define_func(module, name, wanted, _watched(signature, function, label))
+            watched = _watched(signature, function, label)
+            linker.define_func(module, name, wanted, _weakly(watched))
         except wasmtime.WasmtimeError as error:
             raise LinkError(f"{label} is refused: {one_sentence(str(error))}") from cause_of(error)
+        return watched
 
 
 class _Shared(wasmtime.SharedMemory):
@@ -380,6 +399,17 @@ def _watched(signature: Signature, function: Callable[..., Any], label: str) -> 
             raise
 
     return watched
+
+
+def _weakly(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` for wasmtime-py, which keeps what it is given where no collection looks."""
+    found = weakref.ref(function)
+
+    def call(*arguments: Any) -> Any:
+        held: Any = found()  # there, because its link is: see `FUNCTIONS`
+        return held(*arguments)
+
+    return call
 
 
 def _described(kind: str, wanted: Any) -> str:

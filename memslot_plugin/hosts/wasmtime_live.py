@@ -23,7 +23,7 @@ from memslot_plugin.errors import (
 from memslot_plugin.hosts.live import Binding, Live, require_within
 from memslot_plugin.hosts.wasmtime_bridge import wasmtime, wasmtime_ffi
 from memslot_plugin.hosts.wasmtime_errors import Outcome, one_sentence, refusal, translated
-from memslot_plugin.hosts.wasmtime_link import Compiled
+from memslot_plugin.hosts.wasmtime_link import Compiled, Link
 from memslot_plugin.hosts.wasmtime_store import BorrowedStore, LentStore
 from memslot_plugin.hosts.wasmtime_values import KIND_NAMES, PACKING, V128, Signature, fitted
 from memslot_plugin.hosts.wasmtime_wasi import Environment, Streams
@@ -77,6 +77,8 @@ class WasmtimeLive(Live):
         self.environment: Environment | None = None
         self.cell = ffi.new(_CELL)
         self.token = token
+        self.link: Link | None = None
+        """What it is linked with, which it may call for as long as it lives."""
         self._host = host
         self._compiled = compiled
         self._binding = binding

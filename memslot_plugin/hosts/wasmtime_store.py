@@ -12,26 +12,30 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memslot_plugin.errors import InUse, UsedAfterClose
 from memslot_plugin.hosts.live import ended
+from memslot_plugin.hosts.living import Living
 from memslot_plugin.hosts.wasmtime_bridge import wasmtime, wasmtime_ffi
 
 if TYPE_CHECKING:
+    from memslot_plugin.hosts.wasmtime_link import Link
     from memslot_plugin.hosts.wasmtime_live import WasmtimeLive
 
 
 class LentStore(wasmtime.Store):
     """A store that instances of ours live in: none of them can be entered once it goes."""
 
-    tenants: weakref.WeakSet[WasmtimeLive]
+    tenants: Living[WasmtimeLive]
+    links: list[Link]
+    """What its instances are linked with, which they may call for as long as the store lives."""
     identity: int
     """wasmtime's number for the store, with which every object of it begins."""
 
     def running(self) -> int:
         """Calls that are inside its instances now."""
-        return sum(tenant.running for tenant in list(self.tenants))
+        return sum(tenant.running for tenant in self.tenants.listed())
 
     def end_tenants(self) -> None:
         """End the use of every instance; raises InUse while one of them runs."""
-        for tenant in list(self.tenants):
+        for tenant in self.tenants.listed():
             if not tenant.running:
                 tenant._host.finish(tenant)
             if tenant.cell.context:
@@ -121,7 +125,7 @@ def lent(store: wasmtime.Store, guest_name: str) -> LentStore:
         store.__class__ = _CLASSES.get(type(store)) or _CLASSES.setdefault(
             type(store), type(type(store).__name__, (LentStore, type(store)), {})
         )
-        store.identity, store.tenants = identity, weakref.WeakSet()  # type: ignore[attr-defined]
+        store.identity, store.tenants, store.links = identity, Living(), []  # type: ignore[attr-defined]
     assert isinstance(store, LentStore)
     return store
 

@@ -7,6 +7,7 @@ import inspect
 import logging
 import sys
 import threading
+import traceback
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -103,7 +104,11 @@ class Plugins:
     def failed(self) -> Mapping[str, str]:
         """Why each installed plugin that was skipped could not be loaded."""
         return MappingProxyType(
-            {name: info.reason or "" for name, info in self._info.items() if info.state == "failed"}
+            {
+                name: info.reason or ""
+                for name, info in self._info.copy().items()
+                if info.state == "failed"
+            }
         )
 
     def register(self, plugin: object, name: str | None = None) -> str | None:
@@ -164,10 +169,11 @@ class Plugins:
             for place, impl in enumerate(implementations(self.manager, hook), start=1):
                 order.setdefault(impl.plugin_name, {})[hook] = place
         failures: Counter[str] = Counter()
-        for (name, _), count in self._watch_failures.items():
+        # Copies, because other threads may call watchers and register plugins meanwhile.
+        for (name, _), count in dict(self._watch_failures).items():
             failures[name] += count
         asked = self.names
-        rest = sorted(name for name in self._info if name not in asked)
+        rest = sorted(name for name in self._info.copy() if name not in asked)
         return [
             replace(self._info[name], hooks=order.get(name, {}), watch_failures=failures[name])
             for name in (*asked, *rest)
@@ -210,7 +216,11 @@ class Plugins:
                 try:
                     self.close_host(host)
                 except Exception:  # noqa: BLE001 - the exception of opening is the one to raise
-                    _log.exception("closing host %r, which could not be opened, failed too", host)
+                    _log.error(
+                        "closing host %r, which could not be opened, failed too: %s",
+                        host,
+                        traceback.format_exc(),
+                    )
                 raise
 
     def close_host(self, host: str) -> None:
@@ -341,9 +351,11 @@ class Plugins:
         self._watch_failures[plugin, hook] += 1
         if self._watch_failures[plugin, hook] == 1:
             _log.error(
-                "plugin %s failed in %s; further failures are only counted",
+                "plugin %s failed in %s; further failures are only counted: %s",
                 *(plugin, hook),
-                exc_info=error,
+                "".join(
+                    traceback.format_exception(error)
+                ),  # as text: a record would keep the memory
             )
 
     def _ask_all(self, hook: str, expected: type) -> list[tuple[str, Any]]:
@@ -399,7 +411,12 @@ def _call_all(hook: str, calls: Sequence[Call], left: list[Call] | None = None) 
             if first is None:
                 first = error
             else:
-                _log.exception("plugin %s failed in %s, and not as the first", name, hook)
+                _log.error(
+                    "plugin %s failed in %s, and not as the first: %s",
+                    name,
+                    hook,
+                    traceback.format_exc(),
+                )
     if first is not None:
         raise first
 

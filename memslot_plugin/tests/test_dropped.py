@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import signal
+import weakref
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
-from memslot_plugin import Guest
+from memslot_plugin import Guest, Host, Instance
 from memslot_plugin.tests import hosts
+from memslot_plugin.tests.leaks import Footprint
 
 on_hosts = pytest.mark.parametrize("name", hosts.HOSTS)
+on_runtimes = pytest.mark.parametrize("name", hosts.RUNTIMES)
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -73,3 +77,83 @@ def test_signal_handler_may_ask_for_statistics_at_any_moment(name: str) -> None:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
         assert {each.live_instances for each in asked} <= {0, 1}
+
+
+SUM = """(module
+  (import "env" "sum" (func $sum (param i32 i32) (result i32)))
+  (memory (export "memory") 1)
+  (func (export "add_one") (param i32) (result i32) (call $sum (local.get 0) (i32.const 1))))"""
+
+
+@contextmanager
+def knowing_itself(host: Host, given_to: str) -> Iterator[Instance]:
+    """An instance that its own host function knows, which is given to the guest or to the instance."""
+    known: list[object] = []
+
+    def add(one: int, other: int) -> int:
+        assert known
+        return one + other
+
+    imports = {"env": {"sum": add}}
+    if given_to == "guest":
+        instance = host.prepare(SUM, imports=imports).instantiate()
+    else:
+        instance = host.prepare(SUM).instantiate(imports=imports)
+    known += instance, instance.function("add_one"), instance.memory
+    yield instance
+
+
+@pytest.mark.parametrize("given_to", ["guest", "instance"])
+@on_runtimes
+def test_instance_that_its_imports_know_comes_back_with_a_collection(
+    name: str, given_to: str
+) -> None:
+    with hosts.serving(name, slots=2) as host:
+        for _ in range(10):
+            with knowing_itself(host, given_to) as instance:
+                assert instance.call("add_one", 41) == 42
+            del instance
+            gc.collect()
+        assert host.statistics().live_instances == 0
+        assert host.statistics().guests == 0
+
+
+@pytest.mark.parametrize("given_to", ["guest", "instance"])
+@pytest.mark.parametrize("closed", [True, False], ids=["closed", "open"])
+@on_runtimes
+def test_host_that_an_import_knows_gives_everything_back_with_a_collection(
+    name: str, given_to: str, closed: bool
+) -> None:
+    host = hosts.opened(name)
+    with knowing_itself(host, given_to) as instance:
+        instance.call("add_one", 41)
+    found = weakref.ref(host)
+    if closed:
+        instance.close()
+        host.close()
+    del host, instance
+    gc.collect()
+    assert found() is None  # and `no_leaks` looks for its reservation and its descriptors
+
+
+@on_hosts
+def test_host_that_is_dropped_is_gone_after_a_collection(name: str) -> None:
+    before = Footprint.now()
+    for _ in range(20):
+        host = hosts.opened(name)
+        guest = hosts.prepare(host)
+        kept = [guest.instantiate(), guest.instantiate().function("get")]
+        with guest.lease() as instance:
+            instance.call("set", 0, 1)
+        assert kept
+    del host, guest, kept, instance
+    assert Footprint.now().lost_since(before, mappings=20) == []
+
+
+@on_hosts
+def test_slot_of_a_dropped_pool_stays_mapped_while_a_memory_has_it(name: str) -> None:
+    instance = hosts.prepare(hosts.opened(name)).instantiate()
+    memory = instance._live().memories[0]
+    del instance
+    gc.collect()
+    assert ctypes.string_at(memory.base, 1)

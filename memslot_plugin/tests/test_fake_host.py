@@ -118,9 +118,29 @@ def test_guest_whose_image_could_not_be_unmapped_is_closed_again(
             assert resources().image_mappings == before.image_mappings
 
 
+def test_guest_that_another_thread_prepares_while_guests_are_looked_at_is_no_error() -> None:
+    class Prepares(list[Any]):
+        def __len__(self) -> int:
+            kept.append(hosts.prepare(host))
+            return 0
+
+    with serving("fake", slots=1, **SMALL) as host:
+        kept = [hosts.prepare(host)]
+        kept[0]._ready = Prepares()
+        assert host.statistics().ready_instances == 0
+        with kept[0].instantiate():
+            with pytest.raises(memslot.PoolExhausted):
+                kept[0].instantiate()
+            with pytest.raises(memslot.PoolTimeout):
+                kept[0].instantiate(wait_timeout=0.001)
+        assert len(kept) > 3
+        kept[0]._ready = []
+
+
 def test_dropped_instance_that_another_thread_took_first_is_left_to_it() -> None:
     class Taken(collections.deque[Any]):
-        def popleft(self) -> Any:
+        def __getitem__(self, _: Any) -> Any:
+            self.clear()
             raise IndexError
 
     with serving("fake", slots=2, **SMALL) as host:
