@@ -17,6 +17,7 @@ import collections
 import logging
 import os
 import threading
+import weakref
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -112,9 +113,10 @@ class Host(abc.ABC):
         self._armed = self.plugins.armed
         self._thread = threading.get_ident()
         # What is live belongs to its handle: what it imports may know the handle, and a collection has to see that.
-        self._live: Living[Live] = Living()
-        self._held: dict[int, tuple[LinearMemory, ...]] = {}
-        """The memories of what is live, by its id: they do not go with it, because it has to end first."""
+        # Its memories do not go with it, because it has to end first.
+        self._live: dict[int, tuple[weakref.ref[Live], tuple[LinearMemory, ...]]] = {}
+        self._begun: dict[int, Live] = {}
+        """What has begun and has no handle yet, by its id, where a runtime has to be told of its end."""
         self._dropped: collections.deque[Live] = collections.deque()
         self._guests: Living[Guest] = Living()
         self._relics: collections.deque[object] = collections.deque()
@@ -528,15 +530,19 @@ class Host(abc.ABC):
 
     def _list(self, live: Live) -> None:
         """A live instance has its handle."""
-        self._held[id(live)] = live.memories
-        self._live.add(live)
+        self._live[id(live)] = weakref.ref(live), live.memories
         live.dropped, live.open = self._dropped, True
+        self._begun.pop(id(live), None)
 
     def _unlist(self, live: Live) -> None:
         """Its end has begun; `live` itself has its memories from now on."""
         live.open = False
-        self._live.discard(live)
-        self._held.pop(id(live), None)
+        self._live.pop(id(live), None)
+
+    def _listed(self) -> list[Live]:
+        """What is live; other threads may begin and end instances meanwhile."""
+        found = (reference() for reference, _ in tuple(self._live.values()))
+        return [live for live in found if live is not None]
 
     def _drop(self, live: Live) -> None:
         """The handle of a live instance became unreachable.  Runs in a finalizer, on any thread:
@@ -610,7 +616,7 @@ class Host(abc.ABC):
             raise InUse(
                 f"the {self.name} host has {len(self._live)} live instances; close them first, or use close(force=True)"
             )
-        for live in self._live.listed():
+        for live in self._listed():
             self._end_or_log(live)
         for guest in self._guests.listed():
             guest.close()

@@ -78,13 +78,13 @@ class Live(abc.ABC):
     outgrown: bool = False
     """Whether the heap of a garbage collector, which no reset in place empties, passed `keep_resident`."""
     open: bool = False
-    """True from when its host lists it until it has begun to end it."""
+    """True from when its host lists it until it has ended it, or begun to."""
     ended: bool = False
     """Whether the host has ended it, and all of its memories are back."""
     fork: Guest | None = None
     """The guest of a fork, which ends together with its last instance."""
     dropped: deque[Live]
-    """Where its host looks for instances that nobody can reach."""
+    """Where its host looks for what is open and nobody can reach."""
     generation: int = 1
     """The lease that is served now."""
     held: bool = False

@@ -124,8 +124,8 @@ class WasmtimeHost(Host):
         """Those that nobody but wasmtime uses: released when their finalizers have run."""
         self._finished: collections.deque[int] = collections.deque()
         """The tokens of those whose finalizers have run."""
-        self._between: dict[int, WasmtimeLive] = {}
-        """Every instance with memories that is about to begin, or to end."""
+        self._ending: dict[int, WasmtimeLive] = {}
+        """Instances with memories that end when a call on another thread returns, by token."""
         self._shims: dict[tuple[bool, str], Shim] = {}
         """By true for the native engine, and text."""
         self._cells = Cells()
@@ -342,8 +342,8 @@ class WasmtimeHost(Host):
         live.link = link
         self._cells[token] = live.cell
         try:
+            self._begun[id(live)] = live
             if memories:
-                self._between[token] = live
                 self._groups[token] = memories
             bases = [memory.base for memory in memories]
             if link.environment is None and binding.store is None and self._configure_store is None:
@@ -359,6 +359,7 @@ class WasmtimeHost(Host):
                 live.read_globals()
         except BaseException:
             self.finish(live, release=False)
+            del self._begun[id(live)]
             raise
         return live
 
@@ -415,25 +416,22 @@ class WasmtimeHost(Host):
         """In a child of a fork: what threads that are not here were in the middle of never ends, and nobody waits for
         it.  The pool takes its slots back when it closes.
         """
-        begun = cast("list[WasmtimeLive]", self._live.listed())
-        for live in (*self._between.values(), *begun):
+        begun = cast("list[WasmtimeLive]", [*self._begun.values(), *self._listed()])
+        for live in (*self._ending.values(), *begun):
             token = live.token
             live.cell.pins = 0
             ending = token in self._retained and not live.cell.lingering
             if ending or lib.ms_wt_elsewhere(live.cell):
                 self._unlist(live)
                 live.ended = True
-                for held in (self._between, self._groups, self._retained):
+                for held in (self._ending, self._groups, self._retained):
                     held.pop(token, None)
 
     def _cut_short(self, memories: tuple[LinearMemory, ...]) -> None:
-        for token, group in list(self._groups.items()):
-            if group is memories and token in self._between:
-                self.finish(self._between[token], release=False)
-
-    def _list(self, live: WasmtimeLive) -> None:  # type: ignore[override]  # its own are all that it starts
-        super()._list(live)
-        self._between.pop(live.token, None)
+        for live in cast("list[WasmtimeLive]", list(self._begun.values())):
+            if memories and live.memories is memories:
+                self.finish(live, release=False)
+                del self._begun[id(live)]
 
     # -- memories ----------------------------------------------------------------------------------------------------
 
@@ -496,7 +494,7 @@ class WasmtimeHost(Host):
 
     def _give_back(self, token: int) -> None:
         self._groups.pop(token, None)
-        self._between.pop(token, None)
+        self._ending.pop(token, None)
         memories = self._retained.pop(token, None)
         if memories is not None:
             try:
@@ -519,12 +517,11 @@ class WasmtimeHost(Host):
             return None
         token, memories = live.token, live.memories
         if live.cell.lingering:
-            self._between.pop(token, None)
+            self._ending.pop(token, None)
             return False
         live.forget_views()
         try:
             if memories:
-                self._between[token] = live
                 # Whoever takes it out again releases them.
                 self._retained.setdefault(token, memories)
             ended = int(lib.ms_wt_close(live.cell, generation or 0))
@@ -532,18 +529,19 @@ class WasmtimeHost(Host):
                 self._cells.pop(token, None)
             if ended == 3:
                 self._retained.pop(token, None)
-                self._between.pop(token, None)
                 return None
             if not memories:
                 return ended != 2
             if ended == 2:
+                self._ending[token] = (
+                    live  # a forked child, in which that call does not return, looks here
+                )
                 return False
+            self._ending.pop(token, None)
             if ended:
-                self._between.pop(token, None)
                 return False
             self._groups.pop(token, None)
             held = self._retained.pop(token, None)
-            self._between.pop(token, None)  # last: a forked child looks here for what was cut short
             if held is None:
                 return False
             if release:
@@ -573,7 +571,7 @@ class WasmtimeHost(Host):
             return
         if force and not self._closed:
             self._end_dropped()
-            for live in self._live.listed():
+            for live in self._listed():
                 self._end_or_log(live)
         self._drain()
         if self._retained:

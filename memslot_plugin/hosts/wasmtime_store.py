@@ -7,7 +7,6 @@ lent knows its instances and ends their use before it goes, and its identity is 
 from __future__ import annotations
 
 import ctypes
-import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memslot_plugin.errors import InUse, UsedAfterClose
