@@ -25,6 +25,9 @@ MIN_GAP = 16 * PAGE_SIZE
 per slot.
 """
 
+_CHUNK = 1 << 20
+"""Bytes that are looked at together for pages that are not zero."""
+
 MAX_EXTENTS = 16
 """With more runs than this the gaps are widened until they fit: a slot may not eat the process's
 map count.
@@ -281,6 +284,27 @@ _Runs = list[tuple[int, memoryview]]
 def extents_of(content: InitialContent | bytearray | bytes | memoryview) -> tuple[Extent, ...]:
     """The extents that an image of this content has."""
     return _laid_out(content)[1]
+
+
+def span_of(content: InitialContent) -> int:
+    """Bytes from the first page that is not zero to the end of the last, which an image of this content spans.
+
+    The segments begin with pages, in ascending order.  No more is read than the zeros outside of the span.
+    """
+    chunks = [
+        (segment.offset + at, segment.data, at)
+        for segment in content.segments
+        for at in range(0, len(segment.data), _CHUNK)
+    ]
+    ends = []
+    for ordered, which in (chunks, 0), (reversed(chunks), -1):
+        for offset, data, at in ordered:
+            found = find_extents(memoryview(data)[at : at + _CHUNK])
+            if found:
+                extent = found[which]
+                ends.append(offset + extent.offset - which * extent.length)
+                break
+    return ends[1] - ends[0] if ends else 0
 
 
 def joined(runs: Sequence[tuple[int, int]], gap: int) -> list[tuple[int, int]]:

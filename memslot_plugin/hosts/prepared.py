@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from memslot_hooks.types import Image, InitialContent, LinearMemory, MemoryRequest, Segment
 from memslot_plugin import guest as guests
+from memslot_plugin import image as images
 from memslot_plugin._core import ffi
 from memslot_plugin.errors import (
     ArgumentError,
@@ -125,6 +126,8 @@ class Guest:
         for memory in self.plan.memories:
             if memory.content is None:
                 continue
+            if self.plan.has_contents:
+                self._require_small(memory.content)
             image = self.host._armed.build_image(replace(memory.content, name=self.name))
             if (
                 image is None
@@ -139,13 +142,11 @@ class Guest:
                 self.plan = _plan(self.host, self.plan.source, -1)
                 return
             self.images[memory.index] = image
-            if self.plan.has_contents:
-                self._require_small(image)
         if self.plan.has_contents:  # what they were built from is a live memory, or a file
             self.plan = guests.without_bytes(self.plan)
 
-    def _require_small(self, image: Image) -> None:
-        span = image.byte_size - image.extents[0].offset if image.extents else 0
+    def _require_small(self, content: InitialContent) -> None:
+        span = images.span_of(content)
         if span > self.host.settings.image_limit:
             raise MemoryTooLarge(
                 f"the image of {self.name} spans {span} bytes and the limit is"

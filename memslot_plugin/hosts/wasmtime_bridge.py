@@ -231,6 +231,7 @@ def define(
     linker: wasmtime.Linker, module: str, name: str, kind: wasmtime.FuncType, function: HostFunction
 ) -> None:
     """Put a host function into a linker, for as long as the caller keeps it; raises WasmtimeError."""
+    drop_functions()  # entries for imports of single instances would pile up until statistics are asked for
     identity = next(_identities)
     FUNCTIONS[identity] = weakref.ref(function)
     module_bytes, name_bytes = module.encode(), name.encode()

@@ -318,3 +318,16 @@ def test_another_thread_runs_while_an_image_is_copied(copy: Callable[[], object]
         ended = True
         sys.setswitchinterval(interval)
         other.join()
+
+
+def test_span_is_found_without_reading_what_lies_within() -> None:
+    chunk = 1 << 20
+    for at, length in ((0, 1), (P, P), (chunk - 1, 2), (3 * chunk, chunk), (5, 7 * chunk)):
+        data = bytes(at) + b"x" + bytes(max(length - 2, 0)) + b"y" * (length > 1) + bytes(chunk)
+        start, end = at // P * P, -(-(at + length) // P) * P
+        found = images.span_of(InitialContent(2**32, (Segment(2**24, data),)))
+        assert found == end - start
+    assert images.span_of(InitialContent(2**32, (Segment(0, bytes(3 * chunk)),))) == 0
+    assert images.span_of(InitialContent(2**32)) == 0
+    apart = InitialContent(2**32, (Segment(P, b"x" * P), Segment(2**30, b"y" * P)))
+    assert images.span_of(apart) == 2**30

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import memslot_plugin as memslot
+from memslot_hooks import hookimpl
 from memslot_plugin import guest as guests
 from memslot_plugin import wasm
 from memslot_plugin.tests import hosts
@@ -329,3 +330,33 @@ def test_guest_with_very_many_globals_is_reset_by_a_new_instance() -> None:
                 instance.set_global("7", 1)
                 instance.reset()
                 assert instance.global_value("7") == 7
+
+
+@on_wasmtime
+def test_host_functions_that_single_instances_were_given_do_not_pile_up() -> None:
+    from memslot_plugin.hosts import wasmtime_bridge
+
+    with serving("wasmtime") as host:
+        guest = hosts.calling(host, lambda number: number)
+        before = len(wasmtime_bridge.FUNCTIONS)
+        for _ in range(5):
+            with guest.instantiate(imports={"env": {"f": lambda number: number}}) as instance:
+                assert instance.call("run", 3) == 3
+        assert len(wasmtime_bridge.FUNCTIONS) <= before + 1
+
+
+@pytest.mark.parametrize("name", hosts.RUNTIMES)
+def test_snapshot_past_the_image_limit_is_refused_before_its_image_is_built(name: str) -> None:
+    class Builds:
+        asked = 0
+
+        @hookimpl(tryfirst=True)
+        def memslot_build_image(self, content: Any) -> None:
+            self.asked += 1
+
+    builds = Builds()
+    with hosts.started(name, plugins=(builds,), image_limit=PAGE) as instance:
+        instance.memory.write(2 * PAGE - 1, b"x")
+        with pytest.raises(memslot.MemoryTooLarge, match="spans 131072 bytes and the limit"):
+            instance.snapshot()
+        assert builds.asked == 1
