@@ -7,16 +7,28 @@ same hooks as anywhere, and every access from a function goes through the bounds
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
 from memslot_hooks.types import LinearMemory
-from memslot_plugin._core import ffi
+from memslot_plugin._core import after_fork, ffi
 from memslot_plugin.errors import ExportNotFound, GrowthRefused, GuestTrap, InvalidModule
 from memslot_plugin.hosts.base import Host
 from memslot_plugin.hosts.live import Binding, Live
 from memslot_plugin.hosts.memory import WASM_PAGE
 from memslot_plugin.hosts.prepared import Guest
+
+_OPEN: weakref.WeakSet[FakeHost] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for host in list(_OPEN):
+        host._leave_behind()
+
+
+after_fork(_after_fork)
 
 
 class FakeHost(Host):
@@ -31,6 +43,7 @@ class FakeHost(Host):
         self, *args: Any, functions: Mapping[str, Callable[..., Any]] | None = None, **kwargs: Any
     ) -> None:
         self.functions = dict(functions or {})
+        _OPEN.add(self)
         super().__init__(*args, **kwargs)
 
     def _open_runtime(self) -> None:
@@ -38,6 +51,13 @@ class FakeHost(Host):
 
     def _close_runtime(self) -> None:
         """There is none."""
+
+    def _leave_behind(self) -> None:
+        """In a child of a fork: an entry of a thread that is not here never ends, and nobody waits for it."""
+        for live in self._listed():
+            if live.running and live.thread != threading.get_ident():
+                self._unlist(live)
+                live.running, live.ended = 0, True
 
     def _assemble(self, text: str) -> bytes:
         raise InvalidModule("the fake host has no assembler; give it the bytes of a module")
@@ -65,6 +85,16 @@ class FakeLive(Live):
         self._host = host
         self._guest = guest
         self.memories = memories
+        self.thread = 0
+        """The thread that entered last."""
+
+    def entered(self, generation: int, action: Callable[[Live], Any]) -> Any:
+        self.thread = threading.get_ident()
+        return super().entered(generation, action)
+
+    def hold(self, generation: int, *, alone: bool = False) -> None:
+        self.thread = threading.get_ident()
+        super().hold(generation, alone=alone)
 
     @property
     def guest_name(self) -> str:
