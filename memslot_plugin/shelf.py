@@ -49,9 +49,11 @@ class Shelf:
             own = self._by_affinity.get(affinity)
             if own:
                 return next(reversed(own))
-            if len(self._order) < self._max_unused_warm and can_create():
+            oldest = self.oldest()
+            purged = oldest is not None and oldest.affinity is None  # as good as a new one
+            if not purged and len(self._order) < self._max_unused_warm and can_create():
                 return None
-            return self.oldest()
+            return oldest
         if not self._order:
             return None
         if self._strategy == "random":

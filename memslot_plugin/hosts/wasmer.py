@@ -40,7 +40,7 @@ from memslot_plugin.hosts.wasmer_errors import (
     at_instantiate,
     made_by_wasmer,
 )
-from memslot_plugin.hosts.wasmer_link import Compiled, Connected
+from memslot_plugin.hosts.wasmer_link import Compiled, Connected, Placed, placed
 from memslot_plugin.hosts.wasmer_runtime import (
     REFERENCES,
     WASM32_BYTES,
@@ -80,10 +80,10 @@ class WasmerHost(Host):
             raise at_compile(error, "the text") from cause_of(error)
 
     def _compile(self, guest: Guest) -> Compiled:
-        parents: Compiled | None = self._parents_code(guest)
-        compiled = Compiled(self.store, guest, self._reused(guest))
-        if parents is not None:
-            compiled.offsets = parents.offsets
+        parent: Compiled | None = self._parents_code(guest)
+        if parent is not None:
+            guest.sets_globals = bool(guest.plan.saved_globals)
+        compiled = Compiled(self.store, guest, parent or self._loaded(guest))
         if guest.plan.structure is None:
             raise Unsupported(
                 f"{guest.name} cannot be bounded by the settings, because wasmer has no limits of its own."
@@ -91,26 +91,20 @@ class WasmerHost(Host):
             )
         return compiled
 
-    def _reused(self, guest: Guest) -> Any:
-        """The module of the parent, or from code that came with the guest; None where there is none that
-        fits.
-        """
-        parents: Compiled | None = self._parents_code(guest)
-        if parents is not None:
-            guest.sets_globals = bool(guest.plan.saved_globals)
-            return parents.module
+    def _loaded(self, guest: Guest) -> Placed | None:
+        """Code that came with the guest; None where there is none that fits."""
         found = self._saved_code(guest)
         if found is None:
             return None
         try:
-            module = wasmer.Module.deserialize(self.store, found[0])
+            loaded = placed(self.store, found[0])
         except BaseException as error:
             if made_by_wasmer(error):
                 _log.info("the code of %s is compiled again: %s", guest.name, error)
                 return None
             raise
         guest.reused_code, guest.sets_globals = True, found[1]
-        return module
+        return loaded
 
     def _code_key(self, guest: Guest) -> str | None:
         # wasmer compiles for the very processor that it runs on, and does not look when it loads.

@@ -26,6 +26,7 @@ from memslot_plugin.hosts.wasmer_runtime import (
     described,
     kind_of,
     new_store,
+    passes_references,
     require_compiler,
     wasmer,
 )
@@ -37,6 +38,26 @@ if TYPE_CHECKING:
 
 Namespaces = dict[str, dict[str, Any]]
 """Import module -> import name -> an object of wasmer's."""
+
+
+class Placed(NamedTuple):
+    """A compiled module, and its store."""
+
+    store: Any
+    module: Any
+
+
+def placed(host_store: Any, code: bytes) -> Placed:
+    """A compiled module in a store of its own: wasmer unmaps code only when its store goes.
+
+    In `host_store` instead if it shares references with other guests, which are calls through a table in the
+    end: wasmer compares the numbers of two types there, and each store has numbers of its own.
+    """
+    store = new_store()
+    module = wasmer.Module.deserialize(store, code)
+    if any(passes_references(each.type) for each in (*module.imports, *module.exports)):
+        return Placed(host_store, wasmer.Module.deserialize(host_store, code))
+    return Placed(store, module)
 
 
 class Connected(NamedTuple):
@@ -68,8 +89,8 @@ class Compiled:
     function can run inside of its calls, `may_grow` whether its memory can grow there.
     """
 
-    def __init__(self, store: Any, guest: Guest, reused: Any = None) -> None:
-        self._store = store
+    def __init__(self, host_store: Any, guest: Guest, reused: Compiled | Placed | None) -> None:
+        """`reused` is the code of the guest whose snapshot this is, or code that came with the guest."""
         self._guest_name = guest.name
         self._binding = guest.binding
         plan = guest.plan
@@ -79,15 +100,15 @@ class Compiled:
             if reused is None:
                 # In another store: where the compiler panics, for a tag for example, its engine never compiles again.
                 code = wasmer.Module(new_store(), plan.module).serialize()
-                reused = wasmer.Module.deserialize(store, code)
-            self.module = reused
+                reused = placed(host_store, code)
+            self.store, self.module = reused.store, reused.module
         except BaseException as error:
             if not made_by_wasmer(error):
                 raise
             raise at_compile(_said_of_source(error, plan), guest.name, plan.native) from cause_of(
                 error
             )
-        self.offsets = guests.offsets(plan)
+        self.offsets = reused.offsets if isinstance(reused, Compiled) else guests.offsets(plan)
         saved = [
             each
             for each in plan.saved_globals
@@ -129,7 +150,10 @@ class Compiled:
         """What `_given` needs."""
         self._bound: Owner | None = None
         self._reference = weakref.ref(self)
-        self._shims: dict[tuple[object, ...], Any] = {}
+        # With the store goes what was compiled for it.
+        self._shims: dict[tuple[object, ...], Any] = (
+            reused._shims if isinstance(reused, Compiled) else {}
+        )
         if plan.verdict.in_place and all(each.initial is not None for each in saved):
             self.state_module(self.initial)  # now, because a forked child cannot
 
@@ -163,10 +187,15 @@ class Compiled:
     def state_module(self, values: tuple[int, ...] | None) -> Any:
         """The module that reads the saved globals and gives them these values."""
         if values not in self._state_modules:
+            # Values that an instance began with are the next one's as well, or else never seen again.
+            for each in [
+                each for each in self._state_modules if each not in (None, self.initial, values)
+            ]:
+                del self._state_modules[each]
             require_compiler()
             text = wasmer_state.state_text(self.saved_types, values)
             try:
-                self._state_modules[values] = wasmer.Module(self._store, text)
+                self._state_modules[values] = wasmer.Module(new_store(), text)
             except BaseException as error:
                 if not made_by_wasmer(error):
                     raise
@@ -215,7 +244,7 @@ class Compiled:
                     raise self._wrong(module, name, type_, f"{given!r} was given for it")
                 kept.append(function := _HostFunction(given))
                 called = _weakly(function, several=len(type_.results) > 1)
-                given = wasmer.Function(self._store, called, type_)
+                given = wasmer.Function(self.store, called, type_)
             namespaces.setdefault(module, {})[name] = given
         return namespaces
 
@@ -243,13 +272,11 @@ class Compiled:
             given = dict(self._given)
         memory = self._imported_memory(given) if owner is None else owner.memory
         environment = wasmer_wasi.environment(binding.wasi)
-        changed = wasmer.Global(self._store, wasmer.Value.i32(0), mutable=True)
+        changed = wasmer.Global(self.store, wasmer.Value.i32(0), mutable=True)
         streams = wasmer_wasi.Streams(binding.wasi, memory, address_of(memory), changed)
         kept += environment, given
         for module, names in self.wasi.items():
-            offered = environment.generate_imports(self._store, wasmer_wasi.VERSIONS[module])[
-                module
-            ]
+            offered = environment.generate_imports(self.store, wasmer_wasi.VERSIONS[module])[module]
             own = given.get(module, {})
             served = {name: offered[name] for name in names if name in offered and name not in own}
             shimmed, shim = self._shim(module, served, memory, streams, binding.wasi)
@@ -277,15 +304,15 @@ class Compiled:
         if key not in self._shims:
             require_compiler()
             text = wasmer_wasi.shim_text(behind, folders=bool(wasi.preopened))
-            self._shims[key] = wasmer.Module(self._store, text), text
+            self._shims[key] = wasmer.Module(self.store, text), text
         compiled, text = self._shims[key]
         folders = Folders(wasi, memory, address_of(memory))
         ours = {
-            **wasmer_wasi.asked(folders, self._store, text),
+            **wasmer_wasi.asked(folders, self.store, text),
             "memory": memory,
             "changed": streams.changed,
-            "streams": wasmer.Global(self._store, wasmer.Value.i32(streams.mask)),
-            "write": wasmer.Function(self._store, streams.write, wasmer_wasi.write_type()),
+            "streams": wasmer.Global(self.store, wasmer.Value.i32(streams.mask)),
+            "write": wasmer.Function(self.store, streams.write, wasmer_wasi.write_type()),
         }
         shim = wasmer.Instance(compiled, {"wasi": behind, "memslot": ours})
         return {name: getattr(shim.exports, name) for name in behind}, (shim, ours)

@@ -39,6 +39,7 @@ __all__ = [
     "kind_of",
     "misfit",
     "new_store",
+    "passes_references",
     "require_compiler",
     "reserved_bytes",
     "wasmer",
@@ -119,6 +120,14 @@ class Signature:
         self.arity = len(self.parameters)
         self.several = len(self.results) > 1
         self.refers = not REFERENCES.isdisjoint((*self.parameters, *self.results))
+
+
+def passes_references(type_: Any) -> bool:
+    """True for an import or export by whose type guests can pass references to each other."""
+    kind = kind_of(type_)
+    if kind == "func":
+        return Signature(type_).refers
+    return kind == "table" or (kind == "global" and int(type_.type) in REFERENCES)
 
 
 def described(type_: Any) -> str:

@@ -149,6 +149,15 @@ def test_15_purged_slot_is_the_next_to_go(make_pool: Make, image: Image) -> None
     assert cycle(pool, "a", image) == kept
 
 
+def test_15_purged_slot_is_used_before_a_new_one(make_pool: Make, image: Image) -> None:
+    pool = make_pool(8)
+    for guest in range(4):
+        with type(image)("closed", b"y" * P) as closed:
+            cycle(pool, guest, closed)
+        pool.purge(closed)
+    assert pool.statistics().created == 1
+
+
 def test_audit_compares_every_slot_that_comes_back(make_pool: Make, image: Image) -> None:
     def forgets(slot: Slot) -> Any:
         result = madvise(slot)

@@ -6,7 +6,7 @@ import gc
 import inspect
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -16,6 +16,7 @@ import memslot_plugin as memslot
 from memslot_plugin.smaps import mappings
 from memslot_plugin.tests import hosts, runtimes
 from memslot_plugin.tests.hosts import ECHO, PAGE, WASI, calling, elsewhere, in_use
+from memslot_plugin.tests.leaks import Footprint
 
 try:
     import wasmer
@@ -346,3 +347,45 @@ def test_import_made_on_another_thread_is_refused(host: WasmerHost, capfd: Any) 
     with pytest.raises(memslot.WrongThread):
         host.prepare(text, imports={"env": {"g": elsewhere(make)}}).instantiate()
     capfd.readouterr()
+
+
+def test_guests_that_come_and_go_leave_no_code_mapped(
+    host: WasmerHost, resources: Callable[[], Footprint]
+) -> None:
+    parent = host.prepare(ECHO)
+
+    def come_and_go(pages: int) -> None:
+        with host.prepare(ECHO) as guest, guest.instantiate() as instance:
+            instance.call("next")
+        with parent.instantiate() as instance:
+            instance.call("next")
+            instance.call("grow", pages)
+            with instance.snapshot() as taken, taken.instantiate() as again:
+                assert again.call("next") == 7
+            for fork in instance.fork(2):
+                fork.call("next")
+                fork.close()
+
+    for _ in range(4):
+        come_and_go(0)
+        come_and_go(1)
+    before = resources().mappings
+    for _ in range(20):
+        come_and_go(0)
+        come_and_go(1)
+    assert resources().mappings - before < 20
+
+
+def test_guests_that_share_a_table_compare_types_as_one_store_does(host: WasmerHost) -> None:
+    gives = """(module (func (param f64 f64)) (func (param f64)) (func $one (result i32) (i32.const 1))
+      (memory 1) (table (export "t") 1 funcref) (elem (i32.const 0) $one))"""
+    takes = """(module (import "e" "t" (table 1 funcref)) (type $one (func (result i32)))
+      (type $other (func (result i64)))
+      (func (export "right") (result i32) (call_indirect (type $one) (i32.const 0)))
+      (func (export "wrong") (result i64) (call_indirect (type $other) (i32.const 0))))"""
+    with host.prepare(gives).instantiate() as giving:
+        imports = {"e": {"t": giving.native.exports.t}}
+        with host.prepare(takes, imports=imports).instantiate() as taking:
+            assert taking.call("right") == 1
+            with pytest.raises(memslot.GuestTrap, match="indirect call type mismatch"):
+                taking.call("wrong")
