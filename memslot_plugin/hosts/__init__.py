@@ -102,14 +102,14 @@ def available_hosts(settings: Settings | None = None) -> dict[str, str | None]:
     """Every host by name, with None if it can be opened here and otherwise the reason why not."""
     settings = Settings() if settings is None else settings
     found: dict[str, str | None] = {}
-    for name in (*BUILT_IN, *_registered(settings)):
+    for name in BUILT_IN:
         try:
             _factory(name, settings)
         except HostUnavailable as error:
             found[name] = str(error)
         else:
             found[name] = None
-    return found
+    return found | dict.fromkeys(_registered(settings))
 
 
 def _registered(settings: Settings) -> dict[str, Callable[..., Host]]:

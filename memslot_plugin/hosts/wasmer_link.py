@@ -33,6 +33,7 @@ from memslot_plugin.hosts.wasmer_runtime import (
 from memslot_plugin.wasm.module import SectionId
 
 if TYPE_CHECKING:
+    from memslot_plugin import wasm
     from memslot_plugin.hosts.live import Binding
     from memslot_plugin.hosts.prepared import Guest
 
@@ -88,6 +89,10 @@ class Compiled:
     WASI module.  `calls_out` says whether a host
     function can run inside of its calls, `may_grow` whether its memory can grow there.
     """
+
+    store: Any
+    module: Any
+    offsets: wasm.Offsets | None
 
     def __init__(self, host_store: Any, guest: Guest, reused: Compiled | Placed | None) -> None:
         """`reused` is the code of the guest whose snapshot this is, or code that came with the guest."""

@@ -14,7 +14,7 @@ import pytest
 import memslot_hooks as hooks
 from memslot_hooks import DECIDING, HEEDED, WATCHING, hookimpl
 from memslot_plugin.errors import PluginError
-from memslot_plugin.hosts import FakeHost
+from memslot_plugin.hosts import FakeHost, available_hosts
 from memslot_plugin.plugins import Plugins
 from memslot_plugin.plugins.arming import arguments_of
 from memslot_plugin.settings import Settings
@@ -412,3 +412,15 @@ def test_closing_again_asks_only_the_plugins_that_could_not_close(plugins: Plugi
     plugins.close_host("a")
     assert sound.heard == ["open a 1", "close a"]
     assert stuck.heard == ["open a 1", *["close a"] * 3]
+
+
+def test_available_hosts_make_the_plugins_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Plugins] = []
+
+    def register(plugins: Plugins) -> dict[str, Any]:
+        asked.append(plugins)
+        return {"one": object, "other": object}
+
+    monkeypatch.setattr(Plugins, "hosts", register)
+    found = available_hosts()
+    assert (found["one"], found["other"], len(asked)) == (None, None, 1)
