@@ -276,6 +276,8 @@ class Player:
                 fits += (memslot.WrongThread,)
             if running:
                 fits += (memslot.InUse,)
+            if self.forked and self.confined:
+                fits += (memslot.Unsupported,)
             if what == "reset" and tenant.origin.closing:
                 fits += (memslot.UsedAfterClose,)
             if tenant.shared:
@@ -340,8 +342,9 @@ class Player:
             self.check(tenant, what, 0, read[0])
 
     def make_room(self) -> None:
-        while len(self.own) >= (SLOTS if self.confined else 2):
-            self.leave(self.choice.choice(self.own))
+        for _ in range(2 * SLOTS):  # those that run stay
+            if len(self.own) >= (SLOTS if self.confined else 2):
+                self.leave(self.choice.choice(self.own))
 
     def leave(self, tenant: Tenant) -> None:
         """End a tenant in one of the ways, or drop its handle."""
@@ -506,6 +509,9 @@ class Player:
         if tenant is None:
             return
         if self.use(tenant, "reset", tenant.instance.reset) is None:
+            # Its guest was closed meanwhile, or needs a compiler whose threads a child has not.
+            if (self.world.threads > 1 or self.forked) and tenant.instance.closed:
+                tenant.over = True
             return
         if tenant.running:
             raise Wrong("an instance was reset within a call of it")
