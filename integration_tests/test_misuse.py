@@ -51,7 +51,7 @@ HOSTS = [each for each in children.hosts() if each.values[0] != "fake"]
 def test_adversary_finds_nothing_in_a_moment(
     host: str, seed: int, threads: int, tmp_path: Path
 ) -> None:
-    finds_nothing(tmp_path, host, seed, 150, threads)
+    finds_nothing(tmp_path, host, seed, 60, threads)
 
 
 @pytest.mark.long
