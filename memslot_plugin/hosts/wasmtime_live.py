@@ -417,9 +417,10 @@ class WasmtimeLive(Live):
     def read_memory(self, generation: int, index: int, offset: int, length: int) -> bytes:
         address = self._copied(index, offset, length)
         if address is None:
-            return self.entered(
+            found: bytes = self.entered(
                 generation, lambda _: ffi.unpack(self._place(index, offset, length), length)
             )
+            return found
         if not self._address:
             self._address = int(ffi.cast("uintptr_t", self.cell))
         content = read(self._address, generation, address, length)
