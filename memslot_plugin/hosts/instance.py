@@ -143,8 +143,9 @@ class Instance:
         """Back to the guest's pristine state, same handle.
 
         In place, in the time of the pages that were written, where it is proven that memories and
-        globals are all that can have changed (`guest.report.verdict`), no memory has grown and
-        nobody was given `native`; else by a new instance over the reset slot.  If it raises, the
+        globals are all that can have changed (`guest.report.verdict`), no memory has grown, no heap
+        of a garbage collector passed `keep_resident` and nobody was given `native`; else by a new
+        instance over the reset slot.  If it raises, the
         instance is closed and its slot back in the pool or destroyed.  Raises InUse while a call
         runs, and UsedAfterClose where the guest was closed; the instance goes on then.
         """

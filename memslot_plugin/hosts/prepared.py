@@ -215,7 +215,8 @@ class Guest:
 
         `tenant` travels to the plugins in the memory's request.  `imports` replaces those of
         `prepare`.  `store` is a store of the embedder's own, for imports that are bound to one
-        (wasmtime); the memories then come back when that store ends. Raises PoolExhausted,
+        (wasmtime); the memories then come back when that store ends, and tables and heaps have the
+        limits of that store (`wasmtime.Store.set_limits`).  Raises PoolExhausted,
         PoolTimeout, LinkError, GuestTrap (a start function), UsedAfterClose, WrongThread; the slot
         is back in the pool then.
         """

@@ -95,8 +95,8 @@ class WasmtimeHost(Host):
     `configure(config)` may change a `wasmtime.Config` before an engine is made of it (epochs, fuel,
     proposals); what memory needs is set after it, and a pool of wasmtime's own is refused
     (Unsupported).  It is called once per engine.  `configure_store(store)` is called with each new
-    store before its instance starts (epoch deadline, fuel, limits), and again when its instance is
-    reset in place and when it is leased after it waited.
+    store before its instance starts (epoch deadline, fuel, limits within those of the settings), and
+    again when its instance is reset in place and when it is leased after it waited.
     """
 
     name = "wasmtime"
