@@ -14,6 +14,7 @@ import itertools
 import logging
 import os
 import platform
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -84,8 +85,13 @@ class Cells(dict[int, Any]):
     A host that is dropped is collected together with its instances, and nothing else ends their stores then.
     """
 
-    def __del__(self, close: Callable[[Any, int], int] = lib.ms_wt_close) -> None:
-        for cell in self.values():
+    def __del__(
+        self,
+        close: Callable[[Any, int], int] = lib.ms_wt_close,
+        ending: Callable[[], bool] = sys.is_finalizing,
+    ) -> None:
+        # Not at the interpreter's end: wasmtime would call wasmtime-py's finalizers of externrefs, which are gone.
+        for cell in () if ending() else self.values():
             close(cell, 0)
 
 

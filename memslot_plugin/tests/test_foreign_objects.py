@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
@@ -193,6 +195,16 @@ def test_any_object_is_an_externref_and_comes_back_identical(guest: memslot.Gues
             "value 2 is an i32",
             lambda: instance.call("same", None, wasmtime.Val.i32(3)),
         )
+
+
+def test_instance_that_its_own_guest_refers_to_may_live_until_the_process_ends() -> None:
+    code = f"""import memslot_plugin as memslot
+instance = memslot.open_host("wasmtime", slots=1).prepare({REFERENCES!r}).instantiate()
+instance.set_global("externs", instance)"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def _imports(store: wasmtime.Store) -> Iterator[tuple[str, object]]:
