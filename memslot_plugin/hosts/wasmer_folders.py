@@ -13,11 +13,14 @@ from typing import Any
 from memslot_plugin._core import ffi
 from memslot_plugin.hosts.wasi import Wasi
 
-BADF, FAULT, LOOP, NOENT, NOTSUP, ROFS, NOTCAPABLE = 8, 21, 32, 44, 58, 69, 76
+BADF, FAULT, LOOP, NAMETOOLONG, NOENT, NOTSUP, ROFS, NOTCAPABLE = 8, 21, 32, 37, 44, 58, 69, 76
 """Of `errno` in WASI preview 1."""
 
-CHANGE, OPEN = 1, 2
-"""What a call is about to do with a path, as bits; neither: to look."""
+CHANGE, OPEN, RENAME = 1, 2, 4
+"""What a call is about to do with a path, as bits; none: to look."""
+
+PATH_MAX = 4096
+"""The longest path that Linux takes.  A longer one is not even looked at: each of its parts costs a call."""
 
 _ROOT = 3
 """wasmer's own descriptor of a folder that holds the given ones and can only be listed; theirs come after it."""
@@ -40,6 +43,8 @@ class Folders:
         path, length = path & 0xFFFFFFFF, length & 0xFFFFFFFF
         if path + length > self._memory.data_size:
             return FAULT
+        if length > PATH_MAX:
+            return NAMETOOLONG
         text = bytes(ffi.buffer(ffi.cast("uint8_t *", self._address + path), length))
         if descriptor == _ROOT:
             self._asked = b"", False
@@ -60,6 +65,7 @@ class Folders:
                 if not below:
                     return NOTCAPABLE
                 below.pop()
+                mode = stat.S_IFDIR
             elif part not in {b"", b"."}:
                 below.append(part)
                 try:
@@ -69,6 +75,9 @@ class Folders:
                 if stat.S_ISLNK(mode):
                     return LOOP
         if what & OPEN and not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            return NOTSUP
+        # wasmer would follow a renamed folder through descriptors of it, whose paths here are the old ones.
+        if what & RENAME and stat.S_ISDIR(mode):
             return NOTSUP
         self._asked = b"/".join([place, *below]), writable
         return 0

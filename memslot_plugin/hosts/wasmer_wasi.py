@@ -25,7 +25,7 @@ from typing import Any, Literal
 from memslot_plugin._core import ffi
 from memslot_plugin.errors import SettingError
 from memslot_plugin.hosts.wasi import Wasi
-from memslot_plugin.hosts.wasmer_folders import CHANGE, NOTSUP, OPEN, ROFS, Folders
+from memslot_plugin.hosts.wasmer_folders import CHANGE, NOTSUP, OPEN, RENAME, ROFS, Folders
 from memslot_plugin.hosts.wasmer_runtime import wasmer
 
 VERSIONS = {
@@ -189,7 +189,8 @@ def _guard(name: str) -> str:
         return " (call $closed (local.get 0))"
     if name in {"fd_renumber", "path_symlink"}:
         return f" (return (i32.const {NOTSUP}))"
-    what = f"(i32.const {CHANGE if name in _CHANGES else 0})"
+    changes = CHANGE | RENAME if name == "path_rename" else CHANGE
+    what = f"(i32.const {changes if name in _CHANGES else 0})"
     if name == "path_open":  # oflags::creat, oflags::trunc, and the right fd_write
         what = (
             f"(i32.or (i32.const {OPEN}) (i32.or (i64.ne (i64.and (local.get 5) (i64.const 64)) (i64.const 0))"
