@@ -140,6 +140,8 @@ class Compiled:
         """Where the memory of an index is among the leased ones."""
         self._names: dict[str, Name] = {}
         self._signatures: dict[str, Signature] = {}
+        self.callables: dict[str, Callable[[Any], Callable[..., Any]]] = {}
+        """What makes an exported function for one instance."""
 
     @Lazy
     def limits(self) -> Limits:

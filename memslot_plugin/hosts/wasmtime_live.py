@@ -120,74 +120,13 @@ class WasmtimeLive(Live):
     def function(self, name: str) -> Callable[..., Any]:
         found = self._functions.get(name)
         if found is None:
-            signature = self._compiled.signature(name)
-            make = self._direct if signature.direct else self._indirect
-            found = self._functions[name] = make(name, signature)
+            make = self._compiled.callables.get(name)
+            if make is None:
+                signature = self._compiled.signature(name)
+                make = (_direct if signature.direct else _indirect)(self._compiled, name, signature)
+                self._compiled.callables[name] = make
+            found = self._functions[name] = make(self)
         return found if self._binding.store is None else self._guarded(found)
-
-    def _direct(self, name: str, signature: Signature) -> Callable[..., Any]:
-        """A call of numbers: pack, one call into C, unpack.
-
-        A call that begins while another one packs or runs, in a host function or because an argument's
-        `__index__` calls, has values of its own.
-        """
-        cell, count = self.cell, signature.count
-        label = self._compiled.name(name)
-
-        def callee() -> tuple[Any, Any]:
-            # What it points to lives as long as `call`: the values by their buffer, cell and name by `settle`.
-            more = ffi.new("uint8_t[]", 16 * count) if count > _ROOM else _NULL
-            made = ffi.new(_CALLEE, [cell, label.utf8, label.length, more, count])
-            return made, ffi.buffer(more or made.room)
-
-        pack, unpack = signature.pack_into, signature.unpack_from
-        takes = bool(signature.parameters)
-        parameters, settle = signature.parameters, self.settle
-        what = f"{name} of the guest {self._compiled.guest_name}"
-        single, several = len(signature.results) == 1, len(signature.results) > 1
-        if not signature.packs_as_given:
-            as_it_is = pack
-
-            def pack(values: Any, offset: int, *arguments: Any) -> None:
-                as_it_is(values, offset, *fitted(parameters, arguments, what))
-
-        unused = [callee()]
-        take, put_back = unused.pop, unused.append
-
-        def call(generation: int, *arguments: Any) -> Any:
-            try:
-                taken = take()
-            except IndexError:
-                taken = callee()
-            function, values = taken
-            try:
-                if takes or arguments:
-                    try:
-                        pack(values, 0, *arguments)
-                    except PACKING:
-                        pack(values, 0, *fitted(parameters, arguments, what))
-                outcome = _call(function, generation)
-                if outcome:
-                    settle(outcome)
-                if single:
-                    return unpack(values)[0]
-                return list(unpack(values)) if several else None
-            finally:
-                put_back(taken)
-
-        return call
-
-    def _indirect(self, name: str, signature: Signature) -> Callable[..., Any]:
-        """A call with references, made by wasmtime-py."""
-        what = f"{name} of the guest {self._compiled.guest_name}"
-
-        def call(generation: int, *arguments: Any) -> Any:
-            taken = fitted(signature.parameters, arguments, what, int(self.cell.instance[0]))
-            return self.entered(
-                generation, lambda _: self._native_export(name)(self.store(), *taken)
-            )
-
-        return call
 
     def entered(self, generation: int, action: Callable[[Live], Any]) -> Any:
         # What our own entries raise within this one is raised already, and what wasmtime-py raises is translated.
@@ -536,6 +475,80 @@ class WasmtimeLive(Live):
         borrowed, self._borrowed = self._borrowed, None
         if borrowed is not None:
             borrowed.close()
+
+
+def _direct(
+    compiled: Compiled, name: str, signature: Signature
+) -> Callable[[WasmtimeLive], Callable[..., Any]]:
+    """Return what makes, for one instance, a call of numbers: pack, one call into C, unpack.
+
+    A call that begins while another one packs or runs, in a host function or because an argument's
+    `__index__` calls, has values of its own.
+    """
+    count, label = signature.count, compiled.name(name)
+    pack, unpack = signature.pack_into, signature.unpack_from
+    takes, parameters = bool(signature.parameters), signature.parameters
+    what = f"{name} of the guest {compiled.guest_name}"
+    single, several = len(signature.results) == 1, len(signature.results) > 1
+    if not signature.packs_as_given:
+        as_it_is = pack
+
+        def pack(values: Any, offset: int, *arguments: Any) -> None:
+            as_it_is(values, offset, *fitted(parameters, arguments, what))
+
+    def callee(cell: Any) -> tuple[Any, Any]:
+        # What it points to lives as long as `call`: the values by their buffer, cell and name by `settle`.
+        more = ffi.new("uint8_t[]", 16 * count) if count > _ROOM else _NULL
+        made = ffi.new(_CALLEE, (cell, label.utf8, label.length, more, count))
+        return made, ffi.buffer(more or made.room)
+
+    def make(live: WasmtimeLive) -> Callable[..., Any]:
+        cell, settle = live.cell, live.settle
+        unused = [callee(cell)]
+        take, put_back = unused.pop, unused.append
+
+        def call(generation: int, *arguments: Any) -> Any:
+            try:
+                taken = take()
+            except IndexError:
+                taken = callee(cell)
+            function, values = taken
+            try:
+                if takes or arguments:
+                    try:
+                        pack(values, 0, *arguments)
+                    except PACKING:
+                        pack(values, 0, *fitted(parameters, arguments, what))
+                outcome = _call(function, generation)
+                if outcome:
+                    settle(outcome)
+                if single:
+                    return unpack(values)[0]
+                return list(unpack(values)) if several else None
+            finally:
+                put_back(taken)
+
+        return call
+
+    return make
+
+
+def _indirect(
+    compiled: Compiled, name: str, signature: Signature
+) -> Callable[[WasmtimeLive], Callable[..., Any]]:
+    """Return what makes, for one instance, a call with references, which wasmtime-py makes."""
+    what = f"{name} of the guest {compiled.guest_name}"
+
+    def make(live: WasmtimeLive) -> Callable[..., Any]:
+        def call(generation: int, *arguments: Any) -> Any:
+            taken = fitted(signature.parameters, arguments, what, int(live.cell.instance[0]))
+            return live.entered(
+                generation, lambda _: live._native_export(name)(live.store(), *taken)
+            )
+
+        return call
+
+    return make
 
 
 def _bare(value: Any) -> Any:
