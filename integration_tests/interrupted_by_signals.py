@@ -58,9 +58,9 @@ def main() -> None:
         times, end = 0, time.monotonic() + float(seconds)
         while time.monotonic() < end:
             interrupted_once(world)
+            swallowed.clear()  # what a finalizer raised holds what it was to end
             world.serves()
             times += 1
-            swallowed.clear()
     # A signal between the runtime's package being given compiled code and keeping it loses that code, as it does
     # without memslot; descriptors, images and reservations are memslot's.
     lost = Footprint.now().lost_since(before, mappings=2000)

@@ -365,7 +365,7 @@ class WasmtimeHost(Host):
                 live.read_globals()
         except BaseException:
             self.finish(live, release=False)
-            del self._begun[id(live)]
+            self._begun.pop(id(live), None)
             raise
         return live
 
@@ -437,7 +437,7 @@ class WasmtimeHost(Host):
         for live in cast("list[WasmtimeLive]", list(self._begun.values())):
             if memories and live.memories is memories:
                 self.finish(live, release=False)
-                del self._begun[id(live)]
+                self._begun.pop(id(live), None)
 
     # -- memories ----------------------------------------------------------------------------------------------------
 

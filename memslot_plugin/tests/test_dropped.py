@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import signal
+import sys
 import weakref
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -157,3 +158,21 @@ def test_slot_of_a_dropped_pool_stays_mapped_while_a_memory_has_it(name: str) ->
     del instance
     gc.collect()
     assert ctypes.string_at(memory.base, 1)
+
+
+@on_hosts
+def test_instance_whose_finalizer_is_cut_short_comes_back(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: Instance) -> None:
+        raise KeyboardInterrupt
+
+    heard: list[Any] = []
+    with hosts.serving(name) as host:
+        guest = hosts.prepare(host)
+        with monkeypatch.context() as patch:
+            patch.setattr(Instance, "__del__", interrupted)
+            patch.setattr(sys, "unraisablehook", lambda each: heard.append(each.exc_type))
+            guest.instantiate()
+        assert heard == [KeyboardInterrupt]
+        assert host.statistics().live_instances == 0
