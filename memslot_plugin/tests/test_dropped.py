@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 import signal
 import sys
 import weakref
@@ -176,3 +177,23 @@ def test_instance_whose_finalizer_is_cut_short_comes_back(
             guest.instantiate()
         assert heard == [KeyboardInterrupt]
         assert host.statistics().live_instances == 0
+
+
+@pytest.mark.parametrize("name", hosts.RUNTIMES[:1])
+def test_import_in_an_own_store_can_be_called_after_instance_and_host_were_dropped(
+    name: str,
+) -> None:
+    def make() -> tuple[Any, ...]:
+        host = hosts.opened(name)
+        store = importlib.import_module(name).Store(host.engine)
+        instance = hosts.calling(host, lambda number: number + 1).instantiate(store=store)
+        exports = instance.native.exports(store)
+        return weakref.ref(host), store, exports["run"], exports["memory"]
+
+    host, store, run, memory = make()
+    gc.collect()
+    assert run(store, 41) == 42
+    assert memory.write(store, b"x") == 1
+    del store
+    gc.collect()
+    assert host() is None
