@@ -96,15 +96,16 @@ class WasmerHost(Host):
         found = self._saved_code(guest)
         if found is None:
             return None
+        store = new_store()
         try:
-            loaded = placed(self.store, found[0])
+            module = wasmer.Module.deserialize(store, found[0])
         except BaseException as error:
             if made_by_wasmer(error):
                 _log.info("the code of %s is compiled again: %s", guest.name, error)
                 return None
             raise
         guest.reused_code, guest.sets_globals = True, found[1]
-        return loaded
+        return placed(self.store, store, module)
 
     def _code_key(self, guest: Guest) -> str | None:
         # wasmer compiles for the very processor that it runs on, and does not look when it loads.

@@ -48,16 +48,14 @@ class Placed(NamedTuple):
     module: Any
 
 
-def placed(host_store: Any, code: bytes) -> Placed:
-    """A compiled module in a store of its own: wasmer unmaps code only when its store goes.
+def placed(host_store: Any, store: Any, module: Any) -> Placed:
+    """A compiled module in a `store` of its own: wasmer unmaps code only when its store goes.
 
     In `host_store` instead if it shares references with other guests, which are calls through a table in the
     end: wasmer compares the numbers of two types there, and each store has numbers of its own.
     """
-    store = new_store()
-    module = wasmer.Module.deserialize(store, code)
     if any(passes_references(each.type) for each in (*module.imports, *module.exports)):
-        return Placed(host_store, wasmer.Module.deserialize(host_store, code))
+        return Placed(host_store, wasmer.Module.deserialize(host_store, module.serialize()))
     return Placed(store, module)
 
 
@@ -105,7 +103,8 @@ class Compiled:
             if reused is None:
                 # In another store: where the compiler panics, for a tag for example, its engine never compiles again.
                 code = wasmer.Module(new_store(), plan.module).serialize()
-                reused = placed(host_store, code)
+                store = new_store()
+                reused = placed(host_store, store, wasmer.Module.deserialize(store, code))
             self.store, self.module = reused.store, reused.module
         except BaseException as error:
             if not made_by_wasmer(error):
