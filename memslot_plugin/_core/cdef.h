@@ -378,7 +378,7 @@ typedef struct {
     unsigned pins;       /* copies that run now; atomic */
     int held;            /* the owner wants no other entry, not even of its own thread; atomic */
     uint64_t generation; /* the lease whose handles may enter, from 1; atomic */
-    int closing;         /* atomic */
+    uint64_t closing;    /* the lease that ends when nobody is inside, or more for whichever it is then; 0 for none; atomic */
     int lingering; /* closed, and wasmtime goes on using the memories */
     uintptr_t error; /* what ms_wt_wasi_give was refused with */
     int outgrown;    /* an entry let the heap of the garbage collector grow past what may be kept */
@@ -447,9 +447,9 @@ uintptr_t ms_wt_memory_grow(ms_wt_cell *cell, const char *name, size_t length, u
 
 /* -- host functions: `identity` comes back in ms_wt_python_call -- */
 
-/* 0, or the address of wasmtime's error. */
+/* 0, or the address of wasmtime's error.  `foreign` says that the linker is for a store of the embedder's. */
 uintptr_t ms_wt_define(uintptr_t linker, const char *module, size_t module_length, const char *name, size_t name_length,
-                       uintptr_t type, uint64_t identity);
+                       uintptr_t type, uint64_t identity, int foreign);
 /* Takes the identities of functions that no linker and no store needs any more. */
 size_t ms_wt_drain_functions(uint64_t *identities, size_t capacity);
 

@@ -135,6 +135,7 @@ struct ms_wt_creator {
 struct group {
     struct node node; /* first: the list frees a group as its node */
     ms_wt_creator *creator;
+    ms_wt_cell *cell; /* NULL where the store is the embedder's, which may outlive it */
     unsigned references;
 };
 
@@ -202,11 +203,11 @@ size_t ms_wt_drain(ms_wt_creator *creator, uint64_t *tokens, size_t capacity)
     return drain(&creator->finished, tokens, capacity);
 }
 
-static struct group *group_new(ms_wt_creator *creator, uint64_t token)
+static struct group *group_new(ms_wt_creator *creator, ms_wt_cell *cell, uint64_t token)
 {
     struct group *group = malloc(sizeof *group);
     if (group)
-        *group = (struct group){{NULL, token}, creator, 1};
+        *group = (struct group){{NULL, token}, creator, cell, 1};
     return group;
 }
 
@@ -214,6 +215,34 @@ static struct group *group_new(ms_wt_creator *creator, uint64_t token)
 static int group_drop(struct group *group)
 {
     return __atomic_sub_fetch(&group->references, 1, __ATOMIC_ACQ_REL) == 0;
+}
+
+/* ---- being inside an instance: one thread at a time, which may nest ---- */
+
+static unsigned take(ms_wt_cell *cell)
+{
+    uintptr_t expected = 0, me = this_thread();
+    if (!__atomic_compare_exchange_n(&cell->owner, &expected, me, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST) &&
+        (expected != me || cell->held))
+        return MS_WT_BUSY;
+    cell->depth++;
+    return 0;
+}
+
+static unsigned give(ms_wt_cell *cell)
+{
+    if (--cell->depth)
+        return 0;
+    __atomic_store_n(&cell->owner, 0, __ATOMIC_SEQ_CST);
+    uint64_t closing = __atomic_load_n(&cell->closing, __ATOMIC_SEQ_CST);
+    return closing && closing >= __atomic_load_n(&cell->generation, __ATOMIC_SEQ_CST) ? MS_WT_CLOSING : 0;
+}
+
+/* Keeps a cell from being closed while Python runs for its guest, until `give`: wasmtime-py may have called the guest, which is no
+ * entry.  NULL where an entry does so already. */
+static ms_wt_cell *stay(ms_wt_cell *cell)
+{
+    return cell && cell != frame.cell && !take(cell) ? cell : NULL;
 }
 
 /* ---- linear memories, as wasmtime asks for them ---- */
@@ -235,7 +264,10 @@ static wt_error *grow_memory(void *env, size_t byte_size)
         return api.error_new("memslot: the memory is at its limit");
     if (memory->group) {
         struct group *group = memory->group;
+        ms_wt_cell *cell = stay(group->cell);
         int64_t answer = ms_wt_python_grow(group->creator->identity, group->node.name, memory->index, byte_size);
+        if (cell)
+            give(cell);
         if (answer < 0 && !frame.deferred)
             frame.deferred = -answer;
         if (answer != 1)
@@ -294,7 +326,7 @@ static wt_error *new_heap(struct memory *memory, size_t reserved, size_t guard)
 static wt_error *lease(struct memory *memory, ms_wt_creator *creator, size_t minimum, size_t maximum)
 {
     char message[512] = "";
-    struct group *group = group_new(creator, 0);
+    struct group *group = group_new(creator, NULL, 0);
     if (!group)
         return out_of_memory();
     int64_t leased = ms_wt_python_lease(creator->identity, minimum, maximum, &group->node.name, &memory->base,
@@ -352,35 +384,17 @@ void ms_wt_creator_install(ms_wt_creator *creator, uintptr_t config)
     api.creator_set((wt_config *)config, &ours);
 }
 
-/* ---- being inside an instance: one thread at a time, which may nest ---- */
+/* ---- entries ---- */
 
 struct entry {
     int64_t raised, deferred;
     ms_wt_cell *cell; /* of the entry around this one */
 };
 
-static unsigned take(ms_wt_cell *cell)
-{
-    uintptr_t expected = 0, me = this_thread();
-    if (!__atomic_compare_exchange_n(&cell->owner, &expected, me, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST) &&
-        (expected != me || cell->held))
-        return MS_WT_BUSY;
-    cell->depth++;
-    return 0;
-}
-
 int ms_wt_elsewhere(ms_wt_cell *cell)
 {
     uintptr_t owner = __atomic_load_n(&cell->owner, __ATOMIC_SEQ_CST);
     return owner != 0 && owner != this_thread();
-}
-
-static unsigned give(ms_wt_cell *cell)
-{
-    if (--cell->depth)
-        return 0;
-    __atomic_store_n(&cell->owner, 0, __ATOMIC_SEQ_CST);
-    return __atomic_load_n(&cell->closing, __ATOMIC_SEQ_CST) ? MS_WT_CLOSING : 0;
 }
 
 /* `generation` is 0 for an entry of the host itself, which comes within one that was checked or before there are handles. */
@@ -481,8 +495,10 @@ uintptr_t ms_wt_leave(ms_wt_cell *cell, int64_t *saved)
 
 /* ---- an instance's life ---- */
 
-/* The shim's instance in a store, made by the first call that needs it; it holds no state of a guest's. */
+/* What a store of ours is told of itself, and the shim's instance in a store, made by the first call that needs it; that holds no state
+ * of a guest's. */
 struct shimmed {
+    ms_wt_cell *cell;     /* of the store; NULL for the embedder's */
     wt_instance instance; /* of store 0 before it is made */
     wt_memory memory;     /* the guest's, which it imports; zeros for a shared one */
     const uint8_t *shared;
@@ -490,7 +506,10 @@ struct shimmed {
 
 void ms_wt_open(ms_wt_cell *cell, const ms_wt_guest *guest)
 {
-    wt_store *store = api.store_new((wt_engine *)guest->engine, calloc(1, sizeof(struct shimmed)), free);
+    struct shimmed *shimmed = calloc(1, sizeof *shimmed);
+    if (shimmed)
+        shimmed->cell = cell;
+    wt_store *store = api.store_new((wt_engine *)guest->engine, shimmed, free);
     api.store_limiter(store, guest->most_bytes, guest->most_elements, -1, guest->most_tables, guest->most_memories);
     cell->store = (uintptr_t)store;
     cell->context = (uintptr_t)api.store_context(store);
@@ -514,7 +533,7 @@ uintptr_t ms_wt_instantiate(ms_wt_cell *cell, const ms_wt_guest *guest, uint64_t
     cell->generation = 1;
     wt_context *context = (wt_context *)cell->context;
     struct group *group = NULL;
-    if (guest->count && !(group = group_new(guest->creator, token)))
+    if (guest->count && !(group = group_new(guest->creator, cell->store ? cell : NULL, token)))
         return leave(cell, &entry, 0, NULL, out_of_memory());
     cell->group = (uintptr_t)group;
     if (guest->heap_first)
@@ -562,10 +581,14 @@ int ms_wt_close(ms_wt_cell *cell, uint64_t generation)
     if (!take_alone(cell)) {
         if (lease_over(cell, generation))
             return 3;
-        /* Whoever is inside looks at `closing` after it has left: one of us two gets in now. */
-        __atomic_store_n(&cell->closing, 1, __ATOMIC_SEQ_CST);
+        /* Whoever is inside looks at `closing` after it has left, and where it ends a lease also after that: one of us two gets in
+         * now, and a lease that has begun meanwhile goes on. */
+        uint64_t known = 0, wanted = generation ? generation : UINT64_MAX;
+        while (!__atomic_compare_exchange_n(&cell->closing, &known, wanted, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST) &&
+               known < wanted)
+            continue;
         if (!take_alone(cell))
-            return 2;
+            return lease_over(cell, generation) ? 3 : 2;
     }
     if (lease_over(cell, generation)) {
         __atomic_store_n(&cell->owner, 0, __ATOMIC_SEQ_CST);
@@ -733,9 +756,11 @@ uintptr_t ms_wt_restore(ms_wt_cell *cell, uint64_t generation, const ms_wt_saved
         memcpy(&val.of, saved[i].value, sizeof saved[i].value);
         error = api.global_set((wt_context *)cell->context, (const wt_global *)saved[i].place, &val);
     }
+    uint64_t ended = cell->generation, closing;
     __atomic_store_n(&cell->generation, generation, __ATOMIC_SEQ_CST);
+    closing = __atomic_load_n(&cell->closing, __ATOMIC_SEQ_CST);
     let_copies_in(cell);
-    return leave(cell, &entry, 0, NULL, error);
+    return leave(cell, &entry, closing && closing >= ended ? MS_WT_CLOSING : 0, NULL, error);
 }
 
 uintptr_t ms_wt_memory_locate(ms_wt_cell *cell, const char *name, size_t length, uintptr_t *base, size_t *byte_size)
@@ -782,11 +807,20 @@ uintptr_t ms_wt_memory_grow(ms_wt_cell *cell, const char *name, size_t length, u
 
 static struct node *dropped_functions;
 
+struct function {
+    struct node node; /* first: it is freed as one */
+    int foreign;
+};
+
 static wt_trap *call_python(void *env, wt_caller *caller, wt_raw *values, size_t count)
 {
     static const char message[] = "a host function raised";
-    (void)caller;
-    int64_t exception = ms_wt_python_call(((struct node *)env)->name, (uint8_t *)values, count);
+    const struct function *function = env;
+    const struct shimmed *shimmed = function->foreign ? NULL : api.context_data(api.caller_context(caller));
+    ms_wt_cell *cell = shimmed ? stay(shimmed->cell) : NULL;
+    int64_t exception = ms_wt_python_call(function->node.name, (uint8_t *)values, count);
+    if (cell)
+        give(cell);
     if (!exception)
         return NULL;
     frame.raised = exception;
@@ -796,14 +830,14 @@ static wt_trap *call_python(void *env, wt_caller *caller, wt_raw *values, size_t
 static void finalize_function(void *env) { push(&dropped_functions, env); }
 
 uintptr_t ms_wt_define(uintptr_t linker, const char *module, size_t module_length, const char *name, size_t name_length,
-                       uintptr_t type, uint64_t identity)
+                       uintptr_t type, uint64_t identity, int foreign)
 {
-    struct node *node = malloc(sizeof *node);
-    if (!node)
+    struct function *function = malloc(sizeof *function);
+    if (!function)
         return (uintptr_t)out_of_memory();
-    node->name = identity;
+    *function = (struct function){{NULL, identity}, foreign};
     return (uintptr_t)api.define_func((wt_linker *)linker, module, module_length, name, name_length,
-                                      (const wt_functype *)type, call_python, node, finalize_function);
+                                      (const wt_functype *)type, call_python, function, finalize_function);
 }
 
 size_t ms_wt_drain_functions(uint64_t *identities, size_t capacity)

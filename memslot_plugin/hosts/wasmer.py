@@ -30,7 +30,7 @@ from memslot_plugin.guest import MemoryPlan
 from memslot_plugin.hosts import saved, wasmer_state
 from memslot_plugin.hosts.alone import runtime_version
 from memslot_plugin.hosts.base import Host
-from memslot_plugin.hosts.live import Binding, Live
+from memslot_plugin.hosts.live import Binding, Live, ended
 from memslot_plugin.hosts.memory import WASM_PAGE
 from memslot_plugin.hosts.prepared import Guest
 from memslot_plugin.hosts.wasmer_errors import (
@@ -217,7 +217,7 @@ class WasmerLive(Live):
             make = self._compiled.callables.get(name)
             if make is None:
                 make = self._compiled.callables[name] = self._maker(name)
-            self._natives[name] = export_of(self._exports, name)
+            self._natives[name] = self._export(name)
             found = self._functions[name] = make(self, self._natives)
         return found
 
@@ -305,11 +305,17 @@ class WasmerLive(Live):
                 f"the global {name} of {self._guest.name} is a reference, which wasmer-python cannot"
                 " hand to Python"
             )
+        return self._export(name)
+
+    def _export(self, name: str) -> Any:
+        if self._exports is None:  # a signal's handler came while it was being closed
+            raise ended(self._guest.name)
         return export_of(self._exports, name)
 
     def locate(self, index: int) -> tuple[int, int]:
-        if self._memory is not None and index == 0:
-            return self.memories[0].base, self._memory.data_size
+        own, leased = self._memory, self.memories  # at once, for a signal's handler may close it
+        if own is not None and index == 0:
+            return leased[0].base, own.data_size
         memory = self._foreign_memory(index)
         return address_of(memory), memory.data_size
 
@@ -423,7 +429,7 @@ class WasmerLive(Live):
         """A memory that is not ours: exported by a guest that runs natively, or imported."""
         memories = self._guest.plan.memories
         if 0 <= index < len(memories) and memories[index].exported_as:
-            return export_of(self._exports, memories[index].exported_as[0])
+            return self._export(memories[index].exported_as[0])
         raise ExportNotFound(
             f"memory {index} of {self._guest.name} cannot be reached: the guest does not export it"
         )

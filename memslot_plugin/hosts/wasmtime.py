@@ -355,8 +355,14 @@ class WasmtimeHost(Host):
             if link.environment is None and binding.store is None and self._configure_store is None:
                 outcome = lib.ms_wt_start(live.cell, link.guest, token, bases)
             else:
-                self._open_store(live, link, binding)
-                outcome = lib.ms_wt_instantiate(live.cell, link.guest, token, bases)
+                if binding.store is None:
+                    lib.ms_wt_open(live.cell, link.guest)
+                else:
+                    binding.store.tenants.add(live)  # first, for it is told if the store is closed
+                    binding.store.links.append(link)
+                    live.enter_store()
+                # Within an entry, so that nothing that comes in between can close the store.
+                outcome = live.entered(0, lambda _: self._begin(live, link, binding, token, bases))
             if outcome:
                 live.settle(outcome, starting=True)
             if guest.sets_globals:
@@ -401,15 +407,12 @@ class WasmtimeHost(Host):
             compiled.elsewhere = self._compiled(store.engine, module, guest)
         return compiled.elsewhere.link(binding, self._creator)
 
-    def _open_store(self, live: WasmtimeLive, link: Link, binding: Binding) -> None:
-        """A store, with what must be set before its instance starts."""
+    def _begin(
+        self, live: WasmtimeLive, link: Link, binding: Binding, token: int, bases: list[int]
+    ) -> int:
+        """Instantiate, after what must be set in the store before; the outcome."""
         cell = live.cell
-        if binding.store is not None:
-            cell.context = address_of(binding.store._context())
-            binding.store.tenants.add(live)
-            binding.store.links.append(link)
-        else:
-            lib.ms_wt_open(cell, link.guest)
+        live.require_store()
         if link.environment is not None:
             live.environment = link.environment
             if binding.wasi is not link.wasi:
@@ -417,6 +420,7 @@ class WasmtimeHost(Host):
             live.streams = live.environment.give(cell)
         if self._configure_store is not None and binding.store is None:
             self._configure_store(live.store())
+        return int(lib.ms_wt_instantiate(cell, link.guest, token, bases))
 
     def _leave_behind(self) -> None:
         """In a child of a fork: what threads that are not here were in the middle of never ends, and nobody waits for
@@ -488,6 +492,11 @@ class WasmtimeHost(Host):
 
     def _drain(self) -> None:
         """Release the memories whose finalizers have run."""
+        for live in list(self._ending.values()):
+            if (
+                not live.cell.depth
+            ):  # whoever was inside has left, and was cut short before it could end it
+                self.finish(live)
         tokens, finished = ffi.new("uint64_t[]", 64), self._finished
         while self._creator is not None:
             finished.extend(tokens[0 : lib.ms_wt_drain(self._creator, tokens, 64)])
@@ -551,7 +560,7 @@ class WasmtimeHost(Host):
             if held is None:
                 return False
             if release:
-                live.memories = ()
+                memories, live.memories = live.memories, ()  # what another thread left of them
                 super()._release(memories)
         except BaseException:
             self._drop(live)

@@ -228,9 +228,18 @@ _identities = itertools.count(1)
 
 
 def define(
-    linker: wasmtime.Linker, module: str, name: str, kind: wasmtime.FuncType, function: HostFunction
+    linker: wasmtime.Linker,
+    module: str,
+    name: str,
+    kind: wasmtime.FuncType,
+    function: HostFunction,
+    *,
+    foreign: bool,
 ) -> None:
-    """Put a host function into a linker, for as long as the caller keeps it; raises WasmtimeError."""
+    """Put a host function into a linker, for as long as the caller keeps it; raises WasmtimeError.
+
+    `foreign` says that the linker is for a store of the embedder's own.
+    """
     drop_functions()  # entries for imports of single instances would pile up until statistics are asked for
     identity = next(_identities)
     FUNCTIONS[identity] = weakref.ref(function)
@@ -243,6 +252,7 @@ def define(
         len(name_bytes),
         address_of(kind.ptr()),
         identity,
+        foreign,
     )
     if failed:
         raise wasmtime.WasmtimeError._from_ptr(

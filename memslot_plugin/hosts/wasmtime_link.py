@@ -323,7 +323,11 @@ class Compiled:
         if native is None:
             if kind != "func" or not callable(given):
                 raise LinkError(f"{wants}, and {given!r} was given")
-            kept.append(self._bind_function(linker, module, name, wanted, given))
+            kept.append(
+                self._bind_function(
+                    linker, module, name, wanted, given, foreign=binding.store is not None
+                )
+            )
             return
         if native != kind:
             raise LinkError(f"{wants}, and a {native} was given")
@@ -355,6 +359,8 @@ class Compiled:
         name: str,
         wanted: wasmtime.FuncType,
         function: Callable[..., Any],
+        *,
+        foreign: bool,
     ) -> Callable[..., Any]:
         """Put a host function into the linker, and return what has to be kept for it."""
         signature = Signature.of(wanted)
@@ -362,7 +368,7 @@ class Compiled:
         try:
             if signature.direct:
                 direct = host_function(signature, function, label)
-                define(linker, module, name, wanted, direct)
+                define(linker, module, name, wanted, direct, foreign=foreign)
                 return direct
             kinds = (*signature.parameters, *signature.results)
             if OTHER in kinds or V128 in kinds:

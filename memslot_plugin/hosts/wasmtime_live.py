@@ -21,7 +21,7 @@ from memslot_plugin.errors import (
     shown,
 )
 from memslot_plugin.hosts.live import Binding, Live, require_within
-from memslot_plugin.hosts.wasmtime_bridge import wasmtime, wasmtime_ffi
+from memslot_plugin.hosts.wasmtime_bridge import address_of, wasmtime, wasmtime_ffi
 from memslot_plugin.hosts.wasmtime_errors import Outcome, one_sentence, refusal, translated
 from memslot_plugin.hosts.wasmtime_link import Compiled, Link
 from memslot_plugin.hosts.wasmtime_store import BorrowedStore, LentStore
@@ -130,7 +130,7 @@ class WasmtimeLive(Live):
 
     def entered(self, generation: int, action: Callable[[Live], Any]) -> Any:
         # What our own entries raise within this one is raised already, and what wasmtime-py raises is translated.
-        self._require_store()
+        self.require_store()
         saved = ffi.new("int64_t[3]")
         failure: BaseException | None = None
         result = None
@@ -155,7 +155,7 @@ class WasmtimeLive(Live):
         """For a store of the embedder's: it may have been closed since."""
 
         def call(generation: int, *arguments: Any) -> Any:
-            self._require_store()
+            self.require_store()
             return function(generation, *arguments)
 
         return call
@@ -166,14 +166,22 @@ class WasmtimeLive(Live):
     def _refuse(self, flag: int) -> NoReturn:
         raise refusal(flag, self.guest_name)
 
-    def _require_store(self) -> None:
+    def require_store(self) -> None:
+        """Raise UsedAfterClose if the embedder's store was closed."""
         if self._binding.store is not None:
-            try:
-                self._binding.store._context()
-            except ValueError:
-                raise UsedAfterClose(
-                    f"the store of the instance of {self._compiled.guest_name} was closed"
-                ) from None
+            self._context_of_store()
+
+    def enter_store(self) -> None:
+        """Live in the embedder's store from now on; raises UsedAfterClose."""
+        self.cell.context = address_of(self._context_of_store())
+
+    def _context_of_store(self) -> Any:
+        try:
+            return self._binding.store._context()
+        except ValueError:
+            raise UsedAfterClose(
+                f"the store of the instance of {self._compiled.guest_name} was closed"
+            ) from None
 
     # -- exports -----------------------------------------------------------------------------------------------------
 
@@ -182,7 +190,7 @@ class WasmtimeLive(Live):
 
     def global_value(self, name: str) -> Any:
         kind, _ = self._compiled.global_kind(name)
-        self._require_store()
+        self.require_store()
         if kind > V128:
             return _bare(self._native_export(name).value(self.store()))
         label = self._compiled.name(name)
@@ -195,7 +203,7 @@ class WasmtimeLive(Live):
 
     def set_global(self, name: str, value: Any) -> None:
         kind, mutable = self._compiled.global_kind(name)
-        self._require_store()
+        self.require_store()
         what = f"the global {name} of the guest {self._compiled.guest_name}"
         if not mutable:
             raise ArgumentError(f"{what} is not mutable")
@@ -318,11 +326,11 @@ class WasmtimeLive(Live):
         place = self._compiled.places.get(index)
         if place is not None:
             if not self.cell.context:
-                self._require_store()
+                self.require_store()
                 self.refuse()
             memory = self._leased(place)
             return memory.base, memory.byte_size
-        self._require_store()
+        self.require_store()
         exported = self._memory_name(index)
         if exported is None:
             return self._locate_imported(index)
@@ -348,7 +356,7 @@ class WasmtimeLive(Live):
         place = self._compiled.places.get(index)
         if place is None:
             return None
-        self._require_store()
+        self.require_store()
         memory = self._leased(place)
         require_within(index, offset, length, memory.byte_size)
         return memory.base + offset
@@ -402,7 +410,7 @@ class WasmtimeLive(Live):
             raise ExportNotFound(
                 f"{what} is not exported, and wasmtime grows it by that alone; export it"
             )
-        self._require_store()
+        self.require_store()
         if not 0 <= pages < _PAGES:
             raise GrowthRefused(f"{what} cannot grow by {shown(pages)} pages")
         label = self._compiled.name(name)
@@ -422,7 +430,7 @@ class WasmtimeLive(Live):
     def store(self) -> wasmtime.Store:
         """wasmtime-py's view of the store; raises UsedAfterClose."""
         if self._binding.store is not None:
-            self._require_store()
+            self.require_store()
             given: wasmtime.Store = self._binding.store
             return given
         if not self.cell.context:

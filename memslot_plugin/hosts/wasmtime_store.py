@@ -111,20 +111,24 @@ _CLASSES: dict[type, type[LentStore]] = {}
 
 def lent(store: wasmtime.Store, guest_name: str) -> LentStore:
     """The store itself, as one that knows its instances; raises UsedAfterClose."""
+    identity = None
     try:
         store._context()
+        if not isinstance(store, LentStore):
+            number = wasmtime.GlobalType(wasmtime.ValType.i32(), mutable=False)
+            identity = identity_of(wasmtime.Global(store, number, wasmtime.Val.i32(0)))
     except ValueError:
         raise UsedAfterClose(
             f"the store for an instance of {guest_name} was closed; make a new one"
         ) from None
     if not isinstance(store, LentStore):
-        number = wasmtime.GlobalType(wasmtime.ValType.i32(), mutable=False)
-        identity = identity_of(wasmtime.Global(store, number, wasmtime.Val.i32(0)))
+        # Before it is one, and once: a signal or another thread may come in between, and close the store or lend it.
+        for name, value in ("identity", identity), ("tenants", Living()), ("links", []):
+            store.__dict__.setdefault(name, value)
         # The embedder made the object, and closes this very one, so it cannot be wrapped.
         store.__class__ = _CLASSES.get(type(store)) or _CLASSES.setdefault(
             type(store), type(type(store).__name__, (LentStore, type(store)), {})
         )
-        store.identity, store.tenants, store.links = identity, Living(), []  # type: ignore[attr-defined]
     assert isinstance(store, LentStore)
     return store
 

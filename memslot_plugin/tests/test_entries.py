@@ -280,3 +280,33 @@ def test_instance_that_is_captured_or_reset_cannot_be_ended_by_what_interrupts(n
             instance.snapshot().close()
             instance.reset()
         assert refused == ["captured", "reset"]
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_signal_in_the_middle_of_closing_finds_the_instance_closed(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with hosts.serving(name) as host, hosts.prepare(host) as guest:
+        instance = guest.instantiate()
+        function, seen = instance.function("get"), []
+        unlist = host._unlist
+
+        def interrupted(
+            live: Any,
+        ) -> None:  # the runtime's part is over, and the memories are not back
+            for use in (
+                lambda: instance.call("get", 64),
+                lambda: instance.call("size"),
+                lambda: function(64),
+                lambda: instance.global_value("count"),
+                lambda: instance.set_global("count", 1),
+                lambda: instance.memory.read(64, 1),
+                lambda: instance.memory.byte_size,
+            ):
+                with pytest.raises(memslot.UsedAfterClose):
+                    seen.append(use())
+            unlist(live)
+
+        monkeypatch.setattr(host, "_unlist", interrupted)
+        instance.close()
+        assert seen == []

@@ -6,7 +6,7 @@ import functools
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any
 
 import pytest
@@ -351,3 +351,70 @@ def test_guest_in_a_store_of_the_engine_that_cannot_run_it_is_refused_with_the_r
             "instance of owner must be a .* of host.native_engine, because .* 64-bit addresses",
             lambda: owner.instantiate(store=ours),
         )
+
+
+def test_store_closed_at_any_line_of_instantiating_is_refused(host: WasmtimeHost) -> None:
+    ours = {"lent", "_link", "_start", "_begin", "enter_store", "_context_of_store", "entered"}
+    module = '(module (import "wasi_snapshot_preview1" "sched_yield" (func (result i32))) (memory (export "memory") 1))'
+    line = last = 0
+
+    def at_line(frame: Any, event: str, _: object) -> Any:
+        nonlocal line
+        if frame.f_code.co_name not in ours:
+            return None
+        line += event == "line"
+        if event == "line" and line == last:
+            with suppress(memslot.InUse):  # it is being instantiated in
+                store.close()
+        return at_line
+
+    with host.prepare(module) as guest:
+        while line >= last:
+            line, last = 0, last + 1
+            with closing(wasmtime.Store(host.engine)) as store, suppress(memslot.UsedAfterClose):
+                sys.settrace(at_line)
+                try:
+                    instance = guest.instantiate(store=store)
+                finally:
+                    sys.settrace(None)
+                with instance, suppress(memslot.UsedAfterClose):
+                    assert len(instance.memory.read(0, 8)) == 8
+    assert last > 20
+    assert in_use(host) == 0
+
+
+@pytest.mark.parametrize("end", ["close", "reset", "lease", "host"])
+def test_call_through_native_keeps_its_instance_from_ending(host: WasmtimeHost, end: str) -> None:
+    def ends() -> None:
+        refuses(
+            memslot.InUse,
+            "while a call of it runs",
+            {
+                "close": instance.close,
+                "reset": instance.reset,
+                "lease": lambda: lease.__exit__(None, None, None),
+                "host": lambda: host.close(force=True),
+            }[end],
+        )
+
+    module = """(module (import "e" "end" (func $end)) (memory (export "memory") 1)
+      (func (export "run") (result i32)
+        (i32.store (i32.const 0) (i32.const 7)) (call $end) (i32.load (i32.const 0))))"""
+    with host.prepare(module, imports={"e": {"end": ends}}) as guest:
+        lease = guest.lease()
+        with lease.__enter__() as instance:
+            native: Any = instance.native
+            assert native.exports(native.store)["run"](native.store) == 7
+    assert in_use(host) == 0
+
+
+def test_close_that_came_too_late_leaves_the_next_lease_alone(host: WasmtimeHost) -> None:
+    with hosts.prepare(host) as guest:
+        with guest.lease() as first:
+            live: Any = first._now
+            cell = live.cell
+        with guest.lease() as second:
+            assert second._now is live
+            cell.closing = 1  # as another thread does that looked during the first lease
+            assert [second.call("next"), second.call("next")] == [6, 7]
+            assert (host.statistics().instances, second.closed) == (1, False)
