@@ -220,6 +220,9 @@ class Pool:
                     if self._closed:
                         self._require_open()
                     if self._came_back:
+                        slot = self._hand_on(claim, affinity)
+                        if slot is not None:
+                            break
                         self._take_back()
                     slot = self._pick(claim, key, affinity, byte_size, map_host_memory)
                     if slot is not None:
@@ -317,7 +320,7 @@ class Pool:
         failed already is destroyed without a further word.  May be called anywhere, also in a
         finalizer and in a signal handler.
         """
-        catch_up()
+        # A child of a fork may do this first: no lock is taken, and a reset asks for its own process's pages.
         claim, first, result = self._leased.get(slot), object(), _RETIRED
         # While there is a holder, the claim cannot come back by itself, and two would reset the slot.
         holder = None if claim is None else claim()
@@ -403,6 +406,31 @@ class Pool:
             _log.error(
                 "a slot that was dropped could not be reset and is destroyed: %s", str(error)
             )
+
+    def _hand_on(self, claim: Claim, affinity: Hashable) -> Slot | None:
+        """Under the lock: the one slot that came back, if its guest wants it again: any strategy but the random one
+        would put it away and choose it.  None for that way.
+        """
+        ended = self._came_back[0]
+        if type(ended) is not Claim or len(self._came_back) > 1 or self._waiting:
+            return None
+        slot = getattr(ended, "slot", None)
+        if (
+            slot is None
+            or not ended.complete
+            or slot.affinity != affinity
+            or slot.state is not CLEAN
+            or self.allocation != "pooling"
+            or self._strategy == "random"
+            or (slot.image is not None and slot.image.closed)
+            or self._leased.get(slot) is not ended
+        ):
+            return None
+        claim.slot = slot
+        self._leased[slot] = claim
+        self._returning.pop(slot, None)
+        self._came_back.popleft()
+        return slot
 
     def _pick(
         self,

@@ -166,12 +166,12 @@ class Compiled:
 
         Raises LinkError for what is missing or of the wrong kind, SettingError, Unsupported.
         """
-        if binding.wasi is None and any(module not in binding.imports for module in self.wasi):
-            binding = replace(
-                binding, wasi=Wasi()
-            )  # as on wasmtime: nothing to read, and output discarded
-        if self.wasi and binding.wasi is not None:
-            return self._with_wasi(binding, owner)
+        if self.wasi:
+            if binding.wasi is None and any(each not in binding.imports for each in self.wasi):
+                # As on wasmtime: nothing to read, and output discarded.
+                binding = replace(binding, wasi=Wasi())
+            if binding.wasi is not None:
+                return self._with_wasi(binding, owner)
         if binding is not self._binding:
             kept: list[Any] = []
             return Connected(self._import_object(self._link(binding, kept), owner), kept)
