@@ -411,8 +411,9 @@ class Pool:
         """Under the lock: the one slot that came back, if its guest wants it again: any strategy but the random one
         would put it away and choose it.  None for that way.
         """
-        ended = self._came_back[0]
-        if type(ended) is not Claim or len(self._came_back) > 1 or self._waiting:
+        came_back = self._came_back
+        ended = came_back[0]  # twice, if the holder went after the release
+        if type(ended) is not Claim or came_back[-1] is not ended or len(came_back) > 2:
             return None
         slot = getattr(ended, "slot", None)
         if (
@@ -422,14 +423,16 @@ class Pool:
             or slot.state is not CLEAN
             or self.allocation != "pooling"
             or self._strategy == "random"
-            or (slot.image is not None and slot.image.closed)
             or self._leased.get(slot) is not ended
+            or self._waiting
         ):
             return None
         claim.slot = slot
         self._leased[slot] = claim
         self._returning.pop(slot, None)
-        self._came_back.popleft()
+        came_back.popleft()
+        if came_back and came_back[0] is ended:
+            came_back.popleft()
         return slot
 
     def _pick(

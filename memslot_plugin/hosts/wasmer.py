@@ -355,8 +355,10 @@ class WasmerLive(Live):
         streams = None if self._connected is None else self._connected.streams
         if streams is not None:
             streams.clear()
-        self.generation = generation
-        self.let_go()
+        # What let_go does, without the call.
+        self.held = False
+        self.running -= 1
+        self.generation = self.admits = generation
 
     def set_globals(self) -> None:
         """Every saved global gets its initial value."""
