@@ -415,7 +415,7 @@ class Pool:
         ended = came_back[0]  # twice, if the holder went after the release
         if type(ended) is not Claim or came_back[-1] is not ended or len(came_back) > 2:
             return None
-        slot = getattr(ended, "slot", None)
+        slot: Slot | None = getattr(ended, "slot", None)
         if (
             slot is None
             or not ended.complete
