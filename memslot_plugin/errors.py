@@ -49,7 +49,8 @@ def printable(text: str) -> str:
     """
     if text.isprintable():
         return text
-    line = re.sub(r"\s*[\r\n]\s*", " ", text.strip())
+    # Not by a pattern with spaces around the end of a line, which takes quadratic time for many spaces.
+    line = " ".join(filter(None, map(str.strip, re.split(r"[\r\n]", text))))
     return "".join(
         each if each.isprintable() else each.encode("unicode_escape").decode() for each in line
     )

@@ -229,7 +229,8 @@ def attach(
     files: dict[int, Backing] = {}
     try:
         # Copied once for each descriptor, one file would cost as much as many.
-        if len({os.fstat(fd).st_ino for fd in fds[1:]}) < len(fds) - 1:
+        statuses = map(os.fstat, fds[1:])
+        if len({(each.st_dev, each.st_ino) for each in statuses}) < len(fds) - 1:
             raise InvalidContainer(f"{label} has two descriptors of one file")
         for number, fd in enumerate(fds[1:], start=1):
             files[number], why = _received(fd, label, _end_in_file(found, number))
@@ -461,7 +462,11 @@ class About:
 def _segment(**given: Any) -> guests.SegmentReport:
     found = guests.SegmentReport(**given)
     _of(found.index, int), _of(found.byte_size, int), _of(found.mode, str)
-    _of(found.memory, int, type(None)), _of(found.offset, int, type(None))
+    (
+        _of(found.memory, int, type(None)),
+        _of(found.offset, int, type(None)),
+        _of(found.in_image, bool),
+    )
     return found
 
 

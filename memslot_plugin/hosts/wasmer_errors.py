@@ -32,7 +32,7 @@ from memslot_plugin.wasm import Offsets
 
 _EXIT = re.compile(r"RuntimeError: WASI exited with code: (\d+)")
 _IMPORT = re.compile(r'Error while importing "(.*?)"\."(.*?)": (.*)', re.DOTALL)
-_FRAME = re.compile(r"^(    at .* \(.*)\[(\d+)\]:(0x[0-9a-f]+)\)$", re.MULTILINE)
+_FRAME = re.compile(r"^(    at .*)\[(\d+)\]:(0x[0-9a-f]+)\)$", re.MULTILINE)
 _LINK = ("Host env initialization error", "Link error")
 _RESOURCES = ("Insufficient resources", "Error when allocating memory")
 _WRONG_RESULT = "RuntimeError: Dynamic function returned wrong signature"

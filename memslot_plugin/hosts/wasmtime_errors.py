@@ -82,7 +82,7 @@ class WasmtimeTrap(_Native, GuestTrap, wasmtime.Trap):
             at = int(found[2], 16)
             return f"{found[1]}{moved.get(at, at):#{len(found[2])}x}"
 
-        text = re.sub(r"(?m)^(\s*\d+:\s+)(0x[0-9a-f]+)", given, self.native.message)
+        text = re.sub(r"(?m)^( *\d+: +)(0x[0-9a-f]+)", given, self.native.message)
         return "\n".join(map(printable, text.split("\n")))
 
     @Lazy

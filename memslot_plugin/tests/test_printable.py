@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 import traceback
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from memslot_plugin.cli.output import Output
 from memslot_plugin.cli.run import Steps
 from memslot_plugin.errors import printable
 from memslot_plugin.tests import hosts
+from memslot_plugin.wasm import binary as wasm
 
 EVIL = "\x1b[31mred\x07\r\nCRITICAL \x9b2J\u202e\udcff"
 SHOWN = r"\x1b[31mred\x07 CRITICAL \x9b2J\u202e\udcff"
@@ -39,6 +41,29 @@ def test_text_becomes_one_line_that_does_nothing_to_a_terminal() -> None:
     assert printable(SHOWN) == SHOWN
     assert printable("a  b\n\n   c\td\n") == r"a  b c\td"
     assert printable("Grüße, 世界 🦀") == "Grüße, 世界 🦀"
+
+
+# Quadratic steps would take minutes.
+
+
+@pytest.mark.parametrize("text", [" ", "\n", "\n "])
+def test_long_text_becomes_one_line_in_linear_steps(text: str) -> None:
+    assert printable(f"a{text * 500_000}\x1b").strip(" a") == r"\x1b"
+
+
+@pytest.mark.parametrize("name", hosts.RUNTIMES)
+@pytest.mark.parametrize("text", [" ", "\n", "\n ", " (", "[1"])
+def test_trap_in_a_function_with_a_long_name_is_raised_in_linear_steps(
+    name: str, text: str
+) -> None:
+    function = b"\1\0" + wasm.encode_name(text * (99_000 // len(text)))
+    names = wasm.encode_name("name") + b"\1" + wasm.unsigned_leb128(len(function)) + function
+    module = hosts.assemble('(module (memory 1) (data "x") (func (export "f") unreachable))')
+    module += b"\0" + wasm.unsigned_leb128(len(names)) + names
+    with hosts.serving(name) as host, host.prepare(module).instantiate() as instance:
+        with pytest.raises(memslot.GuestTrap) as raised:
+            instance.call("f")
+        assert pickle.loads(pickle.dumps(raised.value)).args == raised.value.args
 
 
 @pytest.mark.parametrize("kind", [errors.GuestTrap, errors.SystemCallError, errors.PoolTimeout])

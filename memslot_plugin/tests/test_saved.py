@@ -379,6 +379,8 @@ ABOUT: dict[str, Any] = {"writer": "w", "name": "x", "snapshot": True, "reseed":
 ABOUT |= {"source_bytes": 1, "segments": [], "changes": []}
 WRONG: list[dict[str, Any]] = [{"name": 7}, {"snapshot": 1}, {"reseed": []}, {"changes": [None]}]
 WRONG += [{"segments": [7]}, {"segments": [{"index": 0}]}]
+SEGMENT = {"index": 0, "mode": "active", "memory": 0, "offset": 0, "byte_size": 1, "in_image": True}
+WRONG += [{"segments": [{**SEGMENT, name: [[]]}]} for name in SEGMENT]
 WRONG = [{}, *({**ABOUT, **each} for each in WRONG)]
 EMPTIED = MODULE.replace(b"\x0b\x0c", b"\x0b\x08").replace(b"\x04data", b"\x00")
 # (module (func) (memory 3 9) (start 0))
