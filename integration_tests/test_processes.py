@@ -228,3 +228,19 @@ def test_process_with_workers_serves_and_ends_in_silence(
         *(method, ending, plain_cell.host, plain_cell.backend),
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@every_fork
+def test_child_takes_a_snapshot_before_anything_else(plain_cell: Cell, fork: Fork) -> None:
+    with plain_cell.serving(slots=4) as host, host.prepare(toy.A).instantiate() as instance:
+        instance.call("grow", 1)  # so that the snapshot is another module, and is compiled
+
+        def child() -> None:
+            if host.name == "wasmer":
+                with pytest.raises(memslot.Unsupported, match="prepare guests before the fork"):
+                    instance.snapshot()
+            else:
+                with instance.snapshot() as taken, taken.instantiate() as again:
+                    assert again.call("size") == 3
+
+        assert in_child(child, fork) == ""

@@ -182,6 +182,8 @@ class Pool:
         # Counters of their own: of each lease and reset, and a Counter costs twice as much to look into.
         self._hits = self._remaps = 0
         self._how: collections.defaultdict[str, int] = collections.defaultdict(int)
+        self._parting = 0
+        """The thread that puts it in order in a child of a fork."""
         self._make_lock()
         _POOLS.add(self)
 
@@ -808,7 +810,18 @@ class Pool:
         """In a child: locks may be held by threads that do not exist here; what is leased goes on
         as a private copy.
         """
-        self._make_lock()
+        if self._parting == threading.get_ident():
+            return  # a signal handler or a finalizer interrupts this, and has had the child catch up
+        self._parting = threading.get_ident()
+        try:
+            self._make_lock()
+            with self._lock:
+                self._part()
+        finally:
+            self._parting = 0
+
+    def _part(self) -> None:
+        """Under the lock, so that what comes in between leases nothing meanwhile."""
         self._waiting.clear()
         self._finish_for_others()
         for shelf in self._shelves.values():

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from memslot_hooks.types import Image, InitialContent, LinearMemory, MemoryRequest, Segment
 from memslot_plugin import guest as guests
 from memslot_plugin import image as images
-from memslot_plugin._core import ffi
+from memslot_plugin._core import catch_up, ffi
 from memslot_plugin.errors import (
     ArgumentError,
     InUse,
@@ -350,6 +350,7 @@ class Guest:
         self, live: Live, name: str | None, binding: Binding, *, generation: int, depth: int
     ) -> Guest:
         """A guest that starts where a live instance of this one is; raises SnapshotRefused."""
+        catch_up()
         plan, what = self.plan, f"the instance of {self.name} cannot be captured"
         reason = guests.reason_against_snapshots(plan, given_away=live.given_away)
         if reason is not None:

@@ -22,7 +22,7 @@ from typing import Any, cast
 
 from memslot_hooks.types import LinearMemory, MemoryRequest
 from memslot_plugin import guest as guests
-from memslot_plugin._core import after_fork, ffi, lib
+from memslot_plugin._core import after_fork, catch_up, ffi, lib
 from memslot_plugin.errors import (
     InUse,
     InvalidModule,
@@ -204,6 +204,7 @@ class WasmtimeHost(Host):
         return config
 
     def _native_config(self) -> wasmtime.Config:
+        catch_up()
         config = wasmtime.Config()
         if self._configure is not None:
             self._configure(config)
@@ -327,6 +328,7 @@ class WasmtimeHost(Host):
         self, engine: wasmtime.Engine, module: bytes, *, native: bool
     ) -> wasmtime.Module:
         """Compiled for this engine, without its compiler's threads where those stayed behind in a fork."""
+        catch_up()
         if os.getpid() == self._process:
             return wasmtime.Module(engine, module)
         alone = wasmtime.Engine(self._native_config() if native else self._engine_config())

@@ -196,6 +196,28 @@ def test_pool_that_a_finalizer_interrupts_takes_a_slot_back_and_refuses_what_wou
     pool.check()
 
 
+def test_pool_that_is_interrupted_after_a_fork_gives_no_place_to_two(
+    make_pool: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = make_pool(2)
+    pool.release(lease(pool))
+    places = pool._places
+
+    def interrupted() -> list[int]:
+        pool.after_fork()  # which a handler that leases has called first
+        with pytest.raises(memslot.InUse, match="while its own thread was changing the pool"):
+            lease(pool, "handler")
+        return places()
+
+    monkeypatch.setattr(pool, "_places", interrupted)
+    pool.after_fork()
+    pool.check()
+    slots = [lease(pool), lease(pool)]
+    assert slots[0].base != slots[1].base
+    for slot in slots:
+        pool.release(slot)
+
+
 def test_slot_is_released_once_and_to_its_own_pool(make_pool: Make) -> None:
     pool, other = make_pool(), make_pool()
     slot = lease(pool)
