@@ -450,6 +450,10 @@ uintptr_t ms_wt_memory_grow(ms_wt_cell *cell, const char *name, size_t length, u
 /* 0, or the address of wasmtime's error.  `foreign` says that the linker is for a store of the embedder's. */
 uintptr_t ms_wt_define(uintptr_t linker, const char *module, size_t module_length, const char *name, size_t name_length,
                        uintptr_t type, uint64_t identity, int foreign);
+/* Keeps the instance of a store of ours from being closed while a function of wasmtime-py's runs for it; `kept` is 0 at first. */
+void ms_wt_stay(uintptr_t context, uintptr_t *kept);
+/* Ends that; nothing happens where `kept` is 0. */
+void ms_wt_go(uintptr_t *kept);
 /* Takes the identities of functions that no linker and no store needs any more. */
 size_t ms_wt_drain_functions(uint64_t *identities, size_t capacity);
 

@@ -807,6 +807,20 @@ uintptr_t ms_wt_memory_grow(ms_wt_cell *cell, const char *name, size_t length, u
 
 static struct node *dropped_functions;
 
+void ms_wt_stay(uintptr_t context, uintptr_t *kept)
+{
+    const struct shimmed *shimmed = api.context_data((wt_context *)context);
+    *kept = shimmed ? (uintptr_t)stay(shimmed->cell) : 0;
+}
+
+void ms_wt_go(uintptr_t *kept)
+{
+    ms_wt_cell *cell = (ms_wt_cell *)*kept;
+    *kept = 0;
+    if (cell)
+        give(cell);
+}
+
 struct function {
     struct node node; /* first: it is freed as one */
     int foreign;
@@ -816,11 +830,11 @@ static wt_trap *call_python(void *env, wt_caller *caller, wt_raw *values, size_t
 {
     static const char message[] = "a host function raised";
     const struct function *function = env;
-    const struct shimmed *shimmed = function->foreign ? NULL : api.context_data(api.caller_context(caller));
-    ms_wt_cell *cell = shimmed ? stay(shimmed->cell) : NULL;
+    uintptr_t kept = 0;
+    if (!function->foreign)
+        ms_wt_stay((uintptr_t)api.caller_context(caller), &kept);
     int64_t exception = ms_wt_python_call(function->node.name, (uint8_t *)values, count);
-    if (cell)
-        give(cell);
+    ms_wt_go(&kept);
     if (!exception)
         return NULL;
     frame.raised = exception;

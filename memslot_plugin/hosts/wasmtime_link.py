@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from memslot_plugin._core import ffi
+from memslot_plugin._core import ffi, lib
 from memslot_plugin.errors import ExportNotFound, LinkError, Unsupported, cause_of
 from memslot_plugin.guest import Plan
 from memslot_plugin.hosts import wasi
@@ -378,7 +378,8 @@ class Compiled:
                 )
             # References are wasmtime-py's business; it may only be used where it does not end the process.
             watched = _watched(signature, function, label)
-            linker.define_func(module, name, wanted, _weakly(watched))
+            weakly = _weakly(watched, foreign=foreign)
+            linker.define_func(module, name, wanted, weakly, access_caller=True)
         except wasmtime.WasmtimeError as error:
             raise LinkError(f"{label} is refused: {one_sentence(str(error))}") from cause_of(error)
         return watched
@@ -409,13 +410,22 @@ def _watched(signature: Signature, function: Callable[..., Any], label: str) -> 
     return watched
 
 
-def _weakly(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` for wasmtime-py, which keeps what it is given where no collection looks."""
+def _weakly(function: Callable[..., Any], *, foreign: bool) -> Callable[..., Any]:
+    """`function` for wasmtime-py, which keeps what it is given where no collection looks.
+
+    `foreign` says that it is for a store of the embedder's own.
+    """
     found = weakref.ref(function)
 
-    def call(*arguments: Any) -> Any:
+    def call(caller: wasmtime.Caller, *arguments: Any) -> Any:
         held: Any = found()  # there, because its link is: see `FUNCTIONS`
-        return held(*arguments)
+        kept = ffi.new("uintptr_t *")
+        try:
+            if not foreign:
+                lib.ms_wt_stay(address_of(caller._context()), kept)
+            return held(*arguments)
+        finally:
+            lib.ms_wt_go(kept)
 
     return call
 

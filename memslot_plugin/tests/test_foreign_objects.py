@@ -383,9 +383,12 @@ def test_store_closed_at_any_line_of_instantiating_is_refused(host: WasmtimeHost
     assert in_use(host) == 0
 
 
+@pytest.mark.parametrize("kind", ["i32", "externref"])
 @pytest.mark.parametrize("end", ["close", "reset", "lease", "host"])
-def test_call_through_native_keeps_its_instance_from_ending(host: WasmtimeHost, end: str) -> None:
-    def ends() -> None:
+def test_call_through_native_keeps_its_instance_from_ending(
+    host: WasmtimeHost, end: str, kind: str
+) -> None:
+    def ends(_: object) -> None:
         refuses(
             memslot.InUse,
             "while a call of it runs",
@@ -397,9 +400,10 @@ def test_call_through_native_keeps_its_instance_from_ending(host: WasmtimeHost, 
             }[end],
         )
 
-    module = """(module (import "e" "end" (func $end)) (memory (export "memory") 1)
+    given = "(i32.const 1)" if kind == "i32" else "(ref.null extern)"
+    module = f"""(module (import "e" "end" (func $end (param {kind}))) (memory (export "memory") 1)
       (func (export "run") (result i32)
-        (i32.store (i32.const 0) (i32.const 7)) (call $end) (i32.load (i32.const 0))))"""
+        (i32.store (i32.const 0) (i32.const 7)) (call $end {given}) (i32.load (i32.const 0))))"""
     with host.prepare(module, imports={"e": {"end": ends}}) as guest:
         lease = guest.lease()
         with lease.__enter__() as instance:
