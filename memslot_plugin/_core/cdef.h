@@ -486,6 +486,9 @@ typedef struct {
 /* What was refused, where not all was taken; a folder's number is added to the last one. */
 enum ms_wt_refused { MS_WT_ARGUMENTS = 1, MS_WT_ENVIRONMENT, MS_WT_SET, MS_WT_FOLDER };
 
+/* True in a child of a fork whose parent opened a path or captured output by WASI: that may wait for ever for wasmtime's worker
+ * threads, which are not in the child. */
+int ms_wt_workers_lost(void);
 /* Gives the cell's store a new state of WASI; whatever it had of it is gone.  An output that is not NULL captures its stream.
  * 0 or what was refused; with MS_WT_SET, the cell's `error` is the caller's to delete. */
 size_t ms_wt_wasi_give(ms_wt_cell *cell, const ms_wt_wasi *wasi, ms_wt_output *out, ms_wt_output *err);

@@ -870,6 +870,21 @@ enum { WAIT_SLICE = 5000000 /* ns */, WASI_PAGE = 65536, SUBSCRIPTION = 48, EVEN
 enum { WASI_NAMETOOLONG = 37, WASI_NOTSUP = 58 };
 enum { WASI_DIRECTORY = 3, WASI_REGULAR_FILE = 4, WASI_SYMBOLIC_LINK = 7 };
 
+/* ms_forks + 1 when wasmtime's first worker thread was noticed in this process or one before it, or 0; atomic. */
+static unsigned workers;
+
+static void note_workers(void)
+{
+    if (!__atomic_load_n(&workers, __ATOMIC_RELAXED))
+        __atomic_store_n(&workers, ms_forks + 1, __ATOMIC_RELAXED);
+}
+
+int ms_wt_workers_lost(void)
+{
+    unsigned noticed = __atomic_load_n(&workers, __ATOMIC_RELAXED);
+    return noticed && noticed != ms_forks + 1;
+}
+
 static const char wasi_module[] = "wasi_snapshot_preview1";
 
 struct wait {
@@ -1133,6 +1148,7 @@ static wt_trap *path_open(void *env, wt_caller *caller, wt_raw *values, size_t c
         values[0].i64 = WASI_NAMETOOLONG;
         return NULL;
     }
+    note_workers();
     if (visit.size >= WASI_PAGE && path + length <= visit.size) {
         /* Beside the path, which ends before the second of these places if it begins within the first. */
         trap = is_special(&visit, values, path < FILESTAT ? FILESTAT + LONGEST_PATH : 0, &special);
@@ -1196,6 +1212,7 @@ static ptrdiff_t write_output(void *env, const unsigned char *bytes, size_t leng
 {
     ms_wt_output *output = env;
     ptrdiff_t written = (ptrdiff_t)length;
+    note_workers();
     lock(output);
     /* What passes the limit is taken from the guest and dropped: a hostile one may not fill this process. */
     length = length < output->limit - output->length ? length : output->limit - output->length;

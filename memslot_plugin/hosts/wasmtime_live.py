@@ -231,6 +231,8 @@ class WasmtimeLive(Live):
             self.settle_outcome(outcome)
 
     def wake(self) -> None:
+        if self.environment is not None:
+            self.environment.require_workers()
         if self._host._configure_store is not None:
             self._host._configure_store(self.store())
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from memslot_plugin._core import ffi, lib
-from memslot_plugin.errors import SettingError
+from memslot_plugin.errors import SettingError, Unsupported
 from memslot_plugin.hosts.wasi import Wasi
 from memslot_plugin.hosts.wasmtime_bridge import address_of, define_wait, wasmtime, wasmtime_ffi
 
@@ -71,11 +71,20 @@ class Environment:
         self._kept += encoded, array
         return array
 
+    def require_workers(self) -> None:
+        """Raise Unsupported in a child of a fork where folders or captured streams may wait for ever."""
+        if (self._uncaptured is None or self.has_folders) and lib.ms_wt_workers_lost():
+            raise Unsupported(
+                "folders and captured output cannot be used in this child of a fork, because its parent used them and"
+                " wasmtime's worker threads stayed there: fork before that, or start workers with spawn or forkserver"
+            )
+
     def give(self, cell: Any) -> Streams:
         """Give the store of a cell a new state of WASI.
 
-        Raises SettingError where this machine does not have what it takes.
+        Raises SettingError where this machine does not have what it takes, and Unsupported as `require_workers`.
         """
+        self.require_workers()
         streams = self._uncaptured or Streams(self._wasi)
         out, err = streams.outputs.get("stdout", _NONE), streams.outputs.get("stderr", _NONE)
         refused = _give(cell, self._given, out, err)

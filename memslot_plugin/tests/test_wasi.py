@@ -17,6 +17,7 @@ import memslot_plugin as memslot
 from memslot_plugin import Folder, Host, Instance, Wasi
 from memslot_plugin.tests import hosts
 from memslot_plugin.tests.runtimes import missing
+from memslot_plugin.tests.slots import Fork, every_fork, in_child
 
 wasmtime: Any = importlib.import_module("wasmtime") if missing("wasmtime") is None else None
 
@@ -419,3 +420,35 @@ def test_path_that_is_no_file_and_no_folder_is_not_opened(host: Host, tmp_path: 
         assert calls.open("note") == calls.open("empty", flags=2) == 0
         assert calls.open("nothing") == 44
         calls.open("to-note")
+
+
+@every_fork
+def test_wasi_after_a_fork_answers_or_refuses_what_would_wait_for_ever(
+    host: Host, fork: Fork, tmp_path: Path
+) -> None:
+    captured = host.prepare(_text(), wasi=Wasi(stdout="capture"))
+    reader = host.prepare(_text(), wasi=Wasi(preopened={"/": _filled(tmp_path)}))
+
+    def write() -> None:
+        with captured.lease() as instance:
+            assert not instance.call("fd_write", 1, *Calls(instance).vector(b"said"), _RESULT)
+            assert instance.stdout == b"said"
+
+    def read() -> None:
+        with reader.instantiate() as instance:
+            assert Calls(instance).open("note") == 0
+
+    def check() -> None:
+        with captured.instantiate(wasi=Wasi()) as instance:
+            assert not instance.call("fd_write", 1, *Calls(instance).vector(b"dropped"), _RESULT)
+        for use in write, write, read:  # the first lease is of an instance that waited
+            if host.name == "wasmer":
+                use()
+                continue
+            with pytest.raises(memslot.Unsupported, match="fork before that"):
+                use()
+
+    write()
+    read()
+    in_child(check, fork)
+    captured.close()
