@@ -33,6 +33,8 @@ from memslot_plugin.wasm import Offsets
 _EXIT = re.compile(r"RuntimeError: WASI exited with code: (\d+)")
 _IMPORT = re.compile(r'Error while importing "(.*?)"\."(.*?)": (.*)', re.DOTALL)
 _FRAME = re.compile(r"^(    at .*)\[(\d+)\]:(0x[0-9a-f]+)\)$", re.MULTILINE)
+_MOST_FRAMES = 64
+"""wasmer tells every frame, of which a guest makes half a million in a stack of 8 MiB."""
 _LINK = ("Host env initialization error", "Link error")
 _RESOURCES = ("Insufficient resources", "Error when allocating memory")
 _WRONG_RESULT = "RuntimeError: Dynamic function returned wrong signature"
@@ -101,6 +103,7 @@ def at_call(
     if exited is not None:
         # The status is 32 bits; the operating system hands on the low eight of them (exit(3)).
         return GuestExit(int(exited[1]) & 0xFF)
+    text = "\n".join(text.split("\n", _MOST_FRAMES + 1)[: _MOST_FRAMES + 1])
     if offsets is not None:
         text = _FRAME.sub(lambda found: _given(found, offsets), text)
     return GuestTrap(text.removeprefix("RuntimeError: "), error)

@@ -31,6 +31,7 @@ from memslot_plugin.hosts.wasmer_runtime import (
     wasmer,
 )
 from memslot_plugin.wasm.module import SectionId
+from memslot_plugin.wasm.names import without_long_names
 
 if TYPE_CHECKING:
     from memslot_plugin import wasm
@@ -57,6 +58,10 @@ def placed(host_store: Any, store: Any, module: Any) -> Placed:
     if any(passes_references(each.type) for each in (*module.imports, *module.exports)):
         return Placed(host_store, wasmer.Module.deserialize(host_store, module.serialize()))
     return Placed(store, module)
+
+
+LONGEST_NAME = 256
+"""Bytes of a function's name, which wasmer writes out for each of half a million frames in a stack of 8 MiB."""
 
 
 class Connected(NamedTuple):
@@ -102,7 +107,10 @@ class Compiled:
         try:
             if reused is None:
                 # In another store: where the compiler panics, for a tag for example, its engine never compiles again.
-                code = wasmer.Module(new_store(), plan.module).serialize()
+                module = plan.module
+                if plan.structure is not None:
+                    module = without_long_names(module, LONGEST_NAME)
+                code = wasmer.Module(new_store(), module).serialize()
                 store = new_store()
                 reused = placed(host_store, store, wasmer.Module.deserialize(store, code))
             self.store, self.module = reused.store, reused.module

@@ -42,6 +42,20 @@ def destroyed(host: WasmerHost) -> int:
     return sum(pool.destroyed for pool in host.statistics().pools)
 
 
+def test_trap_of_an_exhausted_stack_tells_the_innermost_frames() -> None:
+    with hosts.started("wasmer") as instance, pytest.raises(memslot.GuestTrap) as raised:
+        instance.call("recurse")
+    assert str(raised.value).count(" at recurse ") == 64
+
+
+def test_long_names_are_not_repeated_for_each_frame() -> None:
+    for many, said in (256, "n" * 256), (257, "<unnamed>"):
+        text = f'(module (memory 1) (func ${"n" * many} (export "f") unreachable))'
+        with hosts.started("wasmer", text) as instance, pytest.raises(memslot.GuestTrap) as raised:
+            instance.call("f")
+        assert f" at {said} (" in str(raised.value)
+
+
 def test_vectors_are_integers_and_references_are_refused_before_wasmer_panics(
     host: WasmerHost,
 ) -> None:
