@@ -149,10 +149,10 @@ class Compiled:
             for item in self.module.imports
             if plan.import_name is None or (item.module, item.name) != plan.import_name
         ]
-        self.wasi: dict[str, tuple[str, ...]] = {}
+        self.wasi: dict[str, list[str]] = {}
         for module, name, _ in self._imports:
             if module in wasmer_wasi.VERSIONS:
-                self.wasi[module] = (*self.wasi.get(module, ()), name)
+                self.wasi.setdefault(module, []).append(name)
         self.calls_out = any(kind_of(type_) == "func" for _, _, type_ in self._imports)
         self.may_grow = self.calls_out or _may_grow(guest)
         self._prepared: Connected | None = None
