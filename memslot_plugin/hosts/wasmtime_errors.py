@@ -18,6 +18,7 @@ from memslot_plugin.errors import (
     LinkError,
     MemoryTooLarge,
     MemslotError,
+    PoolExhausted,
     Unsupported,
     UsedAfterClose,
     cause_of,
@@ -155,9 +156,14 @@ _LIMITS = {
     "exceeds memory limits": "memory_limit",
     "exceeds table limits": "table_limit",
     "table count too high": "tables_per_instance",
+    "GC heap out of memory": "heap_limit",
     "memory count too high": "a module that memslot does not understand may define a single one",
 }
 """What wasmtime's limiter says, and the setting that it was given."""
+
+
+HEAPS = "as many heaps of the garbage collector"
+"""What the bridge says where `slots` are used up by heaps."""
 
 
 def _at_start(error: wasmtime.WasmtimeError, name: str) -> BaseException:
@@ -168,6 +174,10 @@ def _at_start(error: wasmtime.WasmtimeError, name: str) -> BaseException:
         refused.__cause__ = cause_of(error)
         return refused
     # Nothing but its text tells a limit from anything else.
+    if HEAPS in said:
+        exhausted = PoolExhausted(f"the guest {name} cannot be instantiated: {said}")
+        exhausted.__cause__ = cause_of(error)
+        return exhausted
     setting = next((each for text, each in _LIMITS.items() if text in said), None)
     if setting is not None:
         said = f"{said} ({setting})"

@@ -255,10 +255,26 @@ def test_heaps_are_as_many_as_slots() -> None:
             each.call("hold", 1)
         with pytest.raises(memslot.MemslotError, match=r"\(slots\)"):
             guest.instantiate().call("hold", 1)
+        with pytest.raises(memslot.PoolExhausted, match=r"\(slots\)"):
+            host.prepare(_holding_at_start(text)).instantiate()
         instances.pop().close()
         with guest.instantiate() as instance:
             instance.call("hold", 1)
         instances.pop().close()
+
+
+def _holding_at_start(text: str) -> str:
+    """HOLDS with a start function that holds 20 arrays."""
+    named = text.replace('(func (export "hold")', '(func $hold (export "hold")').rstrip()
+    return f"{named[:-1]} (func $begin (call $hold (i32.const 20))) (start $begin))"
+
+
+@on_wasmtime
+def test_heap_past_its_limit_at_start_is_refused_by_name() -> None:
+    with serving("wasmtime", heap_limit=MIB, configure=_configure) as host:
+        guest = host.prepare(_holding_at_start(HOLDS))
+        with pytest.raises(memslot.MemoryTooLarge, match="heap_limit"):
+            guest.instantiate()
 
 
 @on_wasmtime
