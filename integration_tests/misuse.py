@@ -71,7 +71,7 @@ IMPORTS = {
         (func $write (param i32 i32 i32 i32) (result i32)))""",
 }
 PLACES = (4096, 12288, PAGE + 8192, 2 * PAGE - 256)
-"""Where a guest's own words are, 64 of them each."""
+"""Offsets of a guest's own words, 64 of them each."""
 
 
 def text(kind: str, word: int) -> str:
@@ -123,7 +123,7 @@ class Tenant:
 
 
 class World:
-    """What the threads share: on wasmtime the hosts and their guests, on wasmer nothing but ended handles."""
+    """The part that threads share: on wasmtime the hosts and their guests, on wasmer nothing but ended handles."""
 
     def __init__(self, name: str, seed: int, threads: int, rounds: int) -> None:
         self.cell = Cell(name, "memfd")
@@ -260,7 +260,7 @@ class Player:
         *may: type[BaseException],
         ends: bool = False,
     ) -> tuple[Any] | None:
-        """What an action on a handle returns, in a tuple; None if it was refused as it should be.
+        """Return what an action on a handle returns, in a tuple; None if it was refused as it should be.
 
         `ends` says that the action ends the handle, and does nothing where it has ended.
         """
@@ -871,7 +871,7 @@ WEIGHTS = {
     Player.statistics: 2,
     Player.child: 0.5,
 }
-"""How often each act is drawn."""
+"""The weight with which each act is drawn."""
 ACTS = tuple(WEIGHTS)
 COMPILING = (Player.prepare, Player.copy, Player.spare_host, Player.child)
 FORKED_ACTS = tuple(act for act in ACTS if act not in COMPILING)

@@ -197,8 +197,8 @@ def why_it_may_change(fd: int) -> str | None:
     nobody can but this user and root.
 
     The file itself decides.  A mount that is read-only does not: the file may be writable through
-    another one, or by another of its names.  Folders do not either: with a descriptor open, whoever
-    may write to one can only put another file in this one's place.  Rights that an ACL grants to
+    another one, or by another of its names.  Folders do not either: with a descriptor open,
+    writing to one can only put another file in this one's place.  Rights that an ACL grants to
     write show in the group's bits, which are its mask then (acl(5)).  A descriptor that was opened
     for writing before the mode was changed is not seen: make the file with the mode that it keeps.
     """

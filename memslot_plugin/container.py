@@ -323,9 +323,9 @@ def require_data(fd: int, name: str, byte_size: int) -> None:
 
 
 def why_hollow(fd: int, byte_size: int) -> str | None:
-    """What is wrong with a file of which more than half is holes, a sentence's end; None for another one.
+    """The end of a sentence about a file of which more than half is holes; None for another file.
 
-    Reading a hole costs as much as reading data, and takes nothing of whoever made the file.  Ours
+    Reading a hole costs as much as reading data, and takes nothing of the file's maker.  Ours
     have none, but a file system that compresses makes some of long runs of zeros (zfs), where the
     blocks of a file say nothing either.
     """

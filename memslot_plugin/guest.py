@@ -471,7 +471,7 @@ def of_saved(
 
 
 def offsets(plan: Plan) -> wasm.Offsets | None:
-    """Where the code that a runtime compiles of this plan is in the module that was given; None if it is
+    """The places in the given module of the code that a runtime compiles of this plan; None if it is
     in the same place.
     """
     if plan.structure is None or plan.module is plan.source:
@@ -587,8 +587,8 @@ def _plan_memory(
 
 
 def reason_too_large(plan: Plan, settings: Settings) -> str | None:
-    """What a guest of `plan` needs that the settings do not allow, a sentence without its beginning; None if it
-    fits.
+    """A sentence without its beginning: something that a guest of `plan` needs and the settings do not allow; None if
+    it fits.
     """
     memories = [memory for memory in plan.memories if memory.imported is None]
     if len(memories) > settings.memories_per_instance:

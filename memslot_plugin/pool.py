@@ -70,7 +70,7 @@ _OWN = object()
 _RETIRED = ResetResult(None, 0, RETIRED)
 
 POLL_SECONDS = 0.05
-"""How often a waiting lease looks for slots that the garbage collector brought back, which wakes no waiter."""
+"""Time after which a waiting lease looks for slots that the garbage collector brought back, which wakes no waiter."""
 
 
 class Claim(weakref.ref[object]):

@@ -394,9 +394,8 @@ class Slot(Watched):
             check(self.image.lift(self.base), "removing an image from a slot")
             # Resets keep pages resident, and those of a grown memory lie behind what is accessible now.
             failed = lib.ms_discard(self.base, self.reserved)
-            if (
-                failed
-            ):  # locked pages cannot be dropped; those that are not mapped over here are zeros
+            # Locked pages cannot be dropped; those that are not mapped over here are zeros.
+            if failed:
                 failed = lib.ms_zero(self.base, self.accessible) if self.accessible else 0
             check(failed, "purging a slot")
             self._hold(None)

@@ -154,10 +154,12 @@ class MemslotSpecs:
         """Hand out a linear memory that holds the request's image over zeros.
 
         All sizes are bytes, `base` is an address.  `[base, base + minimum)` must be accessible, and
-        an access to the rest of `reserved + guard` must fault.  None means "not mine".  Raise
-        `PoolExhausted` when every slot is in use: the host tells `memslot_pool_exhausted` and then
-        its caller.  When nobody answers, or an answer is no `LinearMemory`, the host raises a
-        `PluginError` that names the plugins which were asked.
+        an access to the rest of `reserved + guard` must fault.  A request whose `minimum` and
+        `maximum` are 0 is for a memory that the runtime makes itself: no byte of the answer is
+        used, but it counts until it is released, so that a limit holds for that guest as well.
+        None means "not mine".  Raise `PoolExhausted` when every slot is in use: the host tells
+        `memslot_pool_exhausted` and then its caller.  When nobody answers, or an answer is no
+        `LinearMemory`, the host raises a `PluginError` that names the plugins which were asked.
 
         >>> class Shelf:
         ...     @hookimpl
@@ -312,7 +314,9 @@ class MemslotSpecs:
 
         The result counts bytes and nanoseconds.  After the answer the host never touches the memory
         again.  None means "not mine".  A memory that cannot be made pristine is destroyed instead
-        of being kept.  When nobody answers, the host raises `PluginError`.
+        of being kept.  If `exposed` is true, objects of the runtime's own may still reach the
+        memory, and its `mapping` must not be handed out again.  When nobody answers, the
+        host raises `PluginError`.
 
         >>> class Owner:
         ...     @hookimpl

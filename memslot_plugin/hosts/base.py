@@ -116,7 +116,7 @@ class Host(abc.ABC):
         # Its memories do not go with it, because it has to end first.
         self._live: dict[int, tuple[weakref.ref[Live], tuple[LinearMemory, ...]]] = {}
         self._begun: dict[int, Live] = {}
-        """What has begun and has no handle yet, by its id, where a runtime has to be told of its end."""
+        """Instances that have begun and have no handle yet, by id, where a runtime has to be told of their end."""
         self._dropped: collections.deque[Live] = collections.deque()
         self._guests: Living[Guest] = Living()
         self._relics: collections.deque[object] = collections.deque()
@@ -540,7 +540,7 @@ class Host(abc.ABC):
         self._live.pop(id(live), None)
 
     def _listed(self) -> list[Live]:
-        """What is live; other threads may begin and end instances meanwhile."""
+        """The live instances; other threads may begin and end some meanwhile."""
         found = (reference() for reference, _ in tuple(self._live.values()))
         return [live for live in found if live is not None]
 

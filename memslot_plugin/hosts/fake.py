@@ -53,7 +53,7 @@ class FakeHost(Host):
         """There is none."""
 
     def _leave_behind(self) -> None:
-        """In a child of a fork: an entry of a thread that is not here never ends, and nobody waits for it."""
+        """In a child of a fork: an entry of a thread that is not here never ends, and no thread waits for it."""
         for live in self._listed():
             assert isinstance(live, FakeLive)
             if live.running and live.thread != threading.get_ident():

@@ -45,7 +45,7 @@ class Instance:
         self._now: Live | None = live  # last, for who has it is dropped by its guest's host
 
     def _live(self) -> Live:
-        """What is live, to be entered; whether this handle may, the entry decides."""
+        """The live instance, to be entered; the entry decides if this handle may."""
         live, host = self._now, self.guest.host
         if live is None or not live.open:
             raise ended(self.guest.name)
@@ -54,11 +54,11 @@ class Instance:
         return live
 
     def _entered(self, action: Callable[[Live], _T]) -> _T:
-        """What `action` does, within an entry."""
+        """Do `action` within an entry, and return its result."""
         return self._live().entered(self._generation, action)
 
     def _seen(self, look: Callable[[Live], _T]) -> _T:
-        """What can be looked at while another thread calls: the lease has not ended before it was seen."""
+        """Look at something while another thread may call: the lease has not ended before it was seen."""
         live = self._live()
         seen = look(live)
         if live.generation != self._generation:
@@ -144,7 +144,7 @@ class Instance:
 
         In place, in the time of the pages that were written, where it is proven that memories and
         globals are all that can have changed (`guest.report.verdict`), no memory has grown, no heap
-        of a garbage collector passed `keep_resident` and nobody was given `native`; else by a new
+        of a garbage collector passed `keep_resident` and `native` was not given away; else by a new
         instance over the reset slot.  If it raises, the
         instance is closed and its slot back in the pool or destroyed.  Raises InUse while a call
         runs, and UsedAfterClose where the guest was closed; the instance goes on then.
@@ -168,9 +168,8 @@ class Instance:
             following = Instance(self.guest, live, self.guest.binding)
         else:
             following = self._begin_again(live, None)
-        self._now = (
-            None  # once another handle has what is live, or it would be nobody's after an interrupt
-        )
+        # Once another handle has what is live: it would have no owner after an interrupt in between.
+        self._now = None
         if self.guest.plan.is_snapshot:
             self.guest._restored(following)
         return following

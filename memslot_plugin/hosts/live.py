@@ -76,7 +76,7 @@ class Live(abc.ABC):
     given_away: bool = False
     """Whether the embedder was handed the runtime's own objects, and so may have changed anything."""
     outgrown: bool = False
-    """Whether the heap of a garbage collector, which no reset in place empties, passed `keep_resident`."""
+    """True once the heap of a garbage collector, which no reset in place empties, has passed `keep_resident`."""
     open: bool = False
     """True from when its host lists it until it has ended it, or begun to."""
     ended: bool = False
@@ -84,7 +84,7 @@ class Live(abc.ABC):
     fork: Guest | None = None
     """The guest of a fork, which ends together with its last instance."""
     dropped: deque[Live]
-    """Where its host looks for what is open and nobody can reach."""
+    """The list in which its host finds instances that are open and have lost their handle."""
     generation: int = 1
     """The lease that is served now."""
     held: bool = False
@@ -105,7 +105,7 @@ class Live(abc.ABC):
         """The guest's name, for errors."""
 
     def entered(self, generation: int, action: Callable[[Live], _T]) -> _T:
-        """What `action` does with this instance, within an entry; raises UsedAfterClose, InUse."""
+        """Do `action` with this instance within an entry, and return its result; raises UsedAfterClose, InUse."""
         self.running += 1
         try:
             if generation != self.admits or self.ended:
@@ -117,7 +117,9 @@ class Live(abc.ABC):
     def refuse(self) -> NoReturn:
         """Say why there is no entry: raises InUse, UsedAfterClose."""
         if not self.admits:
-            raise InUse(f"the instance of {self.guest_name} is being reset")
+            raise InUse(
+                f"the instance of {self.guest_name} is being reset; enter it after that has returned"
+            )
         raise ended(self.guest_name)
 
     def read_memory(self, generation: int, index: int, offset: int, length: int) -> bytes:

@@ -1,4 +1,4 @@
-"""Objects that others own, for whoever has to find them."""
+"""A set of objects that are owned elsewhere and have to be found."""
 
 from __future__ import annotations
 

@@ -249,7 +249,7 @@ def attach(
 
 
 def _end_in_file(found: Container, number: int) -> int:
-    """Where the last extent of that file ends in it; 0 if none lies there."""
+    """The end of the last extent in that file; 0 if none lies there."""
     extents = (each for image in found.images.values() for each in image if each.file == number)
     return max((each.file_offset + each.length for each in extents), default=0)
 

@@ -27,10 +27,10 @@ class Folder:
 class Wasi:
     """Arguments, environment, standard streams and folders for a WASI guest.
 
-    `arguments` are the program's own, without its name, which is `program`.  `stdout` and `stderr`
-    are "discard", "inherit" (this process's) or "capture" (read them from `instance.stdout` and
-    `instance.stderr`).  `preopened` maps the path that the guest sees to a folder of this machine: a
-    path, which the guest can only read, or a `Folder`.  The first `capture_limit` bytes of each
+    `arguments` are the program's own, without its name, which is `program`.  Standard input is empty.
+    `stdout` and `stderr` are "discard", "inherit" (this process's) or "capture" (read them from
+    `instance.stdout` and `instance.stderr`).  `preopened` maps the path that the guest sees to a
+    folder of this machine: a path, which the guest can only read, or a `Folder`.  The first `capture_limit` bytes of each
     captured stream are kept and the rest dropped, so that no guest can fill this process.
     """
 

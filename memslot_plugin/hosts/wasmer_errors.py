@@ -83,7 +83,7 @@ def at_call(
     *,
     host_function_is_wrong: bool,
 ) -> BaseException:
-    """What wasmer made while `name` was called, with offsets of the module that was given.
+    """The exception for what wasmer raised while `name` was called, with offsets of the module that was given.
 
     `host_function_is_wrong` says that a value which does not fit was a host function's result, and not
     an argument of the call.

@@ -17,7 +17,7 @@ BADF, FAULT, LOOP, NAMETOOLONG, NOENT, NOTSUP, ROFS, NOTCAPABLE = 8, 21, 32, 37,
 """Of `errno` in WASI preview 1."""
 
 CHANGE, OPEN, RENAME = 1, 2, 4
-"""What a call is about to do with a path, as bits; none: to look."""
+"""The things that a call is about to do with a path, as bits; none: to look."""
 
 PATH_MAX = 4096
 """The longest path that Linux takes.  A longer one is not even looked at: each of its parts costs a call."""

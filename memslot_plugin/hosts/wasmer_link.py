@@ -73,7 +73,7 @@ class Connected(NamedTuple):
 
 
 def _said_of_source(error: BaseException, plan: guests.Plan) -> BaseException:
-    """What is wrong, at an offset of the module that was given and not of the rewritten one."""
+    """The error at an offset of the module that was given, and not of the rewritten one."""
     try:
         if plan.module is not plan.source:
             wasmer.Module(new_store(), plan.source)
@@ -159,7 +159,7 @@ class Compiled:
         self._given: Namespaces | None = None
         """What the embedder gives to every instance, for those that get WASI beside it."""
         self._kept: list[Any] = []
-        """What `_given` needs."""
+        """Objects that `_given` needs."""
         self._bound: Owner | None = None
         self._reference = weakref.ref(self)
         # With the store goes what was compiled for it.

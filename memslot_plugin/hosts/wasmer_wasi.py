@@ -55,7 +55,7 @@ _SERVED = {
     "fd_pwrite": "(return (i32.const 70))",
 }
 REPLACED = tuple(_SERVED)
-"""What the shim serves itself where a descriptor is ours: all that moves its bytes."""
+"""Functions that the shim serves itself where a descriptor is ours: all that move its bytes."""
 
 _PATHS = {
     "path_create_directory": ((0, 1, 2),),
@@ -179,7 +179,7 @@ class Streams:
 
 
 def _guard(name: str) -> str:
-    """How the shim begins a function that could reach a folder: it returns what `Folders` refuses."""
+    """The beginning of a function of the shim that could reach a folder: it returns what `Folders` refuses."""
     if name in _WRITES:  # below 3 are the streams, and no other descriptor gets their numbers
         return (
             " (if (i32.ge_u (local.get 0) (i32.const 3)) (then (if (i32.eqz (call $writable (local.get 0)))"

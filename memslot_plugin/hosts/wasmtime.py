@@ -271,7 +271,7 @@ class WasmtimeHost(Host):
     def _said_of_source(
         self, engine: wasmtime.Engine, guest: Guest, error: wasmtime.WasmtimeError
     ) -> str:
-        """What is wrong, at an offset of the module that was given and not of the rewritten one."""
+        """The error at an offset of the module that was given, and not of the rewritten one."""
         try:
             if guest.plan.module is not guest.plan.source:
                 wasmtime.Module.validate(engine, guest.plan.source)
@@ -495,9 +495,7 @@ class WasmtimeHost(Host):
     def _drain(self) -> None:
         """Release the memories whose finalizers have run."""
         for live in list(self._ending.values()):
-            if (
-                not live.cell.depth
-            ):  # whoever was inside has left, and was cut short before it could end it
+            if not live.cell.depth:  # the call has left, and was cut short before it could end it
                 self.finish(live)
         tokens, finished = ffi.new("uint64_t[]", 64), self._finished
         while self._creator is not None:
@@ -550,9 +548,8 @@ class WasmtimeHost(Host):
             if not memories:
                 return ended != 2
             if ended == 2:
-                self._ending[token] = (
-                    live  # a forked child, in which that call does not return, looks here
-                )
+                # A forked child, in which that call does not return, looks here.
+                self._ending[token] = live
                 return False
             self._ending.pop(token, None)
             if ended:

@@ -219,7 +219,7 @@ HostFunction = Callable[[Any], None]
 """Takes arguments from a buffer of 16 bytes each, and puts its results there."""
 
 FUNCTIONS: dict[int, weakref.ref[Any]] = {}
-"""What linkers and stores need of ours, by the identity under which the C half knows it: host functions, and
+"""Objects of ours that linkers and stores need, by the identity that the C half knows them by: host functions, and
 shims of WASI.  Each belongs to its `Link`, because a host function may know its instance: held from here, the
 two would never be collected.
 """
@@ -254,10 +254,7 @@ def define(
         identity,
         foreign,
     )
-    if failed:
-        raise wasmtime.WasmtimeError._from_ptr(
-            ctypes.cast(failed, ctypes.POINTER(wasmtime_ffi.wasmtime_error_t))
-        )
+    _require_defined(failed)
 
 
 def define_wait(
@@ -271,6 +268,11 @@ def define_wait(
     failed = lib.ms_wt_define_wait(
         address_of(linker.ptr()), address_of(kind.ptr()), identity, shim.given, opens, foreign
     )
+    _require_defined(failed)
+
+
+def _require_defined(failed: int) -> None:
+    """Raise the WasmtimeError that is at this address; 0 is none."""
     if failed:
         raise wasmtime.WasmtimeError._from_ptr(
             ctypes.cast(failed, ctypes.POINTER(wasmtime_ffi.wasmtime_error_t))

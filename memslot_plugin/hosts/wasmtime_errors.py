@@ -159,7 +159,7 @@ _LIMITS = {
     "GC heap out of memory": "heap_limit",
     "memory count too high": "a module that memslot does not understand may define a single one",
 }
-"""What wasmtime's limiter says, and the setting that it was given."""
+"""The words of wasmtime's limiter, and the setting that it was given."""
 
 
 HEAPS = "as many heaps of the garbage collector"

@@ -84,7 +84,7 @@ class Link:
         *,
         kept: list[Any],
     ) -> None:
-        """`kept` is what the linker needs, which belongs to whoever may be called with it: live instances, and
+        """`kept` is what the linker needs, which belongs to its users: live instances, and
         stores of the embedder's.
         """
         self.kept = kept
@@ -141,11 +141,11 @@ class Compiled:
         self._names: dict[str, Name] = {}
         self._signatures: dict[str, Signature] = {}
         self.callables: dict[str, Callable[[Any], Callable[..., Any]]] = {}
-        """What makes an exported function for one instance."""
+        """Makers of an exported function for one instance, by its name."""
 
     @Lazy
     def limits(self) -> Limits:
-        """What a store of this guest's is limited to."""
+        """The limits of a store of this guest's."""
         settings, plan = self.settings, self.plan
         # How many there are was looked at when the guest was prepared, but for what was not understood.
         uncounted = plan.structure is None

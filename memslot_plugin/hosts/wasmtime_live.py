@@ -62,7 +62,7 @@ class WasmtimeLive(Live):
     """One instance, in a store of its own or in the embedder's."""
 
     _address = 0
-    """Where the cell is, once it was asked for."""
+    """The address of the cell, once it was asked for."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class WasmtimeLive(Live):
         self.cell = ffi.new(_CELL)
         self.token = token
         self.link: Link | None = None
-        """What it is linked with, which it may call for as long as it lives."""
+        """The link of its imports, which it may call for as long as it lives."""
         self._host = host
         self._compiled = compiled
         self._binding = binding
@@ -180,7 +180,8 @@ class WasmtimeLive(Live):
             return self._binding.store._context()
         except ValueError:
             raise UsedAfterClose(
-                f"the store of the instance of {self._compiled.guest_name} was closed"
+                f"the store of the instance of {self._compiled.guest_name} was closed;"
+                " instantiate the guest in a new store"
             ) from None
 
     # -- exports -----------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ class LentStore(wasmtime.Store):
 
     tenants: Living[WasmtimeLive]
     links: list[Link]
-    """What its instances are linked with, which they may call for as long as the store lives."""
+    """The links of its instances, which they may call for as long as the store lives."""
     identity: int
     """wasmtime's number for the store, with which every object of it begins."""
 
@@ -49,7 +49,7 @@ class LentStore(wasmtime.Store):
 
 
 class Limits(NamedTuple):
-    """What `wasmtime.Store.set_limits` takes; below 0 is no limit."""
+    """Arguments of `wasmtime.Store.set_limits`; below 0 is no limit."""
 
     memory_size: int = -1
     table_elements: int = -1

@@ -190,7 +190,7 @@ def _fitted(kind: int, value: Any, what: str, place: int, home: int | None) -> A
 
 
 def checked_result(signature: Signature, result: Any, what: str) -> Any:
-    """What a host function with references returned, as wasmtime-py takes it; raises ArgumentError."""
+    """The result of a host function with references, as wasmtime-py takes it; raises ArgumentError."""
     kinds = signature.results
     if len(kinds) == 1:
         return fitted(kinds, [result], what)[0]

@@ -29,7 +29,7 @@ def _check_equal(arrived: MemslotError, error: MemslotError) -> None:
 
 
 def _attributes(error: MemslotError) -> dict[str, Any]:
-    """Everything that can be read of an error; errors within it by what they print."""
+    """All that can be read of an error; errors within it by their text."""
     names = {*dir(error)} - {*dir(Exception), "native"}
     # An OSError's characters_written exists only once it was set.
     found = {each: getattr(error, each, None) for each in names if not each.startswith("_")}

@@ -1,4 +1,4 @@
-"""What a guest can make its host keep is under a setting, also where memslot leaves the guest to the runtime."""
+"""Limits of what a guest can make its host keep, also where memslot leaves the guest to the runtime."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _runtime_is_warm(_probed: None) -> None:
 
 
 def _configure(config: Any) -> None:
-    """Everything on that a hostile guest could ask for."""
+    """Turn on all that a hostile guest could ask for."""
     from wasmtime import _bindings
 
     _bindings.wasmtime_config_shared_memory_set(config.ptr(), True)

@@ -17,7 +17,7 @@ class Offsets:
         at = _code_of(rewritten)
         self._moved = 0 if section is None or at is None else section.payload - at
         self._ends: list[int] | None = None
-        """Where functions of the given module end in it; the first is preceded by where they begin."""
+        """The ends of functions in the given module; before the first stands where they begin."""
 
     def given(self, function: int, offset: int) -> int:
         """The offset in the given module of what is at `offset` in the rewritten one.  An offset outside of
@@ -45,7 +45,7 @@ class Offsets:
 
 
 def _code_of(module: bytes) -> int | None:
-    """Where the contents of the code section begin; None if there is none."""
+    """The place where the contents of the code section begin; None if there is none."""
     reader = Reader(module, 8, len(module))
     while reader.left:
         kind, length = reader.byte(), reader.u32()
