@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from memslot_plugin.errors import SettingError
+from memslot_plugin.errors import SettingError, shown
 
 MODULES = ("wasi_snapshot_preview1", "wasi_unstable")
 """The import modules of WASI preview 1, and of the snapshot before it."""
@@ -30,8 +31,9 @@ class Wasi:
     `arguments` are the program's own, without its name, which is `program`.  Standard input is empty.
     `stdout` and `stderr` are "discard", "inherit" (this process's) or "capture" (read them from
     `instance.stdout` and `instance.stderr`).  `preopened` maps the path that the guest sees to a
-    folder of this machine: a path, which the guest can only read, or a `Folder`.  The first `capture_limit` bytes of each
-    captured stream are kept and the rest dropped, so that no guest can fill this process.
+    folder of this machine: a path, which the guest can only read, or a `Folder`.  The first
+    `capture_limit` bytes of each captured stream are kept and the rest dropped, so that no guest can
+    fill this process.
     """
 
     arguments: Sequence[str] = ()
@@ -48,14 +50,19 @@ class Wasi:
                 raise SettingError(
                     f"wasi {name} = {getattr(self, name)!r} is not allowed: it must be inherit, capture or discard"
                 )
-        if self.capture_limit < 0:
+        if not isinstance(self.capture_limit, int) or not 0 <= self.capture_limit <= sys.maxsize:
             raise SettingError(
-                f"wasi capture_limit = {self.capture_limit} is not allowed: it must be at least 0 bytes"
+                f"wasi capture_limit = {shown(self.capture_limit)} is not allowed: it must be 0 to {sys.maxsize} bytes"
             )
+        for name in ("environment", "preopened"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise SettingError(
+                    f"wasi {name} = {shown(getattr(self, name))} is not allowed: it must be a mapping"
+                )
         _require_texts("program", [self.program])
-        if isinstance(self.arguments, str):
+        if isinstance(self.arguments, str) or not isinstance(self.arguments, Sequence):
             raise SettingError(
-                f"wasi arguments = {self.arguments!r} is not allowed: it must be a sequence of texts"
+                f"wasi arguments = {shown(self.arguments)} is not allowed: it must be a sequence of texts"
             )
         _require_texts("arguments", self.arguments)
         _require_texts("environment", [*self.environment, *self.environment.values()])
@@ -75,6 +82,10 @@ class Wasi:
             if not isinstance(folder.path, (str, os.PathLike)):
                 raise SettingError(
                     f"wasi preopened {seen!r} = {given!r} is not allowed: it must be a path or a memslot.Folder"
+                )
+            if not isinstance(folder.writable, bool):
+                raise SettingError(
+                    f"wasi preopened {seen!r} = {given!r} is not allowed: writable must be True or False"
                 )
             folders.append((os.fspath(folder.path), seen, folder.writable))
         return folders

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import memslot_plugin as memslot
+from memslot_plugin import Wasi
 from memslot_plugin.tests import hosts
 
 HUGE = 10**5000
@@ -41,6 +42,14 @@ USES: dict[str, tuple[Callable[[memslot.Instance, Any], object], tuple[Any, ...]
     ),
     "imports": (lambda it, given: it.guest.instantiate(imports=given), (3, [1], {"env": None})),
     "wasi": (lambda it, given: it.guest.instantiate(wasi=given), (3, {})),
+    "arguments": (lambda _, given: Wasi(arguments=given), (3, None, "ab", b"ab", {"a"}, [3])),
+    "environment": (lambda _, given: Wasi(environment=given), (3, None, ["a"], {"a": 3})),
+    "folders": (lambda _, given: Wasi(preopened=given), (3, None, ["/"], {"/": 3}, {3: "/"})),
+    "writable": (
+        lambda _, given: Wasi(preopened={"/": memslot.Folder("/", writable=given)}),
+        ("no", None, 1),
+    ),
+    "capture limit": (lambda _, given: Wasi(capture_limit=given), ("x", None, 1.5, -1, HUGE)),
     "source": (lambda it, given: it.guest.host.prepare(given), (3, None, [], HUGE, "a\0b")),
     "file": (lambda it, given: it.guest.host.load(given), (3, None, [], "a\0b")),
     "saved": (lambda it, given: it.guest.save(given), (3, None, [])),
