@@ -378,7 +378,7 @@ typedef struct {
     unsigned pins;       /* copies that run now; atomic */
     int held;            /* the owner wants no other entry, not even of its own thread; atomic */
     uint64_t generation; /* the lease whose handles may enter, from 1; atomic */
-    uint64_t closing;    /* the lease that ends when nobody is inside, or more for whichever it is then; 0 for none; atomic */
+    uint64_t closing;    /* the lease that ends when no thread is inside, or more for any; 0 for none; atomic */
     int lingering; /* closed, and wasmtime goes on using the memories */
     uintptr_t error; /* what ms_wt_wasi_give was refused with */
     int outgrown;    /* an entry let the heap of the garbage collector grow past what may be kept */

@@ -581,7 +581,7 @@ int ms_wt_close(ms_wt_cell *cell, uint64_t generation)
     if (!take_alone(cell)) {
         if (lease_over(cell, generation))
             return 3;
-        /* Whoever is inside looks at `closing` after it has left, and where it ends a lease also after that: one of us two gets in
+        /* The thread inside looks at `closing` after it has left, and where it ends a lease also after that: one of us two gets in
          * now, and a lease that has begun meanwhile goes on. */
         uint64_t known = 0, wanted = generation ? generation : UINT64_MAX;
         while (!__atomic_compare_exchange_n(&cell->closing, &known, wanted, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST) &&
@@ -648,7 +648,7 @@ uintptr_t ms_wt_call(ms_wt_callee *callee, uint64_t generation)
     if (!callee->found && !find_function(callee))
         return leave(cell, &entry, MS_WT_MISSING, NULL, NULL);
     wt_trap *trap = NULL;
-    wt_error *error = api.call((wt_context *)cell->context, (const wt_func *)callee->function, 
+    wt_error *error = api.call((wt_context *)cell->context, (const wt_func *)callee->function,
                                (wt_raw *)(callee->values ? callee->values : callee->room), callee->count, &trap);
     return leave(cell, &entry, 0, trap, error);
 }
