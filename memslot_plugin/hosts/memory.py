@@ -44,8 +44,10 @@ class Memory:
         if type(data) is not bytes:
             try:
                 source = ffi.from_buffer(data)
-            except (TypeError, BufferError) as error:
-                raise ArgumentError(f"what is written are bytes: {error}") from None
+            except (TypeError, BufferError):
+                raise ArgumentError(
+                    f"what is written are bytes, or a contiguous buffer of them, and not a {type(data).__name__}"
+                ) from None
         length = len(source)
         if not isinstance(offset, int):
             self._refuse(offset, length)
