@@ -77,9 +77,9 @@ def _a_page_is_not_reset() -> None:
 
 def _globals_are_not_reset() -> None:
     def put(live: Live, value: Any) -> None:
-        live.set_global("count", value)
+        live.set_global("count", value, live.generation)
 
-    _around_reset(lambda live: live.global_value("count"), put)
+    _around_reset(lambda live: live.global_value("count", live.generation), put)
 
 
 def _ready_instances_are_not_reset() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import memslot_plugin as memslot
 from memslot_plugin import SharedGuest
 from memslot_plugin.smaps import mappings
+from memslot_plugin.tests import hosts
 
 from . import cells, toy
 from .cells import Cell
@@ -77,3 +78,13 @@ def work(
             tell(attached(found))
             tell(host.load(file, trust_code=True))
     connection.send("closed")
+
+
+def run_or_exit(host: str, function: str) -> object:
+    """What a worker of a pool of processes gets from a guest that may trap or end itself."""
+    with memslot.open_host(host, slots=2) as opened:
+        if function == "exit":
+            with opened.prepare(hosts.WASI).instantiate() as instance:
+                instance.call("exit", 7)
+        with opened.prepare(hosts.ECHO).instantiate() as instance:
+            return instance.call(function)

@@ -9,7 +9,7 @@ import pickle
 import resource
 import socket
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import forkserver, reduction, resource_sharer, resource_tracker
 from pathlib import Path
@@ -23,6 +23,7 @@ from memslot_plugin.share import MOST_FILES
 
 from . import sharing, toy
 from .cells import Cell
+from .children import hosts
 from .exhausted import limited
 from .processes import in_child
 
@@ -347,3 +348,14 @@ def test_a_process_without_room_for_descriptors_gets_an_error() -> None:
             with limit, pytest.raises(memslot.SystemCallError, match=r"RLIMIT_NOFILE|ulimit -n"):
                 guest.share()
         guest.share().close()
+
+
+@pytest.mark.parametrize("host", [each for each in hosts() if each.values[0] != "fake"])
+def test_trap_or_exit_leaves_a_pool_of_processes_usable(host: str) -> None:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        with pytest.raises(memslot.GuestTrap, match="unreachable"):
+            pool.submit(sharing.run_or_exit, host, "trap").result(60)
+        with pytest.raises(memslot.GuestExit) as exited:
+            pool.submit(sharing.run_or_exit, host, "exit").result(60)
+        assert exited.value.code == 7
+        assert pool.submit(sharing.run_or_exit, host, "next").result(60) == 6

@@ -103,7 +103,8 @@ class Reservation:
         return int(lib.ms_unmap_held(self.base, self.length))
 
     def __del__(self) -> None:
-        lib.ms_unmap_held(self.base, self.length)
+        if hasattr(self, "length"):  # it may have been cut short before
+            lib.ms_unmap_held(self.base, self.length)
 
 
 class Pool:

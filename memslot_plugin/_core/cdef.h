@@ -425,8 +425,8 @@ uintptr_t ms_wt_hold(ms_wt_cell *cell, uint64_t generation, int alone, int64_t *
 /* Calls it. */
 uintptr_t ms_wt_call(ms_wt_callee *callee, uint64_t generation);
 /* The 16 bytes of an exported global, and its kind; and back. */
-uintptr_t ms_wt_global_get(ms_wt_cell *cell, const char *name, size_t length, uint8_t *value, uint8_t *kind);
-uintptr_t ms_wt_global_set(ms_wt_cell *cell, const char *name, size_t length, const uint8_t *value, uint8_t kind);
+uintptr_t ms_wt_global_get(ms_wt_cell *cell, uint64_t generation, const char *name, size_t length, uint8_t *value, uint8_t *kind);
+uintptr_t ms_wt_global_set(ms_wt_cell *cell, uint64_t generation, const char *name, size_t length, const uint8_t *value, uint8_t kind);
 /* A global that is read or put back: the export's name, the kind of its value and its 16 bytes, and where it was found. */
 typedef struct {
     const char *name;
@@ -442,8 +442,8 @@ uintptr_t ms_wt_globals_read(ms_wt_cell *cell, ms_wt_saved *saved, size_t count)
 /* Gives globals that were found their values, and leaves what was held: for the lease `generation`. */
 uintptr_t ms_wt_restore(ms_wt_cell *cell, uint64_t generation, const ms_wt_saved *saved, size_t count, int64_t *entered);
 /* Where an exported memory is and how large; growth by `pages`, and the pages before. */
-uintptr_t ms_wt_memory_locate(ms_wt_cell *cell, const char *name, size_t length, uintptr_t *base, size_t *byte_size);
-uintptr_t ms_wt_memory_grow(ms_wt_cell *cell, const char *name, size_t length, uint64_t pages, uint64_t *before);
+uintptr_t ms_wt_memory_locate(ms_wt_cell *cell, uint64_t generation, const char *name, size_t length, uintptr_t *base, size_t *byte_size);
+uintptr_t ms_wt_memory_grow(ms_wt_cell *cell, uint64_t generation, const char *name, size_t length, uint64_t pages, uint64_t *before);
 
 /* -- host functions: `identity` comes back in ms_wt_python_call -- */
 

@@ -655,9 +655,9 @@ uintptr_t ms_wt_call(ms_wt_callee *callee, uint64_t generation)
 
 /* ---- globals and memories by name ---- */
 
-static uintptr_t enter_export(ms_wt_cell *cell, struct entry *entry, const char *name, size_t length, wt_extern *found)
+static uintptr_t enter_export(ms_wt_cell *cell, uint64_t generation, struct entry *entry, const char *name, size_t length, wt_extern *found)
 {
-    unsigned refused = enter(cell, 0, entry);
+    unsigned refused = enter(cell, generation, entry);
     if (refused)
         return refuse(refused);
     if (!get_export(cell, name, length, found))
@@ -671,11 +671,11 @@ static uintptr_t leave_wrong_kind(ms_wt_cell *cell, struct entry *entry, wt_exte
     return leave(cell, entry, MS_WT_MISSING, NULL, NULL);
 }
 
-uintptr_t ms_wt_global_get(ms_wt_cell *cell, const char *name, size_t length, uint8_t *value, uint8_t *kind)
+uintptr_t ms_wt_global_get(ms_wt_cell *cell, uint64_t generation, const char *name, size_t length, uint8_t *value, uint8_t *kind)
 {
     struct entry entry;
     wt_extern found;
-    uintptr_t refused = enter_export(cell, &entry, name, length, &found);
+    uintptr_t refused = enter_export(cell, generation, &entry, name, length, &found);
     if (refused)
         return refused;
     if (found.kind != WT_EXTERN_GLOBAL)
@@ -689,11 +689,11 @@ uintptr_t ms_wt_global_get(ms_wt_cell *cell, const char *name, size_t length, ui
     return leave(cell, &entry, 0, NULL, NULL);
 }
 
-uintptr_t ms_wt_global_set(ms_wt_cell *cell, const char *name, size_t length, const uint8_t *value, uint8_t kind)
+uintptr_t ms_wt_global_set(ms_wt_cell *cell, uint64_t generation, const char *name, size_t length, const uint8_t *value, uint8_t kind)
 {
     struct entry entry;
     wt_extern found;
-    uintptr_t refused = enter_export(cell, &entry, name, length, &found);
+    uintptr_t refused = enter_export(cell, generation, &entry, name, length, &found);
     if (refused)
         return refused;
     if (found.kind != WT_EXTERN_GLOBAL)
@@ -763,11 +763,11 @@ uintptr_t ms_wt_restore(ms_wt_cell *cell, uint64_t generation, const ms_wt_saved
     return leave(cell, &entry, closing && closing >= ended ? MS_WT_CLOSING : 0, NULL, error);
 }
 
-uintptr_t ms_wt_memory_locate(ms_wt_cell *cell, const char *name, size_t length, uintptr_t *base, size_t *byte_size)
+uintptr_t ms_wt_memory_locate(ms_wt_cell *cell, uint64_t generation, const char *name, size_t length, uintptr_t *base, size_t *byte_size)
 {
     struct entry entry;
     wt_extern found;
-    uintptr_t refused = enter_export(cell, &entry, name, length, &found);
+    uintptr_t refused = enter_export(cell, generation, &entry, name, length, &found);
     if (refused)
         return refused;
     if (found.kind == WT_EXTERN_MEMORY) {
@@ -784,12 +784,12 @@ uintptr_t ms_wt_memory_locate(ms_wt_cell *cell, const char *name, size_t length,
     return leave(cell, &entry, 0, NULL, NULL);
 }
 
-uintptr_t ms_wt_memory_grow(ms_wt_cell *cell, const char *name, size_t length, uint64_t pages, uint64_t *before)
+uintptr_t ms_wt_memory_grow(ms_wt_cell *cell, uint64_t generation, const char *name, size_t length, uint64_t pages, uint64_t *before)
 {
     struct entry entry;
     wt_extern found;
     wt_error *error;
-    uintptr_t refused = enter_export(cell, &entry, name, length, &found);
+    uintptr_t refused = enter_export(cell, generation, &entry, name, length, &found);
     if (refused)
         return refused;
     if (found.kind == WT_EXTERN_MEMORY) {

@@ -497,7 +497,7 @@ class Host(abc.ABC):
         """
         if generation is not None and generation != live.generation:
             return
-        if live.running:
+        if live.running or live.held:
             self._require_idle(live)
         try:
             disposed = live.dispose(generation)
@@ -522,7 +522,7 @@ class Host(abc.ABC):
             raise
 
     def _require_idle(self, live: Live) -> None:
-        if live.running:
+        if live.running or live.held:
             raise InUse(
                 f"an instance on {self.name} cannot be closed or reset while a call of it runs, by its host functions"
                 " or another thread; let the call return first"
@@ -559,7 +559,7 @@ class Host(abc.ABC):
             except IndexError:  # another thread has ended the last one
                 break
             self._dropped.rotate(-1)
-            if not live.ended and not live.running:
+            if not live.ended and not live.running and not live.held:
                 self._end_or_log(live)
                 live.ended = True
             if live.ended:

@@ -56,9 +56,9 @@ class FakeHost(Host):
         """In a child of a fork: an entry of a thread that is not here never ends, and no thread waits for it."""
         for live in self._listed():
             assert isinstance(live, FakeLive)
-            if live.running and live.thread != threading.get_ident():
+            if (live.running or live.held) and live.thread != threading.get_ident():
                 self._unlist(live)
-                live.running, live.ended = 0, True
+                live.running, live.held, live.ended = 0, False, True
 
     def _assemble(self, text: str) -> bytes:
         raise InvalidModule("the fake host has no assembler; give it the bytes of a module")
@@ -133,11 +133,13 @@ class FakeLive(Live):
     def exports(self) -> Mapping[str, str]:
         return dict.fromkeys(self._host.functions, "func")
 
-    def global_value(self, name: str) -> Any:
+    def global_value(self, name: str, generation: int) -> Any:
+        if generation != self.admits or self.ended:
+            self.refuse()
         raise ExportNotFound(f"a fake guest has no globals, so none is called {name!r}")
 
-    def set_global(self, name: str, value: Any) -> None:
-        self.global_value(name)
+    def set_global(self, name: str, value: Any, generation: int) -> None:
+        self.global_value(name, generation)
 
     def locate(self, index: int) -> tuple[int, int]:
         for memory in self.memories:
@@ -145,10 +147,12 @@ class FakeLive(Live):
                 return memory.base, memory.byte_size
         raise ExportNotFound(f"memory {index} of {self._guest.name} is not one of its own")
 
-    def grow(self, index: int, pages: int) -> int:
+    def grow(self, index: int, pages: int, generation: int | None = None) -> int:
         """Grow memory `index` by `pages` of 64 KiB; returns the pages before, raises
         GrowthRefused.
         """
+        if generation is not None and (generation != self.admits or self.ended):
+            self.refuse()
         for memory in self.memories:
             if memory.request.memory_index == index:
                 before = memory.byte_size

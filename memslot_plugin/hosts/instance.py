@@ -53,10 +53,6 @@ class Instance:
             host._require_thread()
         return live
 
-    def _entered(self, action: Callable[[Live], _T]) -> _T:
-        """Do `action` within an entry, and return its result."""
-        return self._live().entered(self._generation, action)
-
     def _seen(self, look: Callable[[Live], _T]) -> _T:
         """Look at something while another thread may call: the lease has not ended before it was seen."""
         live = self._live()
@@ -108,12 +104,12 @@ class Instance:
     def global_value(self, name: str) -> Any:
         """The value of an exported global."""
         _require_name(name)
-        return self._entered(lambda live: live.global_value(name))
+        return self._live().global_value(name, self._generation)
 
     def set_global(self, name: str, value: Any) -> None:
         """Set an exported mutable global."""
         _require_name(name)
-        self._entered(lambda live: live.set_global(name, value))
+        self._live().set_global(name, value, self._generation)
 
     @property
     def stdout(self) -> bytes:
@@ -137,7 +133,7 @@ class Instance:
             live.given_away = True
             return live.native
 
-        return self._entered(give_away)
+        return self._seen(give_away)
 
     def reset(self) -> None:
         """Back to the guest's pristine state, same handle.

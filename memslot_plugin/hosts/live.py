@@ -88,7 +88,7 @@ class Live(abc.ABC):
     generation: int = 1
     """The lease that is served now."""
     held: bool = False
-    """True from `hold` to `restore` or `let_go`."""
+    """True from `hold` to `restore` or `let_go`: a signal's handler or a finalizer cannot end it meanwhile."""
     admits: int = 1
     """The lease whose handles may enter: `generation`, or 0 while the instance is held."""
 
@@ -157,12 +157,12 @@ class Live(abc.ABC):
         """Every export's kind ("func", "memory", "global", "table", "tag") by name."""
 
     @abc.abstractmethod
-    def global_value(self, name: str) -> Any:
-        """The value of an exported global; raises ExportNotFound."""
+    def global_value(self, name: str, generation: int) -> Any:
+        """The value of an exported global, within an entry; raises ExportNotFound."""
 
     @abc.abstractmethod
-    def set_global(self, name: str, value: Any) -> None:
-        """Set an exported mutable global; raises ExportNotFound, ArgumentError."""
+    def set_global(self, name: str, value: Any, generation: int) -> None:
+        """Set an exported mutable global, within an entry; raises ExportNotFound, ArgumentError."""
 
     @abc.abstractmethod
     def locate(self, index: int) -> tuple[int, int]:
@@ -171,8 +171,8 @@ class Live(abc.ABC):
         """
 
     @abc.abstractmethod
-    def grow(self, index: int, pages: int) -> int:
-        """Grow memory `index` as memory.grow does; raises GrowthRefused."""
+    def grow(self, index: int, pages: int, generation: int) -> int:
+        """Grow memory `index` as memory.grow does, within an entry; raises GrowthRefused."""
 
     @abc.abstractmethod
     def output(self, stream: Literal["stdout", "stderr"]) -> bytes:
@@ -191,7 +191,7 @@ class Live(abc.ABC):
         """Keep other threads' entries out until `restore` or `let_go`, and with `alone` those of this thread;
         raises InUse while one runs, and UsedAfterClose.
         """
-        if self.running:
+        if self.running or self.held:
             raise InUse(
                 f"the instance of {self.guest_name} cannot be closed, reset or captured by what it is calling;"
                 " let the call return first"
@@ -199,7 +199,6 @@ class Live(abc.ABC):
         if generation != self.admits or self.ended:
             self.refuse()
         self.held = True
-        self.running += 1  # so that a signal's handler or a finalizer cannot end it meanwhile
         if alone:
             self.admits = 0
 
@@ -214,10 +213,8 @@ class Live(abc.ABC):
 
     def let_go(self) -> None:
         """Let entries in again, without having restored anything; nothing happens if it is not held."""
-        if self.held:
-            self.held = False
-            self.running -= 1
-            self.admits = self.generation
+        self.held = False
+        self.admits = self.generation
 
     @abc.abstractmethod
     def saved_values(self) -> dict[int, int | None]:

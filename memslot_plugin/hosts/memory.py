@@ -59,10 +59,10 @@ class Memory:
 
         Raises GrowthRefused where the guest would see -1, UsedAfterClose, InUse.
         """
-        index = self.index
         if not isinstance(pages, int):
             raise ArgumentError(f"a number of pages is an integer, and not {pages!r}")
-        return self._instance._entered(lambda live: live.grow(index, pages))
+        instance = self._instance
+        return instance._live().grow(self.index, pages, instance._generation)
 
     def _refuse(self, offset: object, length: object) -> NoReturn:
         raise ArgumentError(

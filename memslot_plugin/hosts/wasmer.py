@@ -283,13 +283,18 @@ class WasmerLive(Live):
     def exports(self) -> Mapping[str, str]:
         return self._compiled.kinds
 
-    def global_value(self, name: str) -> Any:
-        return self._global(name).value
+    def global_value(self, name: str, generation: int) -> Any:
+        found = self._global(name)
+        if generation != self.admits or self.ended:  # compared last, as in read_memory
+            self.refuse()
+        return found.value
 
-    def set_global(self, name: str, value: Any) -> None:
+    def set_global(self, name: str, value: Any, generation: int) -> None:
         found = self._global(name)
         if not found.mutable:
             raise ArgumentError(f"the global {name} of {self._guest.name} is not mutable")
+        if generation != self.admits or self.ended:
+            self.refuse()
         try:
             found.value = value
         except (TypeError, OverflowError) as error:
@@ -319,10 +324,12 @@ class WasmerLive(Live):
         memory = self._foreign_memory(index)
         return address_of(memory), memory.data_size
 
-    def grow(self, index: int, pages: int) -> int:
+    def grow(self, index: int, pages: int, generation: int) -> int:
         memory = (
             self._memory if self._memory is not None and index == 0 else self._foreign_memory(index)
         )
+        if generation != self.admits or self.ended:
+            self.refuse()
         try:
             before: int = memory.grow(pages)
         except RuntimeError as error:
@@ -357,7 +364,6 @@ class WasmerLive(Live):
             streams.clear()
         # What let_go does, without the call.
         self.held = False
-        self.running -= 1
         self.generation = self.admits = generation
 
     def set_globals(self) -> None:

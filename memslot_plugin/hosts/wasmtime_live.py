@@ -189,20 +189,24 @@ class WasmtimeLive(Live):
     def exports(self) -> Mapping[str, str]:
         return self._compiled.export_kinds
 
-    def global_value(self, name: str) -> Any:
+    def global_value(self, name: str, generation: int) -> Any:
         kind, _ = self._compiled.global_kind(name)
         self.require_store()
         if kind > V128:
-            return _bare(self._native_export(name).value(self.store()))
+            return self.entered(
+                generation, lambda _: _bare(self._native_export(name).value(self.store()))
+            )
         label = self._compiled.name(name)
         value, found = ffi.new("uint8_t[16]"), ffi.new("uint8_t *")
-        outcome = lib.ms_wt_global_get(self.cell, label.utf8, label.length, value, found)
+        outcome = lib.ms_wt_global_get(
+            self.cell, generation, label.utf8, label.length, value, found
+        )
         if outcome:
             self.settle(outcome)
         content = bytes(ffi.buffer(value))
         return content if kind == V128 else _VALUES[kind].unpack_from(content)[0]
 
-    def set_global(self, name: str, value: Any) -> None:
+    def set_global(self, name: str, value: Any, generation: int) -> None:
         kind, mutable = self._compiled.global_kind(name)
         self.require_store()
         what = f"the global {name} of the guest {self._compiled.guest_name}"
@@ -210,12 +214,14 @@ class WasmtimeLive(Live):
             raise ArgumentError(f"{what} is not mutable")
         (value,) = fitted([kind], [value], what, int(self.cell.instance[0]))
         if kind > V128:
-            self._native_export(name).set_value(self.store(), value)
+            self.entered(
+                generation, lambda _: self._native_export(name).set_value(self.store(), value)
+            )
             return
         content = value if kind == V128 else _VALUES[kind].pack(value)
         label = self._compiled.name(name)
         room = ffi.new("uint8_t[16]", content)
-        outcome = lib.ms_wt_global_set(self.cell, label.utf8, label.length, room, kind)
+        outcome = lib.ms_wt_global_set(self.cell, generation, label.utf8, label.length, room, kind)
         if outcome:
             self.settle(outcome)
 
@@ -339,7 +345,7 @@ class WasmtimeLive(Live):
             return self._locate_imported(index)
         label = self._compiled.name(exported)
         base, byte_size = ffi.new("uintptr_t *"), ffi.new("size_t *")
-        outcome = _locate(self.cell, label.utf8, label.length, base, byte_size)
+        outcome = _locate(self.cell, 0, label.utf8, label.length, base, byte_size)
         if outcome:
             self.settle(outcome)
         return int(base[0]), int(byte_size[0])
@@ -406,7 +412,7 @@ class WasmtimeLive(Live):
             " finds it by that alone; export it"
         )
 
-    def grow(self, index: int, pages: int) -> int:
+    def grow(self, index: int, pages: int, generation: int) -> int:
         name = self._memory_name(index)
         what = f"memory {index} of the guest {self._compiled.guest_name}"
         if name is None:
@@ -418,7 +424,9 @@ class WasmtimeLive(Live):
             raise GrowthRefused(f"{what} cannot grow by {shown(pages)} pages")
         label = self._compiled.name(name)
         before = ffi.new("uint64_t *")
-        outcome = lib.ms_wt_memory_grow(self.cell, label.utf8, label.length, pages, before)
+        outcome = lib.ms_wt_memory_grow(
+            self.cell, generation, label.utf8, label.length, pages, before
+        )
         if outcome:
             found = Outcome(outcome)
             if isinstance(found.native, wasmtime.WasmtimeError) and found.deferred is None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import multiprocessing
 import pickle
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import pytest
@@ -95,24 +93,3 @@ def test_every_class_of_the_tree_travels() -> None:
         error = each("what happened")
         error.attribute = ["of the embedder's"]  # type: ignore[attr-defined]
         travels(error)
-
-
-def served(host: str, function: str) -> Any:
-    """Run in a worker."""
-    with memslot.open_host(host, slots=2) as opened:
-        if function == "exit":
-            with opened.prepare(hosts.WASI, wasi=memslot.Wasi()).instantiate() as instance:
-                instance.call("exit", 7)
-        with hosts.prepare(opened).instantiate() as instance:
-            return instance.call(function)
-
-
-@on_runtimes
-def test_a_trap_or_an_exit_leaves_a_pool_of_processes_usable(name: str) -> None:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        with pytest.raises(memslot.GuestTrap, match="unreachable"):
-            pool.submit(served, name, "trap").result(60)
-        with pytest.raises(memslot.GuestExit) as exited:
-            pool.submit(served, name, "exit").result(60)
-        assert exited.value.code == 7
-        assert pool.submit(served, name, "next").result(60) == 6
