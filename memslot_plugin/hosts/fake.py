@@ -53,12 +53,12 @@ class FakeHost(Host):
         """There is none."""
 
     def _leave_behind(self) -> None:
-        """In a child of a fork: an entry of a thread that is not here never ends, and no thread waits for it."""
+        """In a child of a fork: what another thread held is let go by none, and no thread waits for it."""
         for live in self._listed():
             assert isinstance(live, FakeLive)
-            if (live.running or live.held) and live.thread != threading.get_ident():
+            if live.held and live.thread != threading.get_ident():
                 self._unlist(live)
-                live.running, live.held, live.ended = 0, False, True
+                live.held, live.ended = False, True
 
     def _assemble(self, text: str) -> bytes:
         raise InvalidModule("the fake host has no assembler; give it the bytes of a module")
@@ -87,11 +87,7 @@ class FakeLive(Live):
         self._guest = guest
         self.memories = memories
         self.thread = 0
-        """The thread that entered last."""
-
-    def entered(self, generation: int, action: Callable[[Live], Any]) -> Any:
-        self.thread = threading.get_ident()
-        return super().entered(generation, action)
+        """The thread that held it last."""
 
     def hold(self, generation: int, *, alone: bool = False) -> None:
         self.thread = threading.get_ident()
@@ -126,7 +122,9 @@ class FakeLive(Live):
             ) from None
 
         def call(generation: int, *arguments: Any) -> Any:
-            return self.entered(generation, lambda live: implementation(live, *arguments))
+            if generation != self.admits or self.ended:
+                self.refuse()
+            return implementation(self, *arguments)
 
         return call
 

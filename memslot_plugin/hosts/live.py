@@ -6,7 +6,7 @@ import abc
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from memslot_plugin._core import ffi
 from memslot_plugin.errors import (
@@ -22,8 +22,6 @@ from memslot_plugin.hosts.wasi import Wasi
 if TYPE_CHECKING:
     from memslot_hooks.types import LinearMemory
     from memslot_plugin.hosts.prepared import Guest
-
-_T = TypeVar("_T")
 
 # Looked up once: a request reads and writes as often as it calls.
 _BYTES = ffi.typeof("char *")
@@ -103,16 +101,6 @@ class Live(abc.ABC):
     @abc.abstractmethod
     def guest_name(self) -> str:
         """The guest's name, for errors."""
-
-    def entered(self, generation: int, action: Callable[[Live], _T]) -> _T:
-        """Do `action` with this instance within an entry, and return its result; raises UsedAfterClose, InUse."""
-        self.running += 1
-        try:
-            if generation != self.admits or self.ended:
-                self.refuse()
-            return action(self)
-        finally:
-            self.running -= 1
 
     def refuse(self) -> NoReturn:
         """Say why there is no entry: raises InUse, UsedAfterClose."""
