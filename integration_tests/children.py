@@ -45,11 +45,11 @@ follows: both outlive execve(2).
 """
 
 
-def hosts() -> list[Any]:
+def hosts(names: Sequence[str] = HOSTS) -> list[Any]:
     """Parameters that are the names of hosts."""
     return [
         pytest.param(name, marks=[pytest.mark.skip(reason=reason)] if reason else [])
-        for name in HOSTS
+        for name in names
         for reason in [Cell(name, "memfd").missing]
     ]
 

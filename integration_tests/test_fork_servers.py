@@ -19,19 +19,12 @@ from typing import Any
 
 import pytest
 
-from .cells import REAL_HOSTS, Cell
-from .children import ROOT
+from .cells import REAL_HOSTS
+from .children import ROOT, hosts
 
 pytestmark = [
     pytest.mark.gate,
-    pytest.mark.parametrize(
-        "host",
-        [
-            pytest.param(name, marks=[pytest.mark.skip(reason=reason)] if reason else [])
-            for name in REAL_HOSTS
-            for reason in [Cell(name, "memfd").missing]
-        ],
-    ),
+    pytest.mark.parametrize("host", hosts(REAL_HOSTS)),
 ]
 
 APPLICATION = "integration_tests.fork_servers"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from . import children, misuse_mutants
+from .cells import REAL_HOSTS
 from .children import ROOT
 
 LIMIT = 120
@@ -43,7 +44,7 @@ def finds_nothing(tmp_path: Path, host: str, seed: int, rounds: int, threads: in
     assert status == 0, f"status {status}: {said[-6000:]}"
 
 
-HOSTS = [each for each in children.hosts() if each.values[0] != "fake"]
+HOSTS = children.hosts(REAL_HOSTS)
 
 
 @pytest.mark.parametrize(("seed", "threads"), [(3, 1), (4, 3)])

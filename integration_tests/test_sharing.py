@@ -22,7 +22,7 @@ from memslot_plugin import SharedGuest
 from memslot_plugin.share import MOST_FILES
 
 from . import sharing, toy
-from .cells import Cell
+from .cells import REAL_HOSTS, Cell
 from .children import hosts
 from .exhausted import limited
 from .processes import in_child
@@ -350,7 +350,7 @@ def test_a_process_without_room_for_descriptors_gets_an_error() -> None:
         guest.share().close()
 
 
-@pytest.mark.parametrize("host", [each for each in hosts() if each.values[0] != "fake"])
+@pytest.mark.parametrize("host", hosts(REAL_HOSTS))
 def test_trap_or_exit_leaves_a_pool_of_processes_usable(host: str) -> None:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         with pytest.raises(memslot.GuestTrap, match="unreachable"):
