@@ -442,7 +442,7 @@ uintptr_t ms_wt_globals_read(ms_wt_cell *cell, ms_wt_saved *saved, size_t count)
 /* Gives globals that were found their values, and leaves what was held: for the lease `generation`. */
 uintptr_t ms_wt_restore(ms_wt_cell *cell, uint64_t generation, const ms_wt_saved *saved, size_t count, int64_t *entered);
 /* Where an exported memory is and how large; growth by `pages`, and the pages before. */
-uintptr_t ms_wt_memory_locate(ms_wt_cell *cell, uint64_t generation, const char *name, size_t length, uintptr_t *base, size_t *byte_size);
+uintptr_t ms_wt_memory_locate(ms_wt_cell *cell, const char *name, size_t length, uintptr_t *base, size_t *byte_size);
 uintptr_t ms_wt_memory_grow(ms_wt_cell *cell, uint64_t generation, const char *name, size_t length, uint64_t pages, uint64_t *before);
 
 /* -- host functions: `identity` comes back in ms_wt_python_call -- */

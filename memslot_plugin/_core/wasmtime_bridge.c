@@ -763,11 +763,11 @@ uintptr_t ms_wt_restore(ms_wt_cell *cell, uint64_t generation, const ms_wt_saved
     return leave(cell, &entry, closing && closing >= ended ? MS_WT_CLOSING : 0, NULL, error);
 }
 
-uintptr_t ms_wt_memory_locate(ms_wt_cell *cell, uint64_t generation, const char *name, size_t length, uintptr_t *base, size_t *byte_size)
+uintptr_t ms_wt_memory_locate(ms_wt_cell *cell, const char *name, size_t length, uintptr_t *base, size_t *byte_size)
 {
     struct entry entry;
     wt_extern found;
-    uintptr_t refused = enter_export(cell, generation, &entry, name, length, &found);
+    uintptr_t refused = enter_export(cell, 0, &entry, name, length, &found);
     if (refused)
         return refused;
     if (found.kind == WT_EXTERN_MEMORY) {

@@ -32,7 +32,7 @@ from memslot_hooks.types import (
     PoolStatistics,
 )
 from memslot_plugin import guest as guests
-from memslot_plugin._core import catch_up
+from memslot_plugin._core import after_fork, catch_up
 from memslot_plugin.errors import (
     ArgumentError,
     ExportNotFound,
@@ -127,6 +127,7 @@ class Host(abc.ABC):
         self._gave_back = False
         """Whether closing, which may be cut short, has come to its end."""
         self._instances = self._resets_in_place = self._resets_by_instantiation = 0
+        _OPEN.add(self)
         self._open_runtime()
         try:
             self.plugins.open_host(self.name, self.settings)
@@ -200,6 +201,9 @@ class Host(abc.ABC):
         """
         return None
 
+    def _leave_behind(self) -> None:  # noqa: B027 - where one thread serves, none stays behind
+        """In a child of a fork: end what threads that are not here were in the middle of."""
+
     # -- preparing
 
     def prepare(
@@ -234,9 +238,7 @@ class Host(abc.ABC):
         if self._relics:
             self._end_dropped()
         data, label = self._read(source)
-        guest = Guest.of_module(
-            self, name or label, data, Binding({} if imports is None else imports, wasi)
-        )
+        guest = Guest.of_module(self, name or label, data, Binding.given(imports, wasi))
         guest.reseed = reseed
         if init is None:
             return self._prepared(guest)
@@ -285,7 +287,7 @@ class Host(abc.ABC):
             saved.load(
                 self,
                 path,
-                binding=Binding({} if imports is None else imports, wasi),
+                binding=Binding.given(imports, wasi),
                 name=name,
                 reseed=reseed,
                 share_file=share_file,
@@ -311,7 +313,7 @@ class Host(abc.ABC):
         module again: say yes where you know who shared it.  Everything else is as in `load`.
         """
         self._require_usable()
-        binding = Binding({} if imports is None else imports, wasi)
+        binding = Binding.given(imports, wasi)
         return self._prepared(
             saved.attach(
                 self, shared, binding=binding, name=name, reseed=reseed, trust_code=trust_code
@@ -649,3 +651,14 @@ class Host(abc.ABC):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name}: {len(self._live)} live instances{', closed' * self._closed}>"
+
+
+_OPEN: Living[Host] = Living()
+
+
+def _after_fork() -> None:
+    for host in _OPEN.listed():
+        host._leave_behind()
+
+
+after_fork(_after_fork)

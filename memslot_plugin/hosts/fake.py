@@ -8,27 +8,16 @@ same hooks as anywhere, and every access from a function goes through the bounds
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
 from memslot_hooks.types import LinearMemory
-from memslot_plugin._core import after_fork, ffi
+from memslot_plugin._core import ffi
 from memslot_plugin.errors import ExportNotFound, GrowthRefused, GuestTrap, InvalidModule
 from memslot_plugin.hosts.base import Host
 from memslot_plugin.hosts.live import Binding, Live
 from memslot_plugin.hosts.memory import WASM_PAGE
 from memslot_plugin.hosts.prepared import Guest
-
-_OPEN: weakref.WeakSet[FakeHost] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for host in list(_OPEN):
-        host._leave_behind()
-
-
-after_fork(_after_fork)
 
 
 class FakeHost(Host):
@@ -43,7 +32,6 @@ class FakeHost(Host):
         self, *args: Any, functions: Mapping[str, Callable[..., Any]] | None = None, **kwargs: Any
     ) -> None:
         self.functions = dict(functions or {})
-        _OPEN.add(self)
         super().__init__(*args, **kwargs)
 
     def _open_runtime(self) -> None:

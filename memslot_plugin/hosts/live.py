@@ -41,6 +41,11 @@ class Binding:
     wasi: Wasi | None = None
     store: Any = None
 
+    @classmethod
+    def given(cls, imports: Imports | None, wasi: Wasi | None) -> Binding:
+        """What the embedder gave; a mapping that is empty may still make what it is asked for."""
+        return cls({} if imports is None else imports, wasi)
+
     def __post_init__(self) -> None:
         modules = self.imports
         if not isinstance(modules, Mapping):

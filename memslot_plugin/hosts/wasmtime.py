@@ -15,7 +15,6 @@ import logging
 import os
 import platform
 import sys
-import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, cast
@@ -65,15 +64,12 @@ ONE_MEMORY = b"\0asm\1\0\0\0\5\3\1\0\1"
 """A module that defines one memory of one page and nothing else."""
 
 
-_OPEN: weakref.WeakSet[WasmtimeHost] = weakref.WeakSet()
 _FORKED: list[int] = []
 """The process itself, if it began as a fork of one with wasmtime in it: the compiler's threads are not here."""
 
 
 def _after_fork() -> None:
     _FORKED[:] = [os.getpid()]
-    for host in list(_OPEN):
-        host._leave_behind()
 
 
 after_fork(_after_fork)
@@ -136,7 +132,6 @@ class WasmtimeHost(Host):
         """By true for the native engine, and text."""
         self._cells = Cells()
         self._probing = False
-        _OPEN.add(self)
         super().__init__(settings, plugins=plugins)
 
     # -- engines -----------------------------------------------------------------------------------------------------
@@ -364,7 +359,7 @@ class WasmtimeHost(Host):
                     binding.store.links.append(link)
                     live.enter_store()
                 # Within an entry, so that nothing that comes in between can close the store.
-                outcome = live.entered(0, lambda _: self._begin(live, link, binding, token, bases))
+                outcome = live.entered(0, lambda: self._begin(live, link, binding, token, bases))
             if outcome:
                 live.settle(outcome, starting=True)
             if guest.sets_globals:

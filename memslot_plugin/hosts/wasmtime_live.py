@@ -128,7 +128,8 @@ class WasmtimeLive(Live):
             found = self._functions[name] = make(self)
         return found if self._binding.store is None else self._guarded(found)
 
-    def entered(self, generation: int, action: Callable[[Live], Any]) -> Any:
+    def entered(self, generation: int, action: Callable[[], Any]) -> Any:
+        """Do with wasmtime-py what `action` does, within an entry; 0 is the host's own generation."""
         # What our own entries raise within this one is raised already, and what wasmtime-py raises is translated.
         self.require_store()
         saved = ffi.new("int64_t[3]")
@@ -138,7 +139,7 @@ class WasmtimeLive(Live):
             refused = lib.ms_wt_enter(self.cell, generation, saved)
             if refused:
                 self.settle(refused)
-            result = action(self)
+            result = action()
         except BaseException as error:  # noqa: BLE001 - raised below, once we have left
             failure = error
         left = lib.ms_wt_leave(self.cell, saved)
@@ -194,7 +195,7 @@ class WasmtimeLive(Live):
         self.require_store()
         if kind > V128:
             return self.entered(
-                generation, lambda _: _bare(self._native_export(name).value(self.store()))
+                generation, lambda: _bare(self._native_export(name).value(self.store()))
             )
         label = self._compiled.name(name)
         value, found = ffi.new("uint8_t[16]"), ffi.new("uint8_t *")
@@ -215,7 +216,7 @@ class WasmtimeLive(Live):
         (value,) = fitted([kind], [value], what, int(self.cell.instance[0]))
         if kind > V128:
             self.entered(
-                generation, lambda _: self._native_export(name).set_value(self.store(), value)
+                generation, lambda: self._native_export(name).set_value(self.store(), value)
             )
             return
         content = value if kind == V128 else _VALUES[kind].pack(value)
@@ -345,7 +346,7 @@ class WasmtimeLive(Live):
             return self._locate_imported(index)
         label = self._compiled.name(exported)
         base, byte_size = ffi.new("uintptr_t *"), ffi.new("size_t *")
-        outcome = _locate(self.cell, 0, label.utf8, label.length, base, byte_size)
+        outcome = _locate(self.cell, label.utf8, label.length, base, byte_size)
         if outcome:
             self.settle(outcome)
         return int(base[0]), int(byte_size[0])
@@ -374,7 +375,7 @@ class WasmtimeLive(Live):
         address = self._copied(index, offset, length)
         if address is None:
             found: bytes = self.entered(
-                generation, lambda _: ffi.unpack(self._place(index, offset, length), length)
+                generation, lambda: ffi.unpack(self._place(index, offset, length), length)
             )
             return found
         if not self._address:
@@ -390,7 +391,7 @@ class WasmtimeLive(Live):
         address = self._copied(index, offset, length)
         if address is None:
             self.entered(
-                generation, lambda _: ffi.memmove(self._place(index, offset, length), data, length)
+                generation, lambda: ffi.memmove(self._place(index, offset, length), data, length)
             )
             return
         refused = _copy(self.cell, generation, address, data, length)
@@ -561,9 +562,7 @@ def _indirect(
     def make(live: WasmtimeLive) -> Callable[..., Any]:
         def call(generation: int, *arguments: Any) -> Any:
             taken = fitted(signature.parameters, arguments, what, int(live.cell.instance[0]))
-            return live.entered(
-                generation, lambda _: live._native_export(name)(live.store(), *taken)
-            )
+            return live.entered(generation, lambda: live._native_export(name)(live.store(), *taken))
 
         return call
 
