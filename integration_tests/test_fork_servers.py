@@ -49,13 +49,20 @@ def environment(host: str) -> dict[str, str]:
     return {**os.environ, "SERVED_BY": host, "PYTHONPATH": str(ROOT)}
 
 
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Relative, because a Unix socket's name has 107 bytes at most (unix(7)), and uWSGI takes 102."""
+    monkeypatch.chdir(tmp_path)
+    return Path("socket")
+
+
 @contextmanager
 def serving(command: list[str], host: str, socket_path: Path) -> Iterator[None]:
     """Start a server and end it; it has to answer within a minute."""
     log = socket_path.with_name("log")
     with log.open("wb") as output:
         server = subprocess.Popen(
-            command, cwd=ROOT, env=environment(host), stdout=output, stderr=subprocess.STDOUT
+            command, env=environment(host), stdout=output, stderr=subprocess.STDOUT
         )
     try:
         deadline = time.monotonic() + 60
@@ -104,9 +111,8 @@ def executable(name: str) -> str:
     return found
 
 
-def test_uwsgi_with_a_warmed_master_keeps_requests_apart(host: str, tmp_path: Path) -> None:
+def test_uwsgi_with_a_warmed_master_keeps_requests_apart(host: str, path: Path) -> None:
     """By default uWSGI forks without telling Python."""
-    path = tmp_path / "socket"
     server = [executable("uwsgi"), "--http-socket", str(path), "--master", "--processes", "4"]
     options = ["--die-on-term", "--need-app", "--home", sys.prefix]
     with serving([*server, *options, "--module", f"{APPLICATION}:application"], host, path):
@@ -116,11 +122,10 @@ def test_uwsgi_with_a_warmed_master_keeps_requests_apart(host: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("user", ["root", "nobody"])
-def test_gunicorn_with_preload_keeps_requests_apart(host: str, user: str, tmp_path: Path) -> None:
+def test_gunicorn_with_preload_keeps_requests_apart(host: str, user: str, path: Path) -> None:
     """A worker that is another user than its master cannot open its pagemap."""
     if os.geteuid():
         pytest.skip("impossible: the tests do not run as root")
-    path = tmp_path / "socket"
     server = [executable("gunicorn"), "--bind", f"unix:{path}", "--preload", "--workers", "4"]
     options = ["--user", user] if user == "root" else ["--user", user, "--group", "nogroup"]
     with serving([*server, *options, f"{APPLICATION}:application"], host, path):
