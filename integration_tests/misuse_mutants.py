@@ -154,7 +154,7 @@ MUTANTS = {
         _a_page_is_not_reset, "words of others", {"wasmtime": 1, "wasmer": 1}
     ),
     "globals-are-not-reset": Mutant(
-        _globals_are_not_reset, "the global is", {"wasmtime": 1, "wasmer": 2}
+        _globals_are_not_reset, "the global is", {"wasmtime": 5, "wasmer": 2}
     ),
     "ready-instances-are-not-reset": Mutant(
         _ready_instances_are_not_reset, "a new instance", {"wasmtime": 1, "wasmer": 1}
@@ -178,6 +178,6 @@ MUTANTS = {
         _dropped_handles_are_kept, "after the last handle", {"wasmtime": 1, "wasmer": 1}
     ),
     "finalizers-want-a-lock": Mutant(
-        _finalizers_want_a_lock, "Timeout", {"wasmtime": 1, "wasmer": 1}
+        _finalizers_want_a_lock, "Timeout", {"wasmtime": 3, "wasmer": 1}
     ),
 }

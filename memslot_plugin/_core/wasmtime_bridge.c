@@ -397,11 +397,23 @@ int ms_wt_elsewhere(ms_wt_cell *cell)
     return owner != 0 && owner != this_thread();
 }
 
+static int lease_over(ms_wt_cell *cell, uint64_t generation)
+{
+    return generation && __atomic_load_n(&cell->generation, __ATOMIC_SEQ_CST) != generation;
+}
+
+/* A handle whose lease has ended is told so, whatever the next lease, or a second end, does now. */
+static unsigned busy(ms_wt_cell *cell, uint64_t generation)
+{
+    int open = __atomic_load_n(&cell->context, __ATOMIC_SEQ_CST) != 0;
+    return open && !lease_over(cell, generation) ? MS_WT_BUSY : MS_WT_CLOSED;
+}
+
 /* `generation` is 0 for an entry of the host itself, which comes within one that was checked or before there are handles. */
 static unsigned enter(ms_wt_cell *cell, uint64_t generation, struct entry *entry)
 {
     if (take(cell))
-        return MS_WT_BUSY;
+        return busy(cell, generation);
     /* Looked at as the owner: a lease ends only while another thread or an outer frame is that. */
     if (!cell->context || (generation && generation != cell->generation))
         return MS_WT_CLOSED | give(cell);
@@ -459,7 +471,7 @@ static void keep_copies_out(ms_wt_cell *cell)
 uintptr_t ms_wt_hold(ms_wt_cell *cell, uint64_t generation, int alone, int64_t *saved)
 {
     if (__atomic_load_n(&cell->owner, __ATOMIC_SEQ_CST) == this_thread())
-        return refuse(MS_WT_BUSY);
+        return refuse(busy(cell, generation));
     uintptr_t refused = ms_wt_enter(cell, generation, saved);
     if (!refused && alone)
         keep_copies_out(cell);
@@ -473,9 +485,8 @@ unsigned ms_wt_copy(ms_wt_cell *cell, uint64_t generation, uintptr_t to, const c
     unsigned refused = 0;
     __atomic_add_fetch(&cell->pins, 1, __ATOMIC_SEQ_CST);
     if (__atomic_load_n(&cell->held, __ATOMIC_SEQ_CST))
-        refused = MS_WT_BUSY;
-    else if (!__atomic_load_n(&cell->context, __ATOMIC_SEQ_CST) ||
-             __atomic_load_n(&cell->generation, __ATOMIC_SEQ_CST) != generation)
+        refused = busy(cell, generation);
+    else if (!__atomic_load_n(&cell->context, __ATOMIC_SEQ_CST) || lease_over(cell, generation))
         refused = MS_WT_CLOSED;
     else
         memmove((void *)to, from, length);
@@ -569,11 +580,6 @@ static int take_alone(ms_wt_cell *cell)
 {
     uintptr_t nobody = 0;
     return __atomic_compare_exchange_n(&cell->owner, &nobody, this_thread(), 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
-}
-
-static int lease_over(ms_wt_cell *cell, uint64_t generation)
-{
-    return generation && __atomic_load_n(&cell->generation, __ATOMIC_SEQ_CST) != generation;
 }
 
 int ms_wt_close(ms_wt_cell *cell, uint64_t generation)

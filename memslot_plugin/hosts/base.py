@@ -543,7 +543,7 @@ class Host(abc.ABC):
 
     def _listed(self) -> list[Live]:
         """The live instances; other threads may begin and end some meanwhile."""
-        found = (reference() for reference, _ in tuple(self._live.values()))
+        found = (reference() for reference, _ in list(self._live.values()))  # as in Living.listed
         return [live for live in found if live is not None]
 
     def _drop(self, live: Live) -> None:

@@ -111,7 +111,7 @@ class FakeLive(Live):
 
         def call(generation: int, *arguments: Any) -> Any:
             if generation != self.admits or self.ended:
-                self.refuse()
+                self.refuse(generation)
             return implementation(self, *arguments)
 
         return call
@@ -121,7 +121,7 @@ class FakeLive(Live):
 
     def global_value(self, name: str, generation: int) -> Any:
         if generation != self.admits or self.ended:
-            self.refuse()
+            self.refuse(generation)
         raise ExportNotFound(f"a fake guest has no globals, so none is called {name!r}")
 
     def set_global(self, name: str, value: Any, generation: int) -> None:
@@ -138,7 +138,7 @@ class FakeLive(Live):
         GrowthRefused.
         """
         if generation is not None and (generation != self.admits or self.ended):
-            self.refuse()
+            self.refuse(generation)
         for memory in self.memories:
             if memory.request.memory_index == index:
                 before = memory.byte_size
@@ -160,8 +160,8 @@ class FakeLive(Live):
     def saved_values(self) -> dict[int, int | None]:
         return {each.index: each.initial for each in self._guest.plan.saved_globals}
 
-    def dispose(self, generation: int | None = None) -> bool:
-        return True
+    def dispose(self, generation: int | None = None) -> bool | None:
+        return True if generation in (None, self.generation) else None
 
     @property
     def native(self) -> Any:

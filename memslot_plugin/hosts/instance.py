@@ -16,16 +16,27 @@ from memslot_plugin.errors import (
     UsedAfterClose,
     shown,
 )
-from memslot_plugin.hosts.live import ended
+from memslot_plugin.hosts.live import being_reset, ended
 from memslot_plugin.hosts.memory import Memory
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from memslot_hooks.types import LinearMemory
     from memslot_plugin.hosts.live import Binding, Live
     from memslot_plugin.hosts.prepared import Guest
 
 _T = TypeVar("_T")
+
+
+class _Renewal:
+    """Stands where a live instance was while a reset makes another one: the handle has not ended, and admits none."""
+
+    open = False
+    generation = 0  # no lease has this number
+
+
+RENEWAL: Any = _Renewal()
 
 
 class Instance:
@@ -47,18 +58,22 @@ class Instance:
     def _live(self) -> Live:
         """The live instance, to be entered; the entry decides if this handle may."""
         live, host = self._now, self.guest.host
-        if live is None or not live.open:
-            raise ended(self.guest.name)
+        if live is None or not live.open or live.generation != self._generation:
+            raise self._refusal(live)
         if host.thread_confined and threading.get_ident() != host._thread:
             host._require_thread()
         return live
+
+    def _refusal(self, live: Live | None) -> MemslotError:
+        """The exception for a handle behind which nothing is open."""
+        return (being_reset if live is RENEWAL else ended)(self.guest.name)
 
     def _seen(self, look: Callable[[Live], _T]) -> _T:
         """Look at something while another thread may call: the lease has not ended before it was seen."""
         live = self._live()
         seen = look(live)
         if live.generation != self._generation:
-            live.refuse()
+            live.refuse(self._generation)
         return seen
 
     def call(self, name: str, *arguments: Any) -> Any:
@@ -179,44 +194,52 @@ class Instance:
             )
         host._require_idle(live)
         if live.generation != self._generation:
-            live.refuse()
-        renewed = None
+            live.refuse(self._generation)
+        renewed: Live | None = None
+        memories: tuple[LinearMemory, ...] = ()
+        disposed: bool | None = False
         try:
+            self._now = None if handle is None else RENEWAL
             disposed = live.dispose(self._generation)
             if disposed is None:
-                live.refuse()
-            self._now = None
+                live.refuse(self._generation)
             host._unlist(live)
             if not disposed:
                 raise InUse(f"a call began in an instance of {self.guest.name} while it was reset")
-            # What is not the renewed instance's is this one's, and ends with it.
-            for place in range(len(live.memories)):
-                memory = live.memories[place]
+            # Taken in one step, as an end does: only one of two threads has them.
+            memories, live.memories = live.memories, ()
+            if len(memories) < len(self.guest.requests):
+                raise ended(self.guest.name)
+            for place in range(len(memories)):
+                memory = memories[place]
                 memory.exposed = live.given_away
-                live.memories = (*live.memories[:place], *live.memories[place + 1 :])
+                memories = (*memories[:place], *memories[place + 1 :])  # what fails releases it
                 memory = host._renew(memory)
-                live.memories = (*live.memories[:place], memory, *live.memories[place:])
-            renewed = host._start(self.guest, live.memories, self._binding)
+                memories = (*memories[:place], memory, *memories[place:])
+            renewed = host._start(self.guest, memories, self._binding)
             renewed.fork, live.fork = live.fork, None
             if renewed.fork is not None:
                 renewed.fork._forks.add(renewed)
                 renewed.fork._forks.discard(live)
+            live.ended = True
+            host._list(renewed)
             if handle is None:
                 handle = Instance(self.guest, renewed, self.guest.binding)
+            elif handle._now is not RENEWAL:  # its holder closed it when this had just begun
+                raise ended(self.guest.name)
             else:
                 handle._now, handle._generation = renewed, renewed.generation
-            host._list(renewed)
-            live.memories = ()
-            live.ended = True
         except BaseException:
             self._now = None
-            if renewed is None:
-                host._cut_short(live.memories)
-            else:
-                live.memories = ()
+            if disposed is None:  # what is live serves another lease, and goes on
+                raise
+            if renewed is not None:
                 host._drop(renewed)
             host._drop(live)
             with suppress(MemslotError):  # what is wrong is being raised already
+                if renewed is None:
+                    host._cut_short(memories)
+                    host._release(memories)
                 host._end_dropped()
             raise
         host._resets_by_instantiation += 1
@@ -317,11 +340,15 @@ class Instance:
                 host._require_thread()
             host._end(live, self._generation)
             self._now = None
+        elif live is RENEWAL:
+            raise self._refusal(live)
 
     @property
     def closed(self) -> bool:
         """True once the instance has ended, or the lease that this handle is of."""
         live = self._now
+        if live is RENEWAL:
+            return False
         return live is None or live.generation != self._generation or not live.open
 
     def __enter__(self) -> Self:

@@ -107,12 +107,10 @@ class Live(abc.ABC):
     def guest_name(self) -> str:
         """The guest's name, for errors."""
 
-    def refuse(self) -> NoReturn:
-        """Say why there is no entry: raises InUse, UsedAfterClose."""
-        if not self.admits:
-            raise InUse(
-                f"the instance of {self.guest_name} is being reset; enter it after that has returned"
-            )
+    def refuse(self, generation: int) -> NoReturn:
+        """Say why the handles of a lease have no entry: raises InUse, UsedAfterClose."""
+        if generation == self.generation and not self.admits:
+            raise being_reset(self.guest_name)
         raise ended(self.guest_name)
 
     def read_memory(self, generation: int, index: int, offset: int, length: int) -> bytes:
@@ -120,7 +118,7 @@ class Live(abc.ABC):
         place = self._place(index, offset, length)
         # Compared last: CPython handles signals after a call and at a jump back, so none ends the lease meanwhile.
         if generation != self.admits or self.ended:
-            self.refuse()
+            self.refuse(generation)
         return _unpack(place, length)  # type: ignore[no-any-return]
 
     def write_memory(
@@ -129,7 +127,7 @@ class Live(abc.ABC):
         """Put `data`, a buffer of cffi's or bytes, at `offset` of memory `index`; as `read_memory`."""
         place = self._place(index, offset, length)
         if generation != self.admits or self.ended:  # compared last, as in read_memory
-            self.refuse()
+            self.refuse(generation)
         _memmove(place, data, length)
 
     def _place(self, index: int, offset: int, length: int) -> Any:
@@ -184,13 +182,13 @@ class Live(abc.ABC):
         """Keep other threads' entries out until `restore` or `let_go`, and with `alone` those of this thread;
         raises InUse while one runs, and UsedAfterClose.
         """
+        if generation != self.generation or self.ended:
+            self.refuse(generation)
         if self.running or self.held:
             raise InUse(
                 f"the instance of {self.guest_name} cannot be closed, reset or captured by what it is calling;"
                 " let the call return first"
             )
-        if generation != self.admits or self.ended:
-            self.refuse()
         self.held = True
         if alone:
             self.admits = 0
@@ -233,6 +231,11 @@ class Live(abc.ABC):
     @abc.abstractmethod
     def native(self) -> Any:
         """The runtime's own instance."""
+
+
+def being_reset(name: str) -> InUse:
+    """The exception for a handle whose instance is between two states."""
+    return InUse(f"the instance of {name} is being reset; enter it after that has returned")
 
 
 def ended(name: str) -> UsedAfterClose:

@@ -29,7 +29,8 @@ class Living(Generic[T]):
 
     def listed(self) -> list[T]:
         """The living, in no order."""
-        return [each for found in tuple(self._references) if (each := found()) is not None]
+        # A list, because a tuple is allocated, which may collect, between two looks at the set.
+        return [each for found in list(self._references) if (each := found()) is not None]
 
     def __len__(self) -> int:
         return len(self._references)

@@ -315,6 +315,8 @@ class Guest:
     def _end_lease(self, instance: Instance) -> None:
         host, live = self.host, instance._now
         if live is None or not live.open or live.generation != instance._generation:
+            if not instance.closed:
+                raise instance._refusal(live)
             return
         if host.thread_confined and threading.get_ident() != host._thread:
             host._require_thread()

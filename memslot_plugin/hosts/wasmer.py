@@ -255,7 +255,7 @@ class WasmerLive(Live):
                     # Compared last: wasmer takes plain numbers alone, and CPython 3.10 handles signals after a call and
                     # at a jump back, so nothing can end the lease before the call.
                     if generation != live.admits or name not in natives:
-                        live.refuse()
+                        live.refuse(generation)
                     result = natives[name](*arguments)
                 except BaseException as error:
                     # No name for the new error: its traceback holds this frame, and a cycle of the two
@@ -286,7 +286,7 @@ class WasmerLive(Live):
     def global_value(self, name: str, generation: int) -> Any:
         found = self._global(name)
         if generation != self.admits or self.ended:  # compared last, as in read_memory
-            self.refuse()
+            self.refuse(generation)
         return found.value
 
     def set_global(self, name: str, value: Any, generation: int) -> None:
@@ -294,7 +294,7 @@ class WasmerLive(Live):
         if not found.mutable:
             raise ArgumentError(f"the global {name} of {self._guest.name} is not mutable")
         if generation != self.admits or self.ended:
-            self.refuse()
+            self.refuse(generation)
         try:
             found.value = value
         except (TypeError, OverflowError) as error:
@@ -329,7 +329,7 @@ class WasmerLive(Live):
             self._memory if self._memory is not None and index == 0 else self._foreign_memory(index)
         )
         if generation != self.admits or self.ended:
-            self.refuse()
+            self.refuse(generation)
         try:
             before: int = memory.grow(pages)
         except RuntimeError as error:

@@ -20,7 +20,7 @@ from memslot_plugin.errors import (
     UsedAfterClose,
     shown,
 )
-from memslot_plugin.hosts.live import Binding, Live, require_within
+from memslot_plugin.hosts.live import Binding, Live, ended, require_within
 from memslot_plugin.hosts.wasmtime_bridge import address_of, wasmtime, wasmtime_ffi
 from memslot_plugin.hosts.wasmtime_errors import Outcome, one_sentence, refusal, translated
 from memslot_plugin.hosts.wasmtime_link import Compiled, Link
@@ -161,8 +161,9 @@ class WasmtimeLive(Live):
 
         return call
 
-    def refuse(self) -> NoReturn:
-        self._refuse(lib.MS_WT_BUSY if self.cell.held else lib.MS_WT_CLOSED)
+    def refuse(self, generation: int) -> NoReturn:
+        held = self.cell.held and generation == self.generation
+        self._refuse(lib.MS_WT_BUSY if held else lib.MS_WT_CLOSED)
 
     def _refuse(self, flag: int) -> NoReturn:
         raise refusal(flag, self.guest_name)
@@ -337,7 +338,7 @@ class WasmtimeLive(Live):
         if place is not None:
             if not self.cell.context:
                 self.require_store()
-                self.refuse()
+                raise ended(self.guest_name)
             memory = self._leased(place)
             return memory.base, memory.byte_size
         self.require_store()
@@ -355,7 +356,7 @@ class WasmtimeLive(Live):
         try:
             return self.memories[place]
         except IndexError:  # it has ended
-            self.refuse()
+            raise ended(self.guest_name) from None
 
     def _copied(self, index: int, offset: int, length: int) -> int | None:
         """The address of bytes of a memory in a slot; None for another one, which a call may move.
@@ -446,7 +447,7 @@ class WasmtimeLive(Live):
             given: wasmtime.Store = self._binding.store
             return given
         if not self.cell.context:
-            self.refuse()
+            raise ended(self.guest_name)
         if self._borrowed is None or not self._borrowed.open:
             self._borrowed = BorrowedStore(
                 self._compiled.engine,

@@ -13,7 +13,7 @@ import pytest
 import memslot_plugin as memslot
 from memslot_hooks import InitialContent, LinearMemory, hookimpl
 from memslot_plugin.tests import hosts
-from memslot_plugin.tests.hosts import HOSTS, RUNTIMES
+from memslot_plugin.tests.hosts import DECIDING, HOSTS, RUNTIMES
 
 SECRET = b"a secret"
 
@@ -67,6 +67,142 @@ def test_handles_of_a_lease_are_refused_once_it_has_ended(name: str) -> None:
             second.call("set", 64, 7)
             assert (second.call("get", 64), second.memory.byte_size) == (7, 2 * hosts.PAGE)
         assert (host.statistics().instances, first.closed) == (1, True)
+
+
+class InTheMiddle:
+    """Runs an action once, the next time that a memory is reset."""
+
+    def __init__(self) -> None:
+        self.action: Callable[[], None] | None = None
+
+    @hookimpl(tryfirst=True)
+    def memslot_reset_memory(self, memory: LinearMemory) -> None:
+        action, self.action = self.action, None
+        if action is not None:
+            action()
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_ended_handle_is_told_so_while_the_next_lease_is_reset(name: str) -> None:
+    middle = InTheMiddle()
+    with hosts.serving(name, plugins=(middle,)) as host, hosts.prepare(host) as guest:
+        with guest.lease() as first:
+            old = handles(first)
+        with guest.lease() as second:
+            middle.action = lambda: refuses_all(old)
+            second.reset()
+            assert middle.action is None
+
+
+@pytest.mark.parametrize("name", DECIDING)
+def test_ended_handle_is_told_so_while_another_thread_is_in_the_next_lease(name: str) -> None:
+    with hosts.serving(name) as host, hosts.prepare(host) as guest:
+        with guest.lease() as first:
+            old = handles(first)
+        with guest.lease() as second:
+            live: Any = second._now
+            live.hold(second._generation)
+            hosts.elsewhere(lambda: refuses_all(old))
+            live.let_go()
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_instance_is_in_use_and_not_closed_while_a_reset_makes_another_one(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    middle, seen = InTheMiddle(), list[object]()
+
+    def look() -> None:
+        for use in (*handles_of_now.values(), instance.close, lambda: guest._end_lease(instance)):
+            with pytest.raises(memslot.InUse):
+                seen.append(use())
+        assert not instance.closed
+
+    with hosts.serving(name, plugins=(middle,)) as host, hosts.prepare(host) as guest:
+        with guest.lease() as instance:
+            monkeypatch.setattr(instance._now, "can_restore", lambda: False)
+            handles_of_now = {
+                name: use
+                for name, use in handles(instance).items()
+                if "function" not in name  # those are of the instance that goes
+            }
+            middle.action = look
+            instance.reset()
+            assert (seen, instance.closed) == ([], False)
+            assert instance.memory.read(64, 1) == b"\0"
+        assert (hosts.in_use(host), len(guest._ready)) == (1, 1)
+
+
+@pytest.mark.parametrize("name", DECIDING)
+def test_close_and_reset_of_one_instance_give_its_memory_back_once(name: str) -> None:
+    """The close begins when the reset has ended what is live, and has not taken its memories yet."""
+    with hosts.serving(name) as host, hosts.prepare(host) as guest:
+        instance = guest.instantiate()
+        instance.memory.grow(1)  # no reset in place
+        live: Any = instance._now
+        end, dispose = host._end, live.dispose
+
+        def dispose_and_close(generation: int | None = None) -> bool | None:
+            live.dispose = dispose
+            done: bool | None = dispose(generation)
+            hosts.elsewhere(lambda: end(live, generation))
+            return done
+
+        live.dispose = dispose_and_close
+        with pytest.raises(memslot.UsedAfterClose):
+            instance.reset()
+        assert (instance.closed, hosts.in_use(host)) == (True, 0)
+        instances = [guest.instantiate() for _ in range(4)]
+        for each in instances:
+            each.memory.write(64, SECRET)
+            assert [other.memory.read(64, 8) for other in instances].count(SECRET) == 1
+            each.close()
+            instances[instances.index(each)] = guest.instantiate()
+        for each in instances:
+            each.close()
+
+
+@pytest.mark.parametrize("name", DECIDING)
+def test_instance_closed_while_a_reset_begins_is_closed_after_it(name: str) -> None:
+    middle = InTheMiddle()
+    with hosts.serving(name, plugins=(middle,)) as host, hosts.prepare(host) as guest:
+        instance = guest.instantiate()
+        instance.memory.grow(1)  # no reset in place
+
+        def close() -> None:
+            instance._now = None  # as a close that had begun before the reset leaves it
+
+        middle.action = close
+        with pytest.raises(memslot.UsedAfterClose):
+            instance.reset()
+        assert (instance.closed, hosts.in_use(host)) == (True, 0)
+
+
+@pytest.mark.parametrize("name", DECIDING)
+def test_reset_by_an_old_handle_does_not_end_the_next_lease(name: str) -> None:
+    """The lease ends when the reset was already let through."""
+    with hosts.serving(name) as host, hosts.prepare(host) as guest:
+        lease = guest.lease()
+        old = lease.__enter__()
+        live: Any = old._now
+        live.can_restore = lambda: False
+        dispose, following = live.dispose, guest.lease()
+        kept: list[memslot.Instance] = []
+
+        def lease_again(generation: int | None = None) -> bool | None:
+            del live.dispose, live.can_restore
+            old._now = live
+            lease.__exit__(None, None, None)
+            kept.append(following.__enter__())
+            kept[0].memory.write(64, SECRET)
+            return dispose(generation)  # type: ignore[no-any-return]
+
+        live.dispose = lease_again
+        with pytest.raises(memslot.UsedAfterClose):
+            old.reset()
+        host.statistics()  # the host's next call, which ends what was dropped
+        assert kept[0].memory.read(64, 8) == SECRET
+        following.__exit__(None, None, None)
 
 
 @pytest.mark.parametrize("name", HOSTS)
