@@ -375,6 +375,7 @@ typedef struct {
     uintptr_t group;
     uintptr_t owner;     /* the thread inside, or 0; atomic */
     unsigned depth;      /* entries of the owner */
+    int64_t hold[3];     /* the entry of ms_wt_hold, which its owner alone writes; zeros where there is none */
     unsigned pins;       /* copies that run now; atomic */
     int held;            /* the owner wants no other entry, not even of its own thread; atomic */
     uint64_t generation; /* the lease whose handles may enter, from 1; atomic */
@@ -419,9 +420,11 @@ unsigned ms_wt_copy(ms_wt_cell *cell, uint64_t generation, uintptr_t to, const c
  * leave, and leaving does nothing where there is not.  0 or an outcome. */
 uintptr_t ms_wt_enter(ms_wt_cell *cell, uint64_t generation, int64_t *saved);
 uintptr_t ms_wt_leave(ms_wt_cell *cell, int64_t *saved);
-/* The same for a caller that needs the instance alone: MS_WT_BUSY also where this thread is inside it already.  With
- * `alone` this thread, too, is kept out until ms_wt_leave or ms_wt_restore, and copies have ended. */
-uintptr_t ms_wt_hold(ms_wt_cell *cell, uint64_t generation, int alone, int64_t *saved);
+/* An entry for a caller that needs the instance to itself: MS_WT_BUSY also where this thread is inside it already.  With
+ * `alone` this thread, too, is kept out until ms_wt_let_go or ms_wt_restore, and copies have ended. */
+uintptr_t ms_wt_hold(ms_wt_cell *cell, uint64_t generation, int alone);
+/* Leaves what this thread holds, if it holds it. */
+uintptr_t ms_wt_let_go(ms_wt_cell *cell);
 /* Calls it. */
 uintptr_t ms_wt_call(ms_wt_callee *callee, uint64_t generation);
 /* The 16 bytes of an exported global, and its kind; and back. */
@@ -440,7 +443,7 @@ typedef struct {
 uintptr_t ms_wt_globals_find(ms_wt_cell *cell, ms_wt_saved *saved, size_t count);
 uintptr_t ms_wt_globals_read(ms_wt_cell *cell, ms_wt_saved *saved, size_t count);
 /* Gives globals that were found their values, and leaves what was held: for the lease `generation`. */
-uintptr_t ms_wt_restore(ms_wt_cell *cell, uint64_t generation, const ms_wt_saved *saved, size_t count, int64_t *entered);
+uintptr_t ms_wt_restore(ms_wt_cell *cell, uint64_t generation, const ms_wt_saved *saved, size_t count);
 /* Where an exported memory is and how large; growth by `pages`, and the pages before. */
 uintptr_t ms_wt_memory_locate(ms_wt_cell *cell, const char *name, size_t length, uintptr_t *base, size_t *byte_size);
 uintptr_t ms_wt_memory_grow(ms_wt_cell *cell, uint64_t generation, const char *name, size_t length, uint64_t pages, uint64_t *before);

@@ -468,11 +468,11 @@ static void keep_copies_out(ms_wt_cell *cell)
     }
 }
 
-uintptr_t ms_wt_hold(ms_wt_cell *cell, uint64_t generation, int alone, int64_t *saved)
+uintptr_t ms_wt_hold(ms_wt_cell *cell, uint64_t generation, int alone)
 {
     if (__atomic_load_n(&cell->owner, __ATOMIC_SEQ_CST) == this_thread())
         return refuse(busy(cell, generation));
-    uintptr_t refused = ms_wt_enter(cell, generation, saved);
+    uintptr_t refused = ms_wt_enter(cell, generation, cell->hold);
     if (!refused && alone)
         keep_copies_out(cell);
     return refused;
@@ -500,8 +500,15 @@ uintptr_t ms_wt_leave(ms_wt_cell *cell, int64_t *saved)
     if (!saved[2] || __atomic_load_n(&cell->owner, __ATOMIC_SEQ_CST) != this_thread())
         return 0;
     saved[2] = 0;
-    let_copies_in(cell);
     return leave(cell, &entry, 0, NULL, NULL);
+}
+
+uintptr_t ms_wt_let_go(ms_wt_cell *cell)
+{
+    if (__atomic_load_n(&cell->owner, __ATOMIC_SEQ_CST) != this_thread() || !cell->hold[2])
+        return 0;
+    let_copies_in(cell);
+    return ms_wt_leave(cell, cell->hold);
 }
 
 /* ---- an instance's life ---- */
@@ -748,13 +755,13 @@ uintptr_t ms_wt_globals_read(ms_wt_cell *cell, ms_wt_saved *saved, size_t count)
     return leave(cell, &entry, 0, NULL, NULL);
 }
 
-uintptr_t ms_wt_restore(ms_wt_cell *cell, uint64_t generation, const ms_wt_saved *saved, size_t count, int64_t *entered)
+uintptr_t ms_wt_restore(ms_wt_cell *cell, uint64_t generation, const ms_wt_saved *saved, size_t count)
 {
-    struct entry entry = entry_of(entered);
+    struct entry entry = entry_of(cell->hold);
     wt_error *error = NULL;
-    if (!entered[2])
+    if (__atomic_load_n(&cell->owner, __ATOMIC_SEQ_CST) != this_thread() || !cell->hold[2])
         return refuse(MS_WT_BUSY);
-    entered[2] = 0;
+    cell->hold[2] = 0;
     for (size_t i = 0; i < count && !error; i++) {
         wt_val val;
         memset(&val, 0, sizeof val);

@@ -86,8 +86,6 @@ class WasmtimeLive(Live):
         self._borrowed: BorrowedStore | None = None
         self._saved: Any = None
         self._saved_count = 0
-        self._entry: Any = None
-        """What a hold puts aside, and whether there is one."""
 
     @property
     def guest_name(self) -> str:
@@ -232,7 +230,7 @@ class WasmtimeLive(Live):
     def hold(self, generation: int, *, alone: bool = False) -> None:
         if self._saved is None:
             self._find_globals()
-        refused = _hold(self.cell, generation, alone, self._entry)
+        refused = _hold(self.cell, generation, alone)
         if refused:
             outcome = Outcome(refused)  # first of all, because it frees what the C half holds
             if self.cell.depth and generation == self.generation:
@@ -250,7 +248,7 @@ class WasmtimeLive(Live):
         if self.environment is not None:
             self.streams = self.environment.give(self.cell)
         self.generation = generation
-        outcome = _restore(self.cell, generation, self._saved, self._saved_count, self._entry)
+        outcome = _restore(self.cell, generation, self._saved, self._saved_count)
         if outcome:
             self.settle(outcome)
 
@@ -258,9 +256,7 @@ class WasmtimeLive(Live):
         """Every saved global gets its initial value."""
         try:
             self.hold(self.generation)
-            outcome = _restore(
-                self.cell, self.generation, self._saved, self._saved_count, self._entry
-            )
+            outcome = _restore(self.cell, self.generation, self._saved, self._saved_count)
             if outcome:
                 self.settle(outcome)
         except BaseException:
@@ -268,10 +264,9 @@ class WasmtimeLive(Live):
             raise
 
     def let_go(self) -> None:
-        if self._entry is not None:
-            outcome = lib.ms_wt_leave(self.cell, self._entry)
-            if outcome:
-                self.settle(outcome)
+        outcome = lib.ms_wt_let_go(self.cell)
+        if outcome:
+            self.settle(outcome)
 
     def _find_globals(self) -> None:
         template = self._compiled.saved
@@ -280,7 +275,6 @@ class WasmtimeLive(Live):
         outcome = lib.ms_wt_globals_find(self.cell, saved, len(saved))
         if outcome:
             self.settle(outcome)
-        self._entry = ffi.new("int64_t[3]")
         self._saved_count = len(saved)
         self._saved = saved  # last: who finds it counts on the others
 
