@@ -440,17 +440,26 @@ class WasmtimeLive(Live):
             self.require_store()
             given: wasmtime.Store = self._binding.store
             return given
-        if not self.cell.context:
-            raise ended(self.guest_name)
-        if self._borrowed is None or not self._borrowed.open:
-            self._borrowed = BorrowedStore(
+        borrowed = self._borrowed
+        if borrowed is not None and borrowed.open:
+            return borrowed
+        if self.cell.held and not lib.ms_wt_elsewhere(self.cell):  # this thread's
+            return self._borrow()
+        # Within an entry, so that each view that there is ends with the store.
+        made: BorrowedStore = self.entered(0, self._borrow)
+        return made
+
+    def _borrow(self) -> BorrowedStore:
+        borrowed = self._borrowed
+        if borrowed is None or not borrowed.open:
+            borrowed = self._borrowed = BorrowedStore(
                 self._compiled.engine,
                 self.cell.store,
                 self.cell.context,
                 self.guest_name,
                 self._compiled.limits,
             )
-        return self._borrowed
+        return borrowed
 
     @property
     def native(self) -> NativeInstance:

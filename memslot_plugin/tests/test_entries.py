@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -102,7 +103,7 @@ def test_ended_handle_is_told_so_while_another_thread_is_in_the_next_lease(name:
         with guest.lease() as second:
             live: Any = second._now
             live.hold(second._generation)
-            hosts.elsewhere(lambda: refuses_all(old))
+            assert hosts.elsewhere(lambda: refuses_all(old)) is None
             live.let_go()
 
 
@@ -157,7 +158,7 @@ def test_close_and_reset_of_one_instance_give_its_memory_back_once(name: str) ->
         def dispose_and_close(generation: int | None = None) -> bool | None:
             live.dispose = dispose
             done: bool | None = dispose(generation)
-            hosts.elsewhere(lambda: end(live, generation))
+            assert hosts.elsewhere(lambda: end(live, generation)) is None
             return done
 
         live.dispose = dispose_and_close
@@ -402,6 +403,28 @@ def test_memory_outside_of_slots_is_read_and_written_in_each_lease(name: str) ->
                 with guest.lease() as instance:
                     instance.memory.write(turn, b"x")
                     assert instance.memory.read(0, 4) == b"x" * (turn + 1) + bytes(3 - turn)
+
+
+@pytest.mark.parametrize("name", [RUNTIMES[0]])
+def test_native_objects_that_two_threads_ask_for_end_with_the_instance(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module: Any = importlib.import_module("memslot_plugin.hosts.wasmtime_live")
+    found, make = list[Any](), module.BorrowedStore
+
+    def in_the_middle(*arguments: Any) -> Any:
+        monkeypatch.setattr(module, "BorrowedStore", make)
+        for other in (lambda: found.append(instance.native), instance.close):
+            assert isinstance(hosts.elsewhere(other), memslot.InUse)
+        return make(*arguments)
+
+    with hosts.started(name) as instance:
+        monkeypatch.setattr(module, "BorrowedStore", in_the_middle)
+        found.append(instance.native)
+        instance.close()
+        for native in found:
+            with pytest.raises(memslot.UsedAfterClose):
+                native.exports(native.store)["get"](native.store, 8)
 
 
 @pytest.mark.parametrize("name", HOSTS)
