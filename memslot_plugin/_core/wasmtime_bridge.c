@@ -412,12 +412,12 @@ static unsigned busy(ms_wt_cell *cell, uint64_t generation)
 /* `generation` is 0 for an entry of the host itself, which comes within one that was checked or before there are handles. */
 static unsigned enter(ms_wt_cell *cell, uint64_t generation, struct entry *entry)
 {
+    *entry = (struct entry){frame.raised, frame.deferred, frame.cell};
     if (take(cell))
         return busy(cell, generation);
     /* Looked at as the owner: a lease ends only while another thread or an outer frame is that. */
     if (!cell->context || (generation && generation != cell->generation))
         return MS_WT_CLOSED | give(cell);
-    *entry = (struct entry){frame.raised, frame.deferred, frame.cell};
     frame.raised = frame.deferred = 0;
     frame.cell = cell;
     frame.depth++;
