@@ -14,7 +14,7 @@ from memslot_plugin._core import ffi
 from memslot_plugin.allocators import SlotMemory
 from memslot_plugin.hosts.base import Host
 from memslot_plugin.hosts.instance import Instance
-from memslot_plugin.hosts.live import Live, require_within
+from memslot_plugin.hosts.live import HOLDS, Live, require_within
 from memslot_plugin.hosts.memory import Memory
 
 
@@ -116,7 +116,7 @@ def _children_do_not_reset() -> None:
     def in_the_parent(self: Instance, live: Live, generation: int) -> bool:
         if os.getpid() == process:
             return reset(self, live, generation)
-        live.hold(self._generation, alone=True)
+        live.hold(self._generation, next(HOLDS), alone=True)
         live.restore(generation)
         return True
 

@@ -49,7 +49,14 @@ def test_generated_modules_do_what_they_do_natively(
 def globals_stay(monkeypatch: pytest.MonkeyPatch, host: memslot.Host) -> None:
     with host.prepare(b"\0asm\1\0\0\0").instantiate() as instance:
         live = type(instance._live())
-    monkeypatch.setattr(live, "restore", lambda self, _: self.let_go())
+    hold, keys = live.hold, list[int]()
+
+    def noted(self: Any, generation: int, key: int, *, alone: bool = False) -> None:
+        keys.append(key)
+        hold(self, generation, key, alone=alone)
+
+    monkeypatch.setattr(live, "hold", noted)
+    monkeypatch.setattr(live, "restore", lambda self, _: self.let_go(keys.pop()))
 
 
 def tables_stay(monkeypatch: pytest.MonkeyPatch, host: memslot.Host) -> None:

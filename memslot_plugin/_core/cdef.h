@@ -376,6 +376,7 @@ typedef struct {
     uintptr_t owner;     /* the thread inside, or 0; atomic */
     unsigned depth;      /* entries of the owner */
     int64_t hold[3];     /* the entry of ms_wt_hold, which its owner alone writes; zeros where there is none */
+    uint64_t key;        /* whose hold it is */
     unsigned pins;       /* copies that run now; atomic */
     int held;            /* the owner wants no other entry, not even of its own thread; atomic */
     uint64_t generation; /* the lease whose handles may enter, from 1; atomic */
@@ -421,10 +422,10 @@ unsigned ms_wt_copy(ms_wt_cell *cell, uint64_t generation, uintptr_t to, const c
 uintptr_t ms_wt_enter(ms_wt_cell *cell, uint64_t generation, int64_t *saved);
 uintptr_t ms_wt_leave(ms_wt_cell *cell, int64_t *saved);
 /* An entry for a caller that needs the instance to itself: MS_WT_BUSY also where this thread is inside it already.  With
- * `alone` this thread, too, is kept out until ms_wt_let_go or ms_wt_restore, and copies have ended. */
-uintptr_t ms_wt_hold(ms_wt_cell *cell, uint64_t generation, int alone);
-/* Leaves what this thread holds, if it holds it. */
-uintptr_t ms_wt_let_go(ms_wt_cell *cell);
+ * `alone` this thread, too, is kept out until ms_wt_let_go or ms_wt_restore, and copies have ended.  `key` is the caller's. */
+uintptr_t ms_wt_hold(ms_wt_cell *cell, uint64_t generation, uint64_t key, int alone);
+/* Leaves what was held with this key, if it is: 1, and the outcome; else 0. */
+int ms_wt_let_go(ms_wt_cell *cell, uint64_t key, uintptr_t *outcome);
 /* Calls it. */
 uintptr_t ms_wt_call(ms_wt_callee *callee, uint64_t generation);
 /* The 16 bytes of an exported global, and its kind; and back. */

@@ -468,14 +468,17 @@ static void keep_copies_out(ms_wt_cell *cell)
     }
 }
 
-uintptr_t ms_wt_hold(ms_wt_cell *cell, uint64_t generation, int alone)
+uintptr_t ms_wt_hold(ms_wt_cell *cell, uint64_t generation, uint64_t key, int alone)
 {
     if (__atomic_load_n(&cell->owner, __ATOMIC_SEQ_CST) == this_thread())
         return refuse(busy(cell, generation));
     uintptr_t refused = ms_wt_enter(cell, generation, cell->hold);
-    if (!refused && alone)
+    if (refused)
+        return refused;
+    cell->key = key;
+    if (alone)
         keep_copies_out(cell);
-    return refused;
+    return 0;
 }
 
 static void let_copies_in(ms_wt_cell *cell) { __atomic_store_n(&cell->held, 0, __ATOMIC_SEQ_CST); }
@@ -503,12 +506,13 @@ uintptr_t ms_wt_leave(ms_wt_cell *cell, int64_t *saved)
     return leave(cell, &entry, 0, NULL, NULL);
 }
 
-uintptr_t ms_wt_let_go(ms_wt_cell *cell)
+int ms_wt_let_go(ms_wt_cell *cell, uint64_t key, uintptr_t *outcome)
 {
-    if (__atomic_load_n(&cell->owner, __ATOMIC_SEQ_CST) != this_thread() || !cell->hold[2])
+    if (__atomic_load_n(&cell->owner, __ATOMIC_SEQ_CST) != this_thread() || !cell->hold[2] || cell->key != key)
         return 0;
     let_copies_in(cell);
-    return ms_wt_leave(cell, cell->hold);
+    *outcome = ms_wt_leave(cell, cell->hold);
+    return 1;
 }
 
 /* ---- an instance's life ---- */
@@ -612,19 +616,17 @@ int ms_wt_close(ms_wt_cell *cell, uint64_t generation)
     keep_copies_out(cell);
     cell->store = cell->group = 0;
     __atomic_store_n(&cell->context, 0, __ATOMIC_SEQ_CST);
-    let_copies_in(cell);
     __atomic_store_n(&cell->closing, 0, __ATOMIC_SEQ_CST);
     if (store)
-        api.store_delete(store);
-    __atomic_store_n(&cell->owner, 0, __ATOMIC_SEQ_CST);
-    if (!group)
-        return 0;
-    if (!group_drop(group)) {
+        api.store_delete(store); /* which may run Python, on this thread; `held` keeps its entries out */
+    if (group && group_drop(group))
+        free(group);
+    else if (group)
         cell->lingering = 1;
-        return 1;
-    }
-    free(group);
-    return 0;
+    int lingering = cell->lingering; /* also for whom closes it once more */
+    let_copies_in(cell);
+    __atomic_store_n(&cell->owner, 0, __ATOMIC_SEQ_CST);
+    return lingering;
 }
 
 /* ---- calls ---- */

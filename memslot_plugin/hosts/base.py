@@ -520,8 +520,13 @@ class Host(abc.ABC):
                         live.fork.close()
             live.ended = True
         except BaseException:
-            self._drop(live)
+            self._drop_lease(live, generation)
             raise
+
+    def _drop_lease(self, live: Live, generation: int | None) -> None:
+        """As `_drop`, unless that lease has ended: what is live serves another one then."""
+        if generation in (None, live.generation):
+            self._drop(live)
 
     def _require_idle(self, live: Live) -> None:
         if live.running or live.held:

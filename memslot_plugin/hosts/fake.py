@@ -46,7 +46,7 @@ class FakeHost(Host):
             assert isinstance(live, FakeLive)
             if live.held and live.thread != threading.get_ident():
                 self._unlist(live)
-                live.held, live.ended = False, True
+                live.held, live.ended = 0, True
 
     def _assemble(self, text: str) -> bytes:
         raise InvalidModule("the fake host has no assembler; give it the bytes of a module")
@@ -77,9 +77,9 @@ class FakeLive(Live):
         self.thread = 0
         """The thread that held it last."""
 
-    def hold(self, generation: int, *, alone: bool = False) -> None:
+    def hold(self, generation: int, key: int, *, alone: bool = False) -> None:
         self.thread = threading.get_ident()
-        super().hold(generation, alone=alone)
+        super().hold(generation, key, alone=alone)
 
     @property
     def guest_name(self) -> str:
@@ -110,9 +110,14 @@ class FakeLive(Live):
             ) from None
 
         def call(generation: int, *arguments: Any) -> Any:
-            if generation != self.admits or self.ended:
-                self.refuse(generation)
-            return implementation(self, *arguments)
+            inside = False
+            try:
+                self.running, inside = self.running + 1, True
+                if generation != self.admits or self.ended:
+                    self.refuse(generation)
+                return implementation(self, *arguments)
+            finally:
+                self.running -= inside
 
         return call
 
@@ -154,8 +159,8 @@ class FakeLive(Live):
 
     def restore(self, generation: int) -> None:
         """Its memories are all that it has."""
-        self.generation = generation
-        self.let_go()
+        self.held = 0
+        self.generation = self.admits = generation
 
     def saved_values(self) -> dict[int, int | None]:
         return {each.index: each.initial for each in self._guest.plan.saved_globals}

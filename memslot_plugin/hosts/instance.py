@@ -16,7 +16,7 @@ from memslot_plugin.errors import (
     UsedAfterClose,
     shown,
 )
-from memslot_plugin.hosts.live import being_reset, ended
+from memslot_plugin.hosts.live import HOLDS, being_reset, ended
 from memslot_plugin.hosts.memory import Memory
 
 if TYPE_CHECKING:
@@ -143,12 +143,7 @@ class Instance:
         Its holder can change what no reset in place restores, so the next `reset` makes a new instance, and
         where the runtime's objects outlive that one (wasmer) the slot is not handed on.
         """
-
-        def give_away(live: Live) -> Any:
-            live.given_away = True
-            return live.native
-
-        return self._seen(give_away)
+        return self._live().give_native(self._generation)
 
     def reset(self) -> None:
         """Back to the guest's pristine state, same handle.
@@ -195,6 +190,8 @@ class Instance:
         host._require_idle(live)
         if live.generation != self._generation:
             live.refuse(self._generation)
+        if self._now is not live:  # another thread was first
+            raise (ended if self._now is None else being_reset)(self.guest.name)
         renewed: Live | None = None
         memories: tuple[LinearMemory, ...] = ()
         disposed: bool | None = False
@@ -252,13 +249,13 @@ class Instance:
             return False
         host = guest.host
         armed = host._armed
-        held = False
+        held, key = False, next(HOLDS)
         try:
-            live.hold(self._generation, alone=True)
+            live.hold(self._generation, key, alone=True)
             held = True
             # Asked once nothing can run any more: a call on another thread may have ended just now.
             if not live.can_restore():
-                live.let_go()
+                live.let_go(key)
                 return False
             told = armed.memory_reset
             for memory in live.memories:
@@ -266,10 +263,8 @@ class Instance:
                 if told is not None:
                     told(memory, result)
             live.restore(next_generation)
-        except BaseException as error:
-            if held or not isinstance(error, MemslotError):
-                live.let_go()
-            if not held:
+        except BaseException:
+            if not live.let_go(key) and not held:
                 raise
             self._now = None
             if live.open:

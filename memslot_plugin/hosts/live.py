@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import itertools
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,6 +30,10 @@ _cast, _unpack, _memmove = ffi.cast, ffi.unpack, ffi.memmove
 
 Imports = Mapping[str, Mapping[str, Any]]
 """Module name -> import name -> a Python callable, or an object of the runtime's own."""
+
+
+HOLDS = itertools.count(1)
+"""Keys of holds, each used once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +95,8 @@ class Live(abc.ABC):
     """The list in which its host finds instances that are open and have lost their handle."""
     generation: int = 1
     """The lease that is served now."""
-    held: bool = False
-    """True from `hold` to `restore` or `let_go`: a signal's handler or a finalizer cannot end it meanwhile."""
+    held: int = 0
+    """The key of `hold`, until `restore` or `let_go`: a signal's handler or a finalizer cannot end it meanwhile."""
     admits: int = 1
     """The lease whose handles may enter: `generation`, or 0 while the instance is held."""
 
@@ -178,9 +183,11 @@ class Live(abc.ABC):
                 return False
         return not self.given_away and not self.outgrown
 
-    def hold(self, generation: int, *, alone: bool = False) -> None:
+    def hold(self, generation: int, key: int, *, alone: bool = False) -> None:
         """Keep other threads' entries out until `restore` or `let_go`, and with `alone` those of this thread;
         raises InUse while one runs, and UsedAfterClose.
+
+        `key`, from `HOLDS`, says afterwards if it came to that: a signal's handler may raise as this returns.
         """
         if generation != self.generation or self.ended:
             self.refuse(generation)
@@ -189,7 +196,7 @@ class Live(abc.ABC):
                 f"the instance of {self.guest_name} cannot be closed, reset or captured by what it is calling;"
                 " let the call return first"
             )
-        self.held = True
+        self.held = key
         if alone:
             self.admits = 0
 
@@ -202,10 +209,15 @@ class Live(abc.ABC):
     def wake(self) -> None:  # noqa: B027 - most have nothing that runs out
         """A lease begins, and the instance may have waited for long: renew what runs out."""
 
-    def let_go(self) -> None:
-        """Let entries in again, without having restored anything; nothing happens if it is not held."""
-        self.held = False
+    def let_go(self, key: int) -> bool:
+        """Let entries in again, without having restored anything; False, and nothing happens, if it is not held
+        with this key.
+        """
+        if self.held != key:
+            return False
+        self.held = 0
         self.admits = self.generation
+        return True
 
     @abc.abstractmethod
     def saved_values(self) -> dict[int, int | None]:
@@ -231,6 +243,14 @@ class Live(abc.ABC):
     @abc.abstractmethod
     def native(self) -> Any:
         """The runtime's own instance."""
+
+    def give_native(self, generation: int) -> Any:
+        """The runtime's own instance for the embedder, within an entry."""
+        native = self.native
+        if generation != self.admits or self.ended:  # compared last, as in read_memory
+            self.refuse(generation)
+        self.given_away = True
+        return native
 
 
 def being_reset(name: str) -> InUse:

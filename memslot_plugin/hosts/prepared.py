@@ -22,7 +22,6 @@ from memslot_plugin.errors import (
     ArgumentError,
     InUse,
     MemoryTooLarge,
-    MemslotError,
     RepeatedRandomness,
     SettingError,
     SnapshotRefused,
@@ -32,7 +31,7 @@ from memslot_plugin.errors import (
 )
 from memslot_plugin.hosts import saved
 from memslot_plugin.hosts.instance import Instance
-from memslot_plugin.hosts.live import Binding, Imports
+from memslot_plugin.hosts.live import HOLDS, Binding, Imports
 from memslot_plugin.hosts.living import Living
 from memslot_plugin.hosts.wasi import MODULES
 
@@ -366,10 +365,9 @@ class Guest:
                 RepeatedRandomness,
                 stacklevel=depth,
             )
-        alone = False
+        key = next(HOLDS)
         try:
-            live.hold(generation)
-            alone = True
+            live.hold(generation, key)
             descriptors = live.descriptors_changed()
             if descriptors is not None:
                 raise SnapshotRefused(
@@ -396,10 +394,9 @@ class Guest:
                 parent=self,
             )
             guest.reseed = self.reseed
-            live.let_go()
-        except BaseException as error:
-            if alone or not isinstance(error, MemslotError):
-                live.let_go()
+            live.let_go(key)
+        except BaseException:
+            live.let_go(key)
             raise
         return guest
 

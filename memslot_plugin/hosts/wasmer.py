@@ -363,7 +363,7 @@ class WasmerLive(Live):
         if streams is not None:
             streams.clear()
         # What let_go does, without the call.
-        self.held = False
+        self.held = 0
         self.generation = self.admits = generation
 
     def set_globals(self) -> None:

@@ -87,7 +87,7 @@ class Cells(dict[int, Any]):
         ending: Callable[[], bool] = sys.is_finalizing,
     ) -> None:
         # Not at the interpreter's end: wasmtime would call wasmtime-py's finalizers of externrefs, which are gone.
-        for cell in () if ending() else self.values():
+        for cell in () if ending() else list(self.values()):
             close(cell, 0)
 
 
@@ -531,22 +531,24 @@ class WasmtimeHost(Host):
             return False
         live.forget_views()
         try:
-            if memories:
-                # Whoever takes it out again releases them.
-                self._retained.setdefault(token, memories)
+            # Not once another thread has taken it out, which releases them; the group goes first, in each place.
+            if memories and token in self._groups:
+                self._retained[token] = memories
             ended = int(lib.ms_wt_close(live.cell, generation or 0))
-            if ended < 2:
-                self._cells.pop(token, None)
             if ended == 3:
                 self._retained.pop(token, None)
                 return None
-            if not memories:
-                return ended != 2
             if ended == 2:
-                # A forked child, in which that call does not return, looks here.
-                self._ending[token] = live
+                if memories:
+                    # A forked child, in which that call does not return, looks here.
+                    self._ending[token] = live
+                    if token not in self._groups:  # the call has returned meanwhile
+                        self._ending.pop(token, None)
                 return False
+            self._cells.pop(token, None)
             self._ending.pop(token, None)
+            if not memories:
+                return True
             if ended:
                 return False
             self._groups.pop(token, None)
@@ -557,7 +559,7 @@ class WasmtimeHost(Host):
                 memories, live.memories = live.memories, ()  # what another thread left of them
                 super()._release(memories)
         except BaseException:
-            self._drop(live)
+            self._drop_lease(live, generation)
             raise
         return True
 

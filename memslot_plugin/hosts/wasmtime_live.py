@@ -20,7 +20,7 @@ from memslot_plugin.errors import (
     UsedAfterClose,
     shown,
 )
-from memslot_plugin.hosts.live import Binding, Live, ended, require_within
+from memslot_plugin.hosts.live import HOLDS, Binding, Live, ended, require_within
 from memslot_plugin.hosts.wasmtime_bridge import address_of, wasmtime, wasmtime_ffi
 from memslot_plugin.hosts.wasmtime_errors import Outcome, one_sentence, refusal, translated
 from memslot_plugin.hosts.wasmtime_link import Compiled, Link
@@ -227,10 +227,10 @@ class WasmtimeLive(Live):
 
     # -- resets ------------------------------------------------------------------------------------------------------
 
-    def hold(self, generation: int, *, alone: bool = False) -> None:
+    def hold(self, generation: int, key: int, *, alone: bool = False) -> None:
         if self._saved is None:
             self._find_globals()
-        refused = _hold(self.cell, generation, alone)
+        refused = _hold(self.cell, generation, key, alone)
         if refused:
             outcome = Outcome(refused)  # first of all, because it frees what the C half holds
             if self.cell.depth and generation == self.generation:
@@ -251,22 +251,27 @@ class WasmtimeLive(Live):
         outcome = _restore(self.cell, generation, self._saved, self._saved_count)
         if outcome:
             self.settle(outcome)
+            if not self.cell.context:  # its holder closed it meanwhile
+                raise ended(self.guest_name)
 
     def set_globals(self) -> None:
         """Every saved global gets its initial value."""
+        key = next(HOLDS)
         try:
-            self.hold(self.generation)
+            self.hold(self.generation, key)
             outcome = _restore(self.cell, self.generation, self._saved, self._saved_count)
             if outcome:
                 self.settle(outcome)
         except BaseException:
-            self.let_go()
+            self.let_go(key)
             raise
 
-    def let_go(self) -> None:
-        outcome = lib.ms_wt_let_go(self.cell)
-        if outcome:
-            self.settle(outcome)
+    def let_go(self, key: int) -> bool:
+        outcome = ffi.new("uintptr_t *")
+        held = bool(lib.ms_wt_let_go(self.cell, key, outcome))
+        if outcome[0]:
+            self.settle(outcome[0])
+        return held
 
     def _find_globals(self) -> None:
         template = self._compiled.saved
@@ -472,6 +477,14 @@ class WasmtimeLive(Live):
         assert isinstance(instance, NativeInstance)
         instance.store = store
         return instance
+
+    def give_native(self, generation: int) -> NativeInstance:
+        def give() -> NativeInstance:
+            self.given_away = True
+            return self.native
+
+        given: NativeInstance = self.entered(generation, give)
+        return given
 
     def _native_export(self, name: str) -> Any:
         return self.native.exports(self.store())[name]

@@ -102,9 +102,9 @@ def test_ended_handle_is_told_so_while_another_thread_is_in_the_next_lease(name:
             old = handles(first)
         with guest.lease() as second:
             live: Any = second._now
-            live.hold(second._generation)
+            live.hold(second._generation, 1)
             assert hosts.elsewhere(lambda: refuses_all(old)) is None
-            live.let_go()
+            live.let_go(1)
 
 
 @pytest.mark.parametrize("name", HOSTS)
@@ -139,9 +139,9 @@ def test_hold_ends_also_if_another_thread_looks_up_the_globals_meanwhile(name: s
     """Two first resets at once: each looks them up, and one of them holds before the other one has."""
     with hosts.started(name) as instance:
         live: Any = instance._now
-        live.hold(instance._generation)
+        live.hold(instance._generation, 1)
         live._find_globals()
-        live.let_go()
+        live.let_go(1)
         assert live.running == 0
         assert hosts.elsewhere(lambda: instance.call("get", 8)) == ord("h")
 
@@ -162,9 +162,11 @@ def test_close_and_reset_of_one_instance_give_its_memory_back_once(name: str) ->
             return done
 
         live.dispose = dispose_and_close
-        with pytest.raises(memslot.UsedAfterClose):
+        with suppress(memslot.UsedAfterClose):  # where the other thread was first
             instance.reset()
-        assert (instance.closed, hosts.in_use(host)) == (True, 0)
+        assert hosts.in_use(host) == (not instance.closed)
+        instance.close()
+        assert hosts.in_use(host) == 0
         instances = [guest.instantiate() for _ in range(4)]
         for each in instances:
             each.memory.write(64, SECRET)

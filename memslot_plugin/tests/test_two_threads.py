@@ -1,0 +1,299 @@
+"""Two threads, or a signal's handler, at one instance: the other one acts where CPython may switch to it."""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import pytest
+
+import memslot_plugin as memslot
+from memslot_hooks import LinearMemory, hookimpl
+from memslot_plugin.tests import hosts
+from memslot_plugin.tests.hosts import DECIDING, HOSTS, RUNTIMES
+
+WASMTIME = RUNTIMES[0]
+SECRET = b"a secret"
+
+
+def at_the_call(holder: Any, name: str, action: Callable[[], object]) -> None:
+    """Once, as `holder` is asked for what `name` does, another thread does something first."""
+    original = getattr(holder, name)
+
+    def switched(*arguments: Any, **named: Any) -> Any:
+        setattr(holder, name, original)
+        hosts.elsewhere(action)
+        return original(*arguments, **named)
+
+    setattr(holder, name, switched)
+
+
+@pytest.mark.parametrize("name", [WASMTIME])
+def test_slot_stays_with_a_store_of_the_embedder_s_also_if_two_close_the_instance(
+    name: str,
+) -> None:
+    wasmtime = pytest.importorskip("wasmtime")
+    with hosts.serving(name, slots=1) as host, hosts.prepare(host) as guest:
+        store = wasmtime.Store(host.engine)
+        instance = guest.instantiate(store=store)
+        at_the_call(instance._now, "forget_views", instance.close)
+        instance.close()
+        assert hosts.in_use(host) == 1
+        with pytest.raises(memslot.PoolExhausted):
+            guest.instantiate()
+        store.close()
+        guest.instantiate().close()
+
+
+class Keeps:
+    """A plugin that has each memory until it is released."""
+
+    def __init__(self) -> None:
+        self.kept: list[LinearMemory] = []
+
+    @hookimpl
+    def memslot_memory_created(self, memory: LinearMemory) -> None:
+        self.kept.append(memory)
+
+    @hookimpl(tryfirst=True)
+    def memslot_release_memory(self, memory: LinearMemory) -> None:
+        self.kept = [each for each in self.kept if each is not memory]
+
+
+@pytest.mark.parametrize("name", [WASMTIME])
+def test_two_closes_at_once_release_the_memory_and_tell_the_plugins(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one looks at the memories before the first has released them, and ends after that."""
+    module: Any = importlib.import_module("memslot_plugin.hosts.wasmtime")
+    reached, go_on, plugin = threading.Event(), threading.Event(), Keeps()
+    close = module.lib.ms_wt_close
+    with hosts.serving(name, plugins=(plugin,)) as host, hosts.prepare(host) as guest:
+        instance = guest.instantiate()
+        live: Any = instance._now
+        release, forget = host._release, live.forget_views
+        first = threading.Thread(target=instance.close)
+
+        def released(memories: Any) -> None:
+            host._release = release
+            reached.set()
+            go_on.wait()
+            release(memories)
+
+        def forgotten() -> None:
+            live.forget_views, host._release = forget, released
+            first.start()
+            reached.wait()
+            forget()
+
+        class Closing:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(library, name)
+
+            def ms_wt_close(self, cell: Any, generation: int) -> int:
+                if threading.current_thread() is not first and first.is_alive():
+                    go_on.set()
+                    first.join()
+                return int(close(cell, generation))
+
+        library = module.lib
+        monkeypatch.setattr(module, "lib", Closing())
+        live.forget_views = forgotten
+        instance.close()
+        assert (hosts.in_use(host), plugin.kept) == (0, [])
+
+
+@pytest.mark.parametrize("name", [WASMTIME])
+def test_native_objects_are_not_given_away_in_the_middle_of_the_end_of_a_lease(name: str) -> None:
+    given: list[object] = []
+
+    class Asks:
+        @hookimpl(tryfirst=True)
+        def memslot_reset_memory(self, memory: LinearMemory) -> None:
+            if not given:
+                given.append(hosts.elsewhere(lambda: instance.native))
+
+    options: dict[str, Any] = {"configure_store": lambda _: None}  # makes a view of each store
+    with hosts.serving(name, plugins=(Asks(),), **options) as host, hosts.prepare(host) as guest:
+        with guest.lease() as instance:
+            pass
+        assert isinstance(given[0], memslot.InUse)
+
+
+@pytest.mark.parametrize("use", ["reset", "snapshot"])
+@pytest.mark.parametrize("name", HOSTS)
+def test_handler_that_is_refused_as_a_hold_begins_leaves_nothing_held(name: str, use: str) -> None:
+    """Its InUse is raised as `hold` returns."""
+    with hosts.serving(name) as host, hosts.prepare(host) as guest:
+        instance = guest.instantiate()
+        live: Any = instance._now
+        hold = live.hold
+
+        def interrupted(*arguments: Any, **named: Any) -> None:
+            live.hold = hold
+            hold(*arguments, **named)
+            signal.raise_signal(signal.SIGUSR1)
+
+        before = signal.signal(signal.SIGUSR1, lambda *_: instance.close())
+        live.hold = interrupted
+        try:
+            with pytest.raises(memslot.InUse):
+                getattr(instance, use)()
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+        del live.hold
+        assert (live.running, live.held) == (0, 0)
+        with suppress(memslot.UsedAfterClose):  # a reset that raises ends the instance
+            assert instance.memory.read(0, 1) == b"\0"
+        instance.close()
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_interrupt_of_a_refused_reset_leaves_the_outer_one_its_hold(name: str) -> None:
+    refused: list[type[BaseException]] = []
+
+    class Resets:
+        @hookimpl(tryfirst=True)
+        def memslot_reset_memory(self, memory: LinearMemory) -> None:
+            live: Any = instance._now
+            if refused or live is None:
+                return
+            hold = live.hold
+
+            def interrupted(*arguments: Any, **named: Any) -> None:
+                live.hold = hold
+                with suppress(memslot.InUse):
+                    hold(*arguments, **named)
+                raise KeyboardInterrupt
+
+            live.hold = interrupted
+            with pytest.raises(KeyboardInterrupt):
+                instance.reset()
+            with pytest.raises(memslot.InUse) as raised:
+                instance.memory.read(0, 1)
+            refused.append(raised.type)
+
+    with hosts.started(name, plugins=(Resets(),)) as instance:
+        instance.reset()
+        assert refused == [memslot.InUse]
+        assert instance.memory.read(0, 1) == b"\0"
+
+
+def test_lease_on_the_fake_host_does_not_end_under_a_running_call() -> None:
+    ended: list[object] = []
+
+    def looks(live: Any) -> bytes:
+        ended.append(hosts.elsewhere(lambda: lease.__exit__(None, None, None)))
+        return bytes(live.read(0, 64, 8))
+
+    with hosts.serving("fake", functions={"looks": looks}) as host, hosts.prepare(host) as guest:
+        lease = guest.lease()
+        instance = lease.__enter__()
+        assert instance.call("looks") == bytes(8)
+        assert isinstance(ended[0], memslot.InUse)
+        instance.close()
+
+
+@pytest.mark.parametrize("name", [WASMTIME])
+def test_lease_never_begins_with_an_instance_that_ended(name: str) -> None:
+    """A close was let through while the lease ended; the end of the lease does it."""
+    holding, go_on, answers = threading.Event(), threading.Event(), list[int]()
+
+    class Waits:
+        @hookimpl(tryfirst=True)
+        def memslot_reset_memory(self, memory: LinearMemory) -> None:
+            if threading.current_thread() is ending and not holding.is_set():
+                holding.set()
+                go_on.wait()
+
+    with hosts.serving(name, plugins=(Waits(),)) as host, hosts.prepare(host) as guest:
+        lease = guest.lease()
+        instance = lease.__enter__()
+        live: Any = instance._now
+        ending = threading.Thread(target=lease.__exit__, args=(None, None, None))
+        dispose = live.dispose
+
+        def disposed(generation: int | None = None) -> bool | None:
+            ending.start()
+            holding.wait()
+            done: bool | None = dispose(generation)
+            go_on.set()
+            ending.join()
+            with guest.lease() as following:  # before the close goes on
+                answers.append(following.call("get", 8))
+            return done
+
+        live.dispose = disposed
+        instance.close()
+        assert answers == [ord("h")]
+
+
+@pytest.mark.parametrize("name", [WASMTIME])
+def test_instance_that_a_call_ended_is_kept_by_nothing(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The call returns before the close has noted that it will end the instance."""
+    module: Any = importlib.import_module("memslot_plugin.hosts.wasmtime")
+    inside, leave = threading.Event(), threading.Event()
+    library = module.lib
+
+    def wait(number: int) -> int:
+        inside.set()
+        leave.wait()
+        return number
+
+    class Closing:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(library, name)
+
+        def ms_wt_close(self, cell: Any, generation: int) -> int:
+            answer = int(library.ms_wt_close(cell, generation))
+            if threading.current_thread() is not calling:
+                leave.set()
+                calling.join()
+            return answer
+
+    with hosts.serving(name) as host, hosts.calling(host, wait) as guest:
+        instance = guest.instantiate()
+        live: Any = instance._now
+        calling = threading.Thread(target=instance.call, args=("run", 1))
+        dispose = live.dispose
+
+        def disposed(generation: int | None = None) -> bool | None:
+            live.dispose = dispose
+            calling.start()
+            inside.wait()
+            monkeypatch.setattr(module, "lib", Closing())
+            return dispose(generation)  # type: ignore[no-any-return]
+
+        live.dispose = disposed
+        instance.close()
+        monkeypatch.undo()
+        assert host._ending == {}
+
+
+@pytest.mark.parametrize("name", DECIDING)
+def test_second_reset_does_not_take_away_what_the_first_one_made(name: str) -> None:
+    with hosts.serving(name) as host, hosts.prepare(host) as guest, guest.instantiate() as instance:
+        instance.memory.grow(1)  # no reset in place
+        at_the_call(host, "_require_idle", instance.reset)
+        with pytest.raises(memslot.InUse):
+            instance.reset()
+        assert not instance.closed
+        assert instance.call("get", 64) == 0
+
+
+@pytest.mark.parametrize("name", DECIDING)
+def test_reset_that_comes_late_does_not_revive_a_closed_instance(name: str) -> None:
+    text = '(module (table (export "t") 1 funcref) (func (export "get") (table.set 0 (i32.const 0) (ref.null func))))'
+    with hosts.serving(name) as host, hosts.prepare(host, text) as guest:
+        instance = guest.instantiate()
+        at_the_call(host, "_require_idle", instance.close)
+        with pytest.raises(memslot.UsedAfterClose):
+            instance.reset()
+        assert instance.closed
+        assert host.statistics().live_instances == 0
