@@ -218,6 +218,7 @@ def test_lease_never_begins_with_an_instance_that_ended(name: str) -> None:
         dispose = live.dispose
 
         def disposed(generation: int | None = None) -> bool | None:
+            live.dispose = dispose
             ending.start()
             holding.wait()
             done: bool | None = dispose(generation)
