@@ -7,8 +7,8 @@ same hooks as anywhere, and every access from a function goes through the bounds
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Collection, Mapping
+from threading import get_ident
 from typing import Any, Literal
 
 from memslot_hooks.types import LinearMemory
@@ -44,9 +44,9 @@ class FakeHost(Host):
         """In a child of a fork: what another thread held is let go by none, and no thread waits for it."""
         for live in self._listed():
             assert isinstance(live, FakeLive)
-            if live.held and live.thread != threading.get_ident():
+            if (live.held or live.running) and live.thread != get_ident():
                 self._unlist(live)
-                live.held, live.ended = 0, True
+                live.held, live.running, live.ended = 0, 0, True
 
     def _assemble(self, text: str) -> bytes:
         raise InvalidModule("the fake host has no assembler; give it the bytes of a module")
@@ -75,10 +75,10 @@ class FakeLive(Live):
         self._guest = guest
         self.memories = memories
         self.thread = 0
-        """The thread that held it last."""
+        """The thread that was inside last."""
 
     def hold(self, generation: int, key: int, *, alone: bool = False) -> None:
-        self.thread = threading.get_ident()
+        self.thread = get_ident()
         super().hold(generation, key, alone=alone)
 
     @property
@@ -112,7 +112,7 @@ class FakeLive(Live):
         def call(generation: int, *arguments: Any) -> Any:
             inside = False
             try:
-                self.running, inside = self.running + 1, True
+                self.thread, self.running, inside = get_ident(), self.running + 1, True
                 if generation != self.admits or self.ended:
                     self.refuse(generation)
                 return implementation(self, *arguments)
@@ -166,7 +166,13 @@ class FakeLive(Live):
         return {each.index: each.initial for each in self._guest.plan.saved_globals}
 
     def dispose(self, generation: int | None = None) -> bool | None:
-        return True if generation in (None, self.generation) else None
+        if generation not in (None, self.generation):
+            return None
+        if self.running:  # a call began just now: the host's next call after it ends the instance
+            self._host._drop(self)
+            return None
+        self.admits = -1  # no lease: no call begins from here on
+        return True
 
     @property
     def native(self) -> Any:

@@ -518,8 +518,8 @@ class WasmtimeHost(Host):
     def finish(
         self, live: WasmtimeLive, *, release: bool = True, generation: int | None = None
     ) -> bool | None:
-        """End a live instance's store.  True: wasmtime no longer uses its memories, and nobody has released them yet.
-        None: nothing happened, for the lease `generation` has ended.
+        """End a live instance's store.  True: wasmtime no longer uses its memories, and the thread that takes them out
+        of `live` releases them.  None: nothing happened, for the lease `generation` has ended.
 
         With `release` they are released here; a running call, or a store that is not ours, releases them later.
         """
@@ -531,7 +531,7 @@ class WasmtimeHost(Host):
             return False
         live.forget_views()
         try:
-            # Not once another thread has taken it out, which releases them; the group goes first, in each place.
+            # Not once another thread has taken it out; the group goes first, in each place.
             if memories and token in self._groups:
                 self._retained[token] = memories
             ended = int(lib.ms_wt_close(live.cell, generation or 0))
@@ -552,11 +552,12 @@ class WasmtimeHost(Host):
             if ended:
                 return False
             self._groups.pop(token, None)
-            held = self._retained.pop(token, None)
-            if held is None:
-                return False
+            self._retained.pop(token, None)
             if release:
-                memories, live.memories = live.memories, ()  # what another thread left of them
+                memories, live.memories = (
+                    live.memories,
+                    (),
+                )  # in one step: the thread that has them releases them
                 super()._release(memories)
         except BaseException:
             self._drop_lease(live, generation)

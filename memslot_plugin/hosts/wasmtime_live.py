@@ -431,6 +431,8 @@ class WasmtimeLive(Live):
         if outcome:
             found = Outcome(outcome)
             if isinstance(found.native, wasmtime.WasmtimeError) and found.deferred is None:
+                if found.flags & lib.MS_WT_CLOSING:
+                    self._host.finish(self)
                 raise GrowthRefused(
                     f"{what} may not grow by {pages} pages: {one_sentence(str(found.native))}"
                 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -298,3 +299,143 @@ def test_reset_that_comes_late_does_not_revive_a_closed_instance(name: str) -> N
             instance.reset()
         assert instance.closed
         assert host.statistics().live_instances == 0
+
+
+@pytest.mark.parametrize("name", [WASMTIME])
+def test_close_by_an_old_handle_takes_nothing_from_the_close_of_the_next_lease(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module: Any = importlib.import_module("memslot_plugin.hosts.wasmtime")
+    begun, go_on, library = threading.Event(), threading.Event(), module.lib
+    with hosts.serving(name, slots=1) as host, hosts.prepare(host) as guest:
+        lease = guest.lease()
+        old = lease.__enter__()
+        live: Any = old._now
+        forget = live.forget_views
+
+        def forgotten() -> None:
+            live.forget_views = forget
+            begun.set()
+            go_on.wait()
+            forget()
+
+        class Closing:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(library, name)
+
+            def ms_wt_close(self, cell: Any, generation: int) -> int:
+                answer = int(library.ms_wt_close(cell, generation))
+                if threading.current_thread() is not late:
+                    go_on.set()
+                    late.join()
+                return answer
+
+        live.forget_views = forgotten
+        late = threading.Thread(target=old.close)
+        late.start()
+        begun.wait()
+        lease.__exit__(None, None, None)
+        following = guest.lease().__enter__()
+        kept = following.function("get")
+        monkeypatch.setattr(module, "lib", Closing())
+        following.close()
+        monkeypatch.undo()
+        assert hosts.in_use(host) == 0
+        with pytest.raises(memslot.UsedAfterClose):
+            kept(8)
+        guest.instantiate().close()
+
+
+class Interrupts(dict[int, Any]):
+    """Raises KeyboardInterrupt once, as something that was there has been taken out."""
+
+    armed = True
+
+    def pop(self, *arguments: Any) -> Any:
+        found = super().pop(*arguments)
+        if found is not None and self.armed:
+            self.armed = False
+            raise KeyboardInterrupt
+        return found
+
+
+@pytest.mark.parametrize("taken_from", ["_retained", "_groups", "_cells"])
+@pytest.mark.parametrize("name", [WASMTIME])
+def test_close_that_is_interrupted_is_finished_by_the_next_call(name: str, taken_from: str) -> None:
+    with hosts.serving(name, slots=1) as host, hosts.prepare(host) as guest:
+        instance = guest.instantiate()
+        before = getattr(host, taken_from)
+        setattr(host, taken_from, Interrupts(before))
+        with pytest.raises(KeyboardInterrupt):
+            instance.close()
+        host.statistics()
+        assert (instance.closed, hosts.in_use(host)) == (True, 0)
+        guest.instantiate().close()
+
+
+@pytest.mark.parametrize("name", [WASMTIME])
+def test_child_of_a_fork_gives_back_what_was_closed_while_it_forked(name: str) -> None:
+    """Another thread closes the instance whose call forks; in the child that call ends it."""
+    ready, go_on, processes = threading.Event(), threading.Event(), list[int]()
+
+    def fork(number: int) -> int:
+        go_on.set()
+        closing.join()
+        processes.append(os.fork())
+        return number
+
+    with hosts.serving(name, slots=1) as host, hosts.calling(host, fork) as guest:
+        instance = guest.instantiate()
+        live: Any = instance._now
+        dispose, run = live.dispose, instance.function("run")
+
+        def disposed(generation: int | None = None) -> bool | None:
+            live.dispose = dispose
+            ready.set()
+            go_on.wait()
+            return dispose(generation)  # type: ignore[no-any-return]
+
+        live.dispose = disposed
+        closing = threading.Thread(target=instance.close)
+        closing.start()
+        ready.wait()
+        assert run(5) == 5
+        if processes == [0]:
+            status = 1
+            with suppress(BaseException):
+                assert hosts.in_use(host) == 0
+                guest.instantiate().close()
+                status = 0
+            os._exit(status)
+        assert os.waitstatus_to_exitcode(os.waitpid(processes[0], 0)[1]) == 0
+        assert hosts.in_use(host) == 0
+
+
+def test_call_that_begins_as_the_fake_host_closes_reads_its_own_bytes() -> None:
+    inside, go_on, found = threading.Event(), threading.Event(), list[bytes]()
+    functions = {"looks": lambda live: live.read(0, 64, 8)}
+    with hosts.serving("fake", slots=1, functions=functions) as host, hosts.prepare(host) as guest:
+        instance = guest.instantiate()
+        live: Any = instance._now
+        at, dispose = live._at, live.dispose
+        calling = threading.Thread(target=lambda: found.append(instance.call("looks")))
+
+        def found_at(*arguments: int) -> Any:
+            place = at(*arguments)
+            inside.set()
+            go_on.wait()
+            return place
+
+        def disposed(generation: int | None = None) -> bool | None:
+            live.dispose = dispose
+            calling.start()
+            inside.wait()
+            return dispose(generation)  # type: ignore[no-any-return]
+
+        live._at, live.dispose = found_at, disposed
+        instance.close()
+        with pytest.raises(memslot.PoolExhausted):
+            guest.instantiate()
+        go_on.set()
+        calling.join()
+        assert found == [bytes(8)]
