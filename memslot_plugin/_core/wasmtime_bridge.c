@@ -402,12 +402,13 @@ static int lease_over(ms_wt_cell *cell, uint64_t generation)
     return generation && __atomic_load_n(&cell->generation, __ATOMIC_SEQ_CST) != generation;
 }
 
-/* A handle whose lease has ended is told so, whatever the next lease, or a second end, does now. */
-static unsigned busy(ms_wt_cell *cell, uint64_t generation)
+static int ended(ms_wt_cell *cell, uint64_t generation)
 {
-    int open = __atomic_load_n(&cell->context, __ATOMIC_SEQ_CST) != 0;
-    return open && !lease_over(cell, generation) ? MS_WT_BUSY : MS_WT_CLOSED;
+    return !__atomic_load_n(&cell->context, __ATOMIC_SEQ_CST) || lease_over(cell, generation);
 }
+
+/* A handle whose lease has ended is told so, whatever the next lease, or a second end, does now. */
+static unsigned busy(ms_wt_cell *cell, uint64_t generation) { return ended(cell, generation) ? MS_WT_CLOSED : MS_WT_BUSY; }
 
 /* `generation` is 0 for an entry of the host itself, which comes within one that was checked or before there are handles. */
 static unsigned enter(ms_wt_cell *cell, uint64_t generation, struct entry *entry)
@@ -416,7 +417,7 @@ static unsigned enter(ms_wt_cell *cell, uint64_t generation, struct entry *entry
     if (take(cell))
         return busy(cell, generation);
     /* Looked at as the owner: a lease ends only while another thread or an outer frame is that. */
-    if (!cell->context || (generation && generation != cell->generation))
+    if (ended(cell, generation))
         return MS_WT_CLOSED | give(cell);
     frame.raised = frame.deferred = 0;
     frame.cell = cell;
@@ -489,7 +490,7 @@ unsigned ms_wt_copy(ms_wt_cell *cell, uint64_t generation, uintptr_t to, const c
     __atomic_add_fetch(&cell->pins, 1, __ATOMIC_SEQ_CST);
     if (__atomic_load_n(&cell->held, __ATOMIC_SEQ_CST))
         refused = busy(cell, generation);
-    else if (!__atomic_load_n(&cell->context, __ATOMIC_SEQ_CST) || lease_over(cell, generation))
+    else if (ended(cell, generation))
         refused = MS_WT_CLOSED;
     else
         memmove((void *)to, from, length);
@@ -506,9 +507,14 @@ uintptr_t ms_wt_leave(ms_wt_cell *cell, int64_t *saved)
     return leave(cell, &entry, 0, NULL, NULL);
 }
 
+static int holds(ms_wt_cell *cell)
+{
+    return __atomic_load_n(&cell->owner, __ATOMIC_SEQ_CST) == this_thread() && cell->hold[2];
+}
+
 int ms_wt_let_go(ms_wt_cell *cell, uint64_t key, uintptr_t *outcome)
 {
-    if (__atomic_load_n(&cell->owner, __ATOMIC_SEQ_CST) != this_thread() || !cell->hold[2] || cell->key != key)
+    if (!holds(cell) || cell->key != key)
         return 0;
     let_copies_in(cell);
     *outcome = ms_wt_leave(cell, cell->hold);
@@ -619,11 +625,13 @@ int ms_wt_close(ms_wt_cell *cell, uint64_t generation)
     __atomic_store_n(&cell->closing, 0, __ATOMIC_SEQ_CST);
     if (store)
         api.store_delete(store); /* which may run Python, on this thread; `held` keeps its entries out */
-    if (group && group_drop(group))
-        free(group);
-    else if (group)
-        cell->lingering = 1;
-    int lingering = cell->lingering; /* also for whom closes it once more */
+    if (group) {
+        if (group_drop(group))
+            free(group);
+        else
+            cell->lingering = 1;
+    }
+    int lingering = cell->lingering; /* which each later close answers, too */
     let_copies_in(cell);
     __atomic_store_n(&cell->owner, 0, __ATOMIC_SEQ_CST);
     return lingering;
@@ -761,7 +769,7 @@ uintptr_t ms_wt_restore(ms_wt_cell *cell, uint64_t generation, const ms_wt_saved
 {
     struct entry entry = entry_of(cell->hold);
     wt_error *error = NULL;
-    if (__atomic_load_n(&cell->owner, __ATOMIC_SEQ_CST) != this_thread() || !cell->hold[2])
+    if (!holds(cell))
         return refuse(MS_WT_BUSY);
     cell->hold[2] = 0;
     for (size_t i = 0; i < count && !error; i++) {

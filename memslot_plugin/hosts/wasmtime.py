@@ -554,10 +554,8 @@ class WasmtimeHost(Host):
             self._groups.pop(token, None)
             self._retained.pop(token, None)
             if release:
-                memories, live.memories = (
-                    live.memories,
-                    (),
-                )  # in one step: the thread that has them releases them
+                # In one step: the thread that has them releases them.
+                memories, live.memories = live.memories, ()
                 super()._release(memories)
         except BaseException:
             self._drop_lease(live, generation)

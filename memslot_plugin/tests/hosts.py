@@ -187,6 +187,19 @@ def calling(host: Host, function: Any, text: str = CALLS_OUT) -> Guest:
     return host.prepare(text, imports={"env": {"f": function}})
 
 
+class InTheMiddle:
+    """Runs an action once, the next time that a memory is reset."""
+
+    def __init__(self) -> None:
+        self.action: Callable[[], None] | None = None
+
+    @hookimpl(tryfirst=True)
+    def memslot_reset_memory(self, memory: LinearMemory) -> None:
+        action, self.action = self.action, None
+        if action is not None:
+            action()
+
+
 class Growth:
     """Notes to how many bytes memories shall grow, and answers or raises."""
 

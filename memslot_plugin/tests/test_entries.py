@@ -70,22 +70,9 @@ def test_handles_of_a_lease_are_refused_once_it_has_ended(name: str) -> None:
         assert (host.statistics().instances, first.closed) == (1, True)
 
 
-class InTheMiddle:
-    """Runs an action once, the next time that a memory is reset."""
-
-    def __init__(self) -> None:
-        self.action: Callable[[], None] | None = None
-
-    @hookimpl(tryfirst=True)
-    def memslot_reset_memory(self, memory: LinearMemory) -> None:
-        action, self.action = self.action, None
-        if action is not None:
-            action()
-
-
 @pytest.mark.parametrize("name", HOSTS)
 def test_ended_handle_is_told_so_while_the_next_lease_is_reset(name: str) -> None:
-    middle = InTheMiddle()
+    middle = hosts.InTheMiddle()
     with hosts.serving(name, plugins=(middle,)) as host, hosts.prepare(host) as guest:
         with guest.lease() as first:
             old = handles(first)
@@ -111,7 +98,7 @@ def test_ended_handle_is_told_so_while_another_thread_is_in_the_next_lease(name:
 def test_instance_is_in_use_and_not_closed_while_a_reset_makes_another_one(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    middle, seen = InTheMiddle(), list[object]()
+    middle, seen = hosts.InTheMiddle(), list[object]()
 
     def look() -> None:
         for use in (*handles_of_now.values(), instance.close, lambda: guest._end_lease(instance)):
@@ -179,7 +166,7 @@ def test_close_and_reset_of_one_instance_give_its_memory_back_once(name: str) ->
 
 @pytest.mark.parametrize("name", DECIDING)
 def test_instance_closed_while_a_reset_begins_is_closed_after_it(name: str) -> None:
-    middle = InTheMiddle()
+    middle = hosts.InTheMiddle()
     with hosts.serving(name, plugins=(middle,)) as host, hosts.prepare(host) as guest:
         instance = guest.instantiate()
         instance.memory.grow(1)  # no reset in place

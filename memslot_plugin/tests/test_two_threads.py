@@ -21,16 +21,40 @@ WASMTIME = RUNTIMES[0]
 SECRET = b"a secret"
 
 
-def at_the_call(holder: Any, name: str, action: Callable[[], object]) -> None:
-    """Once, as `holder` is asked for what `name` does, another thread does something first."""
+def before(holder: Any, name: str, action: Callable[[], object]) -> None:
+    """Once, as `holder` is asked for what `name` does, something else happens first."""
     original = getattr(holder, name)
 
     def switched(*arguments: Any, **named: Any) -> Any:
         setattr(holder, name, original)
-        hosts.elsewhere(action)
+        action()
         return original(*arguments, **named)
 
     setattr(holder, name, switched)
+
+
+def at_the_call(holder: Any, name: str, action: Callable[[], object]) -> None:
+    """As `before`, on another thread."""
+    before(holder, name, lambda: hosts.elsewhere(action))
+
+
+class Library:
+    """The C core with another `ms_wt_close`, which gets the real one."""
+
+    def __init__(self, core: Any, close: Callable[[Callable[[], int]], int]) -> None:
+        self._core, self._close = core, close
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._core, name)
+
+    def ms_wt_close(self, cell: Any, generation: int) -> int:
+        return self._close(lambda: int(self._core.ms_wt_close(cell, generation)))
+
+
+def closing_by(monkeypatch: pytest.MonkeyPatch, close: Callable[[Callable[[], int]], int]) -> None:
+    """From now on the host closes cells by this."""
+    module: Any = importlib.import_module("memslot_plugin.hosts.wasmtime")
+    monkeypatch.setattr(module, "lib", Library(module.lib, close))
 
 
 @pytest.mark.parametrize("name", [WASMTIME])
@@ -70,58 +94,40 @@ def test_two_closes_at_once_release_the_memory_and_tell_the_plugins(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second one looks at the memories before the first has released them, and ends after that."""
-    module: Any = importlib.import_module("memslot_plugin.hosts.wasmtime")
     reached, go_on, plugin = threading.Event(), threading.Event(), Keeps()
-    close = module.lib.ms_wt_close
     with hosts.serving(name, plugins=(plugin,)) as host, hosts.prepare(host) as guest:
         instance = guest.instantiate()
         live: Any = instance._now
-        release, forget = host._release, live.forget_views
         first = threading.Thread(target=instance.close)
 
-        def released(memories: Any) -> None:
-            host._release = release
+        def stop() -> None:
             reached.set()
             go_on.wait()
-            release(memories)
 
-        def forgotten() -> None:
-            live.forget_views, host._release = forget, released
+        def let_the_first_begin() -> None:
+            before(host, "_release", stop)
             first.start()
             reached.wait()
-            forget()
 
-        class Closing:
-            def __getattr__(self, name: str) -> Any:
-                return getattr(library, name)
+        def close(really: Callable[[], int]) -> int:
+            if threading.current_thread() is not first and first.is_alive():
+                go_on.set()
+                first.join()
+            return really()
 
-            def ms_wt_close(self, cell: Any, generation: int) -> int:
-                if threading.current_thread() is not first and first.is_alive():
-                    go_on.set()
-                    first.join()
-                return int(close(cell, generation))
-
-        library = module.lib
-        monkeypatch.setattr(module, "lib", Closing())
-        live.forget_views = forgotten
+        closing_by(monkeypatch, close)
+        before(live, "forget_views", let_the_first_begin)
         instance.close()
         assert (hosts.in_use(host), plugin.kept) == (0, [])
 
 
 @pytest.mark.parametrize("name", [WASMTIME])
 def test_native_objects_are_not_given_away_in_the_middle_of_the_end_of_a_lease(name: str) -> None:
-    given: list[object] = []
-
-    class Asks:
-        @hookimpl(tryfirst=True)
-        def memslot_reset_memory(self, memory: LinearMemory) -> None:
-            if not given:
-                given.append(hosts.elsewhere(lambda: instance.native))
-
+    given, middle = list[object](), hosts.InTheMiddle()
     options: dict[str, Any] = {"configure_store": lambda _: None}  # makes a view of each store
-    with hosts.serving(name, plugins=(Asks(),), **options) as host, hosts.prepare(host) as guest:
+    with hosts.serving(name, plugins=(middle,), **options) as host, hosts.prepare(host) as guest:
         with guest.lease() as instance:
-            pass
+            middle.action = lambda: given.append(hosts.elsewhere(lambda: instance.native))
         assert isinstance(given[0], memslot.InUse)
 
 
@@ -155,30 +161,27 @@ def test_handler_that_is_refused_as_a_hold_begins_leaves_nothing_held(name: str,
 
 @pytest.mark.parametrize("name", HOSTS)
 def test_interrupt_of_a_refused_reset_leaves_the_outer_one_its_hold(name: str) -> None:
-    refused: list[type[BaseException]] = []
+    refused, middle = list[type[BaseException]](), hosts.InTheMiddle()
 
-    class Resets:
-        @hookimpl(tryfirst=True)
-        def memslot_reset_memory(self, memory: LinearMemory) -> None:
-            live: Any = instance._now
-            if refused or live is None:
-                return
-            hold = live.hold
+    def reset() -> None:
+        live: Any = instance._now
+        hold = live.hold
 
-            def interrupted(*arguments: Any, **named: Any) -> None:
-                live.hold = hold
-                with suppress(memslot.InUse):
-                    hold(*arguments, **named)
-                raise KeyboardInterrupt
+        def interrupted(*arguments: Any, **named: Any) -> None:
+            live.hold = hold
+            with suppress(memslot.InUse):
+                hold(*arguments, **named)
+            raise KeyboardInterrupt
 
-            live.hold = interrupted
-            with pytest.raises(KeyboardInterrupt):
-                instance.reset()
-            with pytest.raises(memslot.InUse) as raised:
-                instance.memory.read(0, 1)
-            refused.append(raised.type)
+        live.hold = interrupted
+        with pytest.raises(KeyboardInterrupt):
+            instance.reset()
+        with pytest.raises(memslot.InUse) as raised:
+            instance.memory.read(0, 1)
+        refused.append(raised.type)
 
-    with hosts.started(name, plugins=(Resets(),)) as instance:
+    with hosts.started(name, plugins=(middle,)) as instance:
+        middle.action = reset
         instance.reset()
         assert refused == [memslot.InUse]
         assert instance.memory.read(0, 1) == b"\0"
@@ -203,15 +206,13 @@ def test_lease_on_the_fake_host_does_not_end_under_a_running_call() -> None:
 def test_lease_never_begins_with_an_instance_that_ended(name: str) -> None:
     """A close was let through while the lease ended; the end of the lease does it."""
     holding, go_on, answers = threading.Event(), threading.Event(), list[int]()
+    middle = hosts.InTheMiddle()
 
-    class Waits:
-        @hookimpl(tryfirst=True)
-        def memslot_reset_memory(self, memory: LinearMemory) -> None:
-            if threading.current_thread() is ending and not holding.is_set():
-                holding.set()
-                go_on.wait()
+    def stop() -> None:
+        holding.set()
+        go_on.wait()
 
-    with hosts.serving(name, plugins=(Waits(),)) as host, hosts.prepare(host) as guest:
+    with hosts.serving(name, plugins=(middle,)) as host, hosts.prepare(host) as guest:
         lease = guest.lease()
         instance = lease.__enter__()
         live: Any = instance._now
@@ -220,6 +221,7 @@ def test_lease_never_begins_with_an_instance_that_ended(name: str) -> None:
 
         def disposed(generation: int | None = None) -> bool | None:
             live.dispose = dispose
+            middle.action = stop
             ending.start()
             holding.wait()
             done: bool | None = dispose(generation)
@@ -239,40 +241,29 @@ def test_instance_that_a_call_ended_is_kept_by_nothing(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The call returns before the close has noted that it will end the instance."""
-    module: Any = importlib.import_module("memslot_plugin.hosts.wasmtime")
     inside, leave = threading.Event(), threading.Event()
-    library = module.lib
 
     def wait(number: int) -> int:
         inside.set()
         leave.wait()
         return number
 
-    class Closing:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(library, name)
+    def close(really: Callable[[], int]) -> int:
+        answer = really()
+        if threading.current_thread() is not calling:
+            leave.set()
+            calling.join()
+        return answer
 
-        def ms_wt_close(self, cell: Any, generation: int) -> int:
-            answer = int(library.ms_wt_close(cell, generation))
-            if threading.current_thread() is not calling:
-                leave.set()
-                calling.join()
-            return answer
+    def call() -> None:
+        calling.start()
+        inside.wait()
+        closing_by(monkeypatch, close)
 
     with hosts.serving(name) as host, hosts.calling(host, wait) as guest:
         instance = guest.instantiate()
-        live: Any = instance._now
         calling = threading.Thread(target=instance.call, args=("run", 1))
-        dispose = live.dispose
-
-        def disposed(generation: int | None = None) -> bool | None:
-            live.dispose = dispose
-            calling.start()
-            inside.wait()
-            monkeypatch.setattr(module, "lib", Closing())
-            return dispose(generation)  # type: ignore[no-any-return]
-
-        live.dispose = disposed
+        before(instance._now, "dispose", call)
         instance.close()
         monkeypatch.undo()
         assert host._ending == {}
@@ -305,39 +296,30 @@ def test_reset_that_comes_late_does_not_revive_a_closed_instance(name: str) -> N
 def test_close_by_an_old_handle_takes_nothing_from_the_close_of_the_next_lease(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module: Any = importlib.import_module("memslot_plugin.hosts.wasmtime")
-    begun, go_on, library = threading.Event(), threading.Event(), module.lib
+    begun, go_on = threading.Event(), threading.Event()
+
+    def stop() -> None:
+        begun.set()
+        go_on.wait()
+
+    def close(really: Callable[[], int]) -> int:
+        answer = really()
+        if threading.current_thread() is not late:
+            go_on.set()
+            late.join()
+        return answer
+
     with hosts.serving(name, slots=1) as host, hosts.prepare(host) as guest:
         lease = guest.lease()
         old = lease.__enter__()
-        live: Any = old._now
-        forget = live.forget_views
-
-        def forgotten() -> None:
-            live.forget_views = forget
-            begun.set()
-            go_on.wait()
-            forget()
-
-        class Closing:
-            def __getattr__(self, name: str) -> Any:
-                return getattr(library, name)
-
-            def ms_wt_close(self, cell: Any, generation: int) -> int:
-                answer = int(library.ms_wt_close(cell, generation))
-                if threading.current_thread() is not late:
-                    go_on.set()
-                    late.join()
-                return answer
-
-        live.forget_views = forgotten
+        before(old._now, "forget_views", stop)
         late = threading.Thread(target=old.close)
         late.start()
         begun.wait()
         lease.__exit__(None, None, None)
         following = guest.lease().__enter__()
         kept = following.function("get")
-        monkeypatch.setattr(module, "lib", Closing())
+        closing_by(monkeypatch, close)
         following.close()
         monkeypatch.undo()
         assert hosts.in_use(host) == 0
@@ -386,16 +368,13 @@ def test_child_of_a_fork_gives_back_what_was_closed_while_it_forked(name: str) -
 
     with hosts.serving(name, slots=1) as host, hosts.calling(host, fork) as guest:
         instance = guest.instantiate()
-        live: Any = instance._now
-        dispose, run = live.dispose, instance.function("run")
+        run = instance.function("run")
 
-        def disposed(generation: int | None = None) -> bool | None:
-            live.dispose = dispose
+        def stop() -> None:
             ready.set()
             go_on.wait()
-            return dispose(generation)  # type: ignore[no-any-return]
 
-        live.dispose = disposed
+        before(instance._now, "dispose", stop)
         closing = threading.Thread(target=instance.close)
         closing.start()
         ready.wait()
@@ -417,7 +396,7 @@ def test_call_that_begins_as_the_fake_host_closes_reads_its_own_bytes() -> None:
     with hosts.serving("fake", slots=1, functions=functions) as host, hosts.prepare(host) as guest:
         instance = guest.instantiate()
         live: Any = instance._now
-        at, dispose = live._at, live.dispose
+        at = live._at
         calling = threading.Thread(target=lambda: found.append(instance.call("looks")))
 
         def found_at(*arguments: int) -> Any:
@@ -426,13 +405,12 @@ def test_call_that_begins_as_the_fake_host_closes_reads_its_own_bytes() -> None:
             go_on.wait()
             return place
 
-        def disposed(generation: int | None = None) -> bool | None:
-            live.dispose = dispose
+        def call() -> None:
             calling.start()
             inside.wait()
-            return dispose(generation)  # type: ignore[no-any-return]
 
-        live._at, live.dispose = found_at, disposed
+        live._at = found_at
+        before(live, "dispose", call)
         instance.close()
         with pytest.raises(memslot.PoolExhausted):
             guest.instantiate()
