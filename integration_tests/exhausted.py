@@ -20,7 +20,7 @@ from typing import Any
 
 import memslot_plugin as memslot
 from memslot_plugin._core import PAGE_SIZE, max_map_count
-from memslot_plugin.smaps import status_bytes
+from memslot_plugin._core.proc import status_bytes
 from memslot_plugin.tests.leaks import Footprint
 
 from . import cells, toy

@@ -916,7 +916,7 @@ def main() -> None:
     faulthandler.enable()
     faulthandler.register(signal.SIGALRM, chain=True)
     faulthandler.dump_traceback_later(told.seconds, exit=True)
-    importlib.import_module(f"memslot_plugin.hosts.{told.host}")  # before it is patched
+    importlib.import_module(f"memslot_plugin.hosts.{told.host}.runtime")  # before it is patched
     if told.mutant is not None:
         misuse_mutants.MUTANTS[told.mutant].put_back()
     print(misuse(told.host, told.seed, told.rounds, told.threads))

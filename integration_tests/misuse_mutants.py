@@ -12,7 +12,7 @@ from typing import Any
 
 from memslot_plugin._core import ffi
 from memslot_plugin.allocators import SlotMemory
-from memslot_plugin.hosts.base import Host
+from memslot_plugin.hosts.host import Host
 from memslot_plugin.hosts.instance import Instance
 from memslot_plugin.hosts.live import HOLDS, Live, require_within
 from memslot_plugin.hosts.memory import Memory
@@ -105,7 +105,7 @@ def _grown_memories_are_reset_in_place() -> None:
 
 
 def _what_drops_segments_is_reset_in_place() -> None:
-    from memslot_plugin.hosts.prepared import Guest
+    from memslot_plugin.hosts.guest import Guest
 
     Guest.in_place = property(lambda _: True, lambda _, __: None)  # type: ignore[assignment]
 

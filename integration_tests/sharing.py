@@ -10,7 +10,7 @@ from typing import Any
 
 import memslot_plugin as memslot
 from memslot_plugin import SharedGuest
-from memslot_plugin.smaps import mappings
+from memslot_plugin._core.proc import mappings
 from memslot_plugin.tests import hosts
 
 from . import cells, toy

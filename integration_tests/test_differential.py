@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 import memslot_plugin as memslot
-from memslot_plugin import analysis, wasm
-from memslot_plugin import guest as guests
+from memslot_plugin import wasm
+from memslot_plugin.guest import analysis
+from memslot_plugin.guest import plan as guests
 from memslot_plugin.tests.profiles import examples
 
 from . import cells, differential

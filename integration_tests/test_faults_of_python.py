@@ -72,7 +72,7 @@ def test_limit_that_cannot_be_read_is_unknown(calls: str, error: str) -> None:
 FORKED = """
 import os, sys
 import memslot_plugin as memslot
-from memslot_plugin.probe import pagemap_descriptor, probe
+from memslot_plugin.memory.probe import pagemap_descriptor, probe
 from integration_tests import cells, expect, toy
 from integration_tests.exhausted import descriptors
 from integration_tests.processes import in_child

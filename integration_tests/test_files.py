@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 import memslot_plugin as memslot
-from memslot_plugin import container
-from memslot_plugin.smaps import status_bytes
+from memslot_plugin._core.proc import status_bytes
+from memslot_plugin.files import container
 from memslot_plugin.tests.profiles import examples
 from memslot_plugin.tests.test_container import read
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 import memslot_plugin as memslot
-from memslot_plugin.reset import ORDINARY
+from memslot_plugin.memory.reset import ORDINARY
 from memslot_plugin.settings import MIB
 from memslot_plugin.tests.leaks import Footprint, count_objects
 from memslot_plugin.tests.profiles import LONG, examples

@@ -11,7 +11,7 @@ import pytest
 
 import memslot_plugin as memslot
 from memslot_plugin.cli.doctor import diagnose
-from memslot_plugin.reset import madvise
+from memslot_plugin.memory.reset import madvise
 from memslot_plugin.tests.profiles import LONG
 from memslot_plugin.tests.slots import Fork, every_fork
 

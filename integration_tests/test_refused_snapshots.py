@@ -11,7 +11,8 @@ import pytest
 
 import memslot_plugin as memslot
 from memslot_hooks import hookimpl
-from memslot_plugin import analysis, wasm
+from memslot_plugin import wasm
+from memslot_plugin.guest import analysis
 from memslot_plugin.tests.hosts import elsewhere
 
 from . import cells, toy

@@ -19,7 +19,7 @@ import pytest
 
 import memslot_plugin as memslot
 from memslot_plugin import SharedGuest
-from memslot_plugin.share import MOST_FILES
+from memslot_plugin.files.share import MOST_FILES
 
 from . import sharing, toy
 from .cells import REAL_HOSTS, Cell

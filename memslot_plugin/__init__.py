@@ -10,7 +10,6 @@
 `__all__` is what is promised; everything else may change.
 """
 
-from memslot_plugin.analysis import CodeReport, Occurrence, Verdict
 from memslot_plugin.errors import (
     AccessOutOfBounds,
     ArgumentError,
@@ -39,7 +38,9 @@ from memslot_plugin.errors import (
     UsedAfterClose,
     WrongThread,
 )
-from memslot_plugin.guest import GuestReport, MemoryReport, SavedGlobal, SegmentReport
+from memslot_plugin.files.share import SharedGuest
+from memslot_plugin.guest.analysis import CodeReport, Occurrence, Verdict
+from memslot_plugin.guest.plan import GuestReport, MemoryReport, SavedGlobal, SegmentReport
 from memslot_plugin.hosts import (
     FakeHost,
     Folder,
@@ -54,13 +55,12 @@ from memslot_plugin.hosts import (
     available_hosts,
     open_host,
 )
-from memslot_plugin.image import BytesImage, Image, MemfdImage
+from memslot_plugin.memory.image import BytesImage, Image, MemfdImage
+from memslot_plugin.memory.pool import Pool
+from memslot_plugin.memory.probe import Finding, Probe, probe
+from memslot_plugin.memory.slot import Slot, State
 from memslot_plugin.plugins import PluginInfo, Plugins
-from memslot_plugin.pool import Pool
-from memslot_plugin.probe import Finding, Probe, probe
 from memslot_plugin.settings import Settings
-from memslot_plugin.share import SharedGuest
-from memslot_plugin.slot import Slot, State
 
 __version__ = "0.1.0"
 

@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, NoReturn
 
 from memslot_hooks import hookimpl
 from memslot_hooks.types import Answer, LinearMemory, MemoryRequest, PoolStatistics, ResetResult
-from memslot_plugin import image as images
-from memslot_plugin import layers
-from memslot_plugin.backing import Mapped
 from memslot_plugin.errors import MemoryTooLarge, SystemCallError, Unsupported, UsedAfterClose
-from memslot_plugin.pool import Pool
-from memslot_plugin.probe import probe
-from memslot_plugin.reset import choose
+from memslot_plugin.memory import image as images
+from memslot_plugin.memory import layers
+from memslot_plugin.memory.backing import Mapped
+from memslot_plugin.memory.pool import Pool
+from memslot_plugin.memory.probe import probe
+from memslot_plugin.memory.reset import choose
 
 if TYPE_CHECKING:
     from memslot_hooks.types import Image, InitialContent
+    from memslot_plugin.memory.slot import Slot
     from memslot_plugin.settings import Settings
-    from memslot_plugin.slot import Slot
 
 
 class SlotMemory(LinearMemory):

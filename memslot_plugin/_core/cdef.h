@@ -499,7 +499,7 @@ size_t ms_wt_wasi_give(ms_wt_cell *cell, const ms_wt_wasi *wasi, ms_wt_output *o
 
 /* -- WASI calls that could wait past a deadline -- */
 
-/* The shim, which hosts/wasmtime_wasi.py has the text of, and a linker with WASI alone.  Both outlive every use. */
+/* The shim, which hosts/wasmtime/wasi.py has the text of, and a linker with WASI alone.  Both outlive every use. */
 typedef struct {
     uintptr_t module;
     uintptr_t linker;

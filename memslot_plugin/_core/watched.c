@@ -1,4 +1,4 @@
-/* The base of memslot_plugin.slot.Slot: the reset of almost every request, without a frame of Python's.
+/* The base of memslot_plugin.memory.slot.Slot: the reset of almost every request, without a frame of Python's.
  *
  * A module of its own, because what cffi makes takes no object of Python's.  It makes no system call: the core's function is
  * given to it by its address, so that there is one gate and not two. */

@@ -9,9 +9,10 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from memslot_plugin import analysis, wasm
+from memslot_plugin import wasm
 from memslot_plugin.bench.results import Claim, Family, Grid, Row, spread
 from memslot_plugin.bench.runner import CLOCK, Bench, Subject
+from memslot_plugin.guest import analysis
 from memslot_plugin.wasm.binary import unsigned_leb128
 
 NAME = "analysis"

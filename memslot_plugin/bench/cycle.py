@@ -18,9 +18,9 @@ from memslot_plugin.bench.memory import (
 from memslot_plugin.bench.reset import strategies
 from memslot_plugin.bench.results import Claim, Family, Grid, Label, Row, Spread, pivot, spread
 from memslot_plugin.bench.runner import CLOCK, Bench, Subject, clock_cost
-from memslot_plugin.image import MemfdImage
-from memslot_plugin.pool import Pool
-from memslot_plugin.reset import Reset
+from memslot_plugin.memory.image import MemfdImage
+from memslot_plugin.memory.pool import Pool
+from memslot_plugin.memory.reset import Reset
 from memslot_plugin.settings import MIB
 
 NAME = "cycle"

@@ -14,11 +14,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from memslot_plugin._core import map_count
+from memslot_plugin._core.proc import private_bytes
 from memslot_plugin.bench import guests
 from memslot_plugin.hosts import open_host
 from memslot_plugin.hosts.alone import KNOWN
 from memslot_plugin.settings import MIB
-from memslot_plugin.smaps import private_bytes
 
 DATA = 4 * MIB
 FUNCTION = "touch_4"

@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from memslot_plugin._core import PAGE_SIZE
-from memslot_plugin.probe import probe
+from memslot_plugin.memory.probe import probe
 
 DISTRIBUTIONS = ("memslot", "wasmtime", "wasmer", "extism")
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from memslot_plugin._core import PAGE_SIZE, check, ffi, lib, system_call_error
 from memslot_plugin.bench.runner import CLOCK
-from memslot_plugin.image import MemfdImage
-from memslot_plugin.probe import pagemap_descriptor
-from memslot_plugin.reset import Reset, choose
+from memslot_plugin.memory.image import MemfdImage
+from memslot_plugin.memory.probe import pagemap_descriptor
+from memslot_plugin.memory.reset import Reset, choose
+from memslot_plugin.memory.slot import Slot, State
 from memslot_plugin.settings import Settings
-from memslot_plugin.slot import Slot, State
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,8 +13,8 @@ from memslot_plugin._core import PAGE_SIZE
 from memslot_plugin.bench.memory import Guestless, Pages, guestless, image_of, strategy
 from memslot_plugin.bench.results import Claim, Family, Grid, Label, Row, Spread, pivot
 from memslot_plugin.bench.runner import Bench, Subject
-from memslot_plugin.image import MemfdImage
-from memslot_plugin.probe import probe
+from memslot_plugin.memory.image import MemfdImage
+from memslot_plugin.memory.probe import probe
 from memslot_plugin.settings import MIB
 
 NAME = "reset"

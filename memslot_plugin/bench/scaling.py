@@ -24,7 +24,7 @@ from memslot_plugin.bench.results import Claim, Family, Grid, Row, spread
 from memslot_plugin.bench.runner import CLOCK, Bench, Subject
 from memslot_plugin.errors import MemslotError
 from memslot_plugin.hosts import Guest, open_host
-from memslot_plugin.image import MemfdImage
+from memslot_plugin.memory.image import MemfdImage
 
 NAME = "scaling"
 TITLE = "Two over one: throughput"

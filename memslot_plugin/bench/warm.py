@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from memslot_plugin.bench.memory import Pages, image_of, strategy
 from memslot_plugin.bench.results import Family, Grid, Label, Row, pivot, spread
 from memslot_plugin.bench.runner import CLOCK, Bench, Subject, clock_cost
-from memslot_plugin.image import MemfdImage
-from memslot_plugin.pool import Pool
-from memslot_plugin.probe import probe
+from memslot_plugin.memory.image import MemfdImage
+from memslot_plugin.memory.pool import Pool
+from memslot_plugin.memory.probe import probe
 from memslot_plugin.settings import MIB
 
 NAME = "warm"

@@ -10,10 +10,10 @@ import sys
 import time
 
 from memslot_plugin._core import align_up
-from memslot_plugin.backing import Memfd
 from memslot_plugin.bench.memory import Pages, strategy
-from memslot_plugin.image import MemfdImage, Piece
-from memslot_plugin.pool import Pool
+from memslot_plugin.memory.backing import Memfd
+from memslot_plugin.memory.image import MemfdImage, Piece
+from memslot_plugin.memory.pool import Pool
 from memslot_plugin.settings import MIB
 
 GUEST = 4 * MIB

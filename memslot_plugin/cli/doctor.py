@@ -31,9 +31,9 @@ from memslot_plugin.cli.output import (
 from memslot_plugin.errors import MemslotError
 from memslot_plugin.hosts import available_hosts, open_host
 from memslot_plugin.hosts.alone import runtime_version
+from memslot_plugin.memory.pool import MAPPINGS_PER_SLOT
+from memslot_plugin.memory.probe import Finding, Probe, probe
 from memslot_plugin.plugins import Plugins
-from memslot_plugin.pool import MAPPINGS_PER_SLOT
-from memslot_plugin.probe import Finding, Probe, probe
 from memslot_plugin.settings import Settings
 
 LIBRARIES = ("wasmtime", "wasmer", "wasmer_compiler_cranelift", "pluggy", "cffi", "pydantic")

@@ -9,9 +9,7 @@ from typing import Any
 import click
 
 from memslot_hooks.types import Extent, InitialContent
-from memslot_plugin import guest as guests
 from memslot_plugin._core import PAGE_SIZE
-from memslot_plugin.analysis import find_sites
 from memslot_plugin.cli.options import (
     json_option,
     key_option,
@@ -21,11 +19,13 @@ from memslot_plugin.cli.options import (
 )
 from memslot_plugin.cli.output import Output, byte_size, console, table, write_json
 from memslot_plugin.cli.source import Source, read_source
-from memslot_plugin.container import Container
 from memslot_plugin.errors import Unsupported, printable
-from memslot_plugin.guest import GuestReport, MemoryReport, Plan
+from memslot_plugin.files.container import Container
+from memslot_plugin.guest import plan as guests
+from memslot_plugin.guest.analysis import find_sites
+from memslot_plugin.guest.plan import GuestReport, MemoryReport, Plan
 from memslot_plugin.hosts.saved import About, contents_in
-from memslot_plugin.image import extents_of
+from memslot_plugin.memory.image import extents_of
 from memslot_plugin.settings import Settings
 
 KINDS = {"wasmtime": False, "wasmer": True}

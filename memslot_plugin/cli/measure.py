@@ -18,11 +18,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from memslot_plugin._core.proc import private_bytes
 from memslot_plugin.cli.source import Invocation, Source
 from memslot_plugin.errors import GuestExit, MemslotError
 from memslot_plugin.hosts import Guest, Instance, Lease
 from memslot_plugin.hosts.alone import Alone
-from memslot_plugin.smaps import private_bytes
 
 MOST_INSTANCES = 64
 MOST_HELD_BYTES = 256 << 20

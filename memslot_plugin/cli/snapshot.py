@@ -29,7 +29,7 @@ from memslot_plugin.cli.source import (
 )
 from memslot_plugin.errors import ArgumentError, RepeatedRandomness, SettingError
 from memslot_plugin.hosts import Guest, Wasi, open_host
-from memslot_plugin.image import Image
+from memslot_plugin.memory.image import Image
 
 
 @click.command()

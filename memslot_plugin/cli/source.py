@@ -6,16 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from memslot_plugin import container, wasm
+from memslot_plugin import wasm
 from memslot_plugin.cli import example
 from memslot_plugin.cli.signatures import Signature, exported_functions, parse_arguments
-from memslot_plugin.container import Container
 from memslot_plugin.errors import (
     ArgumentError,
     ExportNotFound,
     InvalidModule,
     LinkError,
 )
+from memslot_plugin.files import container
+from memslot_plugin.files.container import Container
 from memslot_plugin.hosts import Guest, Host, Wasi, alone
 from memslot_plugin.hosts.saved import About, read_module, read_saved
 from memslot_plugin.hosts.wasi import MODULES

@@ -7,18 +7,18 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from memslot_plugin.errors import HostUnavailable, PluginError, SettingError
-from memslot_plugin.hosts.base import Host, HostStatistics
 from memslot_plugin.hosts.fake import FakeHost
+from memslot_plugin.hosts.guest import Guest, Lease
+from memslot_plugin.hosts.host import Host, HostStatistics
 from memslot_plugin.hosts.instance import Instance
 from memslot_plugin.hosts.memory import Memory
-from memslot_plugin.hosts.prepared import Guest, Lease
 from memslot_plugin.hosts.saved import Loaded
 from memslot_plugin.hosts.wasi import Folder, Wasi
 from memslot_plugin.plugins import Plugins
 from memslot_plugin.settings import Settings
 
 if TYPE_CHECKING:
-    from memslot_plugin.hosts.wasmtime import WasmtimeHost
+    from memslot_plugin.hosts.wasmtime.runtime import WasmtimeHost
 
 __all__ = [
     "FakeHost",
@@ -36,8 +36,8 @@ __all__ = [
 ]
 
 BUILT_IN = {
-    "wasmtime": "memslot_plugin.hosts.wasmtime:WasmtimeHost",
-    "wasmer": "memslot_plugin.hosts.wasmer:WasmerHost",
+    "wasmtime": "memslot_plugin.hosts.wasmtime.runtime:WasmtimeHost",
+    "wasmer": "memslot_plugin.hosts.wasmer.runtime:WasmerHost",
     "fake": "memslot_plugin.hosts.fake:FakeHost",
 }
 """Our own hosts, imported when they are opened; `auto` takes the first of the first two that can be

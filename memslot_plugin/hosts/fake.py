@@ -14,10 +14,10 @@ from typing import Any, Literal
 from memslot_hooks.types import LinearMemory
 from memslot_plugin._core import ffi
 from memslot_plugin.errors import ExportNotFound, GrowthRefused, GuestTrap, InvalidModule
-from memslot_plugin.hosts.base import Host
+from memslot_plugin.hosts.guest import Guest
+from memslot_plugin.hosts.host import Host
 from memslot_plugin.hosts.live import Binding, Live
 from memslot_plugin.hosts.memory import WASM_PAGE
-from memslot_plugin.hosts.prepared import Guest
 
 
 class FakeHost(Host):

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from memslot_hooks.types import LinearMemory
+    from memslot_plugin.hosts.guest import Guest
     from memslot_plugin.hosts.live import Binding, Live
-    from memslot_plugin.hosts.prepared import Guest
 
 _T = TypeVar("_T")
 

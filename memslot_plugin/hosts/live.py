@@ -22,7 +22,7 @@ from memslot_plugin.hosts.wasi import Wasi
 
 if TYPE_CHECKING:
     from memslot_hooks.types import LinearMemory
-    from memslot_plugin.hosts.prepared import Guest
+    from memslot_plugin.hosts.guest import Guest
 
 # Looked up once: a request reads and writes as often as it calls.
 _BYTES = ffi.typeof("char *")

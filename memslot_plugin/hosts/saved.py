@@ -22,12 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from memslot_hooks.types import InitialContent, Segment
-from memslot_plugin import container
-from memslot_plugin import guest as guests
-from memslot_plugin import image as images
 from memslot_plugin._core import check, ffi, lib, system_call_error
-from memslot_plugin.backing import Backing, File, Held, Holder, new_memfd, why_it_may_change
-from memslot_plugin.container import Container, Contents, Stored
 from memslot_plugin.errors import (
     ArgumentError,
     GuestNotFound,
@@ -40,12 +35,17 @@ from memslot_plugin.errors import (
     UsedAfterClose,
     shown,
 )
-from memslot_plugin.share import SharedGuest
+from memslot_plugin.files import container
+from memslot_plugin.files.container import Container, Contents, Stored
+from memslot_plugin.files.share import SharedGuest
+from memslot_plugin.guest import plan as guests
+from memslot_plugin.memory import image as images
+from memslot_plugin.memory.backing import Backing, File, Held, Holder, new_memfd, why_it_may_change
 
 if TYPE_CHECKING:
-    from memslot_plugin.hosts.base import Host
+    from memslot_plugin.hosts.guest import Guest
+    from memslot_plugin.hosts.host import Host
     from memslot_plugin.hosts.live import Binding
-    from memslot_plugin.hosts.prepared import Guest
 
 SHARES = ("auto", "on", "off")
 
@@ -366,7 +366,7 @@ def guest_of(
     """A guest of what was read; `files` are those that its extents lie in, and given back if it keeps
     none of them.
     """
-    from memslot_plugin.hosts.prepared import Guest  # noqa: PLC0415 - a guest saves itself by this module
+    from memslot_plugin.hosts.guest import Guest  # noqa: PLC0415 - a guest saves itself by this module
 
     holder = Holder()
     for file in files.values():

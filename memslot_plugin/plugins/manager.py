@@ -29,7 +29,7 @@ from memslot_plugin.plugins.arming import (
     implementations,
     listed,
 )
-from memslot_plugin.plugins.mistakes import find_mistake, nearest
+from memslot_plugin.plugins.validation import find_mistake, nearest
 
 _log = logging.getLogger("memslot.plugins")
 

@@ -12,7 +12,7 @@ import pytest
 
 from memslot_plugin import BytesImage, Image, MemfdImage, Pool, Slot, _core, probe
 from memslot_plugin._core import PAGE_SIZE, ffi, lib
-from memslot_plugin.reset import choose, madvise
+from memslot_plugin.memory.reset import choose, madvise
 from memslot_plugin.tests import profiles
 from memslot_plugin.tests.leaks import Footprint
 from memslot_plugin.tests.slots import RESERVED, counted, needs_pagemap, sparse

@@ -14,7 +14,7 @@ import pytest
 from memslot_hooks import HostMapping
 from memslot_plugin import Image, Pool, Slot, _core, probe
 from memslot_plugin._core import PAGE_SIZE, ffi, lib
-from memslot_plugin.reset import madvise
+from memslot_plugin.memory.reset import madvise
 
 RESERVED = 64 * PAGE_SIZE
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from memslot_plugin.adaptive import COMPARE_EVERY, FEW_PAGES, LESSONS, History
-from memslot_plugin.probe import Prices
+from memslot_plugin.memory.adaptive import COMPARE_EVERY, FEW_PAGES, LESSONS, History
+from memslot_plugin.memory.probe import Prices
 
 PRICES = Prices(
     scan=1000.0,

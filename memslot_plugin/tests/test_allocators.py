@@ -16,7 +16,7 @@ from memslot_plugin import BytesImage, MemfdImage, Settings, _core, allocators
 from memslot_plugin._core import lib
 from memslot_plugin.allocators import AnonymousAllocator, MemfdAllocator
 from memslot_plugin.errors import MemoryTooLarge, SystemCallError, Unsupported, UsedAfterClose
-from memslot_plugin.probe import Finding, probe
+from memslot_plugin.memory.probe import Finding, probe
 from memslot_plugin.tests.faults import fail_next_reset
 from memslot_plugin.tests.slots import Runtime
 

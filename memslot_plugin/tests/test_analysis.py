@@ -15,9 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memslot_plugin import analysis, wasm
+from memslot_plugin import wasm
 from memslot_plugin._core import PAGE_SIZE, align_up, ffi, lib
-from memslot_plugin.analysis import Instruction
+from memslot_plugin.guest import analysis
+from memslot_plugin.guest.analysis import Instruction
 from memslot_plugin.tests import instructions
 from memslot_plugin.tests.encode import HEADER, section, sized, unsigned, vector
 from memslot_plugin.tests.mutations import change_bytes

@@ -33,7 +33,7 @@ from memslot_plugin.bench.memory import Guestless, Pages, guestless, image_of, s
 from memslot_plugin.cli import main
 from memslot_plugin.errors import MemslotError
 from memslot_plugin.hosts import alone, open_host
-from memslot_plugin.probe import probe
+from memslot_plugin.memory.probe import probe
 from memslot_plugin.tests.hosts import INSTALLED as HOSTS
 
 MIB = 1 << 20

@@ -22,16 +22,16 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import memslot_plugin as memslot
-from memslot_plugin import container
 from memslot_plugin._core import PAGE_SIZE as P
 from memslot_plugin._core import align_up
-from memslot_plugin.container import Container, Contents, Stored
 from memslot_plugin.errors import (
     ArgumentError,
     InvalidContainer,
     MemoryTooLarge,
     SystemCallError,
 )
+from memslot_plugin.files import container
+from memslot_plugin.files.container import Container, Contents, Stored
 from memslot_plugin.tests.profiles import FACTOR, LONG, examples
 
 KEY = b"k" * 32

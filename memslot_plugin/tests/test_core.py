@@ -18,7 +18,7 @@ from memslot_plugin import _core
 from memslot_plugin._core import PAGE_SIZE as P
 from memslot_plugin._core import ffi, lib
 from memslot_plugin.errors import SystemCallError
-from memslot_plugin.probe import pagemap_descriptor
+from memslot_plugin.memory.probe import pagemap_descriptor
 from memslot_plugin.tests.slots import in_child, needs_pagemap, sparse
 
 pytestmark = pytest.mark.usefixtures("no_leaks")

@@ -398,7 +398,7 @@ def test_memory_outside_of_slots_is_read_and_written_in_each_lease(name: str) ->
 def test_native_objects_that_two_threads_ask_for_end_with_the_instance(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module: Any = importlib.import_module("memslot_plugin.hosts.wasmtime_live")
+    module: Any = importlib.import_module("memslot_plugin.hosts.wasmtime.live")
     found, make = list[Any](), module.BorrowedStore
 
     def in_the_middle(*arguments: Any) -> Any:

@@ -14,8 +14,8 @@ from memslot_plugin import BytesImage, Image, MemfdImage, Pool, Slot, State, _co
 from memslot_plugin._core import PAGE_SIZE as P
 from memslot_plugin._core import ffi, lib
 from memslot_plugin.errors import MemslotError, PoolExhausted, SlotError, SystemCallError
-from memslot_plugin.probe import prices, probe
-from memslot_plugin.reset import choose
+from memslot_plugin.memory.probe import prices, probe
+from memslot_plugin.memory.reset import choose
 from memslot_plugin.tests import faults
 from memslot_plugin.tests.faults import injected
 from memslot_plugin.tests.profiles import LONG

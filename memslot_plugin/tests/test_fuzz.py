@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memslot_hooks.types import InitialContent
-from memslot_plugin import guest, wasm
+from memslot_plugin import wasm
 from memslot_plugin.errors import InvalidModule
+from memslot_plugin.guest import plan as guest
 from memslot_plugin.tests import instructions
 from memslot_plugin.tests.encode import HEADER
 from memslot_plugin.tests.mutations import mutated

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from memslot_hooks.types import InitialContent
-from memslot_plugin import guest, wasm
-from memslot_plugin import image as images
+from memslot_plugin import wasm
 from memslot_plugin._core import PAGE_SIZE as P
+from memslot_plugin.guest import plan as guest
+from memslot_plugin.memory import image as images
 from memslot_plugin.tests.encode import END, HEADER, custom, name, section, signed, unsigned, vector
 
 wasmtime = pytest.importorskip("wasmtime", reason="wasmtime, which assembles the guests")

@@ -23,11 +23,11 @@ from hypothesis import strategies as st
 
 from memslot_hooks.types import Extent, InitialContent, Segment
 from memslot_plugin import BytesImage, Image, MemfdImage, Slot, UsedAfterClose, _core
-from memslot_plugin import image as images
 from memslot_plugin._core import PAGE_SIZE as P
 from memslot_plugin._core import lib
-from memslot_plugin.backing import Held, Memfd
-from memslot_plugin.reset import madvise
+from memslot_plugin.memory import image as images
+from memslot_plugin.memory.backing import Held, Memfd
+from memslot_plugin.memory.reset import madvise
 from memslot_plugin.tests.profiles import examples
 from memslot_plugin.tests.slots import content, sparse, use
 

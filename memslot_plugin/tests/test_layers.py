@@ -14,12 +14,13 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from memslot_plugin import BytesImage, Image, MemfdImage, Slot, layers
+from memslot_plugin import BytesImage, Image, MemfdImage, Slot
 from memslot_plugin._core import PAGE_SIZE as P
 from memslot_plugin._core import ffi
-from memslot_plugin.image import MAX_EXTENTS, MIN_GAP, Piece
-from memslot_plugin.probe import probe
-from memslot_plugin.reset import choose
+from memslot_plugin.memory import layers
+from memslot_plugin.memory.image import MAX_EXTENTS, MIN_GAP, Piece
+from memslot_plugin.memory.probe import probe
+from memslot_plugin.memory.reset import choose
 from memslot_plugin.tests.profiles import examples
 from memslot_plugin.tests.slots import needs_pagemap
 
@@ -147,7 +148,7 @@ def test_changes_are_the_same_with_and_without_the_kernels_list(
     if not works:
         broken = type(probe().pagemap)(False, "told so")
         changed = dataclasses.replace(probe(), pagemap=broken)
-        monkeypatch.setattr("memslot_plugin.slot.probe", lambda: changed)
+        monkeypatch.setattr("memslot_plugin.memory.slot.probe", lambda: changed)
     with kind("parent", b"p" * 100 * P) as parent, Live(parent) as live:
         for page in (3, 5, 60, 150, 255):
             live.write(page * P + page, b"x")

@@ -9,8 +9,8 @@ import pytest
 
 import memslot_plugin as memslot
 from memslot_hooks import hookimpl
-from memslot_plugin import guest as guests
 from memslot_plugin import wasm
+from memslot_plugin.guest import plan as guests
 from memslot_plugin.tests import hosts
 from memslot_plugin.tests.hosts import PAGE, Growth, in_use, serving
 from memslot_plugin.tests.runtimes import missing
@@ -304,7 +304,7 @@ def test_bare_instance_on_our_engine_is_within_the_limits() -> None:
 
 @on_wasmtime
 def test_only_the_first_exception_of_the_growths_of_a_call_is_kept() -> None:
-    from memslot_plugin.hosts import wasmtime_bridge
+    from memslot_plugin.hosts.wasmtime import bridge as wasmtime_bridge
 
     text = """(module (memory (export "m") 1 100) (func (export "g") (param i32)
       (loop (drop (memory.grow (i32.const 1))) (br_if 0 (local.tee 0 (i32.sub (local.get 0) (i32.const 1)))))))"""
@@ -317,7 +317,7 @@ def test_only_the_first_exception_of_the_growths_of_a_call_is_kept() -> None:
 
 @on_wasmtime
 def test_only_the_last_exception_that_host_functions_caught_is_kept() -> None:
-    from memslot_plugin.hosts import wasmtime_bridge
+    from memslot_plugin.hosts.wasmtime import bridge as wasmtime_bridge
 
     def fails(_: int) -> int:
         raise RuntimeError("no")
@@ -350,7 +350,7 @@ def test_guest_with_very_many_globals_is_reset_by_a_new_instance() -> None:
 
 @on_wasmtime
 def test_host_functions_that_single_instances_were_given_do_not_pile_up() -> None:
-    from memslot_plugin.hosts import wasmtime_bridge
+    from memslot_plugin.hosts.wasmtime import bridge as wasmtime_bridge
 
     with serving("wasmtime") as host:
         guest = hosts.calling(host, lambda number: number)

@@ -18,7 +18,7 @@ from memslot_plugin import FakeHost, Image, Pool, Settings, Slot, State, _core
 from memslot_plugin._core import PAGE_SIZE as P
 from memslot_plugin._core import lib
 from memslot_plugin.errors import InvariantBroken, SlotError, SystemCallError, UsedAfterClose
-from memslot_plugin.reset import choose, madvise
+from memslot_plugin.memory.reset import choose, madvise
 from memslot_plugin.tests.faults import fail_next_reset
 from memslot_plugin.tests.slots import RESERVED as SLOT
 from memslot_plugin.tests.slots import Runtime, cycle, fill, needs_pagemap

@@ -14,7 +14,7 @@ import pytest
 import memslot_plugin as memslot
 from memslot_plugin import Image, Pool, Slot, State
 from memslot_plugin._core import PAGE_SIZE as P
-from memslot_plugin.pool import Claim
+from memslot_plugin.memory.pool import Claim
 from memslot_plugin.tests.faults import fail_next_reset
 from memslot_plugin.tests.slots import RESERVED as SLOT
 from memslot_plugin.tests.slots import Holder, content, cycle, fill
@@ -110,7 +110,7 @@ def test_waiting_lease_is_woken_by_another_thread(
     pool: Pool, event: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if event not in ("abandon", "close"):  # which it finds by looking again
-        monkeypatch.setattr("memslot_plugin.pool.POLL_SECONDS", 60)
+        monkeypatch.setattr("memslot_plugin.memory.pool.POLL_SECONDS", 60)
     holders = [Holder()]
     slot = lease(pool, holder=holders[0])
 

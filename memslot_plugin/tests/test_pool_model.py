@@ -18,10 +18,10 @@ from hypothesis.stateful import (
 )
 
 from memslot_plugin import BytesImage, Image, MemfdImage, Pool, Slot
-from memslot_plugin import image as images
 from memslot_plugin._core import PAGE_SIZE as P
 from memslot_plugin.errors import MemoryTooLarge, PoolExhausted
-from memslot_plugin.reset import choose
+from memslot_plugin.memory import image as images
+from memslot_plugin.memory.reset import choose
 from memslot_plugin.tests.profiles import examples
 from memslot_plugin.tests.slots import content, needs_pagemap
 

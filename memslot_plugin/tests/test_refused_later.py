@@ -14,7 +14,7 @@ import pytest
 
 from memslot_plugin import Image, Pool
 from memslot_plugin._core import PAGE_SIZE as P
-from memslot_plugin.reset import choose
+from memslot_plugin.memory.reset import choose
 from memslot_plugin.tests.slots import content, expected, fill, in_child, needs_pagemap
 
 pytestmark = [

@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 
 from memslot_plugin import MemfdImage, Slot, Unsupported
-from memslot_plugin import reset as resets
 from memslot_plugin._core import PAGE_SIZE as P
 from memslot_plugin.errors import SlotError, SystemCallError
-from memslot_plugin.probe import Finding, probe
+from memslot_plugin.memory import reset as resets
+from memslot_plugin.memory.probe import Finding, probe
 from memslot_plugin.tests.faults import fail_next_reset
 from memslot_plugin.tests.slots import fill, needs_pagemap, use
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
-probing = importlib.import_module("memslot_plugin.probe")  # the package exports its function
+probing = importlib.import_module("memslot_plugin.memory.probe")  # the package exports its function
 
 
 @pytest.fixture

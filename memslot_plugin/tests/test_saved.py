@@ -25,12 +25,12 @@ from hypothesis import strategies as st
 
 import memslot_plugin as memslot
 from memslot_hooks import hookimpl
-from memslot_plugin import container
 from memslot_plugin._core import PAGE_SIZE as P
 from memslot_plugin._core import lib
-from memslot_plugin.backing import new_memfd, why_it_may_change
-from memslot_plugin.container import Contents, Stored
-from memslot_plugin.image import MAX_EXTENTS
+from memslot_plugin.files import container
+from memslot_plugin.files.container import Contents, Stored
+from memslot_plugin.memory.backing import new_memfd, why_it_may_change
+from memslot_plugin.memory.image import MAX_EXTENTS
 from memslot_plugin.tests import faults
 from memslot_plugin.tests.profiles import examples
 from memslot_plugin.tests.test_container import read_bytes, with_metadata, with_right_digest
@@ -304,7 +304,7 @@ def test_a_file_that_is_replaced_or_deleted_leaves_its_guests_alone_even_without
         raise FileNotFoundError(errno.ENOENT, "no /proc")
 
     with monkeypatch.context() as patched:
-        patched.setattr("memslot_plugin.backing.mappings", missing)
+        patched.setattr("memslot_plugin.memory.backing.mappings", missing)
         guests = [host.load(saved)]
     guests.append(host.load(saved))
     host.prepare(MODULE).save(saved)

@@ -17,10 +17,10 @@ import pytest
 from memslot_plugin import Image, Slot, State, _core
 from memslot_plugin._core import PAGE_SIZE as P
 from memslot_plugin._core import ffi, lib
+from memslot_plugin._core.proc import mappings
 from memslot_plugin.errors import MemoryTooLarge, SlotError, Unsupported, UsedAfterClose
-from memslot_plugin.probe import pagemap_descriptor
-from memslot_plugin.reset import choose, madvise
-from memslot_plugin.smaps import mappings
+from memslot_plugin.memory.probe import pagemap_descriptor
+from memslot_plugin.memory.reset import choose, madvise
 from memslot_plugin.tests.slots import RESERVED, content, expected, needs_pagemap, use
 from memslot_plugin.tests.tracing import trace
 
@@ -173,7 +173,7 @@ def test_kernel_sees_exactly_the_counted_calls_in_their_ranges(tmp_path: Path) -
 import ctypes
 from memslot_plugin import MemfdImage, Pool, Slot, _core
 from memslot_plugin._core import PAGE_SIZE as P, ffi, lib
-from memslot_plugin.reset import madvise
+from memslot_plugin.memory.reset import madvise
 base = ffi.new("uintptr_t *")
 lib.ms_reserve(192 * P, base)
 one, other = MemfdImage("one", b"1" * 2 * P), MemfdImage("other", bytes(20 * P) + b"2")

@@ -14,8 +14,8 @@ import pytest
 from memslot_plugin import BytesImage, InvariantBroken, MemfdImage, Pool, Slot, State
 from memslot_plugin._core import PAGE_SIZE as P
 from memslot_plugin._core import catch_up, lib
-from memslot_plugin.probe import pagemap_descriptor, probe
-from memslot_plugin.reset import choose
+from memslot_plugin.memory.probe import pagemap_descriptor, probe
+from memslot_plugin.memory.reset import choose
 from memslot_plugin.tests.slots import (
     RESERVED,
     Fork,

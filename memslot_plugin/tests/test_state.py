@@ -9,7 +9,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from memslot_hooks.types import InitialContent, Segment
-from memslot_plugin import guest, wasm
+from memslot_plugin import wasm
+from memslot_plugin.guest import plan as guest
 from memslot_plugin.tests.test_fuzz import BITS
 from memslot_plugin.tests.test_guest import plan_of
 from memslot_plugin.wasm import Export, ExternKind, SectionId, ValueType

@@ -53,7 +53,7 @@ class Library:
 
 def closing_by(monkeypatch: pytest.MonkeyPatch, close: Callable[[Callable[[], int]], int]) -> None:
     """From now on the host closes cells by this."""
-    module: Any = importlib.import_module("memslot_plugin.hosts.wasmtime")
+    module: Any = importlib.import_module("memslot_plugin.hosts.wasmtime.runtime")
     monkeypatch.setattr(module, "lib", Library(module.lib, close))
 
 

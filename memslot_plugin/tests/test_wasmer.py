@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 
 import memslot_plugin as memslot
-from memslot_plugin.smaps import mappings
+from memslot_plugin._core.proc import mappings
 from memslot_plugin.tests import hosts, runtimes
 from memslot_plugin.tests.hosts import ECHO, PAGE, WASI, calling, elsewhere, in_use
 from memslot_plugin.tests.leaks import Footprint
@@ -22,9 +22,11 @@ try:
     import wasmer
     from wasmer_compiler_cranelift import Compiler
 
-    from memslot_plugin.hosts import wasmer_errors, wasmer_link, wasmer_state
-    from memslot_plugin.hosts.wasmer import WasmerHost
-    from memslot_plugin.hosts.wasmer_runtime import address_of, reserved_bytes
+    from memslot_plugin.hosts.wasmer import errors as wasmer_errors
+    from memslot_plugin.hosts.wasmer import link as wasmer_link
+    from memslot_plugin.hosts.wasmer import state as wasmer_state
+    from memslot_plugin.hosts.wasmer.runtime import WasmerHost
+    from memslot_plugin.hosts.wasmer.values import address_of, reserved_bytes
 except ImportError:
     if (reason := runtimes.missing("wasmer")) is None:
         raise
@@ -283,7 +285,7 @@ def test_wasi_write_outside_of_the_memory_or_around_a_captured_stream_fails(
 def test_wasi_shows_nothing_of_this_process_standard_input(child: Any) -> None:
     source = f"""
 from memslot_plugin import Wasi
-from memslot_plugin.hosts.wasmer import WasmerHost
+from memslot_plugin.hosts.wasmer.runtime import WasmerHost
 with WasmerHost() as host, host.prepare({WASI!r}, wasi=Wasi()).instantiate() as instance:
     assert instance.call("read", 0) == 0
     assert instance.memory.read(100, 4) == bytes(4)

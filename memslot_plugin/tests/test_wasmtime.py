@@ -21,9 +21,10 @@ from memslot_plugin.tests.hosts import CALLS_OUT, ECHO, PAGE, STARTS_BADLY, WASI
 try:
     import wasmtime
 
-    from memslot_plugin.hosts import wasmtime_bridge, wasmtime_live
-    from memslot_plugin.hosts.wasmtime import NativeInstance, WasmtimeHost, WasmtimeTrap
-    from memslot_plugin.hosts.wasmtime_errors import translated
+    from memslot_plugin.hosts.wasmtime import bridge as wasmtime_bridge
+    from memslot_plugin.hosts.wasmtime import live as wasmtime_live
+    from memslot_plugin.hosts.wasmtime.errors import translated
+    from memslot_plugin.hosts.wasmtime.runtime import NativeInstance, WasmtimeHost, WasmtimeTrap
 except ImportError:
     if (reason := runtimes.missing("wasmtime")) is None:
         raise
@@ -428,8 +429,8 @@ def test_configure_of_a_pool_and_an_unknown_layout_are_refused(child: Any) -> No
     source = """
 from wasmtime import _bindings as b
 from memslot_plugin import HostUnavailable, Unsupported
-from memslot_plugin.hosts import wasmtime_bridge
-from memslot_plugin.hosts.wasmtime import WasmtimeHost
+from memslot_plugin.hosts.wasmtime import bridge as wasmtime_bridge
+from memslot_plugin.hosts.wasmtime.runtime import WasmtimeHost
 def configure(config):
     pool = b.wasmtime_pooling_allocation_config_new()
     b.wasmtime_pooling_allocation_config_total_memories_set(pool, 4)
@@ -489,7 +490,7 @@ def test_instance_ended_during_a_call_ends_when_the_call_returns(host: WasmtimeH
 def test_host_may_be_forgotten_at_the_end_of_the_process(child: Any) -> None:
     source = f"""
 import wasmtime
-from memslot_plugin.hosts.wasmtime import WasmtimeHost
+from memslot_plugin.hosts.wasmtime.runtime import WasmtimeHost
 host = WasmtimeHost()
 guest = host.prepare({ECHO!r})
 kept = [guest.instantiate() for _ in range(3)]
@@ -527,7 +528,7 @@ def test_interrupt_while_an_instance_ends_gives_the_slot_back(
     library = mock.Mock(wraps=lib)
     library.ms_wt_close.side_effect = KeyboardInterrupt
     with monkeypatch.context() as patch:
-        patch.setattr("memslot_plugin.hosts.wasmtime.lib", library)
+        patch.setattr("memslot_plugin.hosts.wasmtime.runtime.lib", library)
         with pytest.raises(KeyboardInterrupt):
             instance.close()
     host.statistics()

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 
 from memslot_plugin import MemfdImage, Slot
-from memslot_plugin import reset as resets
 from memslot_plugin._core import PAGE_SIZE as P
 from memslot_plugin._core import ffi, lib
-from memslot_plugin.adaptive import COMPARE_EVERY
 from memslot_plugin.errors import SlotError
-from memslot_plugin.probe import probe
-from memslot_plugin.slot import State
+from memslot_plugin.memory import reset as resets
+from memslot_plugin.memory.adaptive import COMPARE_EVERY
+from memslot_plugin.memory.probe import probe
+from memslot_plugin.memory.slot import State
 from memslot_plugin.tests.slots import needs_pagemap
 
 pytestmark = [

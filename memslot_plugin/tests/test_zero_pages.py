@@ -14,8 +14,8 @@ import pytest
 from memslot_plugin import BytesImage, MemfdImage, Slot
 from memslot_plugin._core import PAGE_SIZE as P
 from memslot_plugin._core import ffi, lib
-from memslot_plugin.probe import pagemap_descriptor
-from memslot_plugin.reset import choose
+from memslot_plugin.memory.probe import pagemap_descriptor
+from memslot_plugin.memory.reset import choose
 from memslot_plugin.tests.slots import needs_pagemap
 
 pytestmark = [pytest.mark.usefixtures("no_leaks"), needs_pagemap]

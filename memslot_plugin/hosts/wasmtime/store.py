@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from memslot_plugin.errors import InUse, UsedAfterClose
 from memslot_plugin.hosts.live import ended
 from memslot_plugin.hosts.living import Living
-from memslot_plugin.hosts.wasmtime_bridge import wasmtime, wasmtime_ffi
+from memslot_plugin.hosts.wasmtime.bridge import wasmtime, wasmtime_ffi
 
 if TYPE_CHECKING:
-    from memslot_plugin.hosts.wasmtime_link import Link
-    from memslot_plugin.hosts.wasmtime_live import WasmtimeLive
+    from memslot_plugin.hosts.wasmtime.link import Link
+    from memslot_plugin.hosts.wasmtime.live import WasmtimeLive
 
 
 class LentStore(wasmtime.Store):

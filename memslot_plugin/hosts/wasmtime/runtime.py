@@ -20,7 +20,6 @@ from contextlib import suppress
 from typing import Any, cast
 
 from memslot_hooks.types import LinearMemory, MemoryRequest
-from memslot_plugin import guest as guests
 from memslot_plugin._core import after_fork, catch_up, ffi, lib
 from memslot_plugin.errors import (
     InUse,
@@ -32,25 +31,26 @@ from memslot_plugin.errors import (
     UsedAfterClose,
     cause_of,
 )
-from memslot_plugin.guest import MOST_GLOBALS
+from memslot_plugin.guest import plan as guests
+from memslot_plugin.guest.plan import MOST_GLOBALS
 from memslot_plugin.hosts.alone import runtime_version
-from memslot_plugin.hosts.base import Host, HostStatistics
+from memslot_plugin.hosts.guest import Guest
+from memslot_plugin.hosts.host import Host, HostStatistics
 from memslot_plugin.hosts.live import Binding, Live
-from memslot_plugin.hosts.prepared import Guest
 from memslot_plugin.hosts.short_of import short_of
 from memslot_plugin.hosts.wasi import Wasi
-from memslot_plugin.hosts.wasmtime_bridge import HOSTS, address_of, bind, drop_functions, wasmtime
-from memslot_plugin.hosts.wasmtime_errors import (
+from memslot_plugin.hosts.wasmtime.bridge import HOSTS, address_of, bind, drop_functions, wasmtime
+from memslot_plugin.hosts.wasmtime.errors import (
     Outcome,
     WasmtimeExit,
     WasmtimeFailure,
     WasmtimeTrap,
     one_sentence,
 )
-from memslot_plugin.hosts.wasmtime_link import Compiled, Link
-from memslot_plugin.hosts.wasmtime_live import NativeInstance, WasmtimeLive
-from memslot_plugin.hosts.wasmtime_store import lent
-from memslot_plugin.hosts.wasmtime_wasi import Environment, Shim, shim_text
+from memslot_plugin.hosts.wasmtime.link import Compiled, Link
+from memslot_plugin.hosts.wasmtime.live import NativeInstance, WasmtimeLive
+from memslot_plugin.hosts.wasmtime.store import lent
+from memslot_plugin.hosts.wasmtime.wasi import Environment, Shim, shim_text
 from memslot_plugin.settings import Settings
 
 __all__ = ["NativeInstance", "WasmtimeExit", "WasmtimeFailure", "WasmtimeHost", "WasmtimeTrap"]

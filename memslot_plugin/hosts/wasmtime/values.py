@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from memslot_plugin.errors import ArgumentError, shown
-from memslot_plugin.hosts.wasmtime_bridge import HostFunction, wasmtime, wasmtime_ffi
+from memslot_plugin.hosts.wasmtime.bridge import HostFunction, wasmtime, wasmtime_ffi
 
 I32, I64, F32, F64, V128, EXTERNREF, FUNCREF, OTHER = range(8)
 """Kinds of values; the first five as wasmtime numbers them."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from memslot_plugin.slot import Slot
+    from memslot_plugin.memory.slot import Slot
 
 STRATEGIES = ("affinity", "next-available", "random")
 

@@ -12,13 +12,14 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from memslot_plugin import guest as guests
 from memslot_plugin.errors import LinkError, Unsupported, cause_of
-from memslot_plugin.hosts import wasmer_state, wasmer_wasi
+from memslot_plugin.guest import plan as guests
 from memslot_plugin.hosts.wasi import Wasi
-from memslot_plugin.hosts.wasmer_errors import at_compile, made_by_wasmer
-from memslot_plugin.hosts.wasmer_folders import Folders
-from memslot_plugin.hosts.wasmer_runtime import (
+from memslot_plugin.hosts.wasmer import state as wasmer_state
+from memslot_plugin.hosts.wasmer import wasi as wasmer_wasi
+from memslot_plugin.hosts.wasmer.errors import at_compile, made_by_wasmer
+from memslot_plugin.hosts.wasmer.folders import Folders
+from memslot_plugin.hosts.wasmer.values import (
     EXTERNS,
     Owner,
     Signature,
@@ -35,8 +36,8 @@ from memslot_plugin.wasm.names import without_long_names
 
 if TYPE_CHECKING:
     from memslot_plugin import wasm
+    from memslot_plugin.hosts.guest import Guest
     from memslot_plugin.hosts.live import Binding
-    from memslot_plugin.hosts.prepared import Guest
 
 Namespaces = dict[str, dict[str, Any]]
 """Import module -> import name -> an object of wasmer's."""

@@ -24,7 +24,7 @@ from memslot_plugin._core import (
     max_map_count,
 )
 from memslot_plugin.errors import SystemCallError
-from memslot_plugin.image import BytesImage, MemfdImage
+from memslot_plugin.memory.image import BytesImage, MemfdImage
 
 SEALS = 0x1 | 0x2 | 0x4 | 0x8
 """F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW and F_SEAL_WRITE (fcntl(2))."""

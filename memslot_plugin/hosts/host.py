@@ -31,7 +31,6 @@ from memslot_hooks.types import (
     MemoryRequest,
     PoolStatistics,
 )
-from memslot_plugin import guest as guests
 from memslot_plugin._core import after_fork, catch_up
 from memslot_plugin.errors import (
     ArgumentError,
@@ -44,10 +43,11 @@ from memslot_plugin.errors import (
     WrongThread,
     shown,
 )
+from memslot_plugin.guest import plan as guests
 from memslot_plugin.hosts import saved
+from memslot_plugin.hosts.guest import Guest
 from memslot_plugin.hosts.live import Binding, Imports, Live
 from memslot_plugin.hosts.living import Living
-from memslot_plugin.hosts.prepared import Guest
 from memslot_plugin.hosts.wasi import Wasi
 from memslot_plugin.plugins import Plugins
 from memslot_plugin.settings import Settings
@@ -56,8 +56,8 @@ from memslot_plugin.wasm import ExternKind
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from memslot_plugin.files.share import SharedGuest
     from memslot_plugin.hosts.instance import Instance
-    from memslot_plugin.share import SharedGuest
 
 _log = logging.getLogger("memslot.hosts")
 

@@ -21,15 +21,15 @@ from memslot_plugin.errors import (
     shown,
 )
 from memslot_plugin.hosts.live import HOLDS, Binding, Live, ended, require_within
-from memslot_plugin.hosts.wasmtime_bridge import address_of, wasmtime, wasmtime_ffi
-from memslot_plugin.hosts.wasmtime_errors import Outcome, one_sentence, refusal, translated
-from memslot_plugin.hosts.wasmtime_link import Compiled, Link
-from memslot_plugin.hosts.wasmtime_store import BorrowedStore, LentStore
-from memslot_plugin.hosts.wasmtime_values import KIND_NAMES, PACKING, V128, Signature, fitted
-from memslot_plugin.hosts.wasmtime_wasi import Environment, Streams
+from memslot_plugin.hosts.wasmtime.bridge import address_of, wasmtime, wasmtime_ffi
+from memslot_plugin.hosts.wasmtime.errors import Outcome, one_sentence, refusal, translated
+from memslot_plugin.hosts.wasmtime.link import Compiled, Link
+from memslot_plugin.hosts.wasmtime.store import BorrowedStore, LentStore
+from memslot_plugin.hosts.wasmtime.values import KIND_NAMES, PACKING, V128, Signature, fitted
+from memslot_plugin.hosts.wasmtime.wasi import Environment, Streams
 
 if TYPE_CHECKING:
-    from memslot_plugin.hosts.wasmtime import WasmtimeHost
+    from memslot_plugin.hosts.wasmtime.runtime import WasmtimeHost
 
 _VALUES = (struct.Struct("<i"), struct.Struct("<q"), struct.Struct("<f"), struct.Struct("<d"))
 """How a global's 16 bytes begin, by kind."""

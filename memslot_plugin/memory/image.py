@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from memslot_hooks.types import Extent, InitialContent, Segment
 from memslot_plugin._core import PAGE_SIZE, align_up, ffi, lib
-from memslot_plugin.backing import Backing, Held, Memfd, new_bytes
 from memslot_plugin.errors import SystemCallError, UsedAfterClose
+from memslot_plugin.memory.backing import Backing, Held, Memfd, new_bytes
 
 if TYPE_CHECKING:
     from typing_extensions import Self

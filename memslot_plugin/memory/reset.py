@@ -25,12 +25,12 @@ from typing import TYPE_CHECKING, Any
 
 from memslot_hooks.types import ResetResult
 from memslot_plugin._core import PAGE_SIZE, ffi, lib, system_call_error
-from memslot_plugin.adaptive import History
 from memslot_plugin.errors import Unsupported
-from memslot_plugin.probe import prices, probe
+from memslot_plugin.memory.adaptive import History
+from memslot_plugin.memory.probe import prices, probe
 
 if TYPE_CHECKING:
-    from memslot_plugin.slot import Slot
+    from memslot_plugin.memory.slot import Slot
 
 NO_LIMIT = 2**63 - 1
 

@@ -16,11 +16,12 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from memslot_hooks.types import InitialContent, Segment
-from memslot_plugin import analysis, wasm
-from memslot_plugin import image as images
+from memslot_plugin import wasm
 from memslot_plugin._core import PAGE_SIZE, align_up
-from memslot_plugin.analysis import CodeReport, Verdict
 from memslot_plugin.errors import InvalidContainer, Unsupported
+from memslot_plugin.guest import analysis
+from memslot_plugin.guest.analysis import CodeReport, Verdict
+from memslot_plugin.memory import image as images
 from memslot_plugin.settings import Settings
 from memslot_plugin.wasm import ImportName
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from memslot_plugin.image import MAX_EXTENTS, MIN_GAP, Image, Piece, find_extents, joined
+from memslot_plugin.memory.image import MAX_EXTENTS, MIN_GAP, Image, Piece, find_extents, joined
 
 Runs = list[tuple[int, int]]
 """(start, end), in ascending order, apart from each other."""

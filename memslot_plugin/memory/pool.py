@@ -48,14 +48,14 @@ from memslot_plugin.errors import (
     SlotError,
     UsedAfterClose,
 )
-from memslot_plugin.shelf import STRATEGIES, Shelf
-from memslot_plugin.slot import CLEAN, DIRTY, GROWTHS, Slot, State
+from memslot_plugin.memory.free import STRATEGIES, Shelf
+from memslot_plugin.memory.slot import CLEAN, DIRTY, GROWTHS, Slot, State
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from memslot_plugin.image import Image
-    from memslot_plugin.reset import Reset
+    from memslot_plugin.memory.image import Image
+    from memslot_plugin.memory.reset import Reset
 
 _log = logging.getLogger("memslot.pool")
 
@@ -113,7 +113,7 @@ class Pool:
     `slots` bounds how many memories live at once.  `reserved` and `guard` are bytes per slot,
     rounded up to host pages. `allocation` is "pooling" (one reservation, made at the first lease)
     or "on-demand" (each slot over a reservation of its own, unmapped at release).  `reset` is one
-    of `memslot_plugin.reset`'s.  Close it, or use it in a with statement.
+    of `memslot_plugin.memory.reset`'s.  Close it, or use it in a with statement.
     """
 
     def __init__(

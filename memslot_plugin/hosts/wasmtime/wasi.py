@@ -10,7 +10,7 @@ from typing import Any
 from memslot_plugin._core import ffi, lib
 from memslot_plugin.errors import SettingError, Unsupported
 from memslot_plugin.hosts.wasi import Wasi
-from memslot_plugin.hosts.wasmtime_bridge import address_of, define_wait, wasmtime, wasmtime_ffi
+from memslot_plugin.hosts.wasmtime.bridge import address_of, define_wait, wasmtime, wasmtime_ffi
 
 _NONE = ffi.NULL
 _give = lib.ms_wt_wasi_give

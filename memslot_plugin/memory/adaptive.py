@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from memslot_plugin._core import ffi
 
 if TYPE_CHECKING:
-    from memslot_plugin.probe import Prices
+    from memslot_plugin.memory.probe import Prices
 
 FEW_PAGES = 16
 """Fewer idle pages than this are never worth a decision."""

@@ -26,22 +26,23 @@ from memslot_plugin.errors import (
     Unsupported,
     cause_of,
 )
-from memslot_plugin.guest import MemoryPlan
-from memslot_plugin.hosts import saved, wasmer_state
+from memslot_plugin.guest.plan import MemoryPlan
+from memslot_plugin.hosts import saved
 from memslot_plugin.hosts.alone import runtime_version
-from memslot_plugin.hosts.base import Host
+from memslot_plugin.hosts.guest import Guest
+from memslot_plugin.hosts.host import Host
 from memslot_plugin.hosts.live import Binding, Live, ended
 from memslot_plugin.hosts.memory import WASM_PAGE
-from memslot_plugin.hosts.prepared import Guest
-from memslot_plugin.hosts.wasmer_errors import (
+from memslot_plugin.hosts.wasmer import state as wasmer_state
+from memslot_plugin.hosts.wasmer.errors import (
     VALUE_ERRORS,
     at_call,
     at_compile,
     at_instantiate,
     made_by_wasmer,
 )
-from memslot_plugin.hosts.wasmer_link import Compiled, Connected, Placed, placed
-from memslot_plugin.hosts.wasmer_runtime import (
+from memslot_plugin.hosts.wasmer.link import Compiled, Connected, Placed, placed
+from memslot_plugin.hosts.wasmer.values import (
     REFERENCES,
     WASM32_BYTES,
     Owner,

@@ -20,8 +20,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from memslot_plugin._core import align_up, check, ffi, lib, system_call_error
+from memslot_plugin._core.proc import mappings
 from memslot_plugin.errors import SystemCallError
-from memslot_plugin.smaps import mappings
 
 if TYPE_CHECKING:
     from typing_extensions import Self

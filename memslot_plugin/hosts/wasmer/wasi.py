@@ -25,8 +25,8 @@ from typing import Any, Literal
 from memslot_plugin._core import ffi
 from memslot_plugin.errors import SettingError
 from memslot_plugin.hosts.wasi import Wasi
-from memslot_plugin.hosts.wasmer_folders import CHANGE, NOTSUP, OPEN, RENAME, ROFS, Folders
-from memslot_plugin.hosts.wasmer_runtime import wasmer
+from memslot_plugin.hosts.wasmer.folders import CHANGE, NOTSUP, OPEN, RENAME, ROFS, Folders
+from memslot_plugin.hosts.wasmer.values import wasmer
 
 VERSIONS = {
     "wasi_unstable": wasmer.wasi.Version.SNAPSHOT0,

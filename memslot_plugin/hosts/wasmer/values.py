@@ -12,8 +12,8 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from memslot_plugin._core import ffi, system_call_error
+from memslot_plugin._core.proc import mappings
 from memslot_plugin.errors import HostUnavailable, Unsupported, shown
-from memslot_plugin.smaps import mappings
 
 try:
     import wasmer
@@ -25,7 +25,7 @@ except ImportError as missing:
     ) from missing
 
 if TYPE_CHECKING:
-    from memslot_plugin.hosts.wasmer_link import Compiled
+    from memslot_plugin.hosts.wasmer.link import Compiled
 
 __all__ = [
     "EXTERNS",

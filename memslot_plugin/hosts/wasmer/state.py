@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from memslot_plugin.hosts.wasmer_runtime import wasmer
+from memslot_plugin.hosts.wasmer.values import wasmer
 
 _GETTERS = {
     "i32": (("i32", "{}"),),

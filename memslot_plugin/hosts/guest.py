@@ -15,8 +15,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from memslot_hooks.types import Image, InitialContent, LinearMemory, MemoryRequest, Segment
-from memslot_plugin import guest as guests
-from memslot_plugin import image as images
 from memslot_plugin._core import catch_up, ffi
 from memslot_plugin.errors import (
     ArgumentError,
@@ -29,20 +27,22 @@ from memslot_plugin.errors import (
     printable,
     shown,
 )
+from memslot_plugin.guest import plan as guests
 from memslot_plugin.hosts import saved
 from memslot_plugin.hosts.instance import Instance
 from memslot_plugin.hosts.live import HOLDS, Binding, Imports
 from memslot_plugin.hosts.living import Living
 from memslot_plugin.hosts.wasi import MODULES
+from memslot_plugin.memory import image as images
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from memslot_plugin.hosts.base import Host
+    from memslot_plugin.files.share import SharedGuest
+    from memslot_plugin.hosts.host import Host
     from memslot_plugin.hosts.live import Live
     from memslot_plugin.hosts.saved import Loaded
     from memslot_plugin.hosts.wasi import Wasi
-    from memslot_plugin.share import SharedGuest
 
 _log = logging.getLogger("memslot.lease")
 

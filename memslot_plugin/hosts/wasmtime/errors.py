@@ -27,7 +27,7 @@ from memslot_plugin.errors import (
 from memslot_plugin.hosts.lazy import Lazy
 from memslot_plugin.hosts.live import ended
 from memslot_plugin.hosts.short_of import short_of
-from memslot_plugin.hosts.wasmtime_bridge import take_last_exception, taken, wasmtime, wasmtime_ffi
+from memslot_plugin.hosts.wasmtime.bridge import take_last_exception, taken, wasmtime, wasmtime_ffi
 from memslot_plugin.wasm import Offsets
 
 PYTHON_EXCEPTION = "python exception"

@@ -4,7 +4,7 @@ The C half (`_core/wasmtime_bridge.c`) makes the hot calls without ctypes and gi
 memories.  It comes back here for three things: to decide about a growth, to lease a memory for
 somebody who uses a host's engine without us, and to run a host function.  None of them lets an
 exception escape: the exception is kept under a number that travels through wasmtime, and whoever
-made the call raises it (`memslot_plugin.hosts.wasmtime_errors`).
+made the call raises it (`memslot_plugin.hosts.wasmtime.errors`).
 """
 
 from __future__ import annotations

@@ -9,21 +9,21 @@ from typing import Any
 
 from memslot_plugin._core import ffi, lib
 from memslot_plugin.errors import ExportNotFound, LinkError, Unsupported, cause_of
-from memslot_plugin.guest import Plan
+from memslot_plugin.guest.plan import Plan
 from memslot_plugin.hosts import wasi
 from memslot_plugin.hosts.lazy import Lazy
 from memslot_plugin.hosts.live import Binding, Imports
 from memslot_plugin.hosts.wasi import Wasi
-from memslot_plugin.hosts.wasmtime_bridge import (
+from memslot_plugin.hosts.wasmtime.bridge import (
     address_of,
     define,
     raised_in_wasmtime_py,
     wasmtime,
     wasmtime_ffi,
 )
-from memslot_plugin.hosts.wasmtime_errors import one_sentence
-from memslot_plugin.hosts.wasmtime_store import Limits, identity_of
-from memslot_plugin.hosts.wasmtime_values import (
+from memslot_plugin.hosts.wasmtime.errors import one_sentence
+from memslot_plugin.hosts.wasmtime.store import Limits, identity_of
+from memslot_plugin.hosts.wasmtime.values import (
     FUNCREF,
     KIND_NAMES,
     OTHER,
@@ -33,7 +33,7 @@ from memslot_plugin.hosts.wasmtime_values import (
     host_function,
     kind_of,
 )
-from memslot_plugin.hosts.wasmtime_wasi import WAITS, Environment, Shim, provides
+from memslot_plugin.hosts.wasmtime.wasi import WAITS, Environment, Shim, provides
 from memslot_plugin.settings import Settings
 from memslot_plugin.wasm import Offsets
 

@@ -25,7 +25,7 @@ from memslot_plugin._core import (
     install_resets,
     lib,
 )
-from memslot_plugin.backing import fill_memfd
+from memslot_plugin._core.proc import mappings
 from memslot_plugin.errors import (
     InvariantBroken,
     MemoryTooLarge,
@@ -33,14 +33,14 @@ from memslot_plugin.errors import (
     SlotError,
     Unsupported,
 )
-from memslot_plugin.probe import probe
-from memslot_plugin.reset import ORDINARY
-from memslot_plugin.smaps import mappings
+from memslot_plugin.memory.backing import fill_memfd
+from memslot_plugin.memory.probe import probe
+from memslot_plugin.memory.reset import ORDINARY
 
 if TYPE_CHECKING:
-    from memslot_plugin.adaptive import History
-    from memslot_plugin.image import Image
-    from memslot_plugin.reset import Pagemap, Reset
+    from memslot_plugin.memory.adaptive import History
+    from memslot_plugin.memory.image import Image
+    from memslot_plugin.memory.reset import Pagemap, Reset
 
 
 MAX_RUNS = 256

@@ -1,0 +1,1 @@
+"""Guests outside of this process: the container format, and sharing by descriptors."""

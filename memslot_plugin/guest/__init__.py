@@ -1,0 +1,1 @@
+"""A prepared module: its plan, its report, and the analysis behind both."""

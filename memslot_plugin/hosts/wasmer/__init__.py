@@ -1,0 +1,1 @@
+"""The host on wasmer-python 1.1.0."""
