@@ -469,3 +469,34 @@ def test_rewriting_that_cannot_be_is_refused(
     expected = NotUnderstood if options is IMPORTED else ValueError
     with pytest.raises(expected, match=sentence):
         wasm.rewrite(wasm.parse(before), **options)
+
+
+def test_exported_functions_imported_and_defined_have_their_types():
+    types = vector(b"\x60\x00\x00", b"\x60\x02\x7f\x7c\x02\x7e\x70")
+    imports = vector(name("env") + name("f") + b"\x00\x01")
+    exports = vector(name("g") + b"\x00\x01", name("f") + b"\x00\x00", name("m") + b"\x02\x00")
+    code = vector(sized(b"\x00\x0b"))
+    module = wasm.parse(
+        build((1, types), (2, imports), (3, b"\x01\x00"), MEMORY, (7, exports), (10, code))
+    )
+    found = wasm.exported_functions(module)
+    assert list(found) == ["g", "f"]
+    assert found["g"] == wasm.FunctionType((), ())
+    assert found["f"] == wasm.FunctionType(("i32", "f64"), ("i64", "(ref null func)"))
+    assert [str(each) for each in found.values()] == ["()", "(i32, f64) -> i64, (ref null func)"]
+
+
+@pytest.mark.parametrize(
+    "types",
+    [
+        b"\x01\x5f\x00",  # a struct type
+        b"\x02\x5f\x00\x60\x00\x00",  # a function type behind it would be type 1
+        b"\x01\x60\x01\x00",  # a parameter of no known type
+        b"\x00",
+    ],
+)
+def test_exported_function_whose_type_is_not_understood_has_none(types):
+    exports = vector(name("f") + b"\x00\x00", name("missing") + b"\x00\x07")
+    code = vector(sized(b"\x00\x0b"))
+    module = wasm.parse(build((1, types), (3, b"\x01\x00"), (7, exports), (10, code)))
+    assert wasm.exported_functions(module) == {"f": None, "missing": None}

@@ -8,6 +8,7 @@ from __future__ import annotations
 from memslot_plugin.wasm.binary import NotUnderstood
 from memslot_plugin.wasm.constants import constant_bits, encode_constant
 from memslot_plugin.wasm.expressions import Expression
+from memslot_plugin.wasm.functions import FunctionType, exported_functions
 from memslot_plugin.wasm.module import (
     DataSegment,
     Export,
@@ -32,6 +33,7 @@ __all__ = [
     "Export",
     "Expression",
     "ExternKind",
+    "FunctionType",
     "Global",
     "GlobalType",
     "Import",
@@ -48,6 +50,7 @@ __all__ = [
     "ValueType",
     "constant_bits",
     "encode_constant",
+    "exported_functions",
     "parse",
     "rewrite",
     "state_exports",
