@@ -13,17 +13,17 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 @runtime_checkable
 class Backing(Protocol):
-    """A file that holds the bytes of images and that nobody changes; who needs it says so."""
+    """An immutable file behind one or more images.  Call `acquire` to keep it open, `release` when done."""
 
     @property
     def fd(self) -> int:
-        """The descriptor, to be mapped and not to be closed; -1 where there is nothing to map."""
+        """The file descriptor, or -1 if there is no file.  Map it; the backing closes it."""
 
-    def hold(self, holder: object) -> None:
-        """It stays open until this holder lets go."""
+    def acquire(self, holder: object) -> None:
+        """Keep the file open until `holder` releases it or is collected."""
 
-    def let_go(self, holder: object) -> None:
-        """This holder no longer needs it."""
+    def release(self, holder: object) -> None:
+        """Let the file close once no other holder needs it."""
 
 
 @dataclass(frozen=True, slots=True)

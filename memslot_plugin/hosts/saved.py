@@ -110,13 +110,13 @@ def held(guest: Guest) -> Iterator[dict[int, images.Image]]:
     ours = {index: image for index, image in found.items() if isinstance(image, images.Image)}
     try:
         for image in ours.values():
-            image.hold(holder)
+            image.acquire(holder)
         if guest.closed:
             raise UsedAfterClose(f"the guest {guest.name} was closed; prepare it again")
         yield ours
     finally:
         for image in ours.values():
-            image.let_go(holder)
+            image.release(holder)
 
 
 def _packed(image: images.Image, pieces: list[memoryview]) -> list[Stored]:
@@ -237,7 +237,7 @@ def attach(
             why_copied = why_copied or why
     except BaseException:
         for file in files.values():
-            file.let_go(file)  # nobody holds it yet
+            file.release(file)  # nobody holds it yet
         raise
     guest = guest_of(
         host, found, files, label=label, binding=binding, name=name, trust_code=trust_code
@@ -370,7 +370,7 @@ def guest_of(
 
     holder = Holder()
     for file in files.values():
-        file.hold(holder)
+        file.acquire(holder)
     try:
         about = About.of(found, label)
         plan = guests.of_saved(
@@ -387,7 +387,7 @@ def guest_of(
         return guest
     finally:
         for file in files.values():
-            file.let_go(holder)
+            file.release(holder)
 
 
 def contents_in(

@@ -70,11 +70,11 @@ class Backing:
         at = ffi.cast("uint8_t *", self.address + file_offset)
         return memoryview(ffi.buffer(at, length)).toreadonly()
 
-    def hold(self, holder: object) -> None:
+    def acquire(self, holder: object) -> None:
         """Somebody needs it from now on."""
         self._holders.add(holder)
 
-    def let_go(self, holder: object) -> None:
+    def release(self, holder: object) -> None:
         """Somebody no longer needs it; twice is a no-op.  Raises SystemCallError where giving it back fails,
         and then asking again tries again.
         """

@@ -127,7 +127,7 @@ class Image:
         self._holders: set[int] = set()
         self._held = list(dict.fromkeys(self.backings))
         for backing in self._held:
-            backing.hold(self)
+            backing.acquire(self)
 
     def _store(self, pieces: list[tuple[int, memoryview]]) -> Backing:
         """Keep these pieces, the last of which may end within a page."""
@@ -162,11 +162,11 @@ class Image:
         # Also over a copied image: where MADV_DONTNEED is ignored, the next guest would see its bytes.
         return lib.ms_zero_extents(base, self.c_extents, self.c_count) if self.c_count else 0
 
-    def hold(self, holder: object) -> None:
+    def acquire(self, holder: object) -> None:
         """A slot says that this image lies in it."""
         self._holders.add(id(holder))
 
-    def let_go(self, holder: object) -> None:
+    def release(self, holder: object) -> None:
         """A slot says that this image no longer lies in it."""
         self._holders.discard(id(holder))
         if self.closed and not self._holders:
@@ -185,7 +185,7 @@ class Image:
         failure: SystemCallError | None = None
         for backing in tuple(self._held):
             try:
-                backing.let_go(self)
+                backing.release(self)
             except SystemCallError as error:
                 failure = failure or error  # closing again tries again
             else:

@@ -522,11 +522,11 @@ class Slot(Watched):
     def _hold(self, image: Image | None) -> None:
         """Record which image lies here, and tell both the old and the new one."""
         if image is not None:
-            image.hold(self)
+            image.acquire(self)
         failure = None
         if self.image is not None:
             try:
-                self.image.let_go(self)
+                self.image.release(self)
             except MemslotError as error:  # it has, and could not give back what it held
                 failure = error
         self.image = image
