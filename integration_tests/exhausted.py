@@ -19,8 +19,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import memslot_plugin as memslot
-from memslot_plugin._core import PAGE_SIZE, max_map_count
-from memslot_plugin._core.proc import status_bytes
+from memslot_plugin._core import PAGE_SIZE
+from memslot_plugin._core.proc import max_map_count, status_bytes
 from memslot_plugin.tests.leaks import Footprint
 
 from . import cells, toy

@@ -1,4 +1,4 @@
-# The compiled cffi module. Its contents are described by cdef.h and callbacks.cdef, which no type checker reads.
+# The compiled cffi module. memslot.h and wasmtime_bridge.h describe its contents; no type checker reads them.
 from typing import Any
 
 ffi: Any

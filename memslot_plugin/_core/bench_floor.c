@@ -1,22 +1,13 @@
-/* What `memslot bench` measures with: a guest's writes and reads without Python's cost, and the least that a reset can be,
- * timed where it happens. */
-#include "memslot.h"
+/* Measuring for `memslot bench`: a guest's writes and reads without Python's cost, and the least that a reset can do. No
+ * system call here passes the gate, which would be part of what is measured. */
+#include "internal.h"
 #include "pagemap.h"
 
 #include <errno.h>
-#include <string.h>
 #include <sys/mman.h>
-#include <time.h>
 
-static int64_t now(void)
-{
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
-}
-
-/* Somewhere in the page, as a guest would: where is the same each time and another for each page, so that not all of them
- * compete for one set of the processor's caches. */
+/* Returns the same place in a page each time, and another one for each page. One place for all pages would make them compete
+ * for one set of the processor's caches. */
 static size_t place(size_t offset, size_t page)
 {
     return (offset / page * 2654435761u) % page & ~(size_t)7;
@@ -43,33 +34,33 @@ int64_t ms_bench_floor_pagemap(int pagemap, const ms_memory *memory, const size_
     size_t page = ms_page_size();
     struct page_region regions[REGIONS];
     struct pm_scan_arg scan = scan_for_private(memory->base, memory->accessible, 1, 0, regions);
-    int64_t started = now();
+    uint64_t started = ms_now();
     for (; scan.start < scan.end; scan.start = scan.walk_end)
         if (ioctl(pagemap, MS_PAGEMAP_SCAN_IOCTL, &scan) < 0)
             return -errno;
     for (size_t i = 0; i < count; i++)
         memcpy((uint8_t *)memory->base + offsets[i], memory->extents->bytes + offsets[i], page);
-    return now() - started;
+    return (int64_t)(ms_now() - started);
 }
 
 int64_t ms_bench_floor_copy(const ms_memory *memory, const size_t *offsets, size_t count)
 {
     size_t page = ms_page_size();
-    int64_t started = now();
+    uint64_t started = ms_now();
     int differ = 0;
     for (size_t at = 0; at < memory->extents->length; at += page)
         differ |= memcmp((uint8_t *)memory->base + at, memory->extents->bytes + at, page);
-    __asm__ volatile("" : : "r"(differ)); /* or else the compiler compares nothing */
+    __asm__ volatile("" : : "r"(differ)); /* otherwise the compiler leaves the comparison out */
     for (size_t i = 0; i < count; i++)
         memcpy((uint8_t *)memory->base + offsets[i], memory->extents->bytes + offsets[i], page);
-    return now() - started;
+    return (int64_t)(ms_now() - started);
 }
 
 uint64_t ms_bench_spin(int64_t nanoseconds)
 {
-    int64_t ends = now() + nanoseconds;
+    uint64_t ends = ms_now() + (uint64_t)nanoseconds;
     uint64_t turns = 0;
-    for (volatile uint64_t value = 1; now() < ends; turns++)
+    for (volatile uint64_t value = 1; ms_now() < ends; turns++)
         for (unsigned i = 0; i < 10000; i++)
             value = value * 31 + i;
     return turns;
@@ -77,8 +68,8 @@ uint64_t ms_bench_spin(int64_t nanoseconds)
 
 int64_t ms_bench_floor_discard(const ms_memory *memory)
 {
-    int64_t started = now();
+    uint64_t started = ms_now();
     if (madvise((void *)memory->base, memory->accessible, MADV_DONTNEED))
         return -errno;
-    return now() - started;
+    return (int64_t)(ms_now() - started);
 }

@@ -1,4 +1,4 @@
-"""The kernel's view of this process's mappings: /proc/self/maps, status and smaps_rollup, read (proc(5))."""
+"""The only reader of /proc (proc(5)): this process's mappings, memory and their limits."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from memslot_plugin.errors import Unsupported
 
 @dataclass(frozen=True, slots=True)
 class Mapping:
-    """One mapping (VMA): addresses, permissions as "rw-p", file offset and inode (0 for anonymous
-    memory).
-    """
+    """One mapping (VMA): addresses, permissions as "rw-p", file offset, and inode (0 for anonymous memory)."""
 
     start: int
     end: int
@@ -26,9 +24,6 @@ class Mapping:
 
 @contextmanager
 def _lines(name: str) -> Iterator[BinaryIO]:
-    """A file of /proc/self.  As bytes: a codec is imported at its first use, and a child whose parent forked while
-    another thread imported it would wait for ever.
-    """
     path = Path("/proc/self", name)
     try:
         opened = path.open("rb")
@@ -42,10 +37,10 @@ def _lines(name: str) -> Iterator[BinaryIO]:
 
 
 def mappings(start: int, end: int) -> Iterator[Mapping]:
-    """The mappings that overlap `[start, end)`, clipped to it, in ascending order.
+    """Yield the mappings that overlap `[start, end)`, cut to it, in ascending order.
 
-    The kernel may have merged a range with its neighbour, so a mapping is cut at the edges of what
-    was asked for (its offset moves along).  Raises Unsupported where /proc is not mounted.
+    The kernel may have merged a range with its neighbours, so a mapping is cut at both edges, and its offset moves
+    along.  Raises Unsupported if /proc is not mounted.
     """
     with _lines("maps") as lines:
         for line in lines:
@@ -57,26 +52,52 @@ def mappings(start: int, end: int) -> Iterator[Mapping]:
                 yield Mapping(cut, min(high, end), permissions.decode(), file_offset, int(inode))
 
 
+def map_count() -> int | None:
+    """Return the number of mappings of this process, or None if /proc hides it."""
+    try:
+        with _lines("maps") as lines:
+            return sum(1 for _ in lines)
+    except Unsupported:
+        return None
+
+
+def max_map_count() -> int | None:
+    """Return the kernel's limit on mappings per process (vm.max_map_count), or None if /proc hides it."""
+    return sysctl("vm/max_map_count")
+
+
+def sysctl(name: str) -> int | None:
+    """Return the number in /proc/sys/`name`, or None if /proc is missing or masked."""
+    try:
+        return int(Path("/proc/sys", name).read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
 def status_bytes(field: str) -> int:
-    """A memory field of /proc/self/status, for example "VmRSS" or "RssAnon", in bytes; raises Unsupported as above."""
-    with _lines("status") as lines:
-        for line in lines:
-            if line.startswith(f"{field}:".encode()):
-                return int(line.split()[1]) * 1024
-    raise LookupError(f"/proc/self/status has no field {field}")
+    """Return a memory field of /proc/self/status, such as "VmRSS", in bytes; raises Unsupported as `mappings` does."""
+    found = _bytes_of("status", field)
+    if found is None:
+        raise LookupError(f"/proc/self/status has no field {field}")
+    return found
 
 
 def private_bytes() -> int:
-    """Resident memory that this process shares with nobody, among it the copied pages of private mappings of a file.
+    """Return the resident bytes that no other process shares, among them copied pages of private file mappings.
 
-    smaps_rollup (Linux 4.14) counts page by page; the counters of /proc/self/status, which stand in for it, are late by
+    smaps_rollup (Linux 4.14) counts page by page.  The counters of /proc/self/status stand in for it, and lag behind by
     some pages per processor.
     """
     try:
-        with _lines("smaps_rollup") as lines:
-            for line in lines:
-                if line.startswith(b"Anonymous:"):
-                    return int(line.split()[1]) * 1024
+        found = _bytes_of("smaps_rollup", "Anonymous")
     except Unsupported:
-        pass
-    return status_bytes("RssAnon")
+        found = None
+    return status_bytes("RssAnon") if found is None else found
+
+
+def _bytes_of(name: str, field: str) -> int | None:
+    with _lines(name) as lines:
+        for line in lines:
+            if line.startswith(f"{field}:".encode()):
+                return int(line.split()[1]) * 1024
+    return None

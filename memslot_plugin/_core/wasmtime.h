@@ -12,10 +12,9 @@
  * A finalizer may run on any thread, inside a garbage collection, or when the interpreter is gone.  It runs no Python: the last
  * reference to a group puts the group on its creator's list, and Python drains the list when it next has time (ms_wt_drain).
  */
-#ifndef MEMSLOT_WASMTIME_H
-#define MEMSLOT_WASMTIME_H
+#pragma once
 
-#include "memslot.h"
+#include "wasmtime_bridge.h"
 
 /* ---- opaque things of wasmtime's ---- */
 
@@ -169,12 +168,3 @@ typedef struct {
       (wt_wasi_config *, ptrdiff_t (*)(void *, const unsigned char *, size_t), void *, void (*)(void *)))             \
     X(stderr_custom, "wasi_config_set_stderr_custom", void,                                                           \
       (wt_wasi_config *, ptrdiff_t (*)(void *, const unsigned char *, size_t), void *, void (*)(void *)))
-
-/* ---- what Python defines; callbacks.cdef says what they do ---- */
-
-int64_t ms_wt_python_grow(uint64_t creator, uint64_t token, size_t index, size_t byte_size);
-int64_t ms_wt_python_lease(uint64_t creator, size_t minimum, size_t maximum, uint64_t *token, uintptr_t *base,
-                           size_t *capacity, char *message, size_t room);
-int64_t ms_wt_python_call(uint64_t identity, uint8_t *values, size_t count);
-
-#endif

@@ -5,7 +5,7 @@
 #include <Python.h>
 #include <structmember.h>
 
-#include "memslot.h"
+#include "wasmtime_bridge.h"
 
 /* The interpreter's lock is kept for a reset of a slot whose last one took less, and let go all the same as soon as the core finds
  * more than a few pages to put back: nobody could use a moment as short as the rest takes. */
@@ -71,7 +71,7 @@ static PyObject *reset(PyObject *object, PyObject *strategy)
     if (self->state != dirty || self->watcher != strategy || !self->address)
         return PyObject_CallMethodObjArgs(object, otherwise, strategy, NULL);
     int64_t answer = reset_in_threads((ms_slot *)(uintptr_t)self->address);
-    if (answer >= MS_NOTABLE)
+    if (answer >= MS_SLOW)
         return settled(self, strategy, answer);
     put(&self->state, clean);
     PyObject *number = PyLong_FromLongLong(answer);
@@ -187,7 +187,7 @@ static PyType_Spec spec = {
 static PyMethodDef functions[] = {
     {"install", install, METH_VARARGS,
      PyDoc_STR("install($module, reset, copy, dirty, clean, unknown, results, /)\n--\n\n"
-               "Set what all slots have in common: the addresses of ms_reset_watched and ms_wt_copy, three\n"
+               "Set what all slots have in common: the addresses of ms_reset_fast and ms_wt_copy, three\n"
                "states, and the results of ordinary resets by the core's answer.")},
     {"read", read_bytes, METH_VARARGS,
      PyDoc_STR("read($module, cell, generation, address, length, /)\n--\n\n"

@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from memslot_plugin._core import map_count
-from memslot_plugin._core.proc import private_bytes
+from memslot_plugin._core.proc import map_count, private_bytes
 from memslot_plugin.bench import guests
 from memslot_plugin.hosts import open_host
 from memslot_plugin.hosts.alone import KNOWN

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from memslot_plugin._core import PAGE_SIZE, check, ffi, lib, system_call_error
+from memslot_plugin._core import PAGE_SIZE, check, ffi, lib
+from memslot_plugin._core.limits import system_call_error
 from memslot_plugin.bench.runner import CLOCK
 from memslot_plugin.memory.image import MemfdImage
 from memslot_plugin.memory.probe import pagemap_descriptor

@@ -13,7 +13,8 @@ import click
 
 from memslot_hooks.types import Answer, InitialContent, LinearMemory, MemoryRequest, Segment
 from memslot_plugin import __version__
-from memslot_plugin._core import PAGE_SIZE, map_count, max_map_count
+from memslot_plugin._core import PAGE_SIZE
+from memslot_plugin._core.proc import map_count, max_map_count
 from memslot_plugin.cli import example
 from memslot_plugin.cli.options import json_option, read_settings, settings_options
 from memslot_plugin.cli.output import (

@@ -39,7 +39,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from memslot_plugin._core import PAGE_SIZE, align_up, system_call_error
+from memslot_plugin._core import PAGE_SIZE, align_up
+from memslot_plugin._core.limits import system_call_error
 from memslot_plugin.errors import ArgumentError, InvalidContainer, MemoryTooLarge
 
 MAGIC = b"\x93memslot"

@@ -23,7 +23,7 @@ from contextlib import suppress
 from multiprocessing import reduction
 from typing import TYPE_CHECKING, Any
 
-from memslot_plugin._core import system_call_error
+from memslot_plugin._core.limits import system_call_error
 from memslot_plugin.errors import InvalidContainer, UsedAfterClose
 
 if TYPE_CHECKING:

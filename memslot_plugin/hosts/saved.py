@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from memslot_hooks.types import InitialContent, Segment
-from memslot_plugin._core import check, ffi, lib, system_call_error
+from memslot_plugin._core import check, ffi, lib
+from memslot_plugin._core.limits import system_call_error
 from memslot_plugin.errors import (
     ArgumentError,
     GuestNotFound,

@@ -67,7 +67,7 @@ class History:
                 "compare_every": 1,
                 "scan_price": int(1000 * prices.scan),
                 "file_page_price": int(1000 * prices.scan_page),
-                "plain_page_price": int(1000 * prices.scan_plain_page),
+                "anonymous_page_price": int(1000 * prices.scan_plain_page),
             },
         )
         """What the core takes for an ordinary reset, which need not be observed: one of which no rent
@@ -84,7 +84,7 @@ class History:
         self._needed_reads = 0.0
         self._lessons = 0
 
-    def observe(self, private: int, dirty: int, spare_nanoseconds: int) -> str:
+    def observe(self, private: int, dirty: int, unexplained_ns: int) -> str:
         """Note a reset that kept `private` pages, of which `dirty` had been written; the reason for
         a flush now, or "".
 
@@ -95,7 +95,7 @@ class History:
         """
         prices = self._prices
         idle = private - dirty
-        seen = spare_nanoseconds / prices.scan_page
+        seen = unexplained_ns / prices.scan_page
         reads = min(seen, self._reads)  # one slow scan is noise, two are pages
         self._reads = seen
         self.limits.idle_pages = 0
@@ -115,7 +115,7 @@ class History:
             self._floor = unneeded
             self._idle_rent = self._read_rent = 0.0
             self.limits.idle_pages = FEW_PAGES
-            self.limits.spare_nanoseconds = int(
+            self.limits.unexplained_ns = int(
                 prices.scan_page * (MARGIN * self._needed_reads + few_reads)
             )
             return ""

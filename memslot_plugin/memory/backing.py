@@ -19,7 +19,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from memslot_plugin._core import align_up, check, ffi, lib, system_call_error
+from memslot_plugin._core import align_up, check, ffi, lib
+from memslot_plugin._core.limits import system_call_error
 from memslot_plugin._core.proc import mappings
 from memslot_plugin.errors import SystemCallError
 

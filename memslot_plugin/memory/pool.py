@@ -28,16 +28,9 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from memslot_hooks.types import RETIRED, HostMapping, PoolStatistics, ResetResult
-from memslot_plugin._core import (
-    after_fork,
-    align_up,
-    catch_up,
-    ffi,
-    lib,
-    map_count,
-    max_map_count,
-    system_call_error,
-)
+from memslot_plugin._core import after_fork, align_up, catch_up, ffi, lib
+from memslot_plugin._core.limits import system_call_error
+from memslot_plugin._core.proc import map_count, max_map_count
 from memslot_plugin.errors import (
     InUse,
     InvariantBroken,

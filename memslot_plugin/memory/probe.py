@@ -14,15 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from memslot_plugin._core import (
-    PAGE_SIZE,
-    after_fork,
-    check,
-    ffi,
-    lib,
-    map_count,
-    max_map_count,
-)
+from memslot_plugin._core import PAGE_SIZE, after_fork, check, ffi, lib
+from memslot_plugin._core.proc import map_count, max_map_count
 from memslot_plugin.errors import SystemCallError
 from memslot_plugin.memory.image import BytesImage, MemfdImage
 

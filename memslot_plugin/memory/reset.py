@@ -24,7 +24,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from memslot_hooks.types import ResetResult
-from memslot_plugin._core import PAGE_SIZE, ffi, lib, system_call_error
+from memslot_plugin._core import PAGE_SIZE, ffi, lib
+from memslot_plugin._core.limits import system_call_error
 from memslot_plugin.errors import Unsupported
 from memslot_plugin.memory.adaptive import History
 from memslot_plugin.memory.probe import prices, probe
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 NO_LIMIT = 2**63 - 1
 
-NOTABLE: int = lib.MS_NOTABLE
+SLOW: int = lib.MS_SLOW
 """What the core answers where a reset was not an ordinary one."""
 
 TICK = 32
@@ -42,7 +43,7 @@ TICK = 32
 
 MOST_RESULTS = 4096
 
-watched = lib.ms_reset_watched
+watched = lib.ms_reset_fast
 
 Reset = Callable[["Slot"], ResetResult]
 """Makes the bytes of a slot pristine; raises SystemCallError."""
@@ -124,7 +125,7 @@ class Pagemap:
             {
                 "keep_pages": self._keep_pages,
                 "idle_pages": NO_LIMIT,
-                "spare_nanoseconds": NO_LIMIT,
+                "unexplained_ns": NO_LIMIT,
             },
         )
 
@@ -134,7 +135,7 @@ class Pagemap:
         if slot.accessible == slot.initial:
             slot.watcher = self
         answer = watched(slot.core)
-        return ORDINARY[answer] if answer < NOTABLE else self.settle(slot, answer)
+        return ORDINARY[answer] if answer < SLOW else self.settle(slot, answer)
 
     def _limits_for(self, _slot: Slot) -> Any:
         """What an ordinary reset of this slot is."""
@@ -142,8 +143,8 @@ class Pagemap:
 
     def settle(self, slot: Slot, answer: int) -> ResetResult:
         """The result of a reset that was not ordinary, or of the one in its place; raises SystemCallError."""
-        if answer > NOTABLE:
-            return _instead(self._discard, slot, "PAGEMAP_SCAN", answer - NOTABLE)
+        if answer > SLOW:
+            return _instead(self._discard, slot, "PAGEMAP_SCAN", answer - SLOW)
         report = slot.report
         pages = report.dirty_pages + report.dropped_pages
         reason = "keep_resident" if report.dropped_pages else ""
@@ -172,12 +173,12 @@ class Auto(Pagemap):
     def settle(self, slot: Slot, answer: int) -> ResetResult:
         """The same, or a flush where the history says so."""
         result = super().settle(slot, answer)
-        if answer > NOTABLE:
+        if answer > SLOW:
             return result
         report, history = slot.report, slot.history
         assert history is not None
         kept = report.private_pages - report.dropped_pages
-        spare = lib.ms_spare_nanoseconds(report, history.limits)
+        spare = lib.ms_unexplained_ns(report, history.limits)
         reason = history.observe(kept, report.dirty_pages, spare)
         if not reason:
             return result

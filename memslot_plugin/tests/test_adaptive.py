@@ -99,4 +99,4 @@ def test_scan_of_many_private_pages_may_take_a_little_longer(history: History) -
     for _ in range(1000):
         assert not history.observe(2048, 2048, scan_of(200))
     assert history.limits.compare_every == COMPARE_EVERY
-    assert history.limits.spare_nanoseconds == scan_of(256)
+    assert history.limits.unexplained_ns == scan_of(256)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from memslot_plugin import _core
 from memslot_plugin._core import PAGE_SIZE as P
-from memslot_plugin._core import ffi, lib
+from memslot_plugin._core import ffi, lib, limits, proc
 from memslot_plugin.errors import SystemCallError
 from memslot_plugin.memory.probe import pagemap_descriptor
 from memslot_plugin.tests.slots import in_child, needs_pagemap, sparse
@@ -200,7 +200,7 @@ def test_error_says_what_was_attempted_and_names_its_limit(error: int, knob: str
 @pytest.mark.parametrize("limit", [resource.RLIM_INFINITY, 2**40])
 def test_data_limits_are_named_if_there_are_any(monkeypatch: Any, limit: int) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
-    said = str(_core.system_call_error(errno.ENOMEM, "x"))
+    said = str(limits.system_call_error(errno.ENOMEM, "x"))
     assert ("(ulimit -d)" in said) == (f"(ulimit -d) is {2**40}" in said) == (limit == 2**40)
 
 
@@ -216,5 +216,5 @@ def test_pagemap_that_cannot_be_opened_names_the_limit(inject: Any) -> None:
 
 def test_map_counts_are_the_kernels() -> None:
     lines = len(Path("/proc/self/maps").read_bytes().splitlines())
-    assert abs((_core.map_count() or 0) - lines) <= 4
-    assert _core.max_map_count() == int(Path("/proc/sys/vm/max_map_count").read_text())
+    assert abs((proc.map_count() or 0) - lines) <= 4
+    assert proc.max_map_count() == int(Path("/proc/sys/vm/max_map_count").read_text())

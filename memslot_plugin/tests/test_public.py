@@ -20,8 +20,8 @@ import memslot_hooks
 import memslot_plugin
 from memslot_hooks import types as travelling
 from memslot_plugin import errors
+from memslot_plugin._core.limits import errno_in_text
 from memslot_plugin.errors import MemslotError
-from memslot_plugin.hosts.short_of import short_of
 from memslot_plugin.tests.journeys import travels
 
 PACKAGES = (memslot_plugin, memslot_hooks)
@@ -138,6 +138,6 @@ def test_error_holds_its_attributes_also_in_another_process(leaf: type[MemslotEr
     ],
 )
 def test_shortage_of_a_runtime_is_found_in_its_text(text: str, number: int | None) -> None:
-    found = short_of(text, "compiling x")
+    found = errno_in_text(text, "compiling x")
     assert (None if found is None else found.errno) == number
     assert found is None or str(found).startswith(f"[Errno {number}] compiling x: {text}: ")

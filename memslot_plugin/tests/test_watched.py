@@ -49,7 +49,7 @@ def once(slot: Slot, reset: Any, *pages: int) -> Any:
         ctypes.memset(slot.base + page * P + page % P, page % 251 + 1, 3)
     # A busy machine makes scans slow, which would count as pages that were read.
     if slot.history is not None:
-        slot.history.limits.spare_nanoseconds = 1 << 60
+        slot.history.limits.unexplained_ns = 1 << 60
     result = slot.reset(reset)
     slot.instantiate(slot.image, MEMORY * P)
     return result
@@ -65,12 +65,12 @@ def test_pages_above_the_image_get_a_scan_of_their_own_if_they_are_many(
         slot.instantiate(None, MEMORY * P)
     reset, pages = resets.choose(name, 1 << 30), [*range(below), *range(IMAGE, IMAGE + above)]
     once(slot, reset, *pages)  # the scan follows the findings of the one before
-    assert slot.report.plain_pages == above
+    assert slot.report.anonymous_pages == above
     for _ in range(10):
         with calls() as made:
             result = once(slot, reset, *pages)
         assert made["pagemap_scan"] == (2 if below and above >= 40 else 1)
-        assert slot.report.apart == (above >= 40)
+        assert slot.report.split_scan == (above >= 40)
         assert slot.report.private_pages == len(pages)
         assert result.dirty_bytes == len(pages) * P
     assert slot.first_difference() is None
@@ -102,14 +102,19 @@ def test_auto_compares_after_it_found_idle_pages_until_they_are_dropped(slot: Sl
 
 
 @pytest.mark.parametrize(
-    ("apart", "explained"), [(0, 1000 + 50 * 30), (1, 2 * 1000 + 20 * 30 + 30 * 10)]
+    ("split_scan", "explained"), [(0, 1000 + 50 * 30), (1, 2 * 1000 + 20 * 30 + 30 * 10)]
 )
-def test_spare_time_of_a_scan_excludes_private_pages(apart: int, explained: int) -> None:
-    found = {"private_pages": 50, "plain_pages": 30, "scans": 1 + apart, "apart": apart}
-    prices = {"scan_price": 1000_000, "file_page_price": 30_000, "plain_page_price": 10_000}
+def test_unexplained_time_of_a_scan_excludes_private_pages(split_scan: int, explained: int) -> None:
+    found = {
+        "private_pages": 50,
+        "anonymous_pages": 30,
+        "scans": 1 + split_scan,
+        "split_scan": split_scan,
+    }
+    prices = {"scan_price": 1000_000, "file_page_price": 30_000, "anonymous_page_price": 10_000}
     report = ffi.new("ms_reset_report *", {**found, "scan_nanoseconds": 9000})
     limits = ffi.new("ms_reset_limits *", prices)
-    assert lib.ms_spare_nanoseconds(report, limits) == 9000 - explained
+    assert lib.ms_unexplained_ns(report, limits) == 9000 - explained
 
 
 def test_core_asks_python_only_if_it_has_to(slot: Slot, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import errno
 import re
 
-from memslot_plugin._core import system_call_error
+from memslot_plugin._core.limits import errno_in_text, system_call_error
 from memslot_plugin.errors import (
     ArgumentError,
     GuestExit,
@@ -27,7 +27,6 @@ from memslot_plugin.errors import (
     Unsupported,
     WrongThread,
 )
-from memslot_plugin.hosts.short_of import short_of
 from memslot_plugin.wasm import Offsets
 
 _EXIT = re.compile(r"RuntimeError: WASI exited with code: (\d+)")
@@ -51,7 +50,7 @@ def made_by_wasmer(error: BaseException) -> bool:
 
 def at_compile(error: BaseException, name: str, hint: str | None = None) -> MemslotError:
     """What assembling or compiling `name` raised; no host function runs there."""
-    return short_of(str(error), f"compiling {name}") or InvalidModule(
+    return errno_in_text(str(error), f"compiling {name}") or InvalidModule(
         f"wasmer refuses {name}: {error}" + (f" ({hint})" if hint else "")
     )
 
@@ -63,7 +62,7 @@ def at_instantiate(
     if isinstance(error, TypeError):
         return LinkError(f"an import of {name} is not what wasmer can take: {error}")
     text = str(error)
-    refused = short_of(text, f"instantiating {name}")
+    refused = errno_in_text(text, f"instantiating {name}")
     if refused is not None:
         return refused
     found = _IMPORT.match(text)
@@ -89,7 +88,7 @@ def at_call(
     an argument of the call.
     """
     if _is_panic(error):
-        return short_of(str(error), f"calling {name}") or _panic(error)
+        return errno_in_text(str(error), f"calling {name}") or _panic(error)
     text = str(error)
     if text.startswith(_WRONG_RESULT) or (
         host_function_is_wrong and isinstance(error, VALUE_ERRORS)

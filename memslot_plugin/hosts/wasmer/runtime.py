@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, NoReturn
 
 from memslot_hooks.types import HostMapping, LinearMemory
-from memslot_plugin._core import system_call_error
+from memslot_plugin._core.limits import system_call_error
 from memslot_plugin.errors import (
     ArgumentError,
     ExportNotFound,

@@ -11,7 +11,8 @@ import os
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from memslot_plugin._core import ffi, system_call_error
+from memslot_plugin._core import ffi
+from memslot_plugin._core.limits import system_call_error
 from memslot_plugin._core.proc import mappings
 from memslot_plugin.errors import HostUnavailable, Unsupported, shown
 

@@ -10,6 +10,7 @@ import re
 from typing import Any, NamedTuple
 
 from memslot_plugin._core import ffi, lib
+from memslot_plugin._core.limits import errno_in_text
 from memslot_plugin.errors import (
     ExportNotFound,
     GuestExit,
@@ -26,7 +27,6 @@ from memslot_plugin.errors import (
 )
 from memslot_plugin.hosts.lazy import Lazy
 from memslot_plugin.hosts.live import ended
-from memslot_plugin.hosts.short_of import short_of
 from memslot_plugin.hosts.wasmtime.bridge import take_last_exception, taken, wasmtime, wasmtime_ffi
 from memslot_plugin.wasm import Offsets
 
@@ -169,7 +169,7 @@ HEAPS = "as many heaps of the garbage collector"
 def _at_start(error: wasmtime.WasmtimeError, name: str) -> BaseException:
     """What kept a guest from being instantiated, and was no trap of its start function."""
     said = one_sentence(str(error))
-    refused = short_of(said, f"instantiating {name}")
+    refused = errno_in_text(said, f"instantiating {name}")
     if refused is not None:
         refused.__cause__ = cause_of(error)
         return refused

@@ -21,6 +21,7 @@ from typing import Any, cast
 
 from memslot_hooks.types import LinearMemory, MemoryRequest
 from memslot_plugin._core import after_fork, catch_up, ffi, lib
+from memslot_plugin._core.limits import errno_in_text
 from memslot_plugin.errors import (
     InUse,
     InvalidModule,
@@ -37,7 +38,6 @@ from memslot_plugin.hosts.alone import runtime_version
 from memslot_plugin.hosts.guest import Guest
 from memslot_plugin.hosts.host import Host, HostStatistics
 from memslot_plugin.hosts.live import Binding, Live
-from memslot_plugin.hosts.short_of import short_of
 from memslot_plugin.hosts.wasi import Wasi
 from memslot_plugin.hosts.wasmtime.bridge import HOSTS, address_of, bind, drop_functions, wasmtime
 from memslot_plugin.hosts.wasmtime.errors import (
@@ -255,7 +255,7 @@ class WasmtimeHost(Host):
             if module is None:
                 module = self._compile_alone(engine, guest.plan.module, native=native)
         except wasmtime.WasmtimeError as error:
-            short = short_of(one_sentence(str(error)), f"compiling {guest.name}")
+            short = errno_in_text(one_sentence(str(error)), f"compiling {guest.name}")
             if short is not None:
                 raise short from cause_of(error)
             raise InvalidModule(
