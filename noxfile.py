@@ -185,7 +185,7 @@ def mypy(session: nox.Session) -> None:
     """Types, read as the oldest Python reads them."""
     extras = PROJECT["project"]["optional-dependencies"]
     session.install(*PROJECT["project"]["dependencies"], *extras["wasmtime"], *extras["test"])
-    development_tools(session, "mypy", "nox", "types-cffi", "tomli")
+    development_tools(session, "mypy", "nox", "types-cffi")
     session.run("mypy")
 
 

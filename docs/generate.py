@@ -1,7 +1,7 @@
 """Prints what comes from the code and from stored runs: writes it, or checks with --check.
 
     docs/hooks.md                      from the hook specifications
-    docs/settings.md                   from the class Settings
+    docs/settings.md                   from the struct Settings
     README.md, section "benchmark"     from docs/benchmark.json, a stored `memslot bench --json`
 
 --check also looks whether each test that a page names is there.  Exit status 0 when everything is current (or was
@@ -20,7 +20,7 @@ from pathlib import Path
 from memslot_hooks.docs import hooks_page
 from memslot_plugin.bench import report
 from memslot_plugin.bench.results import Run
-from memslot_plugin.settings import Settings
+from memslot_plugin.settings import fields
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,10 +37,10 @@ def pages(root: Path) -> dict[Path, str]:
 
 
 def settings_page() -> str:
-    """Every setting with its default and what it does."""
+    """Return the page of every setting, its default, what it takes and what it does."""
     rows = [
-        f"| `{name}` | {field.default!r} | {field.description} |"
-        for name, field in Settings.model_fields.items()
+        f"| `{name}` | {field.default!r} | {field.expected} | {field.description} |"
+        for name, field in fields().items()
     ]
     return "\n".join(
         [
@@ -49,8 +49,8 @@ def settings_page() -> str:
             "Keywords of `open_host`, variables (`MEMSLOT_SLOTS=16`), or a TOML table `[memslot]`.",
             'Sizes are bytes, or text with a unit: "64MiB". `python docs/generate.py` prints this page.',
             "",
-            "| setting | default | what it is |",
-            "|---|---|---|",
+            "| setting | default | takes | what it is |",
+            "|---|---|---|---|",
             *rows,
             "",
         ]

@@ -114,7 +114,7 @@ def test_guest_that_was_closed_makes_no_instance_and_resets_none(host: memslot.H
 
 
 def test_host_that_does_not_exist_is_refused_with_the_reason() -> None:
-    said = "setting host = 'wasmtim' is not allowed: it is one of auto, wasmtime, wasmer, fake"
+    said = "setting host: expected one of auto, wasmtime, wasmer, fake.*, got 'wasmtim'"
     with raises(memslot.SettingError, said, ValueError):
         memslot.open_host("wasmtim")
     for name, reason in memslot.available_hosts().items():

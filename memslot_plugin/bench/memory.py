@@ -13,7 +13,7 @@ from memslot_plugin.memory.image import MemfdImage
 from memslot_plugin.memory.probe import pagemap_descriptor
 from memslot_plugin.memory.reset import Reset, choose
 from memslot_plugin.memory.slot import Slot, State
-from memslot_plugin.settings import Settings
+from memslot_plugin.settings import fields
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def strategy(name: str) -> Reset:
     """A reset as the settings' defaults make it."""
-    return choose(name, Settings.model_fields["keep_resident"].default)
+    return choose(name, fields()["keep_resident"].default)
 
 
 def image_of(byte_size: int, seed: int = 0x5A) -> MemfdImage:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import click
+import msgspec
 
 from memslot_hooks.types import Answer, InitialContent, LinearMemory, MemoryRequest, Segment
 from memslot_plugin import __version__
@@ -37,7 +38,7 @@ from memslot_plugin.memory.probe import Finding, Probe, probe
 from memslot_plugin.plugins import Plugins
 from memslot_plugin.settings import Settings
 
-LIBRARIES = ("wasmtime", "wasmer", "wasmer_compiler_cranelift", "pluggy", "cffi", "pydantic")
+LIBRARIES = ("wasmtime", "wasmer", "wasmer_compiler_cranelift", "pluggy", "cffi", "msgspec")
 
 _DATA = b"memslot doctor"
 
@@ -245,7 +246,7 @@ def _document(found: Diagnosis) -> dict[str, Any]:
         "machine": found.machine,
         "probe": asdict(found.found),
         "limits": [{**asdict(limit), "enough": limit.enough} for limit in found.limits],
-        "settings": found.settings.model_dump(mode="json"),
+        "settings": msgspec.to_builtins(found.settings),
         "plugins": [asdict(answer) for answer in found.answers],
         "answering": found.answering,
         "allocation": asdict(found.allocation),

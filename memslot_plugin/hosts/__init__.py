@@ -81,7 +81,7 @@ def open_host(
     `plugins` are the embedder's own, on top of the entry points, which are looked for once per
     process.  Raises HostUnavailable with what to install, SettingError, PluginError.
     """
-    changes = {key: options.pop(key) for key in list(options) if key in Settings.model_fields}
+    changes = {key: options.pop(key) for key in list(options) if key in Settings.__struct_fields__}
     if settings is None:
         settings = Settings(**changes)
     elif changes:
@@ -134,5 +134,5 @@ def _factory(name: str, settings: Settings) -> Callable[..., Host]:
     registered = _registered(settings)
     if name not in registered:
         allowed = ", ".join(["auto", *BUILT_IN, *registered])
-        raise SettingError(f"setting host = {name!r} is not allowed: it is one of {allowed}")
+        raise SettingError(f"setting host: expected one of {allowed}, got {name!r}")
     return registered[name]

@@ -255,7 +255,7 @@ REFUSED = {
     "run narrow.wat": "choose one with --invoke: it exports add(i32)",
     "run command.wat argument": "does not use WASI",
     "run needy.wat": "needy.wat imports env.log, and the command line gives a guest nothing but WASI",
-    "run --set slots=0": "slots = '0' is not allowed",
+    "run --set slots=0": "slots: expected a whole number from 1 to 1000000, got '0'",
     "run --set slots": "--set slots is not allowed: it must be NAME=VALUE",
     "run --host fake": "the host fake runs Python functions",
     "run --settings none.toml": "cannot be read",

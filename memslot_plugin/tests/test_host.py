@@ -289,7 +289,7 @@ def test_host_is_opened_by_name_or_as_the_first_runtime_with_settings_as_keyword
     with memslot.open_host(name, slots=2) as host:
         assert (host.name, host.settings.slots) == (name, 2)
     assert memslot.available_hosts()[name] is None
-    with pytest.raises(memslot.SettingError, match="slots = 0 is not allowed"):
+    with pytest.raises(memslot.SettingError, match=r"slots: expected .*, got 0"):
         memslot.open_host(name, slots=0)
     if hosts.INSTALLED:
         with memslot.open_host("auto") as host:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
+import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from memslot_plugin import SettingError, Settings
-from memslot_plugin.settings import GIB, KIB, MIB, parse_size
+from memslot_plugin.settings import GIB, KIB, MIB, fields, parse_size
 
 Toml = Callable[[str], Path]
 
@@ -73,12 +76,12 @@ def test_names_are_separated_by_commas(monkeypatch: Any, text: str) -> None:
 
 
 def test_every_setting_can_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = Settings().model_dump()
+    values = msgspec.structs.asdict(Settings())
     texts = {"plugins": "a", "blocked": "a", "memory_limit": "1MiB", "heap_limit": "2MiB"}
     for name, value in values.items():
         monkeypatch.setenv(f"MEMSLOT_{name.upper()}", texts.get(name, str(value)))
+        assert Settings() == Settings(**{name: os.environ[f"MEMSLOT_{name.upper()}"]})
     found = Settings()
-    assert found.model_fields_set == set(values)
     assert (found.plugins, found.blocked, found.memory_limit) == (("a",), ("a",), MIB)
 
 
@@ -109,14 +112,24 @@ def test_variable_that_is_no_setting_is_refused_with_the_nearest(
 
 def test_settings_are_frozen_and_replaced() -> None:
     found = Settings(slots=3, memory_limit="2MiB")
-    with pytest.raises(ValueError, match="frozen"):
-        found.slots = 4
+    with pytest.raises(AttributeError, match="immutable"):
+        found.slots = 4  # type: ignore[misc]
     changed = found.replace(slots=4)
     assert (found.slots, changed.slots, changed.memory_limit) == (3, 4, 2 * MIB)
-    with pytest.raises(SettingError, match="slots = 0 is not allowed"):
+    with pytest.raises(
+        SettingError, match="slots: expected a whole number from 1 to 1000000, got 0"
+    ):
         found.replace(slots=0)
     with pytest.raises(SettingError, match="unknown setting slot;"):
         found.replace(slot=1)
+
+
+def test_settings_are_values_that_can_be_copied_pickled_and_read() -> None:
+    found = Settings(slots=3, plugins="a,b")
+    for other in (pickle.loads(pickle.dumps(found)), copy.deepcopy(found), found.replace()):
+        assert other == found != Settings()
+        assert hash(other) == hash(found)
+    assert repr(found).startswith("Settings(host='auto', plugins=('a', 'b'), blocked=(), slots=3, ")
 
 
 # Sizes
@@ -149,51 +162,39 @@ NUMBERS = [
 SIZES = ["reserved", "guard", "memory_limit", "heap_limit", "image_limit", "keep_resident"]
 FLOATS = ["audit", "wait_timeout"]
 CHOICES = {
-    name: [str(value) for value in get_args(field.annotation)]
-    for name, field in Settings.model_fields.items()
-    if get_origin(field.annotation) is Literal
+    name: field.expected.removeprefix("one of ").split(", ")
+    for name, field in fields().items()
+    if field.expected.startswith("one of")
 }
-NAMED = "names, separated by commas or as a list of text"
-NOT_NEGATIVE = [*NUMBERS[1:], *SIZES[1:], *FLOATS]
+NAMED = "names, separated by commas or in a list"
 NO_SIZES = ["big", "", "-1", "1 XiB", "0x10", "1e3", "1_000", "1,5MiB", "MiB", "\u0661"]
+SIZED = "a size such as 64MiB, "
 
 WRONG: list[tuple[list[str], list[Any], str]] = [
-    (NUMBERS, [None, "many", "", [1], {}], "valid integer"),
-    (NUMBERS + SIZES, [1.5], "integer"),
-    (NUMBERS + SIZES, [math.inf], "number"),
-    (NUMBERS + SIZES + FLOATS, [True, False], "number"),
-    (NOT_NEGATIVE, [-1], "greater than or equal to 0"),
-    (["slots"], [0], "greater than or equal to 1"),
-    (["slots"], [1_000_001], "less than or equal to 1000000"),
-    (["reserved"], ["63KiB"], "greater than or equal to 65536"),
-    (["reserved"], ["2TiB"], "less than or equal to 1099511627776"),
-    (["guard"], ["17GiB"], "less than or equal to 17179869184"),
-    (["audit"], [1.01], "less than or equal to 1"),
-    (["wait_timeout"], [86_401], "less than or equal to 86400"),
-    (FLOATS, [math.nan, math.inf], "finite number"),
-    (FLOATS, ["soon"], "valid number"),
-    (SIZES, NO_SIZES, "a size is a number of bytes, or a number with a unit such as"),
-    (SIZES, ["0.5"], "a size is a whole number of bytes"),
-    (SIZES, ["9" * 200], "less than or equal to "),
-    (SIZES, [[]], "integer"),
-    *(([name], ["X", "", 1, None], CHOICES[name][0]) for name in CHOICES),
-    *(([name], [CHOICES[name][0].upper()], CHOICES[name][-1]) for name in CHOICES),
-    (["host"], [5, None], "it is a name, which is text"),
+    (NUMBERS, [None, "many", "", [1], {}, 1.5, math.inf, True, False, -1], "a whole number "),
+    (["slots"], [0, 1_000_001], "from 1 to 1000000"),
+    (["max_unused_warm_slots"], [-1], r"from 0 to 2\^63 - 1"),
+    (["reserved"], ["63KiB", "2TiB", -1], "from 65536 to 1099511627776 bytes"),
+    (["guard"], ["17GiB"], "from 0 to 17179869184 bytes"),
+    (SIZES, [*NO_SIZES, "0.5", "9" * 200, [], 1.5, math.inf, True, False, -1], SIZED),
+    (FLOATS, [math.nan, math.inf, "nan", "soon", None, True, -1, 86_401], "a number from 0 to "),
+    (["audit"], [1.01], "from 0 to 1"),
+    *(([name], ["X", "", 1, None, CHOICES[name][0].upper()], "one of ") for name in CHOICES),
+    (["host"], [5, None, b"x"], "a name"),
     (["plugins"], [5, [5]], NAMED),
-    (["blocked"], [None], NAMED),
+    (["blocked"], [None, b"x"], NAMED),
 ]
 
 
-@pytest.mark.parametrize("name", Settings.model_fields)
+@pytest.mark.parametrize("name", fields())
 def test_wrong_value_is_one_clear_sentence(name: str) -> None:
     tried = [(value, said) for names, values, said in WRONG if name in names for value in values]
     assert tried
-    assert Settings.model_fields[name].description
+    assert fields()[name].description
     for value, said in tried:
         sentence = refusal(name, value)
-        begin = re.escape(f"setting {name} = {repr(value)[:60]}")
-        assert re.fullmatch(rf"{begin}.* is not allowed: .*{said}.*", sentence), value
-        assert "pydantic" not in sentence, value
+        begin, end = re.escape(f"setting {name}: expected "), re.escape(f", got {value!r}")
+        assert re.fullmatch(f"{begin}.*{said}.*{end}", sentence), (value, sentence)
         assert len(sentence) < 400, value
 
 
@@ -206,7 +207,7 @@ def refusal(name: str, value: Any) -> str:
 
 def test_several_wrong_values_are_a_sentence_each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEMSLOT_SLOTS", "many")
-    several = "^setting slots = 'many' is not allowed: .*; setting reset = 'x' is not allowed: .*;"
+    several = "^setting slots: expected .*, got 'many'; setting reset: expected .*, got 'x';"
     with pytest.raises(SettingError, match=several + " unknown setting nonsense; allowed: host, "):
         Settings(reset="x", nonsense=1)
 
@@ -221,8 +222,8 @@ def test_several_wrong_values_are_a_sentence_each(monkeypatch: pytest.MonkeyPatc
         ("[[memslot]]\nslots = 1\n", "has no table"),
         ("[memslot\n", "is not TOML: .*line 1"),
         ("[memslot]\nslots = many\n", "is not TOML"),
-        ("[memslot]\nslots = 'many'\n", "setting slots = 'many' is not allowed"),
-        ("[memslot]\nslots = 2020-01-01\n", "setting slots = .* is not allowed"),
+        ("[memslot]\nslots = 'many'\n", "setting slots: expected .*, got 'many'"),
+        ("[memslot]\nslots = 2020-01-01\n", "setting slots: expected .*, got datetime"),
     ],
 )
 def test_wrong_file_is_one_clear_sentence(toml: Toml, text: str, sentence: str) -> None:
