@@ -24,7 +24,7 @@ from memslot_plugin.files.container import Container
 from memslot_plugin.guest import plan as guests
 from memslot_plugin.guest.analysis import find_sites
 from memslot_plugin.guest.plan import GuestReport, MemoryReport, Plan
-from memslot_plugin.hosts.saved import About, contents_in
+from memslot_plugin.hosts.saved import contents_in
 from memslot_plugin.memory.image import extents_of
 from memslot_plugin.settings import Settings
 
@@ -92,13 +92,12 @@ def _judge(source: Source, settings: Settings, import_memory: bool) -> Verdict:
     if saved is None:
         plan = of_module()
     else:
-        about = About.of(saved, source.name)
         try:
             plan = guests.of_saved(
                 saved.module,
                 contents=contents_in(saved, {}, source.name),
-                origin=about.origin,
-                is_snapshot=about.is_snapshot,
+                origin=saved.origin,
+                is_snapshot=saved.about.is_snapshot,
                 image_limit=image_limit,
                 import_memory=import_memory,
             )
@@ -126,7 +125,7 @@ def _document(source: Source, verdicts: dict[str, Verdict]) -> dict[str, Any]:
     return {
         "guest": source.name,
         "byte_size": len(source.data),
-        "saved": None if source.saved is None else _saved_document(source.saved, source.name),
+        "saved": None if source.saved is None else _saved_document(source.saved),
         "wasi": source.module is not None and source.uses_wasi,
         "functions": {
             name: None if signature is None else asdict(signature)
@@ -145,9 +144,9 @@ def _document(source: Source, verdicts: dict[str, Verdict]) -> dict[str, Any]:
     }
 
 
-def _saved_document(saved: Container, name: str) -> dict[str, Any]:
+def _saved_document(saved: Container) -> dict[str, Any]:
     """What stands in the file beside the module."""
-    about = About.of(saved, name)
+    about = saved.about
     return {
         "name": about.name,
         "writer": about.writer,
@@ -155,21 +154,21 @@ def _saved_document(saved: Container, name: str) -> dict[str, Any]:
         "reseed": about.reseed,
         "byte_size": saved.byte_size,
         "page_size": PAGE_SIZE,
-        "source_bytes": about.origin.source_bytes,
+        "source_bytes": about.source_bytes,
         "source_sha256": saved.source_sha256.hex(),
         "authentic": saved.keyed,
         "code": {key: len(code) for key, code in saved.code.items()},
     }
 
 
-def _show_saved(output: Output, saved: Container, name: str) -> None:
-    about = About.of(saved, name)
+def _show_saved(output: Output, saved: Container) -> None:
+    about = saved.about
     kind = "a snapshot" if about.is_snapshot else "as it was prepared"
     output.print(
         f"saved guest {about.name}: {kind}, {byte_size(saved.byte_size)} in all, by {about.writer}"
     )
     output.print(
-        f"from a module of {byte_size(about.origin.source_bytes)}, SHA-256 {saved.source_sha256.hex()}"
+        f"from a module of {byte_size(about.source_bytes)}, SHA-256 {saved.source_sha256.hex()}"
     )
     for key, code in saved.code.items():
         output.print(f"machine code: {byte_size(len(code))} for {key}")
@@ -180,7 +179,7 @@ def _show_saved(output: Output, saved: Container, name: str) -> None:
 def _show(output: Output, source: Source, verdicts: dict[str, Verdict]) -> None:
     output.print(f"{source.name}: {byte_size(len(source.data))}", style="bold")
     if source.saved is not None:
-        _show_saved(output, source.saved, source.name)
+        _show_saved(output, source.saved)
     if source.module is not None:
         _show_functions(output, source)
     groups: list[tuple[list[str], Verdict]] = []

@@ -18,7 +18,7 @@ from memslot_plugin.errors import (
 from memslot_plugin.files import container
 from memslot_plugin.files.container import Container
 from memslot_plugin.hosts import Guest, Host, Wasi, alone
-from memslot_plugin.hosts.saved import About, read_module, read_saved
+from memslot_plugin.hosts.saved import read_module, read_saved
 from memslot_plugin.hosts.wasi import MODULES
 
 START, INITIALIZE = "_start", "_initialize"
@@ -42,7 +42,7 @@ class Source:
     @property
     def is_snapshot(self) -> bool:
         """Whether it was saved after it had begun."""
-        return self.saved is not None and About.of(self.saved, self.name).is_snapshot
+        return self.saved is not None and self.saved.about.is_snapshot
 
     @property
     def uses_wasi(self) -> bool:

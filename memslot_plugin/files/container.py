@@ -3,22 +3,22 @@ r"""Containers: a guest as one file, written whole or not at all, read only if e
     offset  bytes
          0      8  b"\x93memslot"
          8      4  the version of this format, 1; all integers are little-endian
-        12      4  how the digest was made: 0 SHA-256, 1 HMAC with SHA-256 and a key
+        12      4  the digest's kind: 0 SHA-256, 1 HMAC with SHA-256 and a key
         16      8  the page, in bytes, to which extents are aligned
         24      8  bytes of the whole file
         32      8  bytes of the head, a multiple of the page
         40      8  bytes of the metadata
         48     32  SHA-256 of the module that the guest was prepared from
         80     32  the digest of the whole file, with zeros in the place of this field
-       112         metadata: a JSON object, which says what follows it, and what its writer wrote about it
+       112         metadata: `Metadata` as JSON
                    the module: rewritten, without the data that the images hold, and with saved globals
                    as initial values; then what runtimes compiled of it, each with the key of its
                    circumstances; zeros up to the end of the head
       head         extents, each at a multiple of the page, so that they can be mapped
 
-A digest tells damage from what was written.  It tells nothing about who wrote it: whoever can write
-a file can write its digest, too, and compiled code does whatever its author wants.  Only a digest
-made with a key does.
+A digest without a key detects damage, and proves nothing about the author: an attacker who can write the
+file can write its digest too, and compiled code does whatever its author wants.  A digest with a key proves
+that the author has the key.
 
 An extent can also lie in another file that travels beside the container: see `Stored.file`.
 """
@@ -28,20 +28,21 @@ from __future__ import annotations
 import errno
 import hashlib
 import hmac
-import json
 import os
-import secrets
 import stat
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+import msgspec
+from msgspec import Meta
 
 from memslot_plugin._core import PAGE_SIZE, align_up
 from memslot_plugin._core.limits import system_call_error
 from memslot_plugin.errors import ArgumentError, InvalidContainer, MemoryTooLarge
+from memslot_plugin.guest.plan import Origin, SegmentReport
 
 MAGIC = b"\x93memslot"
 VERSION = 1
@@ -50,6 +51,13 @@ _DIGEST_AT, _DIGEST_SIZE = 80, 32
 _PLAIN, _KEYED = 0, 1
 _CHUNK = 1 << 20
 
+MOST_METADATA = 32 << 20
+"""The most bytes of metadata that are decoded; decoded, they take up to 12 times that.  A guest with 100,000 data
+segments, the most that a runtime accepts, has 10 MB.
+"""
+
+Size = Annotated[int, Meta(ge=0, lt=1 << 62)]
+
 
 class Stored(NamedTuple):
     """`length` bytes at `offset` of a linear memory, at `file_offset` of file number `file`.
@@ -57,22 +65,42 @@ class Stored(NamedTuple):
     File 0 is the container, whose extents count from the end of its head.
     """
 
-    offset: int
-    length: int
-    file: int
-    file_offset: int
+    offset: Size
+    length: Size
+    file: Size
+    file_offset: Size
 
 
-@dataclass(frozen=True, slots=True)
-class Contents:
-    """What goes into a container.
+class About(msgspec.Struct, frozen=True, kw_only=True):
+    """The writer's statements about a guest, which no check depends on."""
 
-    `about` is the writer's, and anything that JSON can hold.  `code` is compiled code by its key.
-    `images` has, by memory index, the extents in ascending order; `pieces` are the bytes of those
-    that lie in file 0, one after the other, each a whole number of pages.
+    writer: str
+    name: str
+    is_snapshot: bool = msgspec.field(name="snapshot")
+    reseed: str | None
+    source_bytes: Size
+    segments: tuple[SegmentReport, ...]
+    changes: tuple[str, ...]
+
+
+class Metadata(msgspec.Struct, frozen=True):
+    """The module's and the code's lengths in order, and the extents of each image in ascending order."""
+
+    about: About
+    module: Size
+    code: tuple[tuple[str, Size], ...]
+    images: tuple[tuple[Size, tuple[Stored, ...]], ...]
+
+
+class Contents(msgspec.Struct, frozen=True):
+    """The contents of a container to be written.
+
+    `code` is compiled code by its key.  `images` has the extents by memory index, in ascending order.
+    `pieces` are the bytes of those extents that lie in file 0, one after the other, each a whole number
+    of pages.
     """
 
-    about: Mapping[str, Any]
+    about: About
     source_sha256: bytes
     module: bytes
     code: Mapping[str, bytes]
@@ -80,15 +108,14 @@ class Contents:
     pieces: Sequence[memoryview]
 
 
-@dataclass(frozen=True, slots=True)
-class Container:
-    """What was read of one: see `Contents`.
+class Container(msgspec.Struct, frozen=True):
+    """The contents that were read from a container.
 
-    `extents_at` is the offset of its first extent, `extents` their bytes if they were asked for.
-    `keyed` is whether the digest was made with the key that the reader has.
+    `extents_at` is the offset of its first extent, `extents` their bytes if the reader asked for them.
+    `keyed` is true if the digest was made with the reader's key.
     """
 
-    about: Mapping[str, Any]
+    about: About
     source_sha256: bytes
     module: bytes
     code: Mapping[str, bytes]
@@ -98,64 +125,79 @@ class Container:
     extents: memoryview | None
     keyed: bool
 
+    @property
+    def origin(self) -> Origin:
+        """The guest's module before it was saved, as far as the writer described it."""
+        about = self.about
+        return Origin(about.source_bytes, self.source_sha256, about.segments, about.changes)
+
 
 # Writing
 
 
 def write(path: Path, contents: Contents, *, key: bytes | None = None) -> int:
-    """Make `path` a container with these contents, or leave what is there; how many bytes it has.
+    """Replace the file at `path` by a container, or leave it unchanged; return the container's size in bytes.
 
-    Written beside it, synchronised and renamed, so that a reader sees the old file or the new one.
-    Raises SystemCallError, and ArgumentError for a path at which there is something else than a file.
+    The container is written beside it, synchronised and renamed, so that a reader sees the old file or
+    the new one.  Raises SystemCallError, and ArgumentError for a path at which there is something else
+    than a file.
     """
+    path = Path(os.path.realpath(path))
+    temporary = path.with_name(f".memslot-{os.urandom(8).hex()}")
     blocks, byte_size = _blocks(contents, key)
-    _replace(path, byte_size, lambda fd: _write_all(fd, blocks))
+    try:
+        with suppress(FileNotFoundError):
+            if not stat.S_ISREG(path.lstat().st_mode):
+                raise ArgumentError(f"{path} is there and is no file; choose another path")
+        try:
+            # Read-only: loaded guests map this file, and a guest that is saved again gets a new one.
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            fd = os.open(temporary, flags, 0o444)
+            try:
+                _write_all(fd, blocks)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            temporary.rename(path)
+        finally:
+            with suppress(OSError):  # after the rename there is nothing of that name
+                temporary.unlink()
+        _synchronise(path.parent)
+    except OSError as error:
+        what = f"writing {path} ({byte_size} bytes){_free_space(error, path.parent)}"
+        raise system_call_error(error.errno or 0, what) from None
     return byte_size
 
 
 def write_to(fd: int, contents: Contents) -> int:
-    """Write a container to an empty file; how many bytes it has.  Raises OSError."""
+    """Write a container to an empty file and return its size in bytes; raises OSError."""
     blocks, byte_size = _blocks(contents, None)
     _write_all(fd, blocks)
     return byte_size
 
 
 def _blocks(contents: Contents, key: bytes | None) -> tuple[list[bytes | memoryview], int]:
-    """The whole file, in order, and its length."""
-    code = list(contents.code.items())
-    metadata = json.dumps(
-        {
-            "about": contents.about,
-            "module": len(contents.module),
-            "code": [[name, len(each)] for name, each in code],
-            "images": [[index, list(map(list, each))] for index, each in contents.images.items()],
-        },
-        separators=(",", ":"),
-    ).encode()
-    body = [metadata, contents.module, *(each for _, each in code)]
+    """Return the whole file in order, and its length."""
+    metadata = msgspec.json.encode(
+        Metadata(
+            contents.about,
+            len(contents.module),
+            tuple((name, len(each)) for name, each in contents.code.items()),
+            tuple((index, tuple(each)) for index, each in contents.images.items()),
+        )
+    )
+    body = [metadata, contents.module, *contents.code.values()]
     used = _HEADER.size + sum(map(len, body))
     head = align_up(used)
     byte_size = head + sum(map(len, contents.pieces))
-
-    def header(digest: bytes) -> bytes:
-        return _HEADER.pack(
-            MAGIC,
-            VERSION,
-            _PLAIN if key is None else _KEYED,
-            PAGE_SIZE,
-            byte_size,
-            head,
-            len(metadata),
-            contents.source_sha256,
-            digest,
-        )
-
+    kind = _PLAIN if key is None else _KEYED
+    fields = (MAGIC, VERSION, kind, PAGE_SIZE, byte_size, head, len(metadata))
     rest: list[bytes | memoryview] = [*body, bytes(head - used), *contents.pieces]
     digest = _hash(key)
-    digest.update(header(bytes(_DIGEST_SIZE)))
+    digest.update(_HEADER.pack(*fields, contents.source_sha256, bytes(_DIGEST_SIZE)))
     for block in rest:
         digest.update(block)
-    return [header(digest.digest()), *rest], byte_size
+    return [_HEADER.pack(*fields, contents.source_sha256, digest.digest()), *rest], byte_size
 
 
 def _hash(key: bytes | None) -> Any:
@@ -167,33 +209,6 @@ def _write_all(fd: int, blocks: Sequence[bytes | memoryview]) -> None:
         left = memoryview(block)
         while left:
             left = left[os.write(fd, left[: 1 << 30]) :]
-
-
-def _replace(path: Path, byte_size: int, fill: Callable[[int], None]) -> None:
-    path = Path(os.path.realpath(path))
-    what = f"writing {path} ({byte_size} bytes)"
-    temporary = path.with_name(f".memslot-{secrets.token_hex(8)}")
-    try:
-        with suppress(FileNotFoundError):
-            if not stat.S_ISREG(path.lstat().st_mode):
-                raise ArgumentError(f"{path} is there and is no file; choose another path")
-        try:
-            # Nobody is meant to write to it: a guest that is saved again gets a new file.
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            fd = os.open(temporary, flags, 0o444)
-            try:
-                fill(fd)
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-            temporary.rename(path)
-        except BaseException:
-            with suppress(OSError):  # what is being raised came first
-                temporary.unlink()
-            raise
-        _synchronise(path.parent)
-    except OSError as error:
-        raise system_call_error(error.errno or 0, what + _free_space(error, path.parent)) from None
 
 
 def _synchronise(folder: Path) -> None:
@@ -209,14 +224,12 @@ def _synchronise(folder: Path) -> None:
 
 
 def _free_space(error: OSError, folder: Path) -> str:
-    """What is left on a file system that is full, to follow what was attempted."""
-    if error.errno != errno.ENOSPC:
-        return ""
-    try:
-        found = os.statvfs(folder)
-    except OSError:
-        return ""
-    return f" to a file system with {found.f_bavail * found.f_frsize} bytes left"
+    """Return the space left on a full file system, as the end of a sentence."""
+    if error.errno == errno.ENOSPC:
+        with suppress(OSError):
+            found = os.statvfs(folder)
+            return f" to a file system with {found.f_bavail * found.f_frsize} bytes left"
+    return ""
 
 
 # Reading
@@ -232,9 +245,9 @@ def read(
 ) -> Container:
     """Read and verify the container behind a descriptor; `keep` its extents' bytes, too.
 
-    Reads every byte once and maps nothing; the descriptor stays open, at any position.  No more is
-    allocated or read than twice the bytes that are there, whatever the file claims.  Raises
-    InvalidContainer with what is wrong with it, and MemoryTooLarge for an image of more than
+    Reads every byte once and maps nothing; the descriptor stays open, at any position.  Allocates at most
+    twice the bytes that are there, whatever the file claims, and what its metadata takes (`MOST_METADATA`).
+    Raises InvalidContainer with what is wrong with it, and MemoryTooLarge for an image of more than
     `image_limit` bytes.
     """
     try:
@@ -244,6 +257,61 @@ def read(
 
 
 def _read(fd: int, name: str, key: bytes | None, keep: bool, image_limit: int | None) -> Container:
+    header = _read_header(fd, name, key)
+    require_data(fd, name, header.byte_size)
+    body = _HEADER.size + header.metadata
+    kept = bytearray().join(_chunks(fd, 0, header.head))
+    try:
+        metadata = msgspec.json.decode(kept[_HEADER.size : body], type=Metadata)
+    except (ValueError, RecursionError) as error:
+        raise InvalidContainer(f"{name} makes no sense: its metadata is wrong: {error}") from None
+    wrong = _contradiction(metadata, header.head - body, header.byte_size - header.head)
+    if wrong is not None:
+        raise InvalidContainer(f"{name} makes no sense: {wrong}")
+    images = dict(metadata.images)
+    _require_small(images, name, image_limit)
+    digest = _hash(key)
+    digest.update(kept[:_DIGEST_AT] + bytes(_DIGEST_SIZE))
+    digest.update(memoryview(kept)[_HEADER.size :])
+    for chunk in _chunks(fd, header.head, header.byte_size):
+        digest.update(chunk)
+        if keep:
+            kept += chunk
+    if not hmac.compare_digest(digest.digest(), header.digest):
+        why = "it is damaged, or was saved with another key" if key is not None else "it is damaged"
+        raise InvalidContainer(f"{name} cannot be trusted: its digest is wrong, so {why}")
+    held = memoryview(kept).toreadonly()
+    blobs, at = [], body
+    for length in (metadata.module, *(length for _, length in metadata.code)):
+        blobs.append(bytes(held[at : at + length]))
+        at += length
+    return Container(
+        about=metadata.about,
+        source_sha256=header.source_sha256,
+        module=blobs[0],
+        code={name: blob for (name, _), blob in zip(metadata.code, blobs[1:], strict=True)},
+        images=images,
+        byte_size=header.byte_size,
+        extents_at=header.head,
+        extents=held[header.head :] if keep else None,
+        keyed=header.kind == _KEYED,
+    )
+
+
+class _Header(NamedTuple):
+    magic: bytes
+    version: int
+    kind: int
+    page: int
+    byte_size: int
+    head: int
+    metadata: int
+    source_sha256: bytes
+    digest: bytes
+
+
+def _read_header(fd: int, name: str, key: bytes | None) -> _Header:
+    """Return the header; raises InvalidContainer if it does not fit this machine, the file or the key."""
     found = os.fstat(fd)
     if not stat.S_ISREG(found.st_mode):
         raise InvalidContainer(f"{name} is no file")
@@ -254,66 +322,73 @@ def _read(fd: int, name: str, key: bytes | None, keep: bool, image_limit: int | 
         raise InvalidContainer(f"{name} is no saved guest: it does not begin as one")
     if len(start) < _HEADER.size:
         raise InvalidContainer(f"{name} is cut off: it ends within its first {_HEADER.size} bytes")
-    _, version, kind, page, byte_size, head, metadata, source, wanted = _HEADER.unpack(start)
-    if version != VERSION:
-        raise InvalidContainer(
-            f"{name} has version {version} of the format, and this memslot reads version {VERSION}:"
+    header = _Header(*_HEADER.unpack(start))
+    wrong = None
+    if header.version != VERSION:
+        wrong = (
+            f"has version {header.version} of the format, and this memslot reads version {VERSION}:"
             " save the guest again"
         )
-    if page != PAGE_SIZE:
-        raise InvalidContainer(
-            f"{name} was saved where a page has {page} bytes, and here it has {PAGE_SIZE}:"
+    elif header.page != PAGE_SIZE:
+        wrong = (
+            f"was saved where a page has {header.page} bytes, and here it has {PAGE_SIZE}:"
             " save the guest again on a machine like this"
         )
-    if found.st_size != byte_size:
-        what = "is cut off" if found.st_size < byte_size else "has something behind its end"
-        raise InvalidContainer(
-            f"{name} {what}: it has {found.st_size} bytes instead of {byte_size}"
-        )
-    if kind not in (_PLAIN, _KEYED):
-        raise InvalidContainer(f"{name} has a digest of the unknown kind {kind}")
-    if kind == _PLAIN and key is not None:
-        raise InvalidContainer(
-            f"{name} was saved without a key, so that anybody may have written it"
-        )
-    if kind == _KEYED and key is None:
-        raise InvalidContainer(f"{name} was saved with a key, and can only be loaded with it")
-    if not _HEADER.size + metadata <= head <= byte_size or head % PAGE_SIZE:
-        raise InvalidContainer(f"{name} is damaged: its head has {head} bytes of {byte_size}")
-    require_data(fd, name, byte_size)
-    kept = bytearray().join(_chunks(fd, 0, head))
-    try:
-        parts = _Metadata.parse(bytes(kept[_HEADER.size : _HEADER.size + metadata]))
-        parts.require_possible(head - _HEADER.size - metadata, byte_size - head)
-    except _Nonsense as error:
-        raise InvalidContainer(f"{name} makes no sense: {error}") from None
-    parts.require_small(name, image_limit)
-    digest = _hash(key)
-    digest.update(kept[:_DIGEST_AT] + bytes(_DIGEST_SIZE))
-    digest.update(memoryview(kept)[_HEADER.size :])
-    for chunk in _chunks(fd, head, byte_size):
-        digest.update(chunk)
-        if keep:
-            kept += chunk
-    if not hmac.compare_digest(digest.digest(), wanted):
-        why = "it is damaged, or was saved with another key" if key is not None else "it is damaged"
-        raise InvalidContainer(f"{name} cannot be trusted: its digest is wrong, so {why}")
-    held = memoryview(kept).toreadonly()
-    blobs, at = [], _HEADER.size + metadata
-    for length in (parts.module, *(length for _, length in parts.code)):
-        blobs.append(bytes(held[at : at + length]))
-        at += length
-    return Container(
-        about=parts.about,
-        source_sha256=source,
-        module=blobs[0],
-        code={name: blob for (name, _), blob in zip(parts.code, blobs[1:], strict=True)},
-        images=parts.images,
-        byte_size=byte_size,
-        extents_at=head,
-        extents=held[head:] if keep else None,
-        keyed=kind == _KEYED,
-    )
+    elif found.st_size != header.byte_size:
+        what = "is cut off" if found.st_size < header.byte_size else "has something behind its end"
+        wrong = f"{what}: it has {found.st_size} bytes instead of {header.byte_size}"
+    elif header.kind not in (_PLAIN, _KEYED):
+        wrong = f"has a digest of the unknown kind {header.kind}"
+    elif header.kind == _PLAIN and key is not None:
+        wrong = "was saved without a key, so that anybody may have written it"
+    elif header.kind == _KEYED and key is None:
+        wrong = "was saved with a key, and can only be loaded with it"
+    elif not _HEADER.size + header.metadata <= header.head <= header.byte_size:
+        wrong = f"is damaged: its head has {header.head} bytes of {header.byte_size}"
+    elif header.head % PAGE_SIZE:
+        wrong = f"is damaged: its head has {header.head} bytes, which are no pages"
+    elif header.metadata > MOST_METADATA:
+        wrong = f"has {header.metadata} bytes of metadata, and {MOST_METADATA} are allowed"
+    if wrong is not None:
+        raise InvalidContainer(f"{name} {wrong}")
+    return header
+
+
+def _contradiction(metadata: Metadata, blobs: int, extents: int) -> str | None:
+    """Return why the file cannot hold what its metadata says; `blobs` and `extents` are the bytes that it has."""
+    if metadata.module + sum(length for _, length in metadata.code) > blobs:
+        return "its module and code do not fit its head"
+    for index, image in metadata.images:
+        end = 0
+        for offset, length, _, file_offset in image:
+            if offset < end or not length or (offset | length | file_offset) % PAGE_SIZE:
+                return f"an extent of memory {index} is at {offset}, {length} bytes"
+            end = offset + length
+    found, last, end = 0, 0, 0
+    stored = (each for _, image in metadata.images for each in image)
+    for file, at, length in sorted((each.file, each.file_offset, each.length) for each in stored):
+        # Extents are copied one by one: if they shared bytes, a small file would become a large image.
+        if file == last and at < end:
+            return f"two extents share the bytes at {at} of file {file}"
+        last, end = file, at + length
+        if file == 0:
+            found += length
+            if end > extents:
+                return f"an extent at {at}, {length} bytes, ends behind the file"
+    return None if found == extents else f"{extents - found} bytes at its end belong to no memory"
+
+
+def _require_small(
+    images: Mapping[int, tuple[Stored, ...]], name: str, image_limit: int | None
+) -> None:
+    """Raise MemoryTooLarge for an image that spans more than `image_limit` bytes."""
+    for index, image in images.items():
+        span = image[-1].offset + image[-1].length - image[0].offset if image else 0
+        if image_limit is not None and span > image_limit:
+            raise MemoryTooLarge(
+                f"{name}: the image of memory {index} spans {span} bytes and the limit is"
+                f" {image_limit}; raise the setting image_limit"
+            )
 
 
 def require_data(fd: int, name: str, byte_size: int) -> None:
@@ -324,11 +399,11 @@ def require_data(fd: int, name: str, byte_size: int) -> None:
 
 
 def why_hollow(fd: int, byte_size: int) -> str | None:
-    """The end of a sentence about a file of which more than half is holes; None for another file.
+    """Return the end of a sentence about a file of which more than half is holes; None for another file.
 
-    Reading a hole costs as much as reading data, and takes nothing of the file's maker.  Ours
-    have none, but a file system that compresses makes some of long runs of zeros (zfs), where the
-    blocks of a file say nothing either.
+    Reading a hole costs as much as reading data, and costs the file's maker nothing.  Containers have no
+    holes when written, but a compressing file system makes some of long runs of zeros (zfs), and the block
+    count of a file is no better measure there.
     """
     data = end = 0
     try:
@@ -347,8 +422,8 @@ def why_hollow(fd: int, byte_size: int) -> str | None:
 
 
 def copied(fd: int, name: str, byte_size: int) -> Iterator[tuple[int, memoryview]]:
-    """The first bytes of a file in pieces, each with its offset; raises InvalidContainer if there are
-    fewer.
+    """Yield the first bytes of a file in pieces, each with its offset; raises InvalidContainer if the file
+    has fewer.
     """
     at = 0
     try:
@@ -360,7 +435,7 @@ def copied(fd: int, name: str, byte_size: int) -> Iterator[tuple[int, memoryview
 
 
 def _chunks(fd: int, at: int, end: int) -> Iterator[bytearray]:
-    """Exactly the bytes from `at` to `end`, as they are now."""
+    """Yield exactly the bytes from `at` to `end`, as they are now."""
     while at < end:
         chunk = bytearray(min(_CHUNK, end - at))
         count = os.preadv(fd, [chunk], at)
@@ -368,85 +443,3 @@ def _chunks(fd: int, at: int, end: int) -> Iterator[bytearray]:
             raise OSError(errno.EIO, "it became shorter while it was read")
         yield chunk[:count]
         at += count
-
-
-class _Nonsense(Exception):
-    """Metadata that nobody wrote by this format."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Metadata:
-    about: Mapping[str, Any]
-    module: int
-    code: tuple[tuple[str, int], ...]
-    images: Mapping[int, tuple[Stored, ...]]
-
-    @classmethod
-    def parse(cls, text: bytes) -> _Metadata:
-        try:
-            found = json.loads(text)
-            made = cls(
-                about=found["about"],
-                module=_number(found["module"]),
-                code=tuple((_text(key), _number(length)) for key, length in found["code"]),
-                images={
-                    _number(index): tuple(Stored(*map(_number, each)) for each in extents)
-                    for index, extents in found["images"]
-                },
-            )
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise _Nonsense(f"its metadata is not what belongs there ({error!r})") from None
-        if not isinstance(made.about, dict):
-            raise _Nonsense("what is written about it is no object")
-        return made
-
-    def require_possible(self, blobs: int, extents: int) -> None:
-        """Everything lies where it can be: blobs in the head, extents in pages behind it, in order."""
-        if self.module + sum(length for _, length in self.code) > blobs:
-            raise _Nonsense("its module and code do not fit its head")
-        for index, image in self.images.items():
-            end = 0
-            for offset, length, _, file_offset in image:
-                if offset < end or not length or (offset | length | file_offset) % PAGE_SIZE:
-                    raise _Nonsense(f"an extent of memory {index} is at {offset}, {length} bytes")
-                end = offset + length
-        found, last, end = 0, 0, 0
-        for file, file_offset, length in sorted(
-            (each.file, each.file_offset, each.length)
-            for image in self.images.values()
-            for each in image
-        ):
-            # Copied once for each extent, a small file would become a large image.
-            if file == last and file_offset < end:
-                raise _Nonsense(f"two extents share the bytes at {file_offset} of file {file}")
-            last, end = file, file_offset + length
-            if file == 0:
-                found += length
-                if end > extents:
-                    raise _Nonsense(
-                        f"an extent at {file_offset}, {length} bytes, ends behind the file"
-                    )
-        if found != extents:
-            raise _Nonsense(f"{extents - found} bytes at its end belong to no memory")
-
-    def require_small(self, name: str, image_limit: int | None) -> None:
-        """Raise MemoryTooLarge for an image that spans more than `image_limit` bytes."""
-        for index, image in self.images.items():
-            span = image[-1].offset + image[-1].length - image[0].offset if image else 0
-            if image_limit is not None and span > image_limit:
-                raise MemoryTooLarge(
-                    f"{name}: the image of memory {index} spans {span} bytes and the limit is"
-                    f" {image_limit}; raise the setting image_limit"
-                )
-
-
-def _number(value: object) -> int:
-    if type(value) is not int or not 0 <= value < 1 << 62:
-        raise TypeError(f"{value!r} is no size")
-    return value
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no text")
-    return value

@@ -1,13 +1,14 @@
-"""A guest on its way to another process: descriptors, and what carries them there.
+"""Sharing a guest with another process: descriptors, and what carries them there.
 
     fork                        nothing to do: guests are inherited with their host
     multiprocessing             a SharedGuest is an argument of Process, or goes through a queue or pipe
     any Unix socket             SharedGuest.send(socket) here, SharedGuest.receive(socket) there
 
-After a fork each process goes on with pages of its own: hosts, guests and live instances of the thread that
-forked can be used in the child, closed there, saved and shared.  What cannot is compiling with wasmer, whose
-compiler's threads stay behind (Unsupported; wasmtime then compiles without threads): prepare before the fork.
-Hosts of other wasmer threads are confined to threads that the child has not.
+After a fork, hosts, guests and live instances of the forking thread can be used in the child, closed
+there, saved and shared; each process writes to pages of its own.  Compiling with wasmer is not possible in
+a child (Unsupported), because its compiler's threads do not survive the fork: prepare before forking.
+wasmtime compiles without threads there.  Hosts of other wasmer threads are confined to threads that the
+child does not have.
 
 The first descriptor is a container (see container.py) without extents, the others are the files in
 which the extents lie: the images' own, so that both processes map the same pages.
@@ -20,7 +21,6 @@ import socket
 import struct
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from multiprocessing import reduction
 from typing import TYPE_CHECKING, Any
 
 from memslot_plugin._core.limits import system_call_error
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 _MESSAGE = struct.Struct("<8sI")
 _MAGIC = b"memslot\x01"
 MOST_FILES = 64
-"""The most descriptors that a peer may send in all: more than an image can have."""
+"""The most descriptors that a peer may send: more than an image can have."""
 
 
 class SharedGuest:
     """A guest that another process can attach; made by `Guest.share`, used by `Host.attach`.
 
-    It can be pickled wherever multiprocessing can pass a descriptor on.  It holds descriptors of its
-    own, apart from those of the guest, until it is closed or dropped; attaching leaves it as it is.
+    It can be pickled wherever multiprocessing can pass a descriptor on.  It has descriptors of its
+    own, apart from those of the guest, until it is closed or dropped; attaching does not change it.
     """
 
     __slots__ = ("_fds", "name")
@@ -57,64 +57,69 @@ class SharedGuest:
         return tuple(self._fds)
 
     def send(self, connection: socket.socket) -> None:
-        """Pass it through a connected Unix socket; raises SystemCallError, UsedAfterClose."""
+        """Send the descriptors through a connected Unix socket; raises SystemCallError, UsedAfterClose."""
         message = _MESSAGE.pack(_MAGIC, len(self.fds))
         try:
             sent = socket.send_fds(connection, [message], self.fds)
-            if sent < len(
-                message
-            ):  # who has it all may have hung up, which even sending nothing would meet
+            # A receiver that has the whole message may hang up, and then even sending nothing fails.
+            if sent < len(message):
                 connection.sendall(message[sent:])
         except OSError as error:
             raise system_call_error(error.errno or 0, f"sending the guest {self.name}") from None
 
     @classmethod
     def receive(cls, connection: socket.socket) -> Self:
-        """The one that the other end of a Unix socket sends; raises InvalidContainer for anything else,
-        and SystemCallError.  Attach it without `trust_code` unless you know who sends.
+        """Return the guest that the other end of a Unix socket sends.
+
+        Attach it without `trust_code` unless you know who sends.  Raises SystemCallError, and
+        InvalidContainer for anything else than a shared guest.
         """
         message = b""
-        fds: list[int] = []
+        shared = cls("received", ())
         try:
             while len(message) < _MESSAGE.size:
                 # The kernel closes what does not fit, and says so (MSG_CTRUNC).
-                part, passed, flags, _ = socket.recv_fds(
-                    connection, _MESSAGE.size - len(message), MOST_FILES - len(fds)
+                part, fds, flags, _ = socket.recv_fds(
+                    connection, _MESSAGE.size - len(message), MOST_FILES - len(shared._fds)
                 )
-                fds += passed
+                shared._fds += fds
                 if not part or flags & socket.MSG_CTRUNC:
                     break
                 message += part
-            made = cls("received", fds)
         except OSError as error:
-            _close(fds)
+            shared.close()
             raise system_call_error(error.errno or 0, "receiving a guest") from None
-        except BaseException:
-            _close(fds)
-            raise
-        if (
-            len(message) < _MESSAGE.size
-            or _MESSAGE.unpack(message) != (_MAGIC, len(fds))
-            or not fds
-        ):
-            made.close()
+        count = len(shared._fds)
+        if len(message) < _MESSAGE.size or _MESSAGE.unpack(message) != (_MAGIC, count) or not count:
+            shared.close()
             raise InvalidContainer(
-                f"what came through the socket is no shared guest: {len(message)} bytes and {len(fds)}"
+                f"what came through the socket is no shared guest: {len(message)} bytes and {count}"
                 f" descriptors (at most {MOST_FILES} are taken, and RLIMIT_NOFILE may leave room for fewer)"
             )
-        for fd in fds:
+        for fd in shared._fds:
             os.set_inheritable(fd, False)
-        return made
+        return shared
 
     def close(self) -> None:
-        """Close its descriptors; twice is a no-op, and attached guests go on."""
+        """Close the descriptors; attached guests go on.  Closing twice does nothing."""
         while self._fds:
             with suppress(IndexError):  # two threads may close at once
                 os.close(self._fds.pop())
 
     def __reduce__(self) -> tuple[Callable[..., SharedGuest], tuple[Any, ...]]:
-        """The descriptors as multiprocessing passes them on."""
-        return _rebuilt, (self.name, [reduction.DupFd(fd) for fd in self.fds])
+        """Return the descriptors as multiprocessing passes them on."""
+        from multiprocessing.reduction import DupFd  # noqa: PLC0415 - a third of wasmtime's own import
+
+        return SharedGuest._arrive, (self.name, [DupFd(fd) for fd in self.fds])
+
+    @classmethod
+    def _arrive(cls, name: str, passed: Sequence[Any]) -> SharedGuest:
+        """Return the guest in the other process; if a descriptor does not arrive, the others are closed."""
+        shared = cls(name, ())
+        for each in passed:
+            shared._fds.append(each.detach())
+            os.set_inheritable(shared._fds[-1], False)
+        return shared
 
     def __enter__(self) -> Self:
         return self
@@ -123,26 +128,8 @@ class SharedGuest:
         self.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_fds"):
+        if hasattr(self, "_fds"):  # a constructor that raised has none
             self.close()
 
     def __repr__(self) -> str:
         return f"<SharedGuest {self.name}: {len(self._fds)} descriptors>"
-
-
-def _rebuilt(name: str, passed: Sequence[Any]) -> SharedGuest:
-    """In the other process: every descriptor becomes one of ours, or none does."""
-    fds: list[int] = []
-    try:
-        for each in passed:
-            fds.append(each.detach())
-            os.set_inheritable(fds[-1], False)
-    except BaseException:
-        _close(fds)
-        raise
-    return SharedGuest(name, fds)
-
-
-def _close(fds: Sequence[int]) -> None:
-    for fd in fds:
-        os.close(fd)

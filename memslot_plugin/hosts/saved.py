@@ -9,7 +9,6 @@ when it is loaded; a file is believed only about the bytes of memories.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 import platform
@@ -19,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from memslot_hooks.types import InitialContent, Segment
 from memslot_plugin._core import check, ffi, lib
@@ -37,7 +36,7 @@ from memslot_plugin.errors import (
     shown,
 )
 from memslot_plugin.files import container
-from memslot_plugin.files.container import Container, Contents, Stored
+from memslot_plugin.files.container import About, Container, Contents, Stored
 from memslot_plugin.files.share import SharedGuest
 from memslot_plugin.guest import plan as guests
 from memslot_plugin.memory import image as images
@@ -146,15 +145,15 @@ def contents_of(
     origin = guests.origin(plan)
     key = key_of_code(guest, sets_globals=guest.sets_globals) if with_code else None
     return Contents(
-        about={
-            "writer": f"memslot on {guest.host.name}",
-            "name": guest.name,
-            "snapshot": plan.is_snapshot,
-            "reseed": guest.reseed,
-            "source_bytes": origin.source_bytes,
-            "segments": [dataclasses.asdict(each) for each in origin.segments],
-            "changes": origin.changes,
-        },
+        about=About(
+            writer=f"memslot on {guest.host.name}",
+            name=guest.name,
+            is_snapshot=plan.is_snapshot,
+            reseed=guest.reseed,
+            source_bytes=origin.source_bytes,
+            segments=origin.segments,
+            changes=origin.changes,
+        ),
         source_sha256=origin.source_sha256,
         module=guests.portable(plan),
         code={} if key is None else {key: guest.host._serialise(guest)},
@@ -373,11 +372,11 @@ def guest_of(
     for file in files.values():
         file.acquire(holder)
     try:
-        about = About.of(found, label)
+        about = found.about
         plan = guests.of_saved(
             found.module,
             contents=contents_in(found, files, label),
-            origin=about.origin,
+            origin=found.origin,
             is_snapshot=about.is_snapshot,
             image_limit=host.settings.image_limit,
             import_memory=host.imports_memory,
@@ -427,54 +426,6 @@ def _content(
             )
         segments.append(Segment(offset, file.view(at, length), file, at))
     return InitialContent(0, tuple(segments))
-
-
-@dataclass(frozen=True, slots=True)
-class About:
-    """What `contents_of` wrote about a guest."""
-
-    name: str
-    writer: str
-    is_snapshot: bool
-    reseed: str | None
-    origin: guests.Origin
-
-    @classmethod
-    def of(cls, found: Container, label: str) -> About:
-        """Raises InvalidContainer for what nobody wrote by this format."""
-        about = found.about
-        try:
-            return cls(
-                name=_of(about["name"], str),
-                writer=_of(about["writer"], str),
-                is_snapshot=_of(about["snapshot"], bool),
-                reseed=_of(about["reseed"], str, type(None)),
-                origin=guests.Origin(
-                    source_bytes=_of(about["source_bytes"], int),
-                    source_sha256=found.source_sha256,
-                    segments=tuple(_segment(**each) for each in about["segments"]),
-                    changes=tuple(_of(each, str) for each in about["changes"]),
-                ),
-            )
-        except (KeyError, TypeError) as error:
-            raise InvalidContainer(f"{label} makes no sense: {error!r}") from None
-
-
-def _segment(**given: Any) -> guests.SegmentReport:
-    found = guests.SegmentReport(**given)
-    _of(found.index, int), _of(found.byte_size, int), _of(found.mode, str)
-    (
-        _of(found.memory, int, type(None)),
-        _of(found.offset, int, type(None)),
-        _of(found.in_image, bool),
-    )
-    return found
-
-
-def _of(value: Any, *kinds: type) -> Any:
-    if type(value) not in kinds:
-        raise TypeError(f"{value!r} is no {' or '.join(kind.__name__ for kind in kinds)}")
-    return value
 
 
 def key_of_code(guest: Guest, *, sets_globals: bool) -> str | None:

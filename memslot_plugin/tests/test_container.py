@@ -16,6 +16,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -31,17 +32,21 @@ from memslot_plugin.errors import (
     SystemCallError,
 )
 from memslot_plugin.files import container
-from memslot_plugin.files.container import Container, Contents, Stored
+from memslot_plugin.files.container import MOST_METADATA, About, Container, Contents, Stored
+from memslot_plugin.guest.plan import SegmentReport
 from memslot_plugin.tests.profiles import FACTOR, LONG, examples
 
 KEY = b"k" * 32
+SEGMENT = {"index": 0, "mode": "active", "memory": 0, "offset": 0, "byte_size": 1, "in_image": True}
+ABOUT: dict[str, Any] = {"writer": "w", "name": "x", "snapshot": True, "reseed": None}
+ABOUT |= {"source_bytes": 1, "segments": [SEGMENT], "changes": []}
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
 def contents(**changes: Any) -> Contents:
     values: dict[str, Any] = {
-        "about": {"name": "toy", "numbers": [1, None, 2**100], "text": "ü"},
+        "about": msgspec.convert({**ABOUT, "name": "tüy", "changes": ["one", ""]}, About),
         "source_sha256": hashlib.sha256(b"source").digest(),
         "module": b"\0asm\1\0\0\0 and more",
         "code": {"one runtime": b"c" * 5000, "another": b""},
@@ -110,7 +115,7 @@ def test_the_header_is_what_the_documentation_says(written: Path) -> None:
     assert numbers == [1, 0, P, len(data), len(data) - 3 * P]
     assert data[48:80] == hashlib.sha256(b"source").digest()
     assert data == with_right_digest(data)
-    assert json.loads(data[112 : 112 + metadata_size])["about"]["name"] == "toy"
+    assert json.loads(data[112 : 112 + metadata_size])["about"]["name"] == "tüy"
     assert data[112 + metadata_size :].startswith(b"\0asm")
 
 
@@ -237,18 +242,50 @@ NO_OBJECTS = [b"[" * 100_000, b"1" * 10_000, b'{"about":', b"\xff", b"null", b"[
         ({"images": [[0, [[0, 0, 0, 0]]]]}, "an extent of memory 0 is at 0, 0 bytes"),
         ({"images": [[0, [[P, P, 0, 0], [0, P, 0, 0]]]]}, "an extent of memory 0 is at 0"),
         ({"images": [[0, [[0, P, 0, 7]]]]}, "an extent of memory 0 is at 0"),
-        ({"about": []}, "what is written about it is no object"),
-        *((text, "its metadata is not what belongs") for text in NO_OBJECTS),
+        ({"about": []}, r"its metadata is wrong: Expected `object`, got `array` - at `\$.about`"),
+        ({"module": -1}, r"its metadata is wrong: Expected `int` >= 0 - at `\$.module`"),
+        ({"code": [["k", 1 << 62]]}, "its metadata is wrong: Expected `int` <= "),
+        *((text, "its metadata is wrong: ") for text in NO_OBJECTS),
     ],
 )
 def test_metadata_that_cannot_be_true_is_refused_although_the_digest_is_right(
     change: dict[str, Any] | bytes, said: str
 ) -> None:
-    good = {"about": {}, "module": 0, "code": [], "images": [[0, [[0, P, 0, 0]]]]}
-    assert read_bytes(with_metadata(json.dumps(good).encode(), extents=bytes(P))).about == {}
+    good = {"about": ABOUT, "module": 0, "code": [], "images": [[0, [[0, P, 0, 0]]]]}
+    assert read_bytes(with_metadata(json.dumps(good).encode(), extents=bytes(P))).about.name == "x"
     text = change if isinstance(change, bytes) else json.dumps({**good, **change}).encode()
     with pytest.raises(InvalidContainer, match=f"makes no sense: {said}"):
         read_bytes(with_metadata(text, extents=bytes(P)))
+
+
+def test_metadata_is_read_as_the_json_of_any_writer() -> None:
+    """Earlier releases escaped what is not ASCII, and later ones may add what this one does not know."""
+    about = {**ABOUT, "name": "tüy \0", "later": [[{}]]}
+    text = json.dumps({"more": 1, "about": about, "module": 0, "code": [["ü", 0]], "images": []})
+    found = read_bytes(with_metadata(text.encode()))
+    assert (found.about.name, found.code) == ("tüy \0", {"ü": b""})
+    assert found.origin.segments == (SegmentReport(**SEGMENT),)  # type: ignore[arg-type]
+
+
+def test_metadata_over_the_limit_is_refused_before_it_is_decoded() -> None:
+    error, peak = measured(with_metadata(b" " * (MOST_METADATA + 1)), 0)
+    assert "33554433 bytes of metadata, and 33554432 are allowed" in str(error)
+    assert peak < 1 << 20
+
+
+@pytest.mark.parametrize(
+    "item", ['["",0],', "[0,[]],", '"",', "[0,[[0,1,0,4611686018427387903]]],", "[0,["]
+)
+def test_hostile_metadata_takes_at_most_16_times_its_bytes(item: str) -> None:
+    for place in ("code", "images", "changes"):
+        values = {"about": ABOUT, "module": 0, "code": [], "images": []}
+        values = {**values, "about": {**ABOUT, "changes": []}} | {place: []}
+        text = json.dumps(values).replace(f'"{place}": []', f'"{place}": [{item * 50_000}0]')
+        assert len(text) > 100_000
+        data = with_metadata(text.encode())
+        error, peak = measured(data, len(data))
+        assert "its metadata is wrong" in str(error)
+        assert peak < 16 * len(data)
 
 
 def measured(data: bytes, byte_size: int, **options: Any) -> tuple[Any, int]:
@@ -256,7 +293,7 @@ def measured(data: bytes, byte_size: int, **options: Any) -> tuple[Any, int]:
     tracemalloc.start()
     try:
         with memfd(data) as fd:
-            os.ftruncate(fd, byte_size)
+            os.ftruncate(fd, max(len(data), byte_size))
             with pytest.raises(memslot.MemslotError) as raised:
                 container.read(fd, "it", **options)
         return raised.value, tracemalloc.get_traced_memory()[1]

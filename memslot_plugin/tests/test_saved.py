@@ -33,7 +33,13 @@ from memslot_plugin.memory.backing import new_memfd, why_it_may_change
 from memslot_plugin.memory.image import MAX_EXTENTS
 from memslot_plugin.tests import faults
 from memslot_plugin.tests.profiles import examples
-from memslot_plugin.tests.test_container import read_bytes, with_metadata, with_right_digest
+from memslot_plugin.tests.test_container import (
+    ABOUT,
+    SEGMENT,
+    read_bytes,
+    with_metadata,
+    with_right_digest,
+)
 
 WASM_PAGE = 65536
 FS_IOC_SETFLAGS, FS_IMMUTABLE = 0x40086602, 0x10  # ioctl_iflags(2)
@@ -97,6 +103,16 @@ EXPECTED[5 * P : 5 * P + 7] = b"written"
 
 
 # What comes back
+
+
+def test_a_guest_whose_path_is_not_utf_8_comes_back(host: memslot.FakeHost, tmp_path: Path) -> None:
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    Path(path).write_bytes(MODULE)
+    guest = host.prepare(path, reseed=None)
+    guest.save(path + ".memslot")
+    with host.load(path + ".memslot") as loaded, host.attach(guest.share()) as attached:
+        assert loaded.name == guest.name == "\\udcff"
+        assert content(loaded) == content(attached) == content(guest)
 
 
 @BOTH
@@ -375,11 +391,8 @@ def test_a_file_that_the_settings_leave_no_image_for_is_refused(saved: Path) -> 
             assert host.statistics().guests == 0
 
 
-ABOUT: dict[str, Any] = {"writer": "w", "name": "x", "snapshot": True, "reseed": None}
-ABOUT |= {"source_bytes": 1, "segments": [], "changes": []}
 WRONG: list[dict[str, Any]] = [{"name": 7}, {"snapshot": 1}, {"reseed": []}, {"changes": [None]}]
 WRONG += [{"segments": [7]}, {"segments": [{"index": 0}]}]
-SEGMENT = {"index": 0, "mode": "active", "memory": 0, "offset": 0, "byte_size": 1, "in_image": True}
 WRONG += [{"segments": [{**SEGMENT, name: [[]]}]} for name in SEGMENT]
 WRONG = [{}, *({**ABOUT, **each} for each in WRONG)]
 EMPTIED = MODULE.replace(b"\x0b\x0c", b"\x0b\x08").replace(b"\x04data", b"\x00")
