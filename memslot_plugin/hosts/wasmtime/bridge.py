@@ -1,6 +1,6 @@
 """The Python half of the bridge to wasmtime: binding the C half to the library, and what the C half calls back.
 
-The C half (`_core/wasmtime_bridge.c`) makes the hot calls without ctypes and gives wasmtime its
+The C half (`_core/wasmtime_*.c`) makes the hot calls without ctypes and gives wasmtime its
 memories.  It comes back here for three things: to decide about a growth, to lease a memory for
 somebody who uses a host's engine without us, and to run a host function.  None of them lets an
 exception escape: the exception is kept under a number that travels through wasmtime, and whoever
@@ -280,11 +280,17 @@ def _require_defined(failed: int) -> None:
 
 
 def drop_functions() -> None:
-    """Forget the host functions that wasmtime has let go of since."""
+    """Forget the host functions that wasmtime no longer needs, and log the heaps that its finalizers leaked."""
     identities = ffi.new("uint64_t[]", 64)
     while count := lib.ms_wt_drain_functions(identities, 64):
         for identity in identities[0:count]:
             FUNCTIONS.pop(identity, None)
+    if leaked := lib.ms_wt_leaked_heaps():
+        _log.error(
+            "%d heaps of wasmtime's garbage collector could not be unmapped; their address space is lost until this"
+            " process ends",
+            leaked,
+        )
 
 
 def _raised(_: type, error: BaseException, __: object) -> int:

@@ -204,7 +204,7 @@ class Compiled:
     @Lazy
     def saved(self) -> Any:
         """What a reset puts back, with the values as far as the module tells them."""
-        every = ffi.new("ms_wt_saved[]", len(self.plan.saved_globals))
+        every = ffi.new("ms_wt_global[]", len(self.plan.saved_globals))
         for saved, each in zip(every, self.plan.saved_globals, strict=True):
             assert each.export_name is not None
             name = self.name(each.export_name)
@@ -422,10 +422,10 @@ def _weakly(function: Callable[..., Any], *, foreign: bool) -> Callable[..., Any
         kept = ffi.new("uintptr_t *")
         try:
             if not foreign:
-                lib.ms_wt_stay(address_of(caller._context()), kept)
+                lib.ms_wt_keep_open(address_of(caller._context()), kept)
             return held(*arguments)
         finally:
-            lib.ms_wt_go(kept)
+            lib.ms_wt_let_close(kept)
 
     return call
 

@@ -46,10 +46,10 @@ _ROOM, _NULL = lib.MS_WT_ROOM, ffi.NULL
 _PAGES = 1 << 48
 """More pages than any memory can grow by."""
 
-_CELL, _CALLEE = ffi.typeof("ms_wt_cell *"), ffi.typeof("ms_wt_callee *")
+_CELL, _CALLEE, _ENTRY = (ffi.typeof(f"ms_wt_{name} *") for name in ("cell", "callee", "entry"))
 
 _call, _locate = lib.ms_wt_call, lib.ms_wt_memory_locate
-_hold, _restore, _copy = lib.ms_wt_hold, lib.ms_wt_restore, lib.ms_wt_copy
+_acquire, _restore, _copy = lib.ms_wt_acquire, lib.ms_wt_restore, lib.ms_wt_copy
 
 
 class NativeInstance(wasmtime.Instance):
@@ -130,17 +130,17 @@ class WasmtimeLive(Live):
         """Do with wasmtime-py what `action` does, within an entry; 0 is the host's own generation."""
         # What our own entries raise within this one is raised already, and what wasmtime-py raises is translated.
         self.require_store()
-        saved = ffi.new("int64_t[3]")
+        entry = ffi.new(_ENTRY)
         failure: BaseException | None = None
         result = None
         try:
-            refused = lib.ms_wt_enter(self.cell, generation, saved)
+            refused = lib.ms_wt_enter(self.cell, generation, entry)
             if refused:
                 self.settle(refused)
             result = action()
         except BaseException as error:  # noqa: BLE001 - raised below, once we have left
             failure = error
-        left = lib.ms_wt_leave(self.cell, saved)
+        left = lib.ms_wt_leave(self.cell, entry)
         if left:
             self.settle(left)
         if failure is not None:
@@ -160,7 +160,7 @@ class WasmtimeLive(Live):
         return call
 
     def refuse(self, generation: int) -> NoReturn:
-        held = self.cell.held and generation == self.generation
+        held = self.cell.exclusive and generation == self.generation
         self._refuse(lib.MS_WT_BUSY if held else lib.MS_WT_CLOSED)
 
     def _refuse(self, flag: int) -> NoReturn:
@@ -230,7 +230,7 @@ class WasmtimeLive(Live):
     def hold(self, generation: int, key: int, *, alone: bool = False) -> None:
         if self._saved is None:
             self._find_globals()
-        refused = _hold(self.cell, generation, key, alone)
+        refused = _acquire(self.cell, generation, key, alone)
         if refused:
             outcome = Outcome(refused)  # first of all, because it frees what the C half holds
             if self.cell.depth and generation == self.generation:
@@ -268,14 +268,14 @@ class WasmtimeLive(Live):
 
     def let_go(self, key: int) -> bool:
         outcome = ffi.new("uintptr_t *")
-        held = bool(lib.ms_wt_let_go(self.cell, key, outcome))
+        held = bool(lib.ms_wt_release(self.cell, key, outcome))
         if outcome[0]:
             self.settle(outcome[0])
         return held
 
     def _find_globals(self) -> None:
         template = self._compiled.saved
-        saved = ffi.new("ms_wt_saved[]", len(template))
+        saved = ffi.new("ms_wt_global[]", len(template))
         ffi.memmove(saved, template, ffi.sizeof(template))
         outcome = lib.ms_wt_globals_find(self.cell, saved, len(saved))
         if outcome:
@@ -301,7 +301,7 @@ class WasmtimeLive(Live):
                 )
         if self._saved is None:
             self._find_globals()
-        now = ffi.new("ms_wt_saved[]", self._saved_count)
+        now = ffi.new("ms_wt_global[]", self._saved_count)
         ffi.memmove(now, self._saved, ffi.sizeof(now))
         outcome = lib.ms_wt_globals_read(self.cell, now, self._saved_count)
         if outcome:
@@ -450,7 +450,7 @@ class WasmtimeLive(Live):
         borrowed = self._borrowed
         if borrowed is not None and borrowed.open:
             return borrowed
-        if self.cell.held and not lib.ms_wt_elsewhere(self.cell):  # this thread's
+        if self.cell.exclusive and not lib.ms_wt_elsewhere(self.cell):  # this thread's
             return self._borrow()
         # Within an entry, so that each view that there is ends with the store.
         made: BorrowedStore = self.entered(0, self._borrow)

@@ -13,7 +13,7 @@ from memslot_plugin.hosts.wasi import Wasi
 from memslot_plugin.hosts.wasmtime.bridge import address_of, define_wait, wasmtime, wasmtime_ffi
 
 _NONE = ffi.NULL
-_give = lib.ms_wt_wasi_give
+_set = lib.ms_wt_wasi_set
 
 
 class Streams:
@@ -87,7 +87,7 @@ class Environment:
         self.require_workers()
         streams = self._uncaptured or Streams(self._wasi)
         out, err = streams.outputs.get("stdout", _NONE), streams.outputs.get("stderr", _NONE)
-        refused = _give(cell, self._given, out, err)
+        refused = _set(cell, self._given, out, err)
         if refused:
             raise SettingError(self._refusal(refused, cell.error))
         return streams

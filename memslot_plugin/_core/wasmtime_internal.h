@@ -1,22 +1,11 @@
-/* What this side knows of wasmtime's C API: the layouts and signatures that the adapter uses, and nothing else of it.
- *
- * wasmtime is not linked: Python passes the address of each symbol once (ms_wt_bind), from the library that wasmtime-py has
- * loaded, and compares the layouts below with those of wasmtime-py's own bindings (ms_wt_layout) before anything is called.
- *
- * Lives and who owns what:
- *   creator   one per engine; the engine and Python each hold a reference, the last one frees it
- *   group     the leased memories of one instance under one token; each memory and the instance's cell hold a reference
- *   memory    what a linear memory is to wasmtime; made by new_memory, freed by its finalizer
- *   cell      one instance: its store, and who is inside it; Python's memory, which no finalizer touches
- *
- * A finalizer may run on any thread, inside a garbage collection, or when the interpreter is gone.  It runs no Python: the last
- * reference to a group puts the group on its creator's list, and Python drains the list when it next has time (ms_wt_drain).
- */
+/* Shared by the files of the wasmtime bridge: wasmtime's C API as far as the bridge uses it, entries, and groups. */
 #pragma once
 
 #include "wasmtime_bridge.h"
 
-/* ---- opaque things of wasmtime's ---- */
+#pragma GCC visibility push(hidden)
+
+/* ---- opaque types of wasmtime ---- */
 
 typedef struct wt_engine wt_engine;
 typedef struct wt_config wt_config;
@@ -32,7 +21,7 @@ typedef struct wt_sharedmemory wt_sharedmemory;
 typedef struct wt_wasi_config wt_wasi_config;
 typedef struct wt_module wt_module;
 
-/* ---- layouts (wasmtime 50: wasmtime/extern.h, val.h, config.h) ---- */
+/* ---- layouts, of wasmtime 50 (wasmtime/extern.h, val.h, config.h); ms_wt_layout has them compared ---- */
 
 typedef struct {
     uint64_t store_id;
@@ -113,7 +102,7 @@ typedef struct {
     void (*finalizer)(void *env);
 } wt_memory_creator;
 
-/* ---- signatures: name, result, parameters; the name of the symbol is "wasmtime_" and the name, or as given ---- */
+/* ---- functions: name here, symbol, result, parameters ---- */
 
 #define WT_SYMBOLS(X)                                                                                                  \
     X(store_new, "wasmtime_store_new", wt_store *, (wt_engine *, void *, void (*)(void *)))                           \
@@ -168,3 +157,88 @@ typedef struct {
       (wt_wasi_config *, ptrdiff_t (*)(void *, const unsigned char *, size_t), void *, void (*)(void *)))             \
     X(stderr_custom, "wasi_config_set_stderr_custom", void,                                                           \
       (wt_wasi_config *, ptrdiff_t (*)(void *, const unsigned char *, size_t), void *, void (*)(void *)))
+
+extern struct wt_api {
+#define X(name, symbol, result, parameters) result(*name) parameters;
+    WT_SYMBOLS(X)
+#undef X
+} wt_api;
+
+/* ---- lists that finalizers push on: any thread pushes, one drain takes all ---- */
+
+struct wt_node {
+    struct wt_node *next;
+    uint64_t name;
+};
+
+void wt_push(struct wt_node **list, struct wt_node *node);
+/* Takes at most `capacity` names and frees their nodes, which must begin their allocations. Returns how many. */
+size_t wt_drain(struct wt_node **list, uint64_t *names, size_t capacity);
+
+/* ---- groups (wasmtime_memory.c) ---- */
+
+struct wt_group {
+    struct wt_node node; /* first: wt_drain frees a group by its node */
+    ms_wt_creator *creator;
+    ms_wt_cell *cell;    /* NULL if the store is the embedder's, which may outlive the cell */
+    unsigned references; /* atomic */
+};
+
+struct wt_group *wt_group_new(ms_wt_creator *creator, ms_wt_cell *cell, uint64_t token);
+/* Drops a reference. True for the last one: then the group is the caller's to free. */
+int wt_group_drop(struct wt_group *group);
+
+/* ---- entries (wasmtime_bridge.c) ---- */
+
+/* The memories that new_memory hands out during an instantiation. */
+struct wt_offer {
+    const ms_wt_guest *guest; /* NULL if there is no offer */
+    const uintptr_t *bases;
+    size_t next;
+    struct wt_group *group;
+};
+
+/* The innermost entry of this thread. new_memory is not told which module asks: the thread tells, because wasmtime calls it
+ * on the thread that instantiates. */
+extern _Thread_local struct wt_frame {
+    unsigned depth;
+    int64_t raised;   /* by a host function */
+    int64_t deferred; /* by Python in a growth */
+    ms_wt_cell *cell; /* NULL outside of all entries */
+    struct wt_offer offer;
+} wt_frame;
+
+/* Leaves an entry and returns its outcome: 0 if there is nothing to tell. */
+uintptr_t wt_leave(ms_wt_cell *cell, ms_wt_entry *entry, unsigned flags, wt_trap *trap, wt_error *error);
+/* Returns an outcome with these flags alone. */
+uintptr_t wt_refuse(unsigned flags);
+/* Ends the entry of this thread's ms_wt_acquire without leaving: the caller leaves `entry`. False if it has none. */
+int wt_take_acquired(ms_wt_cell *cell, ms_wt_entry *entry);
+/* Lets copies in again after an exclusive ms_wt_acquire. */
+void wt_end_exclusive(ms_wt_cell *cell);
+
+/* Keeps a cell from being closed while Python runs for its guest, until wt_let_close. wasmtime-py may have made the call, and
+ * that is no entry. Returns NULL if nothing needs to be done, because an entry keeps the cell open. */
+ms_wt_cell *wt_keep_open(ms_wt_cell *cell);
+void wt_let_close(ms_wt_cell *cell);
+
+wt_error *wt_out_of_memory(void);
+
+/* ---- stores and WASI ---- */
+
+/* The data of a store that ms_wt_open made, and the shim's instance in a store. The first call that needs the shim makes the
+ * instance. It holds no state of the guest's. */
+struct wt_store_data {
+    ms_wt_cell *cell;     /* NULL for a store of the embedder's */
+    wt_instance instance; /* of store 0 before it is made */
+    wt_memory memory;     /* the guest's memory, which the shim imports; zeros for a shared one */
+    const uint8_t *shared;
+};
+
+/* Defines a function whose environment is a malloc'd wt_node, or begins with one. wt_drain_functions gets its name. */
+uintptr_t wt_define(uintptr_t linker, const char *module, size_t module_length, const char *name, size_t name_length,
+                    uintptr_t type, wt_trap *(*function)(void *, wt_caller *, wt_raw *, size_t), struct wt_node *node);
+/* Notes that wasmtime may have started a worker thread in this process (ms_wt_workers_lost). */
+void wt_note_workers(void);
+
+#pragma GCC visibility pop
