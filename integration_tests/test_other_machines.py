@@ -70,7 +70,7 @@ def test_emulated_processor_traps_where_code_checks_bounds(host: str) -> None:
 
 
 def test_emulated_processor_doctor_says_what_is_missing() -> None:
-    report = emulated("-m", "memslot_plugin.cli", "doctor", "--json", settings=SMALL)
+    report = emulated("-m", "memslot_plugin", "doctor", "--json", settings=SMALL)
     found = report["probe"]
     assert found["pagemap"]["works"] is False  # qemu does not pass this ioctl on
     assert found["pagemap"]["detail"].startswith("PAGEMAP_SCAN: ")

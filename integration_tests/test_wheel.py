@@ -88,7 +88,7 @@ def test_its_entry_points_are_the_command_and_the_two_allocators(wheel: Path) ->
     parser.read_string(metadata(wheel, "entry_points.txt"))
     classes = {"memfd": "MemfdAllocator", "anonymous": "AnonymousAllocator"}
     assert {section: dict(parser[section]) for section in parser.sections()} == {
-        "console_scripts": {"memslot": "memslot_plugin.cli:main"},
+        "console_scripts": {"memslot": "memslot_plugin.__main__:main"},
         "memslot": {name: f"memslot_plugin.allocators:{made}" for name, made in classes.items()},
     }
 

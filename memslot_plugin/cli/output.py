@@ -35,7 +35,7 @@ Exit codes:
   {FAILED}    the guest trapped or failed, results differ, something does not work (doctor), or a limit does
        not hold (bench --check)
   {REFUSED}    wrong usage: an option, a setting, a file, or a limit of this machine
-  {NO_RUNTIME}    no runtime can be imported
+  {NO_RUNTIME}    no runtime, or no library of the command line, is installed
   {INTERRUPTED}  interrupted by Ctrl-C
 """
 

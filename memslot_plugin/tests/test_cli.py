@@ -73,7 +73,7 @@ def refusal(*arguments, exit_code=2):
     return result.stderr.removeprefix("memslot: ").rstrip()
 
 
-def done(*words, program=("-m", "memslot_plugin.cli"), **options):
+def done(*words, program=("-m", "memslot_plugin"), **options):
     """Exit code, standard output and standard error of the command in a process of its own."""
     command = [sys.executable, *program, *map(str, words)]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
@@ -437,6 +437,19 @@ def test_commands_without_a_runtime_are_exit_code_3_if_they_need_one(guest):
     assert "install" in wasmtime["reason"]
     assert "memslot has no runtime here" in shown[1]
     assert [code for code, *_ in others] == [0, 0]
+
+
+@pytest.mark.parametrize("missing", ["click", "rich"])
+def test_command_without_its_libraries_is_exit_code_3_and_says_what_to_install(missing):
+    code = f"""
+import sys
+sys.modules[{missing!r}] = None
+from memslot_plugin.__main__ import main
+main()
+"""
+    said = f"memslot: the command needs {missing}, which is not installed; "
+    said += "install it with: pip install 'memslot[cli]'\n"
+    assert done("-c", code, program=("-W", "error")) == (3, "", said)
 
 
 def test_unexpected_error_keeps_its_traceback(monkeypatch):
