@@ -60,10 +60,11 @@ def test_its_tag_is_the_stable_abi_of_the_oldest_python(wheel: Path) -> None:
 
 def test_it_holds_both_packages_and_nothing_that_strayed_in(names: set[str]) -> None:
     typed = {"memslot_plugin/py.typed", "memslot_hooks/py.typed", "memslot_hooks/specs.py"}
-    assert typed | set(EXTENSIONS) <= names
+    example = {"memslot_plugin/cli/example.wat", "memslot_plugin/cli/example.wasm"}
+    assert typed | example | set(EXTENSIONS) <= names
     assert any(re.fullmatch(r"memslot_plugin/tests/.*test_\w+\.py", name) for name in names)
     allowed = re.compile(
-        r"memslot_(plugin|hooks)/([a-z_0-9]+/)*(\w+\.pyi?|py\.typed|\w+\.wat|\w+\.json)"
+        r"memslot_(plugin|hooks)/([a-z_0-9]+/)*(\w+\.pyi?|py\.typed|\w+\.wat|\w+\.wasm|\w+\.json)"
         r"|memslot-[^/]+\.dist-info/(METADATA|WHEEL|RECORD|entry_points\.txt|licenses/LICENSE)"
     )
     assert {name for name in names if not allowed.fullmatch(name)} == set(EXTENSIONS)
@@ -77,7 +78,7 @@ def test_every_data_file_of_the_sources_is_in_it(wheel: Path, names: set[str]) -
     for sdist in wheel.parent.glob("memslot-*.tar.gz"):  # of which the gate builds the wheel
         with tarfile.open(sdist) as archive:
             sources += [name.partition("/")[2] for name in archive.getnames()]
-    shipped = (".py", ".pyi", ".typed", ".wat", ".json")
+    shipped = (".py", ".pyi", ".typed", ".wat", ".wasm", ".json")
     expected = [each for each in sources if each.startswith(packages) and each.endswith(shipped)]
     assert expected
     assert {name.removeprefix("hooks/") for name in expected} <= names

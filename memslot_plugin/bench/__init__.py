@@ -1,13 +1,12 @@
-"""The benchmark: families of cases, measured in rounds that take turns with whom they are compared with.
+"""The benchmark: families of cases, measured in rounds that take turns with the peers that they are compared with.
 
-    results    what a run is: rows of ratios, claims about them; to JSON and back
-    runner     how everything is measured
-    memory     slots without a guest;  guests, peers: with one, and against whom
+    runner     measures: subjects in rounds;  results: rows of ratios, claims about them, and tables
+    baseline   the peers;  guests, memory: what is measured, with a guest and without
     reset, cycle, request, density, warm, scaling, snapshot, hooks, analysis
-               the families (live and worker are processes that two of them start; ruby is a guest of snapshot)
+               the families (live is the process that density starts, ruby a guest of snapshot)
     report     the README's tables, from a stored run;  plot: a picture
 
-A ratio is taken within each round and its median told: prices of different moments are never compared.
+A ratio is taken within each round and its median shown: prices of different moments are never compared.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from memslot_plugin.bench import (
     warm,
 )
 from memslot_plugin.bench.machine import facts
-from memslot_plugin.bench.results import Family, Grid, Run
+from memslot_plugin.bench.results import Claim, Family, Grid, Row, Run
 from memslot_plugin.bench.runner import Bench
 
 __all__ = ["FAMILIES", "Bench", "Family", "Grid", "Run", "grids", "run"]
@@ -36,16 +35,25 @@ FAMILIES: dict[str, ModuleType] = {
     family.NAME: family
     for family in (reset, cycle, request, density, warm, scaling, snapshot, hooks, analysis)
 }
-"""Each has `measure(bench)`, which answers a `Family`, and `grids(rows)`, which shows it."""
+"""Families by name.  `measure(bench)` yields rows, claims about other numbers, and sentences about what is left out;
+`claims(rows)` judges the rows, `grids(rows)` shows them.
+"""
 
 
 def run(bench: Bench, only: Sequence[str] = ()) -> Run:
     """Measure these families, or all."""
     chosen = [name for name in FAMILIES if not only or name in only]
-    found = tuple(FAMILIES[name].measure(bench) for name in chosen)
-    return Run(facts(), bench.quick, found)
+    return Run(facts(), bench.quick, tuple(_measured(name, bench) for name in chosen))
+
+
+def _measured(name: str, bench: Bench) -> Family:
+    found = list(FAMILIES[name].measure(bench))
+    rows = tuple(each for each in found if isinstance(each, Row))
+    claims = [each for each in found if isinstance(each, Claim)]
+    skipped = tuple(each for each in found if isinstance(each, str))
+    return Family(name, rows, (*FAMILIES[name].claims(rows), *claims), skipped)
 
 
 def grids(family: Family) -> Iterator[Grid]:
-    """A family's tables."""
+    """Yield the tables of a family."""
     yield from FAMILIES[family.name].grids(family.rows)

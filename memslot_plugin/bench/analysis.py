@@ -6,22 +6,22 @@ MD5 is the yardstick: its speed follows the processor's clock, because no proces
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from memslot_plugin import wasm
-from memslot_plugin.bench.results import Claim, Family, Grid, Row, spread
-from memslot_plugin.bench.runner import CLOCK, Bench, Subject
+from memslot_plugin.bench.results import Claim, Grid, Limit, Row, judge, listed
+from memslot_plugin.bench.runner import Bench, timed
 from memslot_plugin.guest import analysis
 from memslot_plugin.wasm.binary import unsigned_leb128
 
 NAME = "analysis"
-TITLE = "30 MB of code: times as fast as hashing them with MD5"
 
 BYTES = 30_000_000
 
-LEAST = {"parsed": 10.0, "analysed": 0.25}
-"""Limits, times as fast as the hash.  Parsing skips the code; analysis walks it."""
+LIMITS = [
+    Limit("30 MB of code, {what}: as fast as hashing them", least, {"what": what}, at_least=True)
+    for what, least in {"parsed": 10, "analysed": 0.25}.items()  # parsing skips the code
+]
 
 _BODY = bytes.fromhex(
     "01017f230041a0016b2202240002400340200028020c450d012002200141c0843d6a36020820012d00002000410374"
@@ -31,16 +31,15 @@ _BODY = bytes.fromhex(
 
 
 def module(byte_size: int) -> bytes:
-    """A module of one memory, one global, and about `byte_size` bytes of functions."""
+    """Return a module of one memory, one global, and about `byte_size` bytes of functions."""
     count = byte_size // (len(_BODY) + 1)
     functions = unsigned_leb128(count)
-    code = functions + (unsigned_leb128(len(_BODY)) + _BODY) * count
     sections = {
         1: bytes.fromhex("0160027f7f017f"),
         3: functions + bytes(count),
         5: bytes.fromhex("010001"),
         6: bytes.fromhex("017f0141000b"),
-        10: code,
+        10: functions + (unsigned_leb128(len(_BODY)) + _BODY) * count,
     }
     return b"\0asm\1\0\0\0" + b"".join(
         bytes([number]) + unsigned_leb128(len(content)) + content
@@ -48,44 +47,26 @@ def module(byte_size: int) -> bytes:
     )
 
 
-def measure(bench: Bench, seconds: float = 2.0) -> Family:
+def measure(bench: Bench, seconds: float = 2.0) -> Iterator[Row]:
     """Parse, analyse and hash in turns."""
     bench.say("analysis: 30 MB of code")
     data = module(BYTES)
     parsed = wasm.parse(data)
-    samples = bench.rounds(
-        {
-            "parsed": _timed(lambda: wasm.parse(data)),
-            "analysed": _timed(lambda: analysis.analyse(parsed)),
-            "hashed": _timed(lambda: hashlib.md5(data, usedforsecurity=False)),
-        },
-        seconds,
-    )
-    rows = [
-        Row.compare({"what": what}, samples[what], "MD5", samples["hashed"], gain=True)
-        for what in LEAST
-    ]
-    return Family(NAME, tuple(rows), tuple(claims(rows)))
-
-
-def _timed(action: Callable[[], Any]) -> Subject:
-    def subject() -> float:
-        started = CLOCK()
-        action()
-        return CLOCK() - started
-
-    return subject
+    subjects = {
+        "parsed": timed(lambda: wasm.parse(data)),
+        "analysed": timed(lambda: analysis.analyse(parsed)),
+        "hashed": timed(lambda: hashlib.md5(data, usedforsecurity=False)),
+    }
+    samples = bench.rounds(subjects, seconds)
+    for what in ("parsed", "analysed"):
+        yield Row.compare({"what": what}, samples[what], "MD5", samples["hashed"], gain=True)
 
 
 def claims(rows: Sequence[Row]) -> Iterator[Claim]:
-    """One limit per row."""
-    for row in rows:
-        what = str(row.labels["what"])
-        says = f"30 MB of code, {what}: as fast as hashing them"
-        yield Claim(says, row.ratio.median, LEAST[what], at_least=True)
+    """Judge each row."""
+    return judge(rows, LIMITS)
 
 
 def grids(rows: Sequence[Row]) -> Iterator[Grid]:
-    """One line per case."""
-    lines = tuple((str(row.labels["what"]), spread(row)) for row in rows)
-    yield Grid(TITLE, ("what", "as fast"), lines)
+    """Show one line per case."""
+    return listed("30 MB of code: times as fast as hashing them with MD5", rows, "what", "as fast")

@@ -1,4 +1,4 @@
-"""Family `density`: what a live instance costs in private memory and in mappings, against the runtimes alone."""
+"""Family `density`: private memory and mappings of a live instance, against the runtimes alone."""
 
 from __future__ import annotations
 
@@ -7,35 +7,48 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 
-from memslot_plugin.bench.peers import chosen
-from memslot_plugin.bench.results import Claim, Family, Grid, Label, Row, Spread
+from memslot_plugin.bench.baseline import chosen
+from memslot_plugin.bench.results import Claim, Grid, Label, Limit, Row, judge
 from memslot_plugin.bench.runner import Bench
 from memslot_plugin.errors import MemslotError
 
 NAME = "density"
-TITLE = "A live instance of a guest with 4 MiB of data, 4 pages written"
 
 INSTANCES, QUICK_INSTANCES = 1000, 100
 SIDES = ("memslot", "alone")
 
+LIMITS = (
+    Limit(
+        "Private memory of a live instance: less than wasmer alone",
+        40.0,
+        {"host": "wasmer", "what": "bytes"},
+        at_least=True,
+    ),
+    Limit(
+        "Mappings (VMAs) of a live instance on {host}",
+        4.0,
+        {"what": "mappings"},
+        kind="count",
+        of=lambda row: row.cost.median,
+    ),
+)
 
-def measure(bench: Bench, count: int | None = None) -> Family:
-    """Both sides of every host that is here, each in a process of its own."""
-    if count is None:
-        count = QUICK_INSTANCES if bench.quick else INSTANCES
-    rows: list[Row] = []
+
+def measure(bench: Bench) -> Iterator[Row | str]:
+    """Measure both sides of every host that is here, each in a process of its own."""
+    count = QUICK_INSTANCES if bench.quick else INSTANCES
     hosts, skipped = chosen(bench.host)
+    yield from skipped
     for host in hosts:
-        found = {}
+        found = []
         for side in SIDES:
             bench.check()
             bench.say(f"density: {count} instances on {host}, {side}")
-            found[side] = _in_a_process(host, side, count)
+            found.append(_in_a_process(host, side, count))
         for unit in ("bytes", "mappings"):
+            ours, theirs = ([max(each[unit], 1e-3)] for each in found)
             labels: dict[str, Label] = {"host": host, "instances": count, "what": unit}
-            ours, theirs = ([max(found[side][unit], 1e-3)] for side in SIDES)
-            rows.append(Row.compare(labels, ours, f"{host} alone", theirs, unit=unit, gain=True))
-    return Family(NAME, tuple(rows), tuple(claims(rows)), tuple(skipped))
+            yield Row.compare(labels, ours, f"{host} alone", theirs, unit=unit, gain=True)
 
 
 def _in_a_process(host: str, side: str, count: int) -> dict[str, float]:
@@ -48,38 +61,22 @@ def _in_a_process(host: str, side: str, count: int) -> dict[str, float]:
 
 
 def claims(rows: Sequence[Row]) -> Iterator[Claim]:
-    """What must hold of them."""
-    for row in rows:
-        if row.has(host="wasmer", what="bytes"):
-            says = "Private memory of a live instance: less than wasmer alone"
-            yield Claim(says, row.ratio.median, 40.0, at_least=True)
-    for row in rows:
-        if row.labels["what"] == "mappings":
-            says = f"Mappings (VMAs) of a live instance on {row.labels['host']}"
-            yield Claim(says, row.cost.median, 4.0, kind="count")
+    """Judge memory on wasmer, and mappings on each host."""
+    return judge(rows, LIMITS)
 
 
 def grids(rows: Sequence[Row]) -> Iterator[Grid]:
-    """One line per host."""
+    """Show two lines per host."""
     lines = []
     for row in rows:
-        shown = _kibibytes if row.unit == "bytes" else _count
-        ratio = _less_or_more(row.ratio.median) if row.unit == "bytes" else "-"
-        what = "private memory" if row.unit == "bytes" else "mappings"
-        cells = (shown(row.cost), shown(row.baseline_cost), ratio)
-        lines.append((str(row.labels["host"]), what, *cells))
+        cells = [f"{each.median:.2f}" for each in (row.cost, row.baseline_cost)]
+        if row.unit == "bytes":
+            kibibytes = [each.median / 1024 for each in (row.cost, row.baseline_cost)]
+            cells = [f"{each:,.0f} KiB" for each in kibibytes]
+        ratio = row.ratio.median
+        compared = f"{ratio:.3g}x less" if ratio >= 1 else f"{1 / ratio:.3g}x more"
+        what = ("private memory", compared) if row.unit == "bytes" else ("mappings", "-")
+        lines.append((str(row.labels["host"]), what[0], *cells, what[1]))
     if lines:
-        title = f"{TITLE}, of {rows[0].labels['instances']:,}"
+        title = f"A live instance of a guest with 4 MiB of data, 4 pages written, of {rows[0].labels['instances']:,}"
         yield Grid(title, ("host", "what", "memslot", "runtime alone", "ratio"), tuple(lines))
-
-
-def _less_or_more(ratio: float) -> str:
-    return f"{ratio:.3g}x less" if ratio >= 1 else f"{1 / ratio:.3g}x more"
-
-
-def _kibibytes(spread: Spread) -> str:
-    return f"{spread.median / 1024:,.0f} KiB"
-
-
-def _count(spread: Spread) -> str:
-    return f"{spread.median:.2f}"

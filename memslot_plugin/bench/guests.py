@@ -1,24 +1,25 @@
-"""The guests that are measured: modules that do what their names say, in WebAssembly text, assembled by any runtime."""
+"""Guests that are measured: modules in WebAssembly text, assembled by any runtime."""
 
 from __future__ import annotations
 
 import functools
 
-from memslot_plugin.hosts.alone import assemble
+from memslot_plugin.bench.baseline import assemble
 from memslot_plugin.settings import KIB, MIB
 
 WRITTEN = (1, 4, 16, 64)
-"""How many pages `touch_N` can write."""
+"""Numbers of pages that `touch_N` can write."""
 
 _WASM_PAGE = 64 * KIB
 _STRIDE = 8 * KIB
-"""From one written page to the next."""
+"""Bytes from one written page to the next."""
 
 
 @functools.cache
 def writer(data_bytes: int) -> bytes:
-    """A guest of so much data, whose exports `touch_N` write into N pages and answer 0, as extism wants it."""
+    """Return a guest of so much data; its exports `touch_N` write into N pages and return 0, as extism wants it."""
     pages = max(data_bytes, max(WRITTEN) * _STRIDE) // _WASM_PAGE
+    filling = "0123456789abcdef" * (data_bytes // 16)  # nowhere zero
     functions = "\n".join(
         f'(func (export "touch_{count}") (result i32) (call $touch (i32.const {count})) (i32.const 0))'
         for count in WRITTEN
@@ -26,7 +27,7 @@ def writer(data_bytes: int) -> bytes:
     text = f"""
     (module
       (memory (export "memory") {pages} {pages})
-      (data (i32.const 0) "{_filling(data_bytes)}")
+      (data (i32.const 0) "{filling}")
       (func $touch (param $left i32)
         (local $at i32)
         (loop $next
@@ -40,7 +41,7 @@ def writer(data_bytes: int) -> bytes:
 
 @functools.cache
 def spinner() -> bytes:
-    """A guest whose export `spin` counts to its argument and writes into one page."""
+    """Return a guest whose export `spin` counts to its argument and writes into one page."""
     return assemble("""
     (module
       (memory (export "memory") 1)
@@ -54,11 +55,6 @@ def spinner() -> bytes:
     """)
 
 
-def _filling(length: int) -> str:
-    """Bytes that are nowhere zero."""
-    return "0123456789abcdef" * (length // 16)
-
-
 def size(data_bytes: int) -> str:
-    """A guest's size for people."""
+    """Write a guest's size for people."""
     return f"{data_bytes // MIB} MiB" if data_bytes >= MIB else f"{data_bytes // KIB} KiB"

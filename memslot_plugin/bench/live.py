@@ -1,67 +1,109 @@
-"""Holds many live instances and prints what each of them costs: `python -m memslot_plugin.bench.live HOST SIDE COUNT`.
+"""The cost of live instances: `hold`, and the process in which family `density` calls it.
 
-A program of its own, because a process that has measured anything else has memory to hand out that nobody counts.  SIDE
-is memslot or alone; standard output is one JSON object.
+Density needs a process of its own, because one that has measured anything else has uncounted memory to hand out.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import math
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from memslot_plugin._core.proc import map_count, private_bytes
 from memslot_plugin.bench import guests
-from memslot_plugin.hosts import open_host
-from memslot_plugin.hosts.alone import KNOWN
+from memslot_plugin.bench.baseline import RUNTIMES
+from memslot_plugin.errors import MemslotError
+from memslot_plugin.hosts import Instance, open_host
 from memslot_plugin.settings import MIB
 
 DATA = 4 * MIB
 FUNCTION = "touch_4"
 
 FIRST = 8
-"""Instances that are made before counting: they pay for what all of them share."""
+"""Instances that density does not count."""
 
 
-@contextmanager
-def _maker(host: str, side: str, count: int) -> Iterator[Callable[[], Any]]:
-    """A function that makes an instance and calls it once; everything ends with the block."""
-    module = guests.writer(DATA)
+class Held(NamedTuple):
+    """Private bytes and mappings of each further live instance (None if only one could live), and the number held."""
+
+    bytes: float | None
+    mappings: float | None
+    instances: int
+
+
+def hold(
+    begin: Callable[[], Any],
+    request: Callable[[Any], object],
+    end: Callable[[Any], None],
+    most: int,
+    *,
+    first: int = 1,
+    most_bytes: float = math.inf,
+    check: Callable[[], None] = lambda: None,
+) -> Held:
+    """Hold up to `most` instances, each after a request; fewer if address space, slots or `most_bytes` are used up.
+
+    The `first` ones are not counted, for they pay for what all of them share.  The bytes are looked at whenever the
+    number of instances has doubled.
+    """
+    held: list[Any] = []
+    served = bytes_before = mappings_before = 0
+    try:
+        while served < most:
+            check()
+            try:
+                held.append(begin())
+                request(held[-1])
+            except MemslotError:
+                if served < 2:
+                    raise
+                break
+            served += 1
+            if served == first:
+                bytes_before, mappings_before = _footprint()
+            doubled = most_bytes < math.inf and served.bit_count() == 1
+            if doubled and private_bytes() - bytes_before > most_bytes:
+                break
+        further = served - first
+        if further < 1:
+            return Held(None, None, served)
+        bytes_now, mappings_now = _footprint()
+        private = max(bytes_now - bytes_before, 0)
+        return Held(private / further, (mappings_now - mappings_before) / further, served)
+    finally:
+        while held:
+            end(held.pop())
+
+
+def _footprint() -> tuple[int, int]:
+    gc.collect()
+    return private_bytes(), map_count() or 0
+
+
+def main(host: str, side: str, count: int) -> Held:
+    """Hold so many instances of a guest of 4 MiB; `side` is memslot or alone."""
+    module, most = guests.writer(DATA), FIRST + count
     if side == "alone":
-        runtime = KNOWN[host](module, None)
-
-        def make_alone() -> Any:
-            instance = runtime.instantiate()
-            runtime.call(instance, FUNCTION, ())
-            return instance
-
-        yield make_alone
-        return
-    with open_host(host, slots=count + FIRST) as opened, opened.prepare(module) as guest:
-
-        def make() -> Any:
-            instance = guest.instantiate()
-            instance.call(FUNCTION)
-            return instance
-
-        yield make
-
-
-def main(host: str, side: str, count: int) -> dict[str, float]:
-    """What each further instance costs: private resident bytes, and mappings."""
-    with _maker(host, side, count) as make:
-        held = [make() for _ in range(FIRST)]
-        gc.collect()
-        bytes_before, mappings_before = private_bytes(), map_count() or 0
-        held += [make() for _ in range(count)]
-        gc.collect()
-        private, mappings = private_bytes() - bytes_before, (map_count() or 0) - mappings_before
-        held.clear()
-    return {"bytes": private / count, "mappings": mappings / count}
+        runtime = RUNTIMES[host](module)
+        return hold(
+            runtime.instantiate,
+            lambda instance: runtime.call(instance, FUNCTION),
+            lambda _: None,
+            most,
+            first=FIRST,
+        )
+    with open_host(host, slots=most) as opened, opened.prepare(module) as guest:
+        return hold(
+            guest.instantiate,
+            lambda instance: instance.call(FUNCTION),
+            Instance.close,
+            most,
+            first=FIRST,
+        )
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(main(sys.argv[1], sys.argv[2], int(sys.argv[3]))))
+    sys.stdout.write(json.dumps(main(sys.argv[1], sys.argv[2], int(sys.argv[3]))._asdict()))

@@ -1,4 +1,4 @@
-"""A picture of a run: a panel per table, a bar per ratio, its quartiles as a line.  Needs matplotlib."""
+"""Picture of a run: a panel per table, a bar per ratio, its quartiles as a line.  Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _BAR_HEIGHT = 0.22
 
 
 def require(path: str) -> None:
-    """Refuse early what `draw` could not do: SettingError, Unsupported."""
+    """Raise SettingError or Unsupported if `draw` could not write to this path."""
     if Path(path).suffix not in FORMATS:
         raise SettingError(f"a plot is {' or '.join(FORMATS)}, not {path}")
     _matplotlib()
 
 
 def draw(run: Run, path: str) -> None:
-    """Write the picture."""
+    """Write the picture of a run."""
     require(path)
     figure_module = _matplotlib()
     families = [family for family in run.families if family.rows]

@@ -1,4 +1,4 @@
-"""The README's section about a stored run: ratios and on what they were measured, never bare times."""
+"""The README's section about a stored run: ratios, and the machine that they are from; never bare times."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from memslot_plugin.bench.results import Grid, Run
 BEGIN, END = "<!-- benchmark -->", "<!-- /benchmark -->"
 
 SHOWN = {"reset": ": auto", "cycle": "", "request": "", "density": "", "scaling": ""}
-"""The families of the README, and what the titles of the tables that it shows contain."""
+"""Families of the README, each with a part of the titles of the tables that it shows."""
 
 
 def section(run: Run) -> str:
-    """The text between the markers, which it includes."""
+    """Return the section with its markers."""
     lines = [BEGIN, ""]
     for family in run.families:
         for grid in grids(family):
@@ -24,7 +24,7 @@ def section(run: Run) -> str:
 
 
 def markdown(grid: Grid) -> Iterator[str]:
-    """A grid as a table; columns of numbers are aligned to the right."""
+    """Yield the lines of a grid as a table; columns of numbers are aligned to the right."""
     columns = zip(*grid.rows, strict=True)
     numbers = [all(cell[:1].isdigit() or cell == "-" for cell in column) for column in columns]
     yield f"| {' | '.join(grid.columns)} |"
@@ -34,7 +34,7 @@ def markdown(grid: Grid) -> Iterator[str]:
 
 
 def measured_on(run: Run) -> str:
-    """On what it was measured, and how."""
+    """Return a sentence about the machine and the method."""
     machine = run.machine
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     return (
@@ -46,7 +46,7 @@ def measured_on(run: Run) -> str:
 
 
 def insert(page: str, run: Run) -> str:
-    """The page with its section replaced; raises ValueError if it has no markers."""
+    """Return the page with its section replaced; raises ValueError if it has no markers."""
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:

@@ -1,11 +1,13 @@
-"""What a run of the benchmark is: rows of ratios, claims about them, and how both go to JSON and come back."""
+"""The results of a run: rows of ratios, claims about them, and tables of both."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
+
+import msgspec
 
 Label = str | int
 
@@ -21,7 +23,7 @@ class Spread:
 
     @classmethod
     def of(cls, samples: Iterable[float]) -> Spread:
-        """That of these samples, of which there is at least one."""
+        """Return the spread of at least one sample."""
         ordered = sorted(samples)
         if len(ordered) == 1:
             return cls(ordered[0], ordered[0], ordered[0], 1)
@@ -31,10 +33,9 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One case: what it cost, what the baseline cost in the same rounds, and their ratio, taken round by round.
+    """One case: its cost, the baseline's cost in the same rounds, and their ratio, taken round by round.
 
-    `labels` say which case it is.  `unit` is that of `cost` and `baseline_cost`: "ns", "bytes", "mappings", or
-    "1/s".
+    `labels` name the case.  `unit` is that of `cost` and `baseline_cost`: "ns", "bytes", "mappings", or "1/s".
     """
 
     labels: Mapping[str, Label]
@@ -55,28 +56,24 @@ class Row:
         unit: str = "ns",
         gain: bool = False,
     ) -> Row:
-        """The row of samples of the same rounds; with `gain` the ratio says how many times better they are."""
+        """Return the row of samples of the same rounds; with `gain` the ratio is baseline over case."""
         pairs = zip(samples, baseline_samples, strict=True)
-        ratios = [theirs / ours if gain else ours / theirs for ours, theirs in pairs]
-        return cls(
-            labels,
-            baseline,
-            Spread.of(ratios),
-            Spread.of(samples),
-            Spread.of(baseline_samples),
-            unit,
-        )
+        ratio = Spread.of(theirs / ours if gain else ours / theirs for ours, theirs in pairs)
+        return cls(labels, baseline, ratio, Spread.of(samples), Spread.of(baseline_samples), unit)
 
-    def has(self, **labels: Label) -> bool:
-        """Whether it is of such a case."""
-        return all(self.labels.get(name) == value for name, value in labels.items())
+    def has(self, labels: Mapping[str, Label | None]) -> bool:
+        """Return true if the case has all these labels; None stands for any value."""
+        return all(
+            name in self.labels and value in (None, self.labels[name])
+            for name, value in labels.items()
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """Something that must hold: a sentence, the number that was measured, and the limit for it.
+    """A sentence that must hold, the number that was measured, and its limit.
 
-    `kind` says how people read the number: "times", "nanoseconds", "count".
+    `kind` decides how the number is written: "times", "nanoseconds", "count".
     """
 
     says: str
@@ -87,13 +84,34 @@ class Claim:
 
     @property
     def holds(self) -> bool:
-        """Whether the number keeps to the limit."""
+        """True if the number keeps to the limit."""
         return self.measured >= self.limit if self.at_least else self.measured <= self.limit
 
 
 @dataclass(frozen=True, slots=True)
+class Limit:
+    """A claim about each row that has these labels; `says` may name labels in braces."""
+
+    says: str
+    limit: float
+    labels: Mapping[str, Label | None]
+    at_least: bool = False
+    kind: str = "times"
+    of: Callable[[Row], float] = lambda row: row.ratio.median
+
+
+def judge(rows: Sequence[Row], limits: Iterable[Limit]) -> Iterator[Claim]:
+    """Yield the claims that the limits make about these rows."""
+    for each in limits:
+        for row in rows:
+            if row.has(each.labels):
+                says = each.says.format_map(row.labels)
+                yield Claim(says, each.of(row), each.limit, each.at_least, each.kind)
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
-    """What one family measured; `skipped` are sentences about what it could not."""
+    """Results of one family; `skipped` are sentences about cases that were left out."""
 
     name: str
     rows: tuple[Row, ...]
@@ -103,41 +121,29 @@ class Family:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Everything that `memslot bench` measured at once, and on what."""
+    """Results of one `memslot bench`, and the machine that they are from."""
 
     machine: Mapping[str, Any]
     quick: bool
-    families: tuple[Family, ...] = field(default_factory=tuple)
+    families: tuple[Family, ...] = ()
+
+    @property
+    def claims(self) -> list[Claim]:
+        """The claims of all families."""
+        return [claim for family in self.families for claim in family.claims]
 
     def document(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Return the run as JSON has it."""
         document = asdict(self)
-        for family, found in zip(document["families"], self.families, strict=True):
-            for claim, each in zip(family["claims"], found.claims, strict=True):
-                claim["holds"] = each.holds
+        claims = [claim for family in document["families"] for claim in family["claims"]]
+        for claim, judged in zip(claims, self.claims, strict=True):
+            claim["holds"] = judged.holds
         return document
 
     @classmethod
     def read(cls, document: Mapping[str, Any]) -> Run:
-        """What `document` wrote."""
-        families = tuple(
-            Family(
-                family["name"],
-                tuple(_row(row) for row in family["rows"]),
-                tuple(
-                    Claim(**{name: value for name, value in claim.items() if name != "holds"})
-                    for claim in family["claims"]
-                ),
-                tuple(family["skipped"]),
-            )
-            for family in document["families"]
-        )
-        return cls(document["machine"], document["quick"], families)
-
-
-def _row(row: Mapping[str, Any]) -> Row:
-    spreads = {name: Spread(**row[name]) for name in ("ratio", "cost", "baseline_cost")}
-    return Row(row["labels"], row["baseline"], unit=row["unit"], **spreads)
+        """Return the run that `document` wrote."""
+        return msgspec.convert(document, cls, strict=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,12 +156,12 @@ class Grid:
 
 
 def times(ratio: float) -> str:
-    """How many times as much, for people: "1.07x", "12.3x", "180x"."""
+    """Write a ratio for people: "1.07x", "12.3x", "180x"."""
     return f"{ratio:,.0f}x" if ratio >= 100 else f"{ratio:.1f}x" if ratio >= 10 else f"{ratio:.2f}x"
 
 
 def spread(row: Row) -> str:
-    """A ratio with its quartiles: "1.07x (1.05-1.11)"."""
+    """Write a ratio with its quartiles: "1.07x (1.05-1.11)"."""
     low, high = times(row.ratio.low)[:-1], times(row.ratio.high)[:-1]
     return f"{times(row.ratio.median)} ({low}-{high})"
 
@@ -169,7 +175,7 @@ def pivot(
     shown: Callable[[Row], str] = lambda row: times(row.ratio.median),
     heading: Callable[[Label], str] = str,
 ) -> Grid:
-    """A grid with one line per combination of the labels `down`, and one column per value of the label `across`."""
+    """Return a grid with a line per combination of the labels `down`, and a column per value of the label `across`."""
     columns = list(dict.fromkeys(row.labels[across] for row in rows))
     lines: dict[tuple[Label, ...], dict[Label, str]] = {}
     for row in rows:
@@ -185,9 +191,15 @@ def pivot(
     )
 
 
-def claimed(claim: Claim, measured: float | None = None) -> str:
-    """A claim's number for people."""
-    value = claim.measured if measured is None else measured
+def listed(title: str, rows: Sequence[Row], label: str, heading: str) -> Iterator[Grid]:
+    """Yield a grid with a line per row: the label, and the ratio with its quartiles; none without rows."""
+    if rows:
+        lines = tuple((str(row.labels[label]), spread(row)) for row in rows)
+        yield Grid(title, (label, heading), lines)
+
+
+def claimed(claim: Claim, number: float) -> str:
+    """Write a claim's measured number or limit for people."""
     if claim.kind == "nanoseconds":
-        return f"{value / 1000:.2f} us"
-    return f"{value:.3g}" if claim.kind == "count" else times(value)
+        return f"{number / 1000:.2f} us"
+    return f"{number:.3g}" if claim.kind == "count" else times(number)

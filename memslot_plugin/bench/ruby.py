@@ -21,7 +21,7 @@ _ARGUMENTS = (b"ruby.wasm\0", b"-EUTF-8\0", b"-e_=0\0")
 
 
 def imports(module: bytes) -> dict[str, dict[str, Callable[..., Any]]]:
-    """Functions that the module imports besides WASI: handles of Ruby objects, and JavaScript, which refuses."""
+    """Return the imports besides WASI: handles of Ruby objects, and JavaScript, which refuses."""
     names = [each.name for each in wasm.parse(module).imports]
     return {
         "canonical_abi": {

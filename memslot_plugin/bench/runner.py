@@ -1,4 +1,4 @@
-"""How everything is measured: subjects take turns, round by round, so that a slower moment is slower for all."""
+"""The runner: subjects take turns, round by round, so that a slower moment is slower for all."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 Subject = Callable[[], float]
-"""Does its thing once and says what it cost."""
+"""Does its work once and returns its cost."""
 
 CLOCK = time.perf_counter_ns
 
@@ -24,8 +24,8 @@ def _nothing(*_: object) -> None:
 class Bench:
     """Options of a run that every family is given.
 
-    `check` is called between two rounds and may raise; `say` gets a line about what is being done; `guests` is a folder
-    with real guests, of which family `snapshot` says the names.
+    `check` is called between two rounds and may raise; `say` gets a line about the step that begins; `guests` is a
+    folder with real guests for the family snapshot.
     """
 
     quick: bool = False
@@ -43,10 +43,10 @@ class Bench:
         most: int = 4000,
         warm_up: int = WARM_UP,
     ) -> dict[str, list[float]]:
-        """What each subject cost in each round, for about `seconds` (a fifth of it in a quick run).
+        """Return the cost of each subject in each round, for about `seconds` (a fifth of it in a quick run).
 
-        Each round begins with another subject: nobody always finds the caches that the same other
-        one left.  The first `warm_up` rounds are not counted.
+        Each round begins with another subject, so that none always finds the caches that the same other one left.  The
+        first `warm_up` rounds are not counted.
         """
         names = list(subjects)
         samples: dict[str, list[float]] = {name: [] for name in names}
@@ -64,6 +64,20 @@ class Bench:
         return samples
 
 
+def timed(action: Callable[[], object], count: int = 1, warm_up: int = 0) -> Subject:
+    """Return a subject whose cost is the mean nanoseconds of `count` actions, after some that are not counted."""
+
+    def subject() -> float:
+        for _ in range(warm_up):
+            action()
+        started = CLOCK()
+        for _ in range(count):
+            action()
+        return (CLOCK() - started) / count
+
+    return subject
+
+
 def clock_cost() -> float:
-    """Nanoseconds that taking the time twice takes by itself."""
+    """Return the nanoseconds that taking the time twice takes by itself."""
     return min(-CLOCK() + CLOCK() for _ in range(200))

@@ -1,4 +1,4 @@
-"""Family `scaling`: what a second thread and a second process add.
+"""Family `scaling`: the throughput of two threads and of two processes over that of one.
 
 Threads make calls of about a millisecond, each in a fresh instance, on wasmtime, which lets other threads run
 meanwhile.  Processes lease a slot, write into it and release it; all of them map the same sealed image: a forked child
@@ -7,110 +7,132 @@ inherits it, a spawned one is given its descriptor.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import subprocess
-import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from multiprocessing import reduction
+from typing import Any
 
 from memslot_plugin._core import lib
-from memslot_plugin.bench import guests, worker
-from memslot_plugin.bench.memory import image_of
-from memslot_plugin.bench.peers import missing
-from memslot_plugin.bench.results import Claim, Family, Grid, Row, spread
+from memslot_plugin.bench import guests
+from memslot_plugin.bench.baseline import chosen
+from memslot_plugin.bench.memory import Pages, image_of, pool_of, serve, strategy
+from memslot_plugin.bench.results import Claim, Grid, Limit, Row, judge, listed
 from memslot_plugin.bench.runner import CLOCK, Bench, Subject
 from memslot_plugin.errors import MemslotError
 from memslot_plugin.hosts import Guest, open_host
-from memslot_plugin.memory.image import MemfdImage
+from memslot_plugin.memory.backing import Memfd
+from memslot_plugin.memory.image import MemfdImage, Piece
+from memslot_plugin.settings import MIB
 
 NAME = "scaling"
-TITLE = "Two over one: throughput"
 
 SECONDS, QUICK_SECONDS = 0.4, 0.1
-"""How long one or two of them work before it is the others' turn."""
+"""Duration for which one or two of them work before it is the others' turn."""
 
-GUEST = worker.GUEST
+GUEST = 4 * MIB
+WRITTEN = 16
 CALL_NANOSECONDS = 1_000_000
 
 FAIR = 1.9
 """Work of two bare loops over that of one, below which other work kept a processor busy and no row is judged."""
 
 MACHINE = "bare loops: what the machine gives"
-THREADS, FORK, SPAWN = (
-    "threads on wasmtime, calls of 1 ms",
-    "processes, forked",
-    "processes, spawned",
-)
+THREADS = "threads on wasmtime, calls of 1 ms"
+FORK, SPAWN = "processes, forked", "processes, spawned"
+PROCESSES = {FORK: "fork", SPAWN: "spawn"}
+"""Start methods of multiprocessing."""
+
+LIMITS = [
+    Limit(f"Two {two}: throughput over one", least, {"two": two}, at_least=True)
+    for two, least in {THREADS: 1.7, FORK: 1.8, SPAWN: 1.8}.items()
+]
+
+Work = Callable[[int, float], float]
+"""Lets so many work for so many seconds, and returns the sum of what each did per second."""
 
 
-def measure(bench: Bench) -> Family:
-    """Threads and both kinds of process."""
-    bench.say("scaling: the machine")
-    rows = [machine(bench)]
-    skipped = []
-    reason = missing("wasmtime")
-    if reason is not None:
-        skipped.append(f"threads: {reason}")
-    elif bench.host in (None, "auto", "wasmtime"):
-        bench.say("scaling: threads")
-        rows.append(threads(bench))
+def measure(bench: Bench) -> Iterator[Row | str]:
+    """Measure the machine, threads, and both kinds of process."""
+    first = compare(bench, MACHINE, lambda count, seconds: _together(count, _spin, seconds), 4.0)
+    yield first
+    if bench.host in (None, "auto", "wasmtime"):
+        here, skipped = chosen("wasmtime")
+        yield from (f"threads: {each}" for each in skipped)
+        if here:
+            with open_host("wasmtime", slots=4) as host, host.prepare(guests.spinner()) as guest:
+                yield compare(bench, THREADS, _threads(guest))
     with image_of(GUEST) as image:
-        for what in PROCESSES:
-            bench.say(f"scaling: {what}")
-            rows.append(processes(bench, what, image))
-    processors = len(os.sched_getaffinity(0))
-    if processors < 2:
-        skipped.append("a second one: there is one processor here")
-    elif not fair(rows):
-        skipped.append(
-            "whether two do the work of two, because two bare loops do the work of"
-            f" {rows[0].ratio.median:.2f} here"
+        for what, method in PROCESSES.items():
+            yield compare(bench, what, _processes(image, method))
+    if len(os.sched_getaffinity(0)) < 2:
+        yield "a second one: there is one processor here"
+    elif not fair([first]):
+        yield (
+            f"claims about two, because two bare loops do the work of {first.ratio.median:.2f} here"
         )
-    return Family(NAME, tuple(rows), tuple(claims(rows)), tuple(skipped))
 
 
-def _row(bench: Bench, what: str, subjects: dict[str, Subject], seconds: float) -> Row:
+def compare(bench: Bench, what: str, work: Work, seconds: float = 8.0) -> Row:
+    """Compare two with one."""
+    bench.say(f"scaling: {what}")
+    length = QUICK_SECONDS if bench.quick else SECONDS
+    subjects: dict[str, Subject] = {
+        "one": lambda: work(1, length),
+        "two": lambda: work(2, length),
+    }
     samples = bench.rounds(subjects, seconds, fewest=3, warm_up=1)
     return Row.compare({"two": what}, samples["two"], "one", samples["one"], unit="1/s")
 
 
-def _length(bench: Bench) -> float:
-    return QUICK_SECONDS if bench.quick else SECONDS
-
-
-def machine(bench: Bench, seconds: float = 4.0) -> Row:
-    """What two loops in C that touch no memory compute, over one: nothing here can do better."""
-
-    def subject(count: int) -> Subject:
-        length = int(_length(bench) * 1e9)
-        return lambda: _together(count, lambda: float(lib.ms_bench_spin(length)))
-
-    return _row(bench, MACHINE, {"one": subject(1), "two": subject(2)}, seconds)
+def _per_second(action: Callable[[], object], seconds: float) -> float:
+    """Return the actions per second, of at least one."""
+    done, started = 0, time.monotonic()
+    ends = started + seconds
+    while not done or time.monotonic() < ends:
+        action()
+        done += 1
+    return done / (time.monotonic() - started)
 
 
 # -- threads
 
 
-def threads(bench: Bench, seconds: float = 8.0) -> Row:
-    """Calls per second of two threads over those of one, on one host."""
-    with open_host("wasmtime", slots=4) as host, host.prepare(guests.spinner()) as guest:
-        turns = _calibrated(guest)
+def _together(count: int, work: Callable[[float], float], seconds: float) -> float:
+    """Return the sum of what so many threads return."""
+    answers: list[float] = []
+    started = [threading.Thread(target=lambda: answers.append(work(seconds))) for _ in range(count)]
+    for thread in started:
+        thread.start()
+    for thread in started:
+        thread.join()
+    if len(answers) != count:
+        raise MemslotError("a thread of the benchmark failed; its traceback is on standard error")
+    return sum(answers)
 
-        def subject(count: int) -> Subject:
-            def serve() -> float:
-                ends = time.monotonic() + _length(bench)
-                return _together(count, lambda: _calls(guest, turns, ends))
 
-            return serve
+def _spin(seconds: float) -> float:
+    """Return the turns of a loop in C that touches no memory: nothing here can do better."""
+    return float(lib.ms_bench_spin(int(seconds * 1e9)))
 
-        return _row(bench, THREADS, {"one": subject(1), "two": subject(2)}, seconds)
+
+def _threads(guest: Guest) -> Work:
+    turns = _calibrated(guest)
+
+    def call() -> None:
+        with guest.instantiate() as instance:
+            instance.call("spin", turns)
+
+    return lambda count, seconds: _together(
+        count, lambda length: _per_second(call, length), seconds
+    )
 
 
 def _calibrated(guest: Guest) -> int:
-    """An argument for `spin` that takes a millisecond."""
+    """Return an argument for `spin` that takes a millisecond."""
     turns = 1000
     with guest.instantiate() as instance:
         while True:
@@ -122,123 +144,65 @@ def _calibrated(guest: Guest) -> int:
             turns *= 2
 
 
-def _calls(guest: Guest, turns: int, ends: float) -> float:
-    """Calls per second until then, of at least one call."""
-    done, started = 0, time.monotonic()
-    while not done or time.monotonic() < ends:
-        with guest.instantiate() as instance:
-            instance.call("spin", turns)
-        done += 1
-    return done / (time.monotonic() - started)
-
-
-def _together(count: int, work: Callable[[], float]) -> float:
-    """The sum of what so many threads answer."""
-    answers: list[float] = []
-    started = [threading.Thread(target=lambda: answers.append(work())) for _ in range(count)]
-    for thread in started:
-        thread.start()
-    for thread in started:
-        thread.join()
-    if len(answers) != count:
-        raise MemslotError("a thread of the benchmark failed; its traceback is on standard error")
-    return sum(answers)
-
-
 # -- processes
 
 
-def processes(bench: Bench, what: str, image: MemfdImage, seconds: float = 8.0) -> Row:
-    """Requests per second of two processes over those of one."""
+class _Passed:
+    """An image whose sealed file multiprocessing passes to a spawned process."""
 
-    def subject(count: int) -> Subject:
-        return lambda: PROCESSES[what](image, count, _length(bench))
+    def __init__(self, image: MemfdImage) -> None:
+        self.image = image
 
-    return _row(bench, what, {"one": subject(1), "two": subject(2)}, seconds)
+    def __reduce__(self) -> tuple[Callable[[Any], _Passed], tuple[Any]]:
+        return _received, (reduction.DupFd(self.image.fd),)
 
 
-def _forked(image: MemfdImage, count: int, seconds: float) -> float:
-    ends = time.monotonic() + seconds
-    readers = []
-    for _ in range(count):
-        reader, writer = os.pipe()
+def _received(passed: Any) -> _Passed:
+    piece = Piece(0, GUEST, Memfd("received", passed.detach(), GUEST), 0)
+    return _Passed(MemfdImage.of_pieces("received", [piece]))
+
+
+def _processes(image: MemfdImage, method: str) -> Work:
+    context: Any = multiprocessing.get_context(method)
+
+    def work(count: int, seconds: float) -> float:
+        barrier, answers = context.Barrier(count, timeout=60), context.SimpleQueue()
+        arguments = (_Passed(image), barrier, answers, seconds)
+        children = [context.Process(target=_child, args=arguments) for _ in range(count)]
         with warnings.catch_warnings():
             # From 3.12 on Python warns where other threads exist; this child takes no lock that they could hold.
             warnings.simplefilter("ignore", DeprecationWarning)
-            child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                os.write(writer, repr(worker.serve(image, ends)).encode())
-                status = 0
-            finally:
-                os._exit(status)
-        os.close(writer)
-        readers.append((child, reader))
-    total = 0.0
-    for child, reader in readers:
-        with os.fdopen(reader) as answer:
-            text = answer.read()
-        _, status = os.waitpid(child, 0)
-        if status:
-            raise MemslotError(f"a forked process of the benchmark ended with status {status}")
-        total += float(text)
-    return total
+            for child in children:
+                child.start()
+        for child in children:
+            child.join()
+            if child.exitcode:
+                raise MemslotError(f"a process of the benchmark ended with {child.exitcode}")
+        return float(sum(answers.get() for _ in children))
+
+    return work
 
 
-def _spawned(image: MemfdImage, count: int, seconds: float) -> float:
-    program = "from memslot_plugin.bench.worker import main; main()"
-    command = [sys.executable, "-c", program, str(image.fd), str(seconds)]
-    with ExitStack() as stack:
-        started = [
-            stack.enter_context(
-                subprocess.Popen(  # noqa: S603 - ourselves
-                    command,
-                    pass_fds=[image.fd],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    text=True,
-                )
-            )
-            for _ in range(count)
-        ]
-        for process in started:  # each says that it is ready, and then all begin at once
-            assert process.stdout is not None
-            process.stdout.readline()
-        answers = []
-        for process in started:
-            assert process.stdin is not None
-            process.stdin.write("go\n")
-            process.stdin.flush()
-        for process in started:
-            answers.append(process.communicate()[0])
-            if process.returncode:
-                raise MemslotError(
-                    f"a spawned process of the benchmark ended with status {process.returncode}"
-                )
-    return sum(float(answer) for answer in answers)
-
-
-PROCESSES: dict[str, Callable[[MemfdImage, int, float], float]] = {FORK: _forked, SPAWN: _spawned}
-"""How so many processes are started, serve for so long, and say how many requests per second they served together."""
+def _child(passed: _Passed, barrier: Any, answers: Any, seconds: float) -> None:
+    """Serve requests in slots of a pool of its own, and answer how many there were per second."""
+    strategy("auto")  # measures prices, once per process
+    pages = Pages.spread(WRITTEN, GUEST)
+    with pool_of(4, GUEST) as pool:
+        barrier.wait()
+        answers.put(_per_second(lambda: serve(pool, passed.image, GUEST, pages), seconds))
 
 
 def fair(rows: Sequence[Row]) -> bool:
     """Return true if two bare loops did the work of two."""
-    return any(row.has(two=MACHINE) and row.ratio.median >= FAIR for row in rows)
+    return any(row.has({"two": MACHINE}) and row.ratio.median >= FAIR for row in rows)
 
 
 def claims(rows: Sequence[Row]) -> Iterator[Claim]:
-    """Limits for threads and processes, where two bare loops do the work of two."""
-    for row in rows:
-        kind = str(row.labels["two"])
-        if kind != MACHINE and fair(rows):
-            says = f"Two {kind}: throughput over one"
-            yield Claim(says, row.ratio.median, 1.7 if kind == THREADS else 1.8, at_least=True)
+    """Judge threads and processes, where two bare loops do the work of two."""
+    if fair(rows):
+        yield from judge(rows, LIMITS)
 
 
 def grids(rows: Sequence[Row]) -> Iterator[Grid]:
-    """One line each."""
-    if rows:
-        lines = tuple((str(row.labels["two"]), spread(row)) for row in rows)
-        yield Grid(TITLE, ("two", "over one"), lines)
+    """Show one line each."""
+    return listed("Two over one: throughput", rows, "two", "over one")

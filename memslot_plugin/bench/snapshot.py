@@ -10,20 +10,19 @@ import importlib.util
 import struct
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from memslot_plugin.bench import ruby
-from memslot_plugin.bench.peers import chosen
-from memslot_plugin.bench.results import Claim, Family, Grid, Label, Row, pivot, spread
-from memslot_plugin.bench.runner import CLOCK, Bench
+from memslot_plugin.bench.baseline import chosen
+from memslot_plugin.bench.results import Claim, Grid, Limit, Row, judge, pivot, spread
+from memslot_plugin.bench.runner import CLOCK, Bench, timed
 from memslot_plugin.errors import RepeatedRandomness
 from memslot_plugin.hosts import Guest, Host, Instance, Wasi, open_host
 from memslot_plugin.settings import MIB
 
 NAME = "snapshot"
-TITLE = "A real guest from a snapshot: times faster than booting it"
 
 FILES = {
     "QuickJS": "quickjs*.wasm",
@@ -44,22 +43,20 @@ BOOTS, LOADS = 30, 2
 
 
 class Script(NamedTuple):
-    """A request to QuickJS: sources to load before, the expression to evaluate, its value, and the limits per host."""
+    """A request to QuickJS: sources to load before, the expression to evaluate, and its value."""
 
     load: tuple[bytes, ...]
     request: bytes
     answer: str
-    least: dict[str, float]
 
 
 SCRIPTS = {
-    "QuickJS": Script((), b"String(6*7)", "42", {"wasmtime": 10, "wasmer": 15}),
+    "QuickJS": Script((), b"String(6*7)", "42"),
     # Without the loaders that each library looks for, and with a value that is text.
     "lodash": Script(
         (b"(function (module, exports, define) {%s}).call(globalThis); ''", b"''"),
         b"_.sortBy([{n: 3}, {n: 1}, {n: 2}], 'n').map(each => each.n).join()",
         "1,2,3",
-        {"wasmtime": 100, "wasmer": 200},
     ),
     "handlebars": Script(
         (
@@ -68,7 +65,6 @@ SCRIPTS = {
         ),
         b"greet({names: ['you', '<me>']})",
         "Hello you! Hello &lt;me&gt;! ",
-        {"wasmtime": 100, "wasmer": 150},
     ),
 }
 
@@ -77,45 +73,82 @@ RUBY_ANSWER = '[{"1":1},{"2":4},{"3":9},{"4":16},{"5":25}]'
 
 LEASED, UNUSED = "CRuby, lease and reset", "CRuby, lease of an unused slot"
 
+LIMITS = [
+    *(
+        Limit(
+            "{guest} from a snapshot on {host}: faster than booting",
+            least,
+            {"guest": guest, "host": host},
+            at_least=True,
+        )
+        for guest, *limits in (
+            ("QuickJS", 10, 15),
+            ("lodash", 100, 200),
+            ("handlebars", 100, 150),
+        )
+        for host, least in zip(("wasmtime", "wasmer"), limits, strict=True)
+    ),
+    Limit(
+        "{guest} on {host}",
+        200_000,
+        {"guest": LEASED},
+        kind="nanoseconds",
+        of=lambda row: row.cost.median,
+    ),
+    # wasmer takes half a millisecond by itself for its 18,000 functions, wasmtime a tenth.
+    Limit(
+        "{guest} on {host}",
+        1_000_000,
+        {"guest": UNUSED},
+        kind="nanoseconds",
+        of=lambda row: row.cost.low,
+    ),
+    Limit("{guest} on {host}: faster than booting", 500, {"guest": UNUSED}, at_least=True),
+]
+
 
 def found_files(folder: Path | None) -> dict[str, Path]:
-    """Paths of the guests that are here, by name; QuickJS also from the package quickjs-rs, which is not imported."""
+    """Return the guests that are here; QuickJS also from the package quickjs-rs, which is not imported."""
     paths = {}
-    if folder is not None:
-        for name, pattern in FILES.items():
-            matching = sorted(folder.glob(pattern))
-            if matching:
-                paths[name] = matching[0]
     package = importlib.util.find_spec("quickjs_rs")
-    if "QuickJS" not in paths and package is not None and package.submodule_search_locations:
+    if package is not None and package.submodule_search_locations:
         module = Path(package.submodule_search_locations[0], "_guest.wasm")
         if module.exists():
             paths["QuickJS"] = module
+    if folder is not None:
+        for name, pattern in FILES.items():
+            for path in sorted(folder.glob(pattern))[:1]:
+                paths[name] = path
     return paths
 
 
-def measure(bench: Bench) -> Family:
-    """Every guest that is here, on every host that is here."""
+def measure(bench: Bench) -> Iterator[Row | str]:
+    """Measure every guest that is here, on every host that is here."""
     paths = found_files(bench.guests)
+    for name, pattern in FILES.items():
+        if name not in paths:
+            yield f"{name}, because --guests names no folder with {pattern}"
     hosts, absent = chosen(bench.host)
-    skipped = [
-        f"{name}, because --guests names no folder with {pattern}"
-        for name, pattern in FILES.items()
-        if name not in paths
-    ] + absent
-    rows: list[Row] = []
+    yield from absent
     for host in hosts:
         for name, script in SCRIPTS.items():
             if name in paths and "QuickJS" in paths:
                 bench.say(f"snapshot: {name} on {host}")
                 library = paths[name].read_bytes() if script.load else b""
-                rows.append(javascript(bench, host, name, paths["QuickJS"], library))
+                yield javascript(bench, host, name, paths["QuickJS"].read_bytes(), library)
         if "CRuby" in paths and bench.quick and host == "wasmer":
-            skipped.append("CRuby on wasmer, because a quick run leaves out its long compilation")
+            yield "CRuby on wasmer, because a quick run leaves out its long compilation"
         elif "CRuby" in paths:
             bench.say(f"snapshot: CRuby on {host}, which is compiled first")
-            rows += cruby(bench, host, paths["CRuby"].read_bytes())
-    return Family(NAME, tuple(rows), tuple(claims(rows)), tuple(skipped))
+            yield from cruby(bench, host, paths["CRuby"].read_bytes())
+
+
+@contextmanager
+def _opened(host: str, **settings: Any) -> Iterator[Host]:
+    """Open a host on which snapshots of guests with randomness are taken without a warning."""
+    with open_host(host, **settings) as opened, warnings.catch_warnings():
+        warnings.simplefilter("ignore", RepeatedRandomness)
+        yield opened
 
 
 # -- JavaScript
@@ -130,7 +163,7 @@ _IMPORTS: dict[str, dict[str, Callable[..., int]]] = {
         "host_module_load": lambda *_: 0,
     }
 }
-"""Functions of the embedder for QuickJS: it offers no functions and no modules."""
+"""Functions of the embedder for QuickJS, which offers no functions and no modules."""
 
 
 class _Prompt:
@@ -151,9 +184,9 @@ class _Prompt:
         return read(call("qjs_last_ptr"), call("qjs_last_len")).decode()
 
 
-def javascript(bench: Bench, host: str, name: str, module: Path, library: bytes) -> Row:
+def javascript(bench: Bench, host: str, name: str, quickjs: bytes, library: bytes) -> Row:
     """Ask a snapshot taken after loading, against booting, loading and asking."""
-    quickjs, script = module.read_bytes(), SCRIPTS[name]
+    script = SCRIPTS[name]
     load = [script.load[0] % library, *script.load[1:]] if script.load else []
     room = max(len(each) for each in (*load, script.request))
 
@@ -169,10 +202,9 @@ def javascript(bench: Bench, host: str, name: str, module: Path, library: bytes)
         ask(prompt)
         return prompt
 
-    with open_host(host, slots=3) as opened, warnings.catch_warnings():
-        warnings.simplefilter("ignore", RepeatedRandomness)
-        booting = opened.prepare(quickjs, imports=_IMPORTS, wasi=Wasi())
+    with _opened(host, slots=3) as opened:
         prompts: list[_Prompt] = []
+        booting = opened.prepare(quickjs, imports=_IMPORTS, wasi=Wasi())
         ready = opened.prepare(
             quickjs,
             imports=_IMPORTS,
@@ -180,28 +212,24 @@ def javascript(bench: Bench, host: str, name: str, module: Path, library: bytes)
             init=lambda instance: prompts.append(boot(instance)),
         )
 
-        boots = LOADS if load else BOOTS
-
-        def booted() -> float:
-            started = CLOCK()
-            for _ in range(boots):
-                with booting.instantiate() as instance:
-                    boot(instance)
-            return (CLOCK() - started) / boots
+        def booted() -> None:
+            with booting.instantiate() as instance:
+                boot(instance)
 
         with ready.instantiate() as instance:
             (prompt,) = prompts
             prompt.instance = instance
 
-            def asked() -> float:
-                started = CLOCK()
-                for _ in range(BLOCK):
-                    ask(prompt)
-                    instance.reset()
-                return (CLOCK() - started) / BLOCK
+            def asked() -> None:
+                ask(prompt)
+                instance.reset()
 
-            samples = bench.rounds({"snapshot": asked, "booting": booted}, SECONDS)
-    labels: dict[str, Label] = {"guest": name, "host": host}
+            subjects = {
+                "snapshot": timed(asked, BLOCK),
+                "booting": timed(booted, LOADS if load else BOOTS),
+            }
+            samples = bench.rounds(subjects, SECONDS)
+    labels = {"guest": name, "host": host}
     return Row.compare(labels, samples["snapshot"], "booting", samples["booting"], gain=True)
 
 
@@ -219,20 +247,18 @@ def cruby(bench: Bench, host: str, module: bytes) -> Iterator[Row]:
             raise ValueError("CRuby gave a wrong answer")
         booting.append(CLOCK() - started)
 
-    with open_host(host, image_limit=128 * MIB) as opened, warnings.catch_warnings():
-        warnings.simplefilter("ignore", RepeatedRandomness)
+    with _opened(host, image_limit=128 * MIB) as opened:
         wasi = Wasi(program="ruby", stdout="discard")
         guest = opened.prepare(module, imports=ruby.imports(module), wasi=wasi, init=init)
         leased = bench.rounds({LEASED: lambda: _lease_and_reset(guest)}, SECONDS)
         leased[UNUSED] = _leases_of_unused_slots(opened, guest)
     for name, samples in leased.items():
-        labels: dict[str, Label] = {"guest": name, "host": host}
-        booted = booting * len(samples)
-        yield Row.compare(labels, samples, "booting", booted, gain=True)
+        labels = {"guest": name, "host": host}
+        yield Row.compare(labels, samples, "booting", booting * len(samples), gain=True)
 
 
 def _lease_and_reset(guest: Guest) -> float:
-    """Nanoseconds of a lease's begin and end; the request in between is not counted."""
+    """Return the nanoseconds of a lease's begin and end, without the request in between."""
     lease = guest.lease()
     started = CLOCK()
     instance = lease.__enter__()
@@ -257,22 +283,12 @@ def _leases_of_unused_slots(host: Host, guest: Guest) -> list[float]:
 
 
 def claims(rows: Sequence[Row]) -> Iterator[Claim]:
-    """Limits for each guest and host."""
-    for row in rows:
-        name, host = str(row.labels["guest"]), str(row.labels["host"])
-        if name in SCRIPTS:
-            says = f"{name} from a snapshot on {host}: faster than booting"
-            yield Claim(says, row.ratio.median, SCRIPTS[name].least[host], at_least=True)
-        elif name == LEASED:
-            yield Claim(f"{name} on {host}", row.cost.median, 200_000, kind="nanoseconds")
-        else:
-            # wasmer takes half a millisecond by itself for its 18,000 functions, wasmtime a tenth.
-            yield Claim(f"{name} on {host}", row.cost.low, 1_000_000, kind="nanoseconds")
-            says = f"{name} on {host}: faster than booting"
-            yield Claim(says, row.ratio.median, 500, at_least=True)
+    """Judge each guest on each host."""
+    return judge(rows, LIMITS)
 
 
 def grids(rows: Sequence[Row]) -> Iterator[Grid]:
-    """One line per guest, one column per host."""
+    """Show one line per guest, one column per host."""
     if rows:
-        yield pivot(TITLE, rows, ("guest",), "host", shown=spread)
+        title = "A real guest from a snapshot: times faster than booting it"
+        yield pivot(title, rows, ("guest",), "host", shown=spread)

@@ -1,29 +1,28 @@
-"""`memslot bench`: what requests and resets cost here, as ratios to the floor and to the runtimes alone."""
+"""`memslot bench`: requests and resets on this machine, as ratios to the floor and to the peers."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
 
 from memslot_plugin import bench as families
 from memslot_plugin.bench import plot, snapshot
-from memslot_plugin.bench.results import Claim, Run, claimed
-from memslot_plugin.cli.interrupt import Interruptible
+from memslot_plugin.bench.baseline import RUNTIMES
+from memslot_plugin.bench.results import Run, claimed
+from memslot_plugin.cli.interrupt import interruptible
 from memslot_plugin.cli.options import json_option
 from memslot_plugin.cli.output import (
     FAILED,
     OK,
     Output,
     console,
+    progress,
     table,
     write_json,
     yes_or_no,
 )
-from memslot_plugin.cli.run import Steps
 from memslot_plugin.errors import SettingError
-from memslot_plugin.hosts.alone import KNOWN
 
 
 @click.command()
@@ -35,7 +34,7 @@ from memslot_plugin.hosts.alone import KNOWN
     type=click.Choice(list(families.FAMILIES)),
     help=f"Measure this family: {', '.join(families.FAMILIES)}; may be given several times.",
 )
-@click.option("--quick", is_flag=True, help="Fewer cases and rounds: a minute instead of three.")
+@click.option("--quick", is_flag=True, help="Measure fewer cases and rounds: a minute, not three.")
 @click.option(
     "--host",
     "host_name",
@@ -46,7 +45,7 @@ from memslot_plugin.hosts.alone import KNOWN
     "--guests",
     metavar="FOLDER",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Real guests for the family snapshot; the first file of each name is taken: "
+    help="Take real guests for the family snapshot from this folder, the first file of each name: "
     f"{', '.join(snapshot.FILES.values())}.",
 )
 @click.option(
@@ -70,9 +69,9 @@ def bench(
 ) -> int:
     """Measure resets and requests, and compare with the runtimes alone and with the least they can cost.
 
-    Everything is told as a ratio, the median of rounds that take turns, with the quartiles where there is room.  What
-    must hold follows at the end.  Other work on this machine spoils the results.  Settings are the
-    defaults, for those are what the figures are about.
+    Every price is shown as a ratio, the median of rounds that take turns, with the quartiles where there is room.  The
+    limits follow at the end.  Other work on this machine spoils the results.  Settings are the defaults, for those are
+    what the figures are about.
 
     \b
     memslot bench --quick
@@ -80,19 +79,13 @@ def bench(
     memslot bench --check
     memslot bench --json > run.json
     """  # noqa: D301  # click keeps the lines below a real backspace
-    if host_name not in (None, "auto", *KNOWN):
-        allowed = ", ".join(("auto", *KNOWN))
-        raise SettingError(f"--host {host_name} is not allowed: {allowed}")
+    allowed = ("auto", *RUNTIMES)
+    if host_name not in (None, *allowed):
+        raise SettingError(f"--host {host_name} is not allowed: {', '.join(allowed)}")
     if picture is not None:
         plot.require(picture)
-    with Interruptible() as interruptible, Steps(Output(sys.stderr)) as steps:
-        asked = families.Bench(
-            quick=quick,
-            host=host_name,
-            guests=guests,
-            say=steps.say,
-            check=interruptible.check,
-        )
+    with interruptible() as interrupted, progress() as say:
+        asked = families.Bench(quick, host_name, guests, say, interrupted)
         found = families.run(asked, only)
     if picture is not None:
         plot.draw(found, picture)
@@ -100,13 +93,12 @@ def bench(
         write_json(found.document())
     else:
         show(console(), found)
-    claims = [claim for family in found.families for claim in family.claims]
-    holds = bool(claims) and all(claim.holds for claim in claims)
+    holds = bool(found.claims) and all(claim.holds for claim in found.claims)
     return FAILED if check and not holds else OK
 
 
 def show(output: Output, found: Run) -> None:
-    """A run for people."""
+    """Print a run for people."""
     for family in found.families:
         for grid in families.grids(family):
             made = table(*grid.columns, numbers=grid.columns[1:])
@@ -115,19 +107,15 @@ def show(output: Output, found: Run) -> None:
             output.show_table(grid.title, made)
         for reason in family.skipped:
             output.print(f"Not measured: {reason}\n")
-    claims = [claim for family in found.families for claim in family.claims]
-    if claims:
+    if found.claims:
         made = table("", "must be", "is", "holds", numbers=("must be", "is"))
-        for claim in claims:
-            made.add_row(claim.says, _limit(claim), claimed(claim), yes_or_no(claim.holds))
+        for claim in found.claims:
+            limit = f"{'at least' if claim.at_least else 'at most'} {claimed(claim, claim.limit)}"
+            made.add_row(claim.says, limit, claimed(claim, claim.measured), yes_or_no(claim.holds))
         output.show_table("What must hold", made)
-    versions = [f"{name} {version}" for name, version in found.machine["versions"].items()]
     machine = found.machine
+    versions = [f"{name} {version}" for name, version in machine["versions"].items()]
     output.print(
         f"{machine['processors']} processors ({machine['processor']}), {machine['kernel']}, {machine['python']};"
         f" {', '.join(versions)}"
     )
-
-
-def _limit(claim: Claim) -> str:
-    return f"{'at least' if claim.at_least else 'at most'} {claimed(claim, claim.limit)}"

@@ -1,32 +1,84 @@
-"""The sides of `memslot run`: tried, compared, and then measured in turns."""
+"""The sides of `memslot run`: tried, compared, and measured by the runner of the benchmark.
+
+A request is a fresh instance, the calls that were asked for, and the end of the instance; through memslot also the
+calls and a reset.  The sides take turns in blocks, so that a machine that gets slower gets slower for all.
+"""
 
 from __future__ import annotations
 
-import time
+import hashlib
+import os
+import resource
+import statistics
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from memslot_plugin.cli import measure
-from memslot_plugin.cli.measure import Outcome, Samples, Side
+from memslot_plugin.bench.baseline import RUNTIMES, Baseline
+from memslot_plugin.bench.live import hold
+from memslot_plugin.bench.results import Row, Spread
+from memslot_plugin.bench.runner import CLOCK, Bench
 from memslot_plugin.cli.output import sentence
 from memslot_plugin.cli.source import Invocation, Source
 from memslot_plugin.errors import GuestExit, GuestTrap
-from memslot_plugin.hosts import Guest, Host, Wasi
-from memslot_plugin.hosts.alone import KNOWN, Alone
-from memslot_plugin.settings import Settings
+from memslot_plugin.hosts import Guest, Host, Instance, Lease, Wasi
+from memslot_plugin.settings import MIB
 
 REQUESTS = 1000
 SECONDS = 10.0
-"""Unless a number is given there are REQUESTS on each side, or as many as fit into SECONDS."""
+"""Without --requests each side serves REQUESTS, or as many as fit into SECONDS, but at least FEWEST."""
 
 FEWEST = 5
 ROUNDS = 20
 
+MOST_INSTANCES = 64
+MOST_HELD_BYTES = 256 * MIB
+"""Bounds of the live instances that are held to see what each costs."""
+
+LARGEST_COMPARED_MEMORY = 256 * MIB
+
+Result = tuple[str, ...]
+"""The values that the calls returned, as Python writes them, so that NaN equals NaN and 0.0 is not -0.0."""
+
+
+class Side(NamedTuple):
+    """One way to serve a request; `end` releases what `begin` returned."""
+
+    name: str
+    begin: Callable[[], Any]
+    call: Callable[[Any], Result]
+    end: Callable[[Any], None]
+    read_memory: Callable[[Any], bytes | None]
+
+
+class Outcome(NamedTuple):
+    """Traces of a request: its result, standard output, and a digest of memory 0 (None if it cannot be read)."""
+
+    result: Result
+    output: bytes
+    memory: str | None
+
+    def differences(self, other: Outcome) -> set[str]:
+        """Return the names of what differs; memory is compared only where both could read it."""
+        mine, theirs = self._asdict(), other._asdict()
+        names = {name for name in mine if mine[name] != theirs[name]}
+        return names if self.memory and other.memory else names - {"memory"}
+
+
+class Block(NamedTuple):
+    """Requests of one side in a row: nanoseconds of each, page faults of all, and true if each result was expected."""
+
+    costs: list[int]
+    faults: int
+    expected: bool
+
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What one side costs; times in microseconds, memory in bytes (None: only one instance can live)."""
+    """The costs of one side: times in microseconds, memory in bytes (None if only one instance can live)."""
 
     median_us: float
     p99_us: float
@@ -35,149 +87,172 @@ class Measured:
     live_instances: int
 
 
+class Ratios(NamedTuple):
+    """Costs of the runtime alone over those of one way through memslot, by the name of the cost.
+
+    None stands where nothing can be divided.  `time` is the ratio of the medians of each round, with its quartiles.
+    """
+
+    less: dict[str, float | None]
+    time: Spread
+
+
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Everything that `memslot run` found out."""
+    """The result of `memslot run`; `new`, `reset` and `alone` are the sides, the last one None without a baseline."""
 
     source: Source
     invocation: Invocation
-    host: str
+    host: Host
     plugin: str | None
-    settings: Settings
     requests: int
     outcome: Outcome
-    memslot: Measured
+    new: Measured
     reset: Measured
     alone: Measured | None
+    new_ratios: Ratios | None
+    reset_ratios: Ratios | None
     differences: tuple[str, ...]
     unstable: tuple[str, ...]
     notes: tuple[str, ...]
 
     @property
     def same_result(self) -> bool | None:
-        """Whether both sides answered the same; None where that cannot be said."""
+        """True if both sides returned the same, None if that cannot be known."""
         if self.differences:
             return False
         return None if self.alone is None or "result" in self.unstable else True
 
-    def ratio(self, what: str, *, reset: bool = False) -> float | None:
-        """How many times less memslot needs for a new instance, or for one that is reset; None where there is nothing
-        to divide.
-        """
-        ours = getattr(self.reset if reset else self.memslot, what)
-        theirs = getattr(self.alone, what, None)
-        if theirs is None or not ours or (what == "faults_per_request" and ours < 1):
-            return None
-        return float(theirs / ours)
-
 
 def compare(
-    *,
     host: Host,
     guest: Guest,
     source: Source,
     invocation: Invocation,
+    *,
     wasi: Wasi | None,
     requests: int | None,
-    say: Callable[[str], None],
-    check: Callable[[], None],
+    bench: Bench,
 ) -> Comparison | str:
-    """Run all sides; a sentence instead of numbers if the guest does not come to a good end."""
-    ours = [each(guest, source, invocation) for each in (measure.memslot_side, measure.reset_side)]
-    theirs: Side | None = None
+    """Run all sides; return a sentence instead of numbers if the guest traps or exits with an error."""
     notes = list(_notes(guest))
+    sides = _memslot_sides(guest, source, invocation)
     if source.saved is not None:
         notes.append(
             f"{host.name} alone cannot start where a saved guest does, so there is nothing to compare with."
         )
-    elif host.name in KNOWN:
-        runtime: Alone = KNOWN[host.name](source.data, wasi)
-        theirs = measure.alone_side(runtime, source, invocation)
+    elif host.name in RUNTIMES:
+        sides.append(_alone_side(RUNTIMES[host.name](source.data, wasi), source, invocation))
     else:
-        notes.append(
-            f"How {host.name} runs a guest alone is not known here, so there is nothing to compare with."
-        )
-    sides = ours if theirs is None else [*ours, theirs]
+        notes.append(f"{host.name} has no baseline here, so there is nothing to compare with.")
 
-    say(f"trying {invocation}")
-    first = [_attempt(side) for side in sides]
-    check()
-    for tried in first:
-        if isinstance(tried, str):
-            return _bad_end(sides, first, alone=theirs is not None)
-    outcomes = [outcome for outcome in first if isinstance(outcome, Outcome)]
-    again = [measure.observe(side) for side in sides]
+    bench.say(f"trying {invocation}")
+    tried = [_attempt(side) for side in sides]
+    bench.check()
+    outcomes = [each for each in tried if isinstance(each, Outcome)]
+    if len(outcomes) < len(sides):
+        return _bad_end(sides, tried)
+    again = [observe(side) for side in sides]
     reference = outcomes[-1]
     unstable = reference.differences(again[-1])
-    differing = {
-        name for outcome in (*outcomes, *again[:-1]) for name in reference.differences(outcome)
-    }
-
-    quiet: Callable[[], AbstractContextManager[None]] = (
-        measure.silenced if wasi is not None else _as_it_is
-    )
-    if requests is None:
-        requests = _affordable(sides, reference, quiet, check)
-    memory: list[tuple[int | None, int]] = []
-    for side in sides:
-        if (
-            side is ours[1]
-        ):  # those that wait ready were there before: what one costs, the first side shows
-            memory.append(memory[0])
-            continue
-        say(f"holding instances, {side.name}")
-        limit = host.settings.slots if side is ours[0] else measure.MOST_INSTANCES + 1
-        with quiet():
-            memory.append(measure.private_bytes_per_instance(side, limit, check))
-
-    samples = [Samples() for _ in sides]
-    done = 0
-    for number, block in enumerate(_blocks(requests)):
-        say(f"{requests} requests on each side: {100 * done // requests} % done")
-        turns = list(zip(sides, samples, strict=True))
-        turn = number % len(turns)  # each round begins with another side
-        for side, sample in (*turns[turn:], *turns[:turn]):
-            with quiet():
-                measure.time_block(side, sample, block, reference.result, check)
-        done += block
-    if any(sample.other_results for sample in samples):
-        differing.add("result")
-
-    pools = host.statistics().pools
-    measured = [
-        Measured(
-            median_us=sample.median_us(),
-            p99_us=sample.p99_us(),
-            faults_per_request=sample.faults_per_request(),
-            private_bytes_per_instance=private,
-            live_instances=held,
-        )
-        for sample, (private, held) in zip(samples, memory, strict=True)
-    ]
+    differing = set().union(*(reference.differences(each) for each in (*outcomes, *again[:-1])))
     if unstable:
         notes.append(
-            f"The guest's {' and '.join(unstable)} differ from request to request on the runtime alone, so they were"
-            " not compared."
+            f"The guest's {' and '.join(sorted(unstable))} differ from request to request on the runtime alone, so they"
+            " were not compared."
         )
+
+    quiet = silenced if wasi is not None else nullcontext
+    if requests is None:
+        price = sum(sum(_serve(side, 1, reference, quiet, bench).costs) for side in sides)
+        requests = max(FEWEST, min(REQUESTS, int(SECONDS * 1e9 / price)))
+    memory = _hold_instances(host, sides, quiet, bench)
+    blocks = _measure(sides, requests, reference, quiet, bench)
+    if not all(block.expected for served in blocks for block in served):
+        differing.add("result")
+    new, reset, *alone = map(_measured, blocks, memory)
     return Comparison(
         source=source,
         invocation=invocation,
-        host=host.name,
-        plugin=next((pool.plugin for pool in pools if pool.leases), None),
-        settings=host.settings,
+        host=host,
+        plugin=next((pool.plugin for pool in host.statistics().pools if pool.leases), None),
         requests=requests,
         outcome=outcomes[0],
-        memslot=measured[0],
-        reset=measured[1],
-        alone=None if theirs is None else measured[2],
-        differences=tuple(sorted(differing.difference(unstable))),
-        unstable=unstable,
+        new=new,
+        reset=reset,
+        alone=alone[0] if alone else None,
+        new_ratios=_ratios(new, alone[0], blocks[0], blocks[2]) if alone else None,
+        reset_ratios=_ratios(reset, alone[0], blocks[1], blocks[2]) if alone else None,
+        differences=tuple(sorted(differing - unstable)),
+        unstable=tuple(sorted(unstable)),
         notes=tuple(notes),
     )
 
 
+# -- the sides
+
+
+def _memslot_sides(guest: Guest, source: Source, invocation: Invocation) -> list[Side]:
+    """Return requests on new instances, and on instances that wait ready and are reset after each request."""
+
+    def call(instance: Instance) -> Result:
+        return _result(instance.call, invocation)
+
+    def read_memory(instance: Instance) -> bytes | None:
+        if source.memory is None or instance.memory.byte_size > LARGEST_COMPARED_MEMORY:
+            return None
+        return instance.memory.read(0, instance.memory.byte_size)
+
+    def begin_lease() -> tuple[Lease, Instance]:
+        lease = guest.lease()
+        return lease, lease.__enter__()
+
+    return [
+        Side("memslot", guest.instantiate, call, Instance.close, read_memory),
+        Side(
+            "memslot, reset",
+            begin_lease,
+            lambda live: call(live[1]),
+            lambda live: live[0].__exit__(),
+            lambda live: read_memory(live[1]),
+        ),
+    ]
+
+
+def _alone_side(runtime: Baseline, source: Source, invocation: Invocation) -> Side:
+    def call(instance: Any) -> Result:
+        return _result(lambda name, *arguments: runtime.call(instance, name, arguments), invocation)
+
+    def read_memory(instance: Any) -> bytes | None:
+        if source.memory is None:
+            return None
+        return runtime.read_memory(instance, source.memory, LARGEST_COMPARED_MEMORY)
+
+    return Side(f"{runtime.name} alone", runtime.instantiate, call, lambda _: None, read_memory)
+
+
+def _result(call: Callable[..., Any], invocation: Invocation) -> Result:
+    """Return the values of the last call; a WASI guest that exits with 0 returns none."""
+    value = None
+    try:
+        for name, arguments in invocation.calls:
+            value = call(name, *arguments)
+    except GuestExit as error:
+        if error.code:
+            raise
+        return ()
+    return written_values(value)
+
+
+def written_values(value: Any) -> Result:
+    """Return the results of a call, each as Python writes it."""
+    if value is None:
+        return ()
+    return tuple(repr(each) for each in (value if isinstance(value, (list, tuple)) else [value]))
+
+
 def _notes(guest: Guest) -> Iterator[str]:
-    """Why the guest, or a memory of it, is left to the runtime."""
+    """Yield the reasons for which the guest, or a memory of it, is left to the runtime."""
     loaded = guest.loaded
     if loaded is not None:
         yield (
@@ -198,50 +273,180 @@ def _notes(guest: Guest) -> Iterator[str]:
         yield "The guest has no linear memory, so there is nothing that memslot could make cheaper."
 
 
+# -- one request, not timed
+
+
+def observe(side: Side) -> Outcome:
+    """Serve one request and return what it left."""
+    with tempfile.TemporaryFile() as output:
+        with silenced(output.fileno()):
+            live = side.begin()
+            try:
+                result = side.call(live)
+                memory = side.read_memory(live)
+            finally:
+                side.end(live)
+        output.seek(0)
+        digest = None if memory is None else hashlib.sha256(memory).hexdigest()
+        return Outcome(result, output.read(), digest)
+
+
 def _attempt(side: Side) -> Outcome | str:
-    """One request, or how the guest failed in it."""
+    """Return the outcome of one request, or how it failed."""
     try:
-        return measure.observe(side)
+        return observe(side)
     except GuestExit as error:
         return f"ended itself with exit status {error.code}"
     except GuestTrap as error:
         return f"trapped: {sentence(error)}"
 
 
-def _bad_end(sides: list[Side], tried: list[Outcome | str], *, alone: bool) -> str:
-    """The sentence about a guest that failed on one side at least; `alone` is whether the last one is the runtime's."""
-    ours = next((each for each in tried[: 2 if alone else None] if isinstance(each, str)), None)
-    if not alone:
+def _bad_end(sides: list[Side], tried: list[Outcome | str]) -> str:
+    """Return the sentence about a guest that failed on one side at least."""
+    ours = next((each for each in tried[:2] if isinstance(each, str)), None)
+    if len(sides) == 2:
         return f"the guest {ours}"
-    name, theirs = sides[-1].name, tried[-1]
-    if ours is not None and isinstance(theirs, str):
+    name, theirs = sides[2].name, tried[2]
+    if ours is None:
+        return f"the results differ: on {name} the guest {theirs}; through memslot it did not"
+    if isinstance(theirs, str):
         return f"the guest, through memslot as on {name}, {ours}"
-    if ours is not None:
-        return f"the results differ: through memslot the guest {ours}; on {name} it did not"
-    return f"the results differ: on {name} the guest {theirs}; through memslot it did not"
+    return f"the results differ: through memslot the guest {ours}; on {name} it did not"
 
 
-def _as_it_is() -> AbstractContextManager[None]:
-    return nullcontext()
+# -- measuring
+
+Quiet = Callable[[], AbstractContextManager[None]]
 
 
-def _affordable(
-    sides: list[Side],
-    reference: Outcome,
-    quiet: Callable[[], AbstractContextManager[None]],
-    check: Callable[[], None],
-) -> int:
-    """How many requests fit into SECONDS, by the price of two on each side."""
-    start = time.perf_counter()
-    for side in sides:
-        with quiet():
-            measure.time_block(side, Samples(), 1, reference.result, check)
-    price = (time.perf_counter() - start) / 2
-    return max(FEWEST, min(REQUESTS, int(SECONDS / price)))
+def _serve(side: Side, count: int, expected: Outcome, quiet: Quiet, bench: Bench) -> Block:
+    """Serve `count` requests after a tenth as many that are not counted: the others' turn has emptied the caches."""
+    begin, call, end, check = side.begin, side.call, side.end, bench.check
+    costs, faults, same = [], 0, True
+    with quiet():
+        for number in range(-max(1, count // 10), count):
+            check()
+            if number == 0:
+                faults = _faults()
+            started = CLOCK()
+            live = begin()
+            try:
+                result = call(live)
+            finally:
+                end(live)
+                live = None
+            cost = CLOCK() - started
+            if number >= 0:
+                costs.append(cost)
+            same = same and result == expected.result
+        return Block(costs, _faults() - faults, same)
+
+
+def _faults() -> int:
+    """Return the page faults of this thread so far that needed no disk."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+
+
+def _measure(
+    sides: list[Side], requests: int, expected: Outcome, quiet: Quiet, bench: Bench
+) -> list[list[Block]]:
+    """Return the blocks of each side, which take turns."""
+    served: dict[str, list[Block]] = {side.name: [] for side in sides}
+    sizes = list(_blocks(requests))
+
+    def subject(side: Side) -> Callable[[], float]:
+        blocks = served[side.name]
+
+        def serve() -> float:
+            done = 100 * len(blocks) // len(sizes)
+            bench.say(f"{requests} requests on each side: {done} % done")
+            blocks.append(_serve(side, sizes[len(blocks)], expected, quiet, bench))
+            return statistics.median(blocks[-1].costs)
+
+        return serve
+
+    subjects = {side.name: subject(side) for side in sides}
+    bench.rounds(subjects, 0, fewest=len(sizes), most=len(sizes), warm_up=0)
+    return list(served.values())
 
 
 def _blocks(requests: int) -> Iterator[int]:
-    """The requests in ROUNDS blocks of at least ten, as equal as they can be."""
+    """Yield the requests in ROUNDS blocks of at least ten, as equal as they can be."""
     rounds = max(1, min(ROUNDS, requests // 10))
     for number in range(rounds):
         yield requests * (number + 1) // rounds - requests * number // rounds
+
+
+def _hold_instances(
+    host: Host, sides: list[Side], quiet: Quiet, bench: Bench
+) -> list[tuple[int | None, int]]:
+    """Return the private bytes of each further live instance, and how many were held, for each side.
+
+    Instances that wait ready were there before, and cost what new ones do.
+    """
+    found = {}
+    for side in (sides[0], *sides[2:]):
+        bench.say(f"holding instances, {side.name}")
+        most = min(MOST_INSTANCES + 1, host.settings.slots if side is sides[0] else sys.maxsize)
+        with quiet():
+            held = hold(
+                side.begin, side.call, side.end, most, most_bytes=MOST_HELD_BYTES, check=bench.check
+            )
+        found[side.name] = (None if held.bytes is None else int(held.bytes), held.instances)
+    return [found.get(side.name, found[sides[0].name]) for side in sides]
+
+
+def _measured(blocks: list[Block], memory: tuple[int | None, int]) -> Measured:
+    costs = sorted(cost for block in blocks for cost in block.costs)
+    private, held = memory
+    return Measured(
+        median_us=statistics.median(costs) / 1000,
+        p99_us=percentile(costs, 99) / 1000,
+        faults_per_request=sum(block.faults for block in blocks) / len(costs),
+        private_bytes_per_instance=private,
+        live_instances=held,
+    )
+
+
+def percentile(ordered: list[int], percent: int) -> int:
+    """Return the smallest of these ordered samples that at least so many percent of them do not pass."""
+    return ordered[-(-len(ordered) * percent // 100) - 1]
+
+
+def _ratios(
+    ours: Measured, alone: Measured, our_blocks: list[Block], their_blocks: list[Block]
+) -> Ratios:
+    medians = [
+        [statistics.median(block.costs) for block in blocks]
+        for blocks in (our_blocks, their_blocks)
+    ]
+    time = Row.compare({}, medians[0], "alone", medians[1], gain=True).ratio
+    less: dict[str, float | None] = {"median_us": time.median}
+    for name in ("p99_us", "faults_per_request", "private_bytes_per_instance"):
+        cost, theirs = getattr(ours, name), getattr(alone, name)
+        divisible = theirs is not None and cost and (name != "faults_per_request" or cost >= 1)
+        less[name] = theirs / cost if divisible else None
+    return Ratios(less, time)
+
+
+@contextmanager
+def silenced(output: int | None = None) -> Iterator[None]:
+    """Point file descriptors 0, 1 and 2 at /dev/null for a block, and 1 at `output` if it is given.
+
+    Descriptors and not `sys.stdout`, because guests write to those: bare wasmer cannot do otherwise, and all sides have
+    to pay the same.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+    nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    saved = [os.dup(descriptor) for descriptor in range(3)]
+    try:
+        for descriptor in range(3):
+            os.dup2(output if descriptor == 1 and output is not None else nothing, descriptor)
+        yield
+    finally:
+        for descriptor, former in enumerate(saved):
+            os.dup2(former, descriptor)
+            os.close(former)
+        os.close(nothing)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
 import os
 import platform
 from dataclasses import asdict, dataclass
@@ -16,7 +15,6 @@ from memslot_hooks.types import Answer, InitialContent, LinearMemory, MemoryRequ
 from memslot_plugin import __version__
 from memslot_plugin._core import PAGE_SIZE
 from memslot_plugin._core.proc import map_count, max_map_count
-from memslot_plugin.cli import example
 from memslot_plugin.cli.options import json_option, read_settings, settings_options
 from memslot_plugin.cli.output import (
     FAILED,
@@ -30,15 +28,19 @@ from memslot_plugin.cli.output import (
     write_json,
     yes_or_no,
 )
+from memslot_plugin.cli.source import EXAMPLE, EXAMPLE_MODULE
 from memslot_plugin.errors import MemslotError
 from memslot_plugin.hosts import available_hosts, open_host
-from memslot_plugin.hosts.alone import runtime_version
+from memslot_plugin.hosts.versions import installed_version
 from memslot_plugin.memory.pool import MAPPINGS_PER_SLOT
 from memslot_plugin.memory.probe import Finding, Probe, probe
 from memslot_plugin.plugins import Plugins
 from memslot_plugin.settings import Settings
 
 LIBRARIES = ("wasmtime", "wasmer", "wasmer_compiler_cranelift", "pluggy", "cffi", "msgspec")
+
+EXAMPLE_ANSWER = 34
+"""The answer of `demo` in a fresh instance of the bundled guest."""
 
 _DATA = b"memslot doctor"
 
@@ -115,7 +117,7 @@ def diagnose(settings: Settings) -> Diagnosis:
     answering, allocation, answers = _try_allocation(plugins, settings)
     uname = os.uname()
     return Diagnosis(
-        versions={"memslot": __version__, **{name: _version(name) for name in LIBRARIES}},
+        versions={"memslot": __version__, **{name: installed_version(name) for name in LIBRARIES}},
         machine={
             "python": f"{platform.python_implementation()} {platform.python_version()}",
             "kernel": f"{uname.sysname} {uname.release}",
@@ -133,13 +135,6 @@ def diagnose(settings: Settings) -> Diagnosis:
             _try_host(name, reason, settings) for name, reason in available_hosts(settings).items()
         ),
     )
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _try_allocation(
@@ -220,22 +215,20 @@ def _limits(settings: Settings) -> tuple[Limit, ...]:
 
 
 def _try_host(name: str, reason: str | None, settings: Settings) -> HostState:
-    version = runtime_version(name)
+    version = installed_version(name)
     if reason is not None:
         return HostState(name, False, None, False, reason)
     if name == "fake":
         return HostState(name, True, None, True, "runs Python functions, for tests")
     try:
         with open_host(name, settings=settings) as host:
-            guest = host.prepare(example.module(), name=example.NAME)
+            guest = host.prepare(EXAMPLE_MODULE.read_bytes(), name=EXAMPLE)
             with guest.instantiate() as instance:
                 answer = instance.call("demo")
     except MemslotError as error:
         return HostState(name, True, version, False, sentence(error))
-    works = answer == example.DEMO_ANSWER
-    said = (
-        "ran a guest" if works else f"a guest answered {answer!r} instead of {example.DEMO_ANSWER}"
-    )
+    works = answer == EXAMPLE_ANSWER
+    said = "ran a guest" if works else f"a guest answered {answer!r} instead of {EXAMPLE_ANSWER}"
     return HostState(name, True, version, works, said)
 
 

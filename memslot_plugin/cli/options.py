@@ -1,4 +1,4 @@
-"""Options that several commands share: the settings, and --json."""
+"""Options that several commands share: the host, the key, the settings, and --json."""
 
 from __future__ import annotations
 
@@ -15,23 +15,43 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def json_option(command: Command) -> Command:
-    """`--json`, as the parameter `as_json`."""
+    """Add `--json`, as the parameter `as_json`."""
     return click.option(
         "--json", "as_json", is_flag=True, help="Print one JSON document and nothing else."
     )(command)
 
 
+def host_option(command: Command) -> Command:
+    """Add `--host NAME`, as the parameter `host_name`."""
+    return click.option(
+        "--host",
+        "host_name",
+        metavar="NAME",
+        help="Use this runtime: auto (the default), wasmtime, wasmer, or one that a plugin adds.",
+    )(command)
+
+
+def read_host(host_name: str | None, settings: Settings) -> str:
+    """Return the host of `--host`, else that of the settings, which must run a guest's code."""
+    name = host_name or settings.host
+    if name == "fake":
+        raise SettingError(
+            "the host fake runs Python functions instead of a guest's code; choose auto, wasmtime or wasmer"
+        )
+    return name
+
+
 def key_option(command: Command) -> Command:
-    """`--key-file FILE`, as the parameter `key_file`."""
+    """Add `--key-file FILE`, as the parameter `key_file`."""
     return click.option(
         "--key-file",
         metavar="FILE",
-        help="Secret bytes that prove who wrote a saved guest; without, its machine code is not run.",
+        help="Read secret bytes that prove who wrote a saved guest; without, its machine code is not run.",
     )(command)
 
 
 def read_key(key_file: str | None) -> bytes | None:
-    """The bytes of a key file, or None without one."""
+    """Return the bytes of a key file, or None without one."""
     if key_file is None:
         return None
     try:
@@ -41,7 +61,7 @@ def read_key(key_file: str | None) -> bytes | None:
 
 
 def settings_options(command: Command) -> Command:
-    """`--settings FILE` and `--set NAME=VALUE`, as the parameters `settings_file` and `changes`."""
+    """Add `--settings FILE` and `--set NAME=VALUE`, as the parameters `settings_file` and `changes`."""
     change = click.option(
         "--set",
         "changes",
@@ -59,7 +79,7 @@ def settings_options(command: Command) -> Command:
 
 
 def read_settings(settings_file: str | None, changes: Sequence[str], **options: Any) -> Settings:
-    """Options over `--set` over the environment over the file; an option that is None was not given."""
+    """Read options over `--set` over the environment over the file; an option that is None was not given."""
     values: dict[str, Any] = {}
     for change in changes:
         name, equals, value = change.partition("=")

@@ -1,4 +1,4 @@
-"""What every command writes, and where: results on standard output, everything else on standard error.
+"""Results of commands on standard output, and all else on standard error.
 
 With --json standard output holds one document and nothing else.  An error is one sentence on standard error, and then
 standard output is empty.
@@ -10,12 +10,14 @@ import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NoReturn, TextIO
 
 import click
 from rich import box
 from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -56,24 +58,65 @@ class Output(Console):
         return super().render_str("\n".join(map(printable, text.split("\n"))), **options)
 
     def show_table(self, title: str, rows: Table, *, left_out: int = 0) -> None:
-        """A title over a table, and how many rows it leaves out."""
+        """Print a title over a table, and the number of rows that it leaves out."""
         self.print(title, style="bold", soft_wrap=True)
         self.print(rows)
         if left_out > 0:
             self.print(f"... and {left_out} more (--json has them all)")
 
     def on_broken_pipe(self) -> NoReturn:
-        """Leave it to the one place that handles it."""
+        """Raise what `Commands.invoke` handles."""
         raise BrokenPipeError
 
 
 def console() -> Output:
-    """Standard output as it is now."""
+    """Return standard output as it is now."""
     return Output(sys.stdout)
 
 
+@contextmanager
+def progress(file: TextIO | None = None) -> Iterator[Callable[[str], None]]:
+    """Yield a function that shows a line about the step that begins, on standard error if that is a terminal.
+
+    The line is drawn between the measurements, never by a thread during them.
+    """
+    output = Output(file or sys.stderr)
+    shown = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        console=output,
+        transient=True,
+        auto_refresh=False,
+        redirect_stdout=False,
+        redirect_stderr=False,
+        disable=not output.is_terminal,
+    )
+    task = shown.add_task("", total=None)
+
+    def say(step: str) -> None:
+        shown.update(task, description=printable(step))
+        shown.refresh()
+
+    with shown:
+        yield say
+
+
+SHOWN_OUTPUT = 2000
+"""Bytes of what a guest printed that people see; JSON has them all."""
+
+
+def show_printed(output: Output, printed: bytes) -> None:
+    """Show the first bytes of what a guest printed."""
+    if printed:
+        more = len(printed) - SHOWN_OUTPUT
+        text = printed[:SHOWN_OUTPUT].decode(errors="replace").rstrip()
+        output.print(
+            f"The guest printed:\n{text}" + (f"\n... and {more} bytes more" if more > 0 else "")
+        )
+
+
 def write_json(document: Mapping[str, Any]) -> None:
-    """The one document of a command."""
+    """Write the one document of a command."""
     click.echo(json.dumps(document, indent=2, default=_plain))
 
 
@@ -86,7 +129,7 @@ def _plain(value: object) -> object:
 
 
 def table(*columns: str, numbers: tuple[str, ...] = ()) -> Table:
-    """An empty table; the columns named in `numbers` are aligned to the right."""
+    """Return an empty table; the columns named in `numbers` are aligned to the right."""
     made = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
     for column in columns:
         made.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
@@ -94,12 +137,12 @@ def table(*columns: str, numbers: tuple[str, ...] = ()) -> Table:
 
 
 def yes_or_no(value: bool) -> Text:
-    """A verdict in words, and in colour where there is colour."""
+    """Return a verdict in words, and in colour where there is colour."""
     return Text("yes", style="green") if value else Text("no", style="red")
 
 
 def byte_size(value: float | None) -> str:
-    """Bytes for people: "1.5 MiB"; a dash for what is not known."""
+    """Write bytes for people: "1.5 MiB"; a dash for None."""
     if value is None:
         return "-"
     units = ["TiB", "GiB", "MiB", "KiB", "B"]
@@ -110,14 +153,14 @@ def byte_size(value: float | None) -> str:
 
 
 def times(ratio: float | None) -> str:
-    """How many times as much, for people; a dash where it cannot be said."""
+    """Write a ratio for people: "6.1x"; a dash for None."""
     if ratio is None:
         return "-"
     return f"{ratio:,.0f}x" if ratio >= 100 else f"{ratio:.2g}x" if ratio < 10 else f"{ratio:.3g}x"
 
 
 def duration(microseconds: float) -> str:
-    """Microseconds for people: "53.1 us", "1.77 ms", "2.4 s"."""
+    """Write microseconds for people: "53.1 us", "1.77 ms", "2.4 s"."""
     for unit, size in (("s", 1e6), ("ms", 1e3)):
         if microseconds >= size:
             return f"{microseconds / size:.3g} {unit}"
@@ -125,25 +168,25 @@ def duration(microseconds: float) -> str:
 
 
 def sentence(error: MemslotError) -> str:
-    """What an error says, in one line."""
+    """Return an error's message as one line."""
     said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(said.split())
 
 
 def exit_code(error: MemslotError) -> int:
-    """What a script is told about an error."""
+    """Return the exit code for an error."""
     if isinstance(error, HostUnavailable):
         return NO_RUNTIME
     return FAILED if isinstance(error, (GuestTrap, GuestExit)) else REFUSED
 
 
 def complain(text: str) -> None:
-    """One line on standard error."""
+    """Write one line to standard error."""
     click.echo(f"memslot: {printable(text)}", err=True)
 
 
 class _OneLine(logging.Handler):
-    """A warning of the library as one line, where Python would print a traceback of a skipped plugin."""
+    """Writes warnings of the library as one line, where Python would print the traceback of a skipped plugin."""
 
     def emit(self, record: logging.LogRecord) -> None:
         complain(f"{record.levelname.lower()}: {' '.join(record.getMessage().split())}")
@@ -153,5 +196,5 @@ _WARNINGS = _OneLine(logging.WARNING)
 
 
 def show_warnings() -> None:
-    """Write the library's warnings to standard error; twice is a no-op."""
+    """Write the library's warnings to standard error."""
     logging.getLogger("memslot").addHandler(_WARNINGS)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 import platform
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, final
+from typing import Any
 
 import click
-from rich.progress import Progress, SpinnerColumn, TextColumn
 
+from memslot_plugin.bench.runner import Bench
 from memslot_plugin.cli.compare import REQUESTS, SECONDS, Comparison, compare
-from memslot_plugin.cli.interrupt import Interruptible
+from memslot_plugin.cli.interrupt import interruptible
 from memslot_plugin.cli.options import (
+    host_option,
     json_option,
     key_option,
+    read_host,
     read_key,
     read_settings,
     settings_options,
@@ -28,80 +29,35 @@ from memslot_plugin.cli.output import (
     complain,
     console,
     duration,
+    progress,
+    show_printed,
     table,
     times,
     write_json,
 )
-from memslot_plugin.cli.source import (
-    choose_invocation,
-    prepare_source,
-    read_source,
-    require_no_foreign_imports,
-)
-from memslot_plugin.errors import SettingError, printable
-from memslot_plugin.hosts import Wasi, open_host
-from memslot_plugin.hosts.alone import runtime_version
-
-SHOWN_OUTPUT = 2000
-"""Bytes of what the guest printed that people see; JSON has them all."""
-
-
-@final
-class Steps:
-    """A line on standard error that says what is being done; nothing where that is no terminal.
-
-    It is drawn between the measurements, never by a thread during them.
-    """
-
-    def __init__(self, output: Output) -> None:
-        self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}", markup=False),
-            console=output,
-            transient=True,
-            auto_refresh=False,
-            redirect_stdout=False,
-            redirect_stderr=False,
-            disable=not output.is_terminal,
-        )
-        self._task = self._progress.add_task("", total=None)
-
-    def say(self, what: str) -> None:
-        """What is being done now."""
-        self._progress.update(self._task, description=printable(what))
-        self._progress.refresh()
-
-    def __enter__(self) -> Steps:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+from memslot_plugin.cli.source import choose_invocation, prepare_source, read_source
+from memslot_plugin.hosts import open_host
+from memslot_plugin.hosts.versions import installed_version
 
 
 @click.command()
 @click.argument("file", required=False)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@host_option
 @click.option(
-    "--host",
-    "host_name",
-    metavar="NAME",
-    help="The runtime: auto (the default), wasmtime, wasmer, or one that a plugin adds.",
-)
-@click.option(
-    "--invoke", "function", metavar="NAME", help="The exported function that a request calls."
+    "--invoke", "function", metavar="NAME", help="Call this exported function in each request."
 )
 @click.option(
     "--requests",
     type=click.IntRange(min=1),
-    help=f"Requests on each side  [default: {REQUESTS}, or what fits {SECONDS:g} s]",
+    help=f"Serve so many requests on each side  [default: {REQUESTS}, or what fits {SECONDS:g} s]",
 )
 @click.option(
     "--concurrency-of-slots",
     "slots",
     type=int,
     metavar="N",
-    help="How many linear memories can live at once (the setting slots).",
+    help="Let at most so many linear memories live at once (the setting slots).",
 )
 @key_option
 @settings_options
@@ -133,39 +89,22 @@ def run(
     memslot run example --invoke factorise 360360 12
     memslot run guest.wasm --invoke add -- -1 2
     """  # noqa: D301  # click keeps the lines below a real backspace
-    with Interruptible() as interruptible, Steps(Output(sys.stderr)) as steps:
+    with interruptible() as check, progress() as say:
         settings = read_settings(settings_file, changes, slots=slots)
         key = read_key(key_file)
         source = read_source(file, key)
-        require_no_foreign_imports(source)
         invocation = choose_invocation(source, function, arguments)
-        host_name = host_name or settings.host
-        if host_name == "fake":
-            raise SettingError(
-                "the host fake runs Python functions instead of a guest's code; choose auto, wasmtime or wasmer"
-            )
-        steps.say(f"preparing {source.name}")
-        with open_host(host_name, settings=settings) as host:
-            wasi = (
-                Wasi(
-                    arguments=invocation.program_arguments,
-                    program=source.name,
-                    stdout="inherit",
-                    stderr="inherit",
-                )
-                if source.uses_wasi
-                else None
-            )
-            guest = prepare_source(source, host, wasi, key=key)
+        wasi = source.wasi(invocation.program_arguments)
+        say(f"preparing {source.name}")
+        with open_host(read_host(host_name, settings), settings=settings) as host:
             found = compare(
-                host=host,
-                guest=guest,
-                source=source,
-                invocation=invocation,
+                host,
+                prepare_source(source, host, wasi, key=key),
+                source,
+                invocation,
                 wasi=wasi,
                 requests=requests,
-                say=steps.say,
-                check=interruptible.check,
+                bench=Bench(say=say, check=check),
             )
     if isinstance(found, str):
         complain(found)
@@ -178,110 +117,108 @@ def run(
 
 
 def conclusion(found: Comparison) -> str:
-    """What a newcomer should take home, in one sentence."""
-    ours = duration(found.memslot.median_us)
-    if found.alone is None:
-        reset = duration(found.reset.median_us)
+    """Return the result in one sentence for a newcomer."""
+    ours, reset = duration(found.new.median_us), duration(found.reset.median_us)
+    if found.alone is None or found.new_ratios is None or found.reset_ratios is None:
         return f"A request takes {ours} with a fresh instance through memslot, and {reset} on one that is reset."
-    theirs = duration(found.alone.median_us)
-    faster = found.ratio("median_us") or 1.0
+    theirs, name = duration(found.alone.median_us), f"{found.host.name} alone"
+    faster, reset_faster = found.new_ratios.time.median, found.reset_ratios.time.median
+    said = "A request with a fresh, isolated instance takes "
     if faster >= 1.1:
-        said = (
-            f"takes {ours} through memslot instead of {theirs} on {found.host} alone,"
-            f" {faster:.3g} times faster"
-        )
+        said += f"{ours} through memslot instead of {theirs} on {name}, {faster:.3g} times faster"
     elif faster > 0.9:
-        said = f"takes {ours} through memslot and {theirs} on {found.host} alone, about the same"
+        said += f"{ours} through memslot and {theirs} on {name}, about the same"
     else:
-        said = f"takes {ours} through memslot and {theirs} on {found.host} alone: this guest gains no time"
-    memory = found.ratio("private_bytes_per_instance")
+        said += f"{ours} through memslot and {theirs} on {name}: this guest gains no time"
+    memory = found.new_ratios.less["private_bytes_per_instance"]
     if memory is not None and memory >= 1.1:
         said += f", with {memory:.3g} times less private memory for each live instance"
-    said = f"A request with a fresh, isolated instance {said}"
-    faster = found.ratio("median_us", reset=True) or 1.0
-    if faster >= 1.1:
-        reset = duration(found.reset.median_us)
+    if reset_faster >= 1.1:
         said += (
-            f"; on one that is reset after each request it takes {reset}, {faster:.3g} times faster"
+            f"; on one that is reset after each request it takes {reset}, {reset_faster:.3g}"
+            " times faster"
         )
-    if found.same_result:
-        return f"{said}, and every answer was the same."
     if found.same_result is False:
         return (
             f"{said}, but the {' and '.join(found.differences)} differ: do not trust these numbers."
         )
-    return f"{said}."
+    return f"{said}{', and every answer was the same' if found.same_result else ''}."
 
 
 def document(found: Comparison) -> dict[str, Any]:
-    """The comparison for scripts."""
-    whats = ("median_us", "p99_us", "faults_per_request", "private_bytes_per_instance")
+    """Return the comparison for scripts."""
+    new, reset = found.new_ratios, found.reset_ratios
     return {
         "guest": found.source.name,
         "invoke": found.invocation.function,
         "arguments": list(found.invocation.program_arguments or found.invocation.arguments),
-        "host": found.host,
-        "host_version": runtime_version(found.host),
+        "host": found.host.name,
+        "host_version": installed_version(found.host.name),
         "plugin": found.plugin,
-        "slots": found.settings.slots,
+        "slots": found.host.settings.slots,
         "requests": found.requests,
         "result": [_number(value) for value in found.outcome.result],
         "output": found.outcome.output.decode(errors="replace"),
         "same_result": found.same_result,
         "differences": list(found.differences),
-        "memslot": asdict(found.memslot),
+        "memslot": asdict(found.new),
         "reset": asdict(found.reset),
         "alone": None if found.alone is None else asdict(found.alone),
-        "ratio": None if found.alone is None else {what: found.ratio(what) for what in whats},
-        "reset_ratio": None
-        if found.alone is None
-        else {what: found.ratio(what, reset=True) for what in whats},
+        "ratio": None if new is None else new.less,
+        "reset_ratio": None if reset is None else reset.less,
+        "ratio_spread": None if new is None else asdict(new.time),
+        "reset_ratio_spread": None if reset is None else asdict(reset.time),
         "notes": list(found.notes),
         "conclusion": conclusion(found),
     }
 
 
 def _number(text: str) -> int | float | str:
-    """A value as JSON has it; NaN and the infinities, which it has not, as text."""
+    """Return a value as JSON has it; NaN and the infinities, which it has not, as text."""
     try:
         return int(text)
     except ValueError:
         return float(text) if math.isfinite(float(text)) else text
 
 
+ROWS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("time per request, median", "median_us", duration),
+    ("time per request, 99 % within", "p99_us", duration),
+    ("page faults per request", "faults_per_request", lambda value: f"{value:.1f}"),
+    ("private memory per live instance", "private_bytes_per_instance", byte_size),
+)
+
+
 def show(output: Output, found: Comparison) -> None:
-    """The comparison for people."""
-    alone = found.alone
+    """Print the comparison for people."""
+    host = found.host.name
     answered = f" -> {', '.join(found.outcome.result)}" if found.outcome.result else ""
-    version = runtime_version(found.host)
     title = (
         f"{found.source.name}: {found.invocation}{answered}, {found.requests} requests on each side"
-        f" ({found.host}{f' {version}' if version else ''}, CPython {platform.python_version()})"
+        f" ({host} {installed_version(host) or ''}, CPython {platform.python_version()})"
     )
     columns = ["memslot", "memslot, reset"]
-    if alone is not None:
-        columns = [f"{found.host} alone", "memslot", "less", "memslot, reset", "less "]
+    if found.alone is not None:
+        columns = [f"{host} alone", "memslot", "less", "memslot, reset", "less "]
     made = table("", *columns, numbers=tuple(columns))
-    rows: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
-        ("time per request, median", "median_us", duration),
-        ("time per request, 99 % within", "p99_us", duration),
-        ("page faults per request", "faults_per_request", lambda value: f"{value:.1f}"),
-        ("private memory per live instance", "private_bytes_per_instance", byte_size),
-    )
-    for label, what, shown in rows:
-        new, reset = shown(getattr(found.memslot, what)), shown(getattr(found.reset, what))
+    for label, name, shown in ROWS:
+        new, reset = (shown(getattr(side, name)) for side in (found.new, found.reset))
         cells = [new, reset]
-        if alone is not None:
-            less = [times(found.ratio(what)), times(found.ratio(what, reset=True))]
-            cells = [shown(getattr(alone, what)), new, less[0], reset, less[1]]
+        if found.new_ratios is not None and found.reset_ratios is not None:
+            alone = shown(getattr(found.alone, name))
+            less = [times(each.less[name]) for each in (found.new_ratios, found.reset_ratios)]
+            cells = [alone, new, less[0], reset, less[1]]
         made.add_row(label, *cells)
     output.show_table(title, made)
-    if found.outcome.output:
-        text = found.outcome.output[:SHOWN_OUTPUT].decode(errors="replace").rstrip()
-        more = len(found.outcome.output) - SHOWN_OUTPUT
+    if found.new_ratios is not None and found.reset_ratios is not None:
+        quartiles = [
+            f"{times(each.low)} to {times(each.high)}"
+            for each in (found.new_ratios.time, found.reset_ratios.time)
+        ]
         output.print(
-            f"The guest printed:\n{text}" + (f"\n... and {more} bytes more" if more > 0 else "")
+            f"In half of the rounds a request took {quartiles[0]} less time, and {quartiles[1]} on a reset one."
         )
+    show_printed(output, found.outcome.output)
     for note in found.notes:
         output.print(f"Note: {note}")
     output.print(conclusion(found))

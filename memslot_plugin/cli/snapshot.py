@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from typing import Any
 
 import click
 
-from memslot_plugin.cli.measure import written_values
+from memslot_plugin.cli.compare import written_values
 from memslot_plugin.cli.options import (
+    host_option,
     json_option,
     key_option,
+    read_host,
     read_key,
     read_settings,
     settings_options,
 )
-from memslot_plugin.cli.output import Output, byte_size, console, write_json
-from memslot_plugin.cli.run import SHOWN_OUTPUT, Steps
+from memslot_plugin.cli.output import (
+    Output,
+    byte_size,
+    console,
+    progress,
+    show_printed,
+    write_json,
+)
 from memslot_plugin.cli.source import (
     INITIALIZE,
     START,
@@ -25,26 +32,27 @@ from memslot_plugin.cli.source import (
     choose_invocation,
     prepare_source,
     read_source,
-    require_no_foreign_imports,
 )
-from memslot_plugin.errors import ArgumentError, RepeatedRandomness, SettingError
-from memslot_plugin.hosts import Guest, Wasi, open_host
+from memslot_plugin.errors import ArgumentError, RepeatedRandomness
+from memslot_plugin.hosts import Guest, open_host
 from memslot_plugin.memory.image import Image
 
 
 @click.command()
 @click.argument("file")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-@click.option("-o", "--output", "out", metavar="OUT", required=True, help="The file to write.")
+@click.option("-o", "--output", "out", metavar="OUT", required=True, help="Write this file.")
+@host_option
 @click.option(
-    "--host", "host_name", metavar="NAME", help="The runtime: auto (the default), wasmtime, wasmer."
+    "--init", metavar="NAME", help="Call this export without parameters to initialise it."
 )
-@click.option("--init", metavar="NAME", help="The export without parameters that initialises it.")
-@click.option("--call", "call", metavar="NAME", help="An export to call then, with the ARGUMENTS.")
+@click.option("--call", "call", metavar="NAME", help="Call this export then, with the ARGUMENTS.")
 @click.option(
-    "--reseed", metavar="NAME", help="The export that each instance calls to draw randomness anew."
+    "--reseed", metavar="NAME", help="Let each instance call this export to draw randomness anew."
 )
-@click.option("--code/--no-code", default=True, help="With the machine code, or without.")
+@click.option(
+    "--code/--no-code", default=True, help="Write the machine code, too, or leave it out."
+)
 @key_option
 @settings_options
 @json_option
@@ -74,36 +82,29 @@ def snapshot(
     memslot snapshot guest.wasm --init boot --call load 42 -o guest.memslot
     """  # noqa: D301  # click keeps the lines below a real backspace
     settings = read_settings(settings_file, changes)
-    host_name = host_name or settings.host
-    if host_name == "fake":
-        raise SettingError(
-            "the host fake runs Python functions instead of a guest's code; choose auto, wasmtime or wasmer"
-        )
+    host_name = read_host(host_name, settings)
     if call is None and arguments:
         raise ArgumentError(f"{' '.join(arguments)}: arguments are for --call, which is not given")
     key = read_key(key_file)
     source = read_source(file, key)
-    require_no_foreign_imports(source)
     calls = _calls(source, init, call, arguments)
-    wasi = (
-        Wasi(program=source.name, stdout="capture", stderr="inherit") if source.uses_wasi else None
-    )
+    wasi = source.wasi(stdout="capture")
     with (
-        Steps(Output(sys.stderr)) as steps,
+        progress() as say,
         open_host(host_name, settings=settings) as host,
         warnings.catch_warnings(record=True) as warned,
     ):
         warnings.simplefilter("always", RepeatedRandomness)
-        steps.say(f"preparing {source.name}")
+        say(f"preparing {source.name}")
         guest = prepare_source(source, host, wasi, key=key, reseed=reseed)
         with guest.instantiate() as instance:
             results = []
             for name, values in calls:
-                steps.say(f"calling {name}")
+                say(f"calling {name}")
                 results.append(list(written_values(instance.call(name, *values))))
             printed = instance.stdout
             taken = instance.snapshot()
-        steps.say(f"writing {out}")
+        say(f"writing {out}")
         written = taken.save(out, key=key, code=code)
         document = _document(
             taken,
@@ -182,8 +183,7 @@ def _show(output: Output, document: dict[str, Any]) -> None:
         output.print(
             f"called {each['function']}({', '.join(map(str, each['arguments']))}){answered}"
         )
-    if document["output"]:
-        output.print(f"The guest printed:\n{document['output'][:SHOWN_OUTPUT].rstrip()}")
+    show_printed(output, document["output"].encode())
     for image in document["images"]:
         output.print(
             f"memory {image['memory']}: {byte_size(image['memory_bytes'])},"

@@ -1,4 +1,4 @@
-"""The guest that a command line names: its bytes, what it exports, and which of that is called."""
+"""The guest that a command line names: its bytes, the functions it exports, and the call that a request makes."""
 
 from __future__ import annotations
 
@@ -7,71 +7,84 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from memslot_plugin import wasm
-from memslot_plugin.cli import example
-from memslot_plugin.cli.signatures import Signature, exported_functions, parse_arguments
-from memslot_plugin.errors import (
-    ArgumentError,
-    ExportNotFound,
-    InvalidModule,
-    LinkError,
-)
+from memslot_plugin.bench import baseline
+from memslot_plugin.errors import ArgumentError, ExportNotFound, InvalidModule, LinkError
 from memslot_plugin.files import container
 from memslot_plugin.files.container import Container
-from memslot_plugin.hosts import Guest, Host, Wasi, alone
+from memslot_plugin.hosts import Guest, Host, Wasi
 from memslot_plugin.hosts.saved import read_module, read_saved
-from memslot_plugin.hosts.wasi import MODULES
+from memslot_plugin.hosts.wasi import MODULES, Stream
+from memslot_plugin.wasm import FunctionType
+
+EXAMPLE = "example"
+"""The word that stands for the bundled guest where the command line wants a FILE."""
+
+EXAMPLE_MODULE = Path(__file__).with_name("example.wasm")
+"""The bundled guest, assembled from example.wat beside it."""
 
 START, INITIALIZE = "_start", "_initialize"
-"""What WASI calls a command's entry, and what must be called first in a guest that has none (a reactor)."""
+"""WASI's names for the entry of a command, and for the export that a reactor wants called first."""
+
+Arguments = tuple[int | float, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A guest as it was named and read; `functions` are its exported ones.
+    """A guest as it was named and read.
 
-    `saved` is what was read of a saved guest at `path`, `data` then the module in it.
+    `module` is None if the module is not understood; `functions` are the exported ones.  For a saved guest `saved` is
+    the container read from `path`, and `data` the module in it.
     """
 
     name: str
     data: bytes
     module: wasm.Module | None
-    functions: dict[str, Signature | None]
+    functions: dict[str, FunctionType | None]
     saved: Container | None = None
     path: str = ""
 
     @property
     def is_snapshot(self) -> bool:
-        """Whether it was saved after it had begun."""
+        """True if the guest was saved after it had begun."""
         return self.saved is not None and self.saved.about.is_snapshot
 
     @property
+    def imports(self) -> tuple[wasm.Import, ...]:
+        """Imports of the module, none if it is not understood."""
+        return () if self.module is None else self.module.imports
+
+    @property
     def uses_wasi(self) -> bool:
-        """Whether it imports anything from WASI; assumed of a module that is not understood here."""
-        return self.module is None or any(
-            each.name.module in MODULES for each in self.module.imports
-        )
+        """True if the guest imports anything from WASI, or is not understood."""
+        return self.module is None or any(each.name.module in MODULES for each in self.imports)
 
     @property
     def memory(self) -> str | None:
-        """The name under which it exports memory 0, if it does."""
+        """The name under which the guest exports memory 0, or None."""
         for export in () if self.module is None else self.module.exports:
             if export.kind is wasm.ExternKind.MEMORY and export.index == 0:
                 return export.name
         return None
 
+    def wasi(self, arguments: Sequence[str] = (), stdout: Stream = "inherit") -> Wasi | None:
+        """Return the WASI of the guest's instances, or None for a guest that uses none."""
+        if not self.uses_wasi:
+            return None
+        return Wasi(arguments=tuple(arguments), program=self.name, stdout=stdout, stderr="inherit")
+
 
 @dataclass(frozen=True, slots=True)
 class Invocation:
-    """What one request calls, in order, and what a WASI guest gets as its arguments."""
+    """The calls that one request makes, and the arguments of a WASI program."""
 
     function: str
-    arguments: tuple[int | float, ...]
+    arguments: Arguments
     initialize: bool
     program_arguments: tuple[str, ...]
 
     @property
-    def calls(self) -> tuple[tuple[str, tuple[int | float, ...]], ...]:
-        """The calls of a request: the function, and before it what a WASI reactor demands."""
+    def calls(self) -> tuple[tuple[str, Arguments], ...]:
+        """The calls in order: what a WASI reactor demands, then the function."""
         last = (self.function, self.arguments)
         return ((INITIALIZE, ()), last) if self.initialize else (last,)
 
@@ -81,14 +94,14 @@ class Invocation:
 
 
 def read_source(file: str | None, key: bytes | None = None) -> Source:
-    """The guest at `file`; without one, or where no file has that name, "example" is the bundled one.
+    """Read the guest at `file`, or the bundled one for None and for "example" if no file has that name.
 
-    Raises GuestNotFound, InvalidModule, InvalidContainer, and HostUnavailable for text that nobody
-    here can assemble.
+    Raises GuestNotFound, InvalidModule, InvalidContainer, and HostUnavailable for text without a runtime to assemble
+    it.
     """
     saved, path = None, ""
-    if file is None or (file == example.NAME and not Path(file).exists()):
-        name, data = example.NAME, example.module()
+    if file is None or (file == EXAMPLE and not Path(file).exists()):
+        name, data = EXAMPLE, EXAMPLE_MODULE.read_bytes()
     else:
         name, data = Path(file).name, _read(Path(file))
         if data.startswith(container.MAGIC):
@@ -101,7 +114,7 @@ def read_source(file: str | None, key: bytes | None = None) -> Source:
         return Source(name, data, None, {}, saved, path)
     except InvalidModule as error:
         raise InvalidModule(f"{name}: {error}") from None
-    return Source(name, data, module, exported_functions(module), saved, path)
+    return Source(name, data, module, wasm.exported_functions(module), saved, path)
 
 
 def _read(path: Path) -> bytes:
@@ -109,7 +122,7 @@ def _read(path: Path) -> bytes:
     if path.suffix != ".wat":
         return data
     try:
-        return alone.assemble(data.decode())
+        return baseline.assemble(data.decode())
     except UnicodeDecodeError:
         raise InvalidModule(f"{path} is not text in UTF-8, which a .wat file must be") from None
 
@@ -122,37 +135,29 @@ def prepare_source(
     key: bytes | None = None,
     reseed: str | None = None,
 ) -> Guest:
-    """The guest on this host: prepared, or loaded if it is a saved one."""
+    """Prepare the guest on this host, or load it if it is a saved one.
+
+    Raises LinkError for an import that the command line cannot give.
+    """
+    for each in source.imports:
+        if each.name.module not in MODULES:
+            raise LinkError(
+                f"{source.name} imports {each.name}, and the command line gives a guest nothing but WASI;"
+                " run it from Python, with imports="
+            )
     if source.saved is None:
         return host.prepare(source.data, name=source.name, wasi=wasi, reseed=reseed)
     return host.load(source.path, name=source.name, wasi=wasi, key=key, reseed=reseed)
 
 
-def require_no_foreign_imports(source: Source) -> None:
-    """Raise LinkError if the guest imports what a command line cannot give."""
-    foreign = [
-        str(each.name)
-        for each in (() if source.module is None else source.module.imports)
-        if each.name.module not in MODULES
-    ]
-    if foreign:
-        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
-        raise LinkError(
-            f"{source.name} imports {foreign[0]}{more}, and the command line gives a guest nothing but WASI;"
-            " run it from Python, with imports="
-        )
-
-
 def choose_invocation(source: Source, function: str | None, words: Sequence[str]) -> Invocation:
-    """What to call: `function`, else `_start`, else the first export without parameters.
+    """Choose the function to call: `function`, else `_start`, else the first export without parameters.
 
     `words` are the function's arguments, or those of a WASI program.  Raises ExportNotFound, ArgumentError.
     """
     if function is None:
         function = _default(source)
-    elif source.module is None:
-        pass  # the runtime knows what it exports
-    elif function not in source.functions:
+    elif source.module is not None and function not in source.functions:
         raise ExportNotFound(
             f"{source.name} exports no function {function!r}; it exports {_listed(source)}"
         )
@@ -170,7 +175,7 @@ def choose_invocation(source: Source, function: str | None, words: Sequence[str]
     if source.module is None and not words:
         return Invocation(function, (), initialize=False, program_arguments=())
     arguments = parse_arguments(function, source.functions.get(function), words)
-    return Invocation(function, tuple(arguments), initialize, ())
+    return Invocation(function, arguments, initialize, ())
 
 
 def _default(source: Source) -> str:
@@ -178,7 +183,7 @@ def _default(source: Source) -> str:
         return START
     if source.module is None:
         raise ExportNotFound(
-            f"what {source.name} exports is not understood here; choose a function with --invoke"
+            f"the exports of {source.name} are not understood here; choose a function with --invoke"
         )
     for name, signature in source.functions.items():
         if signature is not None and not signature.parameters and not name.startswith("_"):
@@ -190,7 +195,42 @@ def _default(source: Source) -> str:
 
 
 def _listed(source: Source) -> str:
-    """The functions with their types, the first ones if they are many."""
+    """Name the first functions with their types."""
     shown = [f"{name}{signature or ''}" for name, signature in list(source.functions.items())[:20]]
     more = len(source.functions) - len(shown)
     return ("; ".join(shown) or "no function") + (f"; and {more} more" if more > 0 else "")
+
+
+def parse_arguments(name: str, signature: FunctionType | None, words: Sequence[str]) -> Arguments:
+    """Read words as arguments of the function `name`; raises ArgumentError."""
+    if signature is None:
+        raise ArgumentError(
+            f"the type of {name} is not understood here, so it cannot be called from the command line"
+        )
+    if len(words) != len(signature.parameters):
+        raise ArgumentError(
+            f"{name}{signature} takes {len(signature.parameters)} arguments and {len(words)} are given"
+        )
+    return tuple(
+        _parse(name, place, kind, word)
+        for place, (kind, word) in enumerate(zip(signature.parameters, words, strict=True), start=1)
+    )
+
+
+def _parse(name: str, place: int, kind: str, word: str) -> int | float:
+    try:
+        if kind in ("f32", "f64"):
+            return float(word)
+        if kind in ("i32", "i64"):
+            bits = int(kind[1:])
+            value = int(word, 0)
+            if not -(1 << (bits - 1)) <= value < 1 << bits:
+                raise ValueError
+            return value - (1 << bits) if value >> (bits - 1) > 0 else value
+    except ValueError:
+        raise ArgumentError(
+            f"argument {place} of {name} is an {kind}, which {word!r} is not"
+        ) from None
+    raise ArgumentError(
+        f"argument {place} of {name} is of type {kind}, which the command line cannot write; call it from Python"
+    )

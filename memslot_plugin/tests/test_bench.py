@@ -20,6 +20,7 @@ from memslot_plugin._core import lib
 from memslot_plugin.bench import (
     FAMILIES,
     Bench,
+    baseline,
     cycle,
     grids,
     plot,
@@ -32,7 +33,7 @@ from memslot_plugin.bench import results as r
 from memslot_plugin.bench.memory import Guestless, Pages, guestless, image_of, strategy
 from memslot_plugin.cli import main
 from memslot_plugin.errors import MemslotError
-from memslot_plugin.hosts import alone, open_host
+from memslot_plugin.hosts import open_host
 from memslot_plugin.memory.probe import probe
 from memslot_plugin.tests.hosts import INSTALLED as HOSTS
 
@@ -71,9 +72,7 @@ def content(guest: Guestless) -> list[bytes]:
 @pytest.mark.parametrize("how", ["pagemap", "madvise", "auto", "copy"])
 def test_floor_and_reset_restore_the_pages_that_were_written(guest: Guestless, how: str) -> None:
     pristine, pages = content(guest), Pages.spread(16, MIB)
-    floors = {"madvise": guest.floor_by_madvise, "copy": lambda: guest.floor_by_copy(pages)}
-    floor = floors.get(how, lambda: guest.floor_by_pagemap(pages))
-    for restore in (floor, lambda: guest.reset(strategy(how))):
+    for restore in (lambda: guest.floor(how, pages), lambda: guest.reset(strategy(how))):
         before = pristine
         for _ in range(2):  # other bytes each time
             pages.write(guest.slot.base)
@@ -114,8 +113,8 @@ def test_claim_holds_up_to_its_limit() -> None:
 def test_numbers_are_written_for_people() -> None:
     shown = [r.times(number) for number in (0.9, 1.066, 12.34, 1234)]
     assert shown == ["0.90x", "1.07x", "12.3x", "1,234x"]
-    assert r.claimed(r.Claim("", 371.0, 500.0, kind="nanoseconds")) == "0.37 us"
-    assert r.claimed(r.Claim("", 2.004, 4.0, kind="count")) == "2"
+    assert r.claimed(r.Claim("", 0, 0, kind="nanoseconds"), 371.0) == "0.37 us"
+    assert r.claimed(r.Claim("", 0, 0, kind="count"), 2.004) == "2"
 
 
 RESET = {"strategy": "auto", "MiB": 1, "read": "300 pages", "pages written": 16}
@@ -156,7 +155,7 @@ def row(ratio: float, cost: float, labels: dict[str, Any]) -> r.Row:
 
 def claims_about(name: str, rows: list[r.Row]) -> tuple[r.Claim, ...]:
     family = FAMILIES[name]
-    return tuple((family.over_the_floor if name == "reset" else family.claims)(rows))
+    return tuple(family.claims(rows))
 
 
 @pytest.mark.parametrize("case", MADE, ids=lambda case: f"{case[0]}: {[*case[3].values()]}")
@@ -248,7 +247,7 @@ PEERS = {f"{host} alone" for host in HOSTS}
 if "wasmtime" in HOSTS:
     PEERS |= {"its pool, the better", *(["extism"] if importlib.util.find_spec("extism") else [])}
 
-RESETS, ALL = {"madvise", "pagemap", "auto", "copy"}, set(cycle.WORKLOADS)
+RESETS, ALL = {"madvise", "pagemap", "auto", "copy"}, {*cycle.WORKLOADS, cycle.TWO_GUESTS}
 BYTES_AND_MAPPINGS = {"QUICK_INSTANCES": 2, "chosen": lambda _: (HOSTS[:1], [])}
 QUICK_RESET = {"QUICK_IMAGES": (1, 2), "QUICK_DIRTY": (0, 1), "COPIED": 1}
 QUICK_CYCLE = {"QUICK_WRITTEN": (64,), "GUEST": 4 * MIB, "BLOCK": 2, "SHORT_BLOCK": 2}
@@ -282,7 +281,7 @@ def test_family_scaling_adds_threads_and_processes(measured: Measure) -> None:
     threads = {bench.scaling.THREADS} if "wasmtime" in HOSTS else set()
     assert values(family, "two") == {bench.scaling.MACHINE, bench.scaling.FORK, *threads}
     with image_of(bench.scaling.GUEST) as image:
-        assert bench.scaling._spawned(image, 1, 0.01) > 0
+        assert bench.scaling._processes(image, "spawn")(1, 0.01) > 0
 
 
 GUEST = """(module (import "rb-js-abi-host" "eval" (func)) (memory (export "memory") 1)
@@ -306,7 +305,7 @@ GUEST = """(module (import "rb-js-abi-host" "eval" (func)) (memory (export "memo
 def test_family_snapshot_measures_the_guests_of_a_folder_and_names_the_others(
     measured: Measure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    module = alone.assemble(GUEST)
+    module = baseline.assemble(GUEST)
     (tmp_path / "my-ruby.wasm").write_bytes(module)
     (tmp_path / "lodash.min.js").write_text("var _")
     # The installed package: found, and not imported.
@@ -328,7 +327,7 @@ def test_family_snapshot_measures_the_guests_of_a_folder_and_names_the_others(
 
 @needs_a_runtime
 def test_real_guest_that_fails_is_an_error() -> None:
-    module = alone.assemble(GUEST)
+    module = baseline.assemble(GUEST)
     imports = ruby.imports(module)
     with pytest.raises(RuntimeError, match="there is no JavaScript here, and eval was called"):
         imports["rb-js-abi-host"]["eval"]()

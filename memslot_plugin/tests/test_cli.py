@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
@@ -14,14 +15,15 @@ import pytest
 from click.testing import CliRunner
 
 import memslot_plugin
-from memslot_plugin import wasm
-from memslot_plugin.cli import example, main, measure
+from memslot_plugin.bench import baseline
+from memslot_plugin.cli import compare, main
 from memslot_plugin.cli.compare import _blocks
+from memslot_plugin.cli.doctor import EXAMPLE_ANSWER
 from memslot_plugin.cli.output import Output, byte_size, duration, times
-from memslot_plugin.cli.signatures import Signature, exported_functions, parse_arguments
+from memslot_plugin.cli.source import EXAMPLE_MODULE, parse_arguments
 from memslot_plugin.errors import ArgumentError
-from memslot_plugin.hosts import alone
 from memslot_plugin.tests import hosts, installed
+from memslot_plugin.wasm import FunctionType
 
 MIB = 1 << 20
 on_each_host = pytest.mark.parametrize("host", hosts.RUNTIMES)
@@ -49,7 +51,7 @@ REACTOR = """(module (memory (export "memory") 1)
 def memslot(*words):
     """The command in this process, at a wide terminal; it holds few instances, each of which reads all of smaps."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "MOST_INSTANCES", 2)
+        patch.setattr(compare, "MOST_INSTANCES", 2)
         return CliRunner(env={"COLUMNS": "200"}).invoke(main, [str(word) for word in words])
 
 
@@ -88,11 +90,29 @@ def guest(tmp_path):
     return path
 
 
+def smallest_factors(limit):
+    found = list(range(limit))
+    for factor in reversed(range(2, 725)):
+        found[factor * factor :: factor] = [factor] * len(found[factor * factor :: factor])
+    return found
+
+
+@on_each_host
+def test_example_is_its_text_assembled_and_its_table_is_right(host):
+    text = EXAMPLE_MODULE.with_suffix(".wat").read_text()
+    assert importlib.import_module(host).wat2wasm(text) == EXAMPLE_MODULE.read_bytes()
+    runtime = baseline.RUNTIMES[host](EXAMPLE_MODULE.read_bytes())
+    memory = runtime.read_memory(runtime.instantiate(), "memory", 1 << 23) or b""
+    primes = memoryview(memory)[0x80000:0x80100].cast("H")
+    table = [n if each == 35 else primes[each - 36] for n, each in enumerate(memory[:0x80000])]
+    assert table[2:] == smallest_factors(1 << 19)[2:]
+
+
 @on_each_host
 def test_example_answers_less_where_an_earlier_request_left_its_traces(host):
-    runtime = alone.KNOWN[host](example.module(), None)
+    runtime = baseline.RUNTIMES[host](EXAMPLE_MODULE.read_bytes())
     instance = runtime.instantiate()
-    assert runtime.call(instance, "demo", ()) == example.DEMO_ANSWER
+    assert runtime.call(instance, "demo", ()) == EXAMPLE_ANSWER
     twos = sum((n & -n).bit_length() - 1 for n in range(360360, 360380))
     assert runtime.call(instance, "times", (2,)) == twos
     assert runtime.call(instance, "demo", ()) == 0
@@ -108,8 +128,8 @@ def test_numbers_and_widths_are_for_people_and_percentiles_and_blocks_exact(monk
     monkeypatch.delenv("COLUMNS", raising=False)
     assert Output(io.StringIO()).width == 120
 
-    assert measure.Samples([1000 * n for n in range(1, 101)]).p99_us() == 99
-    assert measure.Samples([7000]).p99_us() == 7
+    assert compare.percentile(list(range(1, 101)), 99) == 99
+    assert compare.percentile([7], 99) == 7
     assert all(sum(_blocks(requests)) == requests for requests in (1, 9, 10, 19, 199, 1001))
 
 
@@ -123,18 +143,15 @@ def test_words_become_arguments_of_their_type_or_are_refused():
         ("f32", "1.5", 1.5),
         ("f64", "inf", float("inf")),
     ):
-        assert parse_arguments("f", Signature((kind,), ()), [word]) == [value], word
+        assert parse_arguments("f", FunctionType((kind,), ()), [word]) == (value,), word
     refused = "i32 4294967296, i32 -2147483649, i32 1.5, i64 x, f64 one, v128 1, (ref null func) 0"
     for text in refused.split(", "):
         kind, _, word = text.rpartition(" ")
         with pytest.raises(ArgumentError, match="argument 1 of f is"):
-            parse_arguments("f", Signature((kind,), ()), [word])
+            parse_arguments("f", FunctionType((kind,), ()), [word])
 
 
-def test_type_that_is_not_understood_leaves_the_signature_unknown():
-    # A type section with a struct type (0x5f), one function of type 0, exported as f.
-    data = bytes.fromhex("0061736d01000000 0103015f00 03020100 07050101660000 0a040102000b")
-    assert exported_functions(wasm.parse(data)) == {"f": None}
+def test_function_of_unknown_type_is_refused():
     with pytest.raises(ArgumentError, match="not understood"):
         parse_arguments("f", None, ["1"])
 
@@ -195,8 +212,9 @@ def test_inspect_shows_memories_segments_and_images_as_on_each_host():
     assert set(found["hosts"]) == {"wasmtime", "wasmer"}
     for kind, verdict in found["hosts"].items():
         (image,), name = verdict["images"], verdict["report"]["import_name"]
-        assert (image["stored_bytes"], image["start"], image["end"]) == (MIB, 0, MIB)
-        assert image["extents"] == [{"offset": 0, "length": MIB, "file_offset": 0}]
+        size = -(-0x80100 // PAGE) * PAGE  # the table and the primes
+        assert (image["stored_bytes"], image["start"], image["end"]) == (size, 0, size)
+        assert image["extents"] == [{"offset": 0, "length": size, "file_offset": 0}]
         assert name == ("memslot.memory" if kind == "wasmer" else None)
 
 
@@ -315,7 +333,7 @@ def run_of(host, *words, exit_code=0):
 def test_run_compares_the_example_with_the_runtime_alone(host):
     found = run_of(host)
     assert (found["guest"], found["host"], found["invoke"]) == ("example", host, "demo")
-    assert (found["requests"], found["result"]) == (3, [example.DEMO_ANSWER])
+    assert (found["requests"], found["result"]) == (3, [EXAMPLE_ANSWER])
     assert (found["same_result"], found["differences"]) == (True, [])
     costs = {"median_us", "p99_us", "faults_per_request", "private_bytes_per_instance"}
     for side in ("memslot", "reset", "alone"):
@@ -394,7 +412,7 @@ def test_guest_that_answers_at_random_is_not_called_different(host, guest):
 
 @on_each_host
 def test_result_memory_or_trap_on_one_side_only_is_a_difference(host, monkeypatch):
-    runtime = alone.KNOWN[host]
+    runtime = baseline.RUNTIMES[host]
     called = runtime.call
     monkeypatch.setattr(runtime, "call", lambda *arguments: called(*arguments) + 1)
     shown = shown_by("run", "--host", host, "--requests", 3, exit_code=1)
@@ -462,14 +480,14 @@ def test_unexpected_error_keeps_its_traceback(monkeypatch):
 
 INTERRUPT = """
 import os, signal, sys, threading
-from memslot_plugin.cli import interrupt, main, measure
+from memslot_plugin.cli import compare, interrupt, main
 interrupt.GRACE_SECONDS = 0.1
-observe = measure.observe
+observe = compare.observe
 def interrupted(side):
-    measure.observe = observe
+    compare.observe = observe
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
     return observe(side)
-measure.observe = interrupted
+compare.observe = interrupted
 main(["run", *sys.argv[1:]], prog_name="memslot")
 """
 

@@ -14,8 +14,7 @@ from click.testing import CliRunner
 import memslot_plugin as memslot
 from memslot_plugin import errors
 from memslot_plugin.cli import main
-from memslot_plugin.cli.output import Output
-from memslot_plugin.cli.run import Steps
+from memslot_plugin.cli.output import progress
 from memslot_plugin.errors import printable
 from memslot_plugin.tests import hosts
 from memslot_plugin.wasm import binary as wasm
@@ -122,8 +121,8 @@ def test_commands_print_names_escaped(tmp_path: Path) -> None:
     assert r"\x1b[31mred\x07 CRITICAL" in shown.output
     assert not {"\x1b", "\x07", "\r"} & set(shown.output)
     screen = Terminal()
-    with Steps(Output(screen)) as steps:
-        steps.say(f"{EVIL} [bold]")
+    with progress(screen) as say:
+        say(f"{EVIL} [bold]")
     assert r"\x1b[31mred" in screen.getvalue()
     assert "[bold]" in screen.getvalue()
     assert "\x1b[31m" not in screen.getvalue()

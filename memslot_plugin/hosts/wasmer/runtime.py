@@ -28,11 +28,11 @@ from memslot_plugin.errors import (
 )
 from memslot_plugin.guest.plan import MemoryPlan
 from memslot_plugin.hosts import saved
-from memslot_plugin.hosts.alone import runtime_version
 from memslot_plugin.hosts.guest import Guest
 from memslot_plugin.hosts.host import Host
 from memslot_plugin.hosts.live import Binding, Live, ended
 from memslot_plugin.hosts.memory import WASM_PAGE
+from memslot_plugin.hosts.versions import installed_version
 from memslot_plugin.hosts.wasmer import state as wasmer_state
 from memslot_plugin.hosts.wasmer.errors import (
     VALUE_ERRORS,
@@ -110,7 +110,7 @@ class WasmerHost(Host):
 
     def _code_key(self, guest: Guest) -> str | None:
         # wasmer compiles for the very processor that it runs on, and does not look when it loads.
-        return f"wasmer {runtime_version(self.name)}, {saved.machine()}"
+        return f"wasmer {installed_version(self.name)}, {saved.machine()}"
 
     def _serialise(self, guest: Guest) -> bytes:
         compiled: Compiled = guest.compiled

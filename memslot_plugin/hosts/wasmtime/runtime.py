@@ -34,10 +34,10 @@ from memslot_plugin.errors import (
 )
 from memslot_plugin.guest import plan as guests
 from memslot_plugin.guest.plan import MOST_GLOBALS
-from memslot_plugin.hosts.alone import runtime_version
 from memslot_plugin.hosts.guest import Guest
 from memslot_plugin.hosts.host import Host, HostStatistics
 from memslot_plugin.hosts.live import Binding, Live
+from memslot_plugin.hosts.versions import installed_version
 from memslot_plugin.hosts.wasi import Wasi
 from memslot_plugin.hosts.wasmtime.bridge import HOSTS, address_of, bind, drop_functions, wasmtime
 from memslot_plugin.hosts.wasmtime.errors import (
@@ -313,7 +313,7 @@ class WasmtimeHost(Host):
         )
         if guest.plan.native is not None:
             engine = "its own memories"
-        return f"wasmtime {runtime_version(self.name)}, {platform.machine()}, {engine}"
+        return f"wasmtime {installed_version(self.name)}, {platform.machine()}, {engine}"
 
     def _serialise(self, guest: Guest) -> bytes:
         compiled: Compiled = guest.compiled
