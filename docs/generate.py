@@ -17,7 +17,8 @@ import re
 import sys
 from pathlib import Path
 
-from memslot_hooks.docs import hooks_page
+from hooks_page import hooks_page
+
 from memslot_plugin.bench import report
 from memslot_plugin.bench.results import Run
 from memslot_plugin.settings import fields

@@ -90,18 +90,16 @@ def test_forked_child_uses_wasi(real_cell: Cell, quickjs: bytes) -> None:
 
 
 @every_fork
-@pytest.mark.parametrize("whose", ["pool", "plugins"])
 def test_fork_while_another_thread_has_a_lock_serves_and_closes(
-    plain_cell: Cell, whose: str, fork: Fork
+    plain_cell: Cell, fork: Fork
 ) -> None:
     with plain_cell.serving(slots=3) as host:
         guest = host.prepare(toy.A)
         serve(host, guest)
-        holder = cells.pool(host) if whose == "pool" else host.plugins
         locked, done = threading.Event(), threading.Event()
 
         def hold() -> None:
-            with holder._lock:
+            with cells.pool(host)._lock:
                 locked.set()
                 done.wait()
 

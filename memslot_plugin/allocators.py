@@ -98,6 +98,14 @@ class PoolAllocator:
         return True
 
     @hookimpl
+    def memslot_memory_grown(self, memory: LinearMemory, byte_size: int) -> None:
+        # A slot over a runtime's own mapping has not granted the growth: record the new size.
+        if memory.mapping is not None:
+            slot = self._slot_of(memory)
+            if slot is not None:
+                slot.grow(byte_size)
+
+    @hookimpl
     def memslot_reset_memory(self, memory: LinearMemory) -> ResetResult | None:
         # What _slot_of says, without the call: this is in the path of every request.
         if memory.owner is not self or self.pool is None or not isinstance(memory, SlotMemory):
@@ -113,7 +121,7 @@ class PoolAllocator:
             return None
         slot = memory.slot or self._released(memory)
         memory.slot = None
-        # The host's word about growth counts, for a plugin asked before us may have kept the report to itself.
+        # Compare memory.byte_size too: the host records a growth there before any plugin hears of it.
         # A runtime's own objects reach its mapping for as long as they live, so an exposed one has no other tenant.
         retire = slot.mapping is not None and (
             memory.exposed

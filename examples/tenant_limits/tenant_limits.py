@@ -1,7 +1,8 @@
 """A third-party plugin: logs and limits each tenant's growth, and counts what each was given.
 
 It owns no memory: it is asked first, answers False to refuse, and None to let the owner decide.
-Limits are bytes per memory in the environment, `*` for everybody who is not named:
+A runtime that grows memories by itself, such as wasmer, does not ask; there the plugin logs a growth
+over the limit.  Limits are bytes per memory in the environment, `*` for tenants that are not named:
 
     TENANT_LIMITS="ann=1048576,bob=131072,*=65536"
 """
@@ -49,13 +50,19 @@ class TenantLimits:
 
     @hookimpl(tryfirst=True)
     def memslot_grow_memory(self, memory: LinearMemory, byte_size: int) -> bool | None:
-        tenant = memory.request.tenant or "*"
-        limit = self.limits.get(tenant, self.limits.get("*"))
+        tenant, limit = self._limit_of(memory)
         if limit is None or byte_size <= limit:
             log.info("%s grows from %d to %d bytes", tenant, memory.byte_size, byte_size)
             return None
-        if memory.request.growth == "report":
-            log.warning("%s grew to %d bytes, over %d, before we knew", tenant, byte_size, limit)
-        else:
-            log.warning("%s may not grow to %d bytes: the limit is %d", tenant, byte_size, limit)
+        log.warning("%s may not grow to %d bytes: the limit is %d", tenant, byte_size, limit)
         return False
+
+    @hookimpl
+    def memslot_memory_grown(self, memory: LinearMemory, byte_size: int) -> None:
+        tenant, limit = self._limit_of(memory)
+        if limit is not None and byte_size > limit:
+            log.warning("%s grew to %d bytes by itself: the limit is %d", tenant, byte_size, limit)
+
+    def _limit_of(self, memory: LinearMemory) -> tuple[str, int | None]:
+        tenant = memory.request.tenant or "*"
+        return tenant, self.limits.get(tenant, self.limits.get("*"))

@@ -1,7 +1,4 @@
-"""What hosts and plugin authors import: the markers, the specifications and the types they speak.
-
-Depends on pluggy alone.
-"""
+"""Markers, hook specifications and their types, for hosts and plugin authors; needs pluggy alone."""
 
 from memslot_hooks.specs import (
     DECIDING,
@@ -9,6 +6,7 @@ from memslot_hooks.specs import (
     HOOKS,
     LIFECYCLE,
     PROJECT,
+    RAISING,
     WATCHING,
     MemslotSpecs,
     hookimpl,
@@ -35,6 +33,7 @@ __all__ = [
     "HOOKS",
     "LIFECYCLE",
     "PROJECT",
+    "RAISING",
     "RETIRED",
     "WATCHING",
     "Answer",

@@ -1,11 +1,11 @@
 """The hook specifications: one typed method per hook, in the order in which a host calls them.
 
-A plugin is a module, an object or a class (instantiated once per host, without arguments) whose
-functions bear the names below and the `hookimpl` marker; it may leave out arguments that it does
-not need.  *Lifecycle* hooks are called on every plugin.  *Deciding* hooks (`firstresult`) are asked
-in pluggy's order until one plugin answers something other than None.  *Watching* hooks tell
-everybody, and cost nothing while nobody implements them; what they raise is logged, but for
-`memslot_instance_restored`.
+A plugin is a module, an object or a class (instantiated once per host, without arguments).  Its
+functions have the names below and the `hookimpl` marker, and may leave out arguments.  *Lifecycle*
+hooks are called on every plugin.  *Deciding* hooks (`firstresult`) are asked in pluggy's order until
+a plugin answers something other than None; the body of the specification is the answer when all
+plugins are silent.  *Watching* hooks notify every plugin and cost nothing without an implementation;
+their exceptions are logged, except those of `memslot_instance_restored`.
 
 The examples share these lines:
 
@@ -14,7 +14,7 @@ The examples share these lines:
 ...     ResetResult, Segment, hookimpl,
 ... )
 >>> from memslot_plugin.plugins import Plugins
->>> plugins = Plugins(entry_points=False)  # what a host holds; no installed plugin, for clarity
+>>> plugins = Plugins(entry_points=False)  # the plugins of a host, here without installed ones
 >>> request = MemoryRequest(
 ...     minimum=65536, maximum=None, reserved=2**32, guard=2**25, image=None,
 ...     guest_id="echo", memory_index=0, host="fake", tenant="ann",
@@ -41,22 +41,24 @@ if TYPE_CHECKING:
     )
 
 PROJECT = "memslot"
-"""The one name of the markers, of the plugin manager and of the entry-point group."""
+"""The name of the markers, of the plugin manager and of the entry-point group."""
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
 
 class MemslotSpecs:
-    """What hosts call and plugins implement."""
+    """Hooks that hosts call and plugins implement."""
 
     @hookspec
     def memslot_register_hosts(self) -> Mapping[str, Callable[..., Any]]:
-        """Name the hosts that this plugin adds, each with the factory that opens it.
+        """Return the hosts that this plugin adds: each name with the factory that opens the host.
 
-        Every plugin is asked and the answers are merged.  The factory is called with what
-        `open_host` was called with.  A name that two plugins register is a `PluginError` that
-        names both.
+        Every plugin is asked and the answers are merged; memslot registers its own hosts by this
+        hook.  The factory is called with the settings, with `plugins=` for `Host`, and with the other
+        keyword arguments of `open_host`.  It may have a method `unavailable()` that returns the
+        reason why the host cannot be opened here, or None.  A name that two plugins register is a
+        `PluginError` that names both.
 
         >>> class Runtime:
         ...     @hookimpl
@@ -71,11 +73,10 @@ class MemslotSpecs:
 
     @hookspec
     def memslot_describe(self) -> Answer:
-        """Say whether this plugin will answer requests on this machine, and why.
+        """Return an `Answer`: true if this plugin will answer requests on this machine, and why.
 
-        Asked by `memslot doctor`, also before any host was opened, so it probes rather than
-        remembers.  An exception becomes an `Answer` that does not answer, with the exception as its
-        reason.
+        `memslot doctor` asks, also before a host is open; so probe, and do not rely on earlier calls.
+        An exception becomes an `Answer` that is false, with the exception as its reason.
 
         >>> class Broken:
         ...     @hookimpl
@@ -90,12 +91,12 @@ class MemslotSpecs:
 
     @hookspec
     def memslot_open_host(self, host: str, settings: Any) -> None:
-        """Get ready for the host of that name, before its first memory.
+        """Prepare for the host of that name, before its first memory.
 
         `settings` is the host's `memslot_plugin.settings.Settings` (sizes in bytes, durations in
-        seconds).  An exception keeps the host from opening: every plugin then hears
-        `memslot_close_host`, and the caller of `open_host` sees the exception as it is.  A plugin
-        that is registered while a host is open hears this at once.
+        seconds).  An exception keeps the host from opening: `memslot_close_host` is called on every
+        plugin, and the exception reaches the caller of `open_host` unchanged.  On a plugin that is
+        registered later this is called at once for each open host.
 
         >>> class Greeter:
         ...     @hookimpl
@@ -109,13 +110,13 @@ class MemslotSpecs:
 
     @hookspec(firstresult=True)
     def memslot_build_image(self, content: InitialContent) -> Image | None:
-        """Turn the initial contents of one memory into this plugin's kind of image.
+        """Build this plugin's kind of image from the initial contents of one memory.
 
-        Sizes and offsets of `content` are bytes.  Called once per guest and memory.  A segment's
-        `backing` is a file that may be mapped instead of copying its bytes, and the content's `memory`
-        the live memory of a snapshot, of which a plugin may keep only what differs.  None means
-        "not mine"; when nobody answers, the guest has no image and its memory is initialised the
-        ordinary way.  An answer that lacks part of the `Image` protocol is a `PluginError`.
+        Called once per guest and memory; sizes and offsets of `content` are bytes.  A segment's
+        `backing` is a file that may be mapped instead of copying its bytes.  The content's `memory`
+        is the live memory of a snapshot, of which an image may store only what differs.  None means
+        "not mine".  If all plugins are silent, the guest has no image and the runtime initialises its
+        memory.  An answer that lacks part of the `Image` protocol is a `PluginError`.
 
         >>> class AllZeros:
         ...     kind, byte_size, extents = "zeros", 0, ()
@@ -134,10 +135,10 @@ class MemslotSpecs:
 
     @hookspec
     def memslot_guest_prepared(self, guest_id: str, report: Any) -> None:
-        """Hear that a guest is ready, and what was rewritten or left alone and why.
+        """Note that a guest is ready; `report` says what was rewritten or left alone, and why.
 
-        `report` is the record that `memslot inspect` prints.  Told once per `prepare`, after the
-        images were built.  An exception is logged and changes nothing for the guest.
+        Called once per `prepare`, after the images are built.  `report` is the record that
+        `memslot inspect` prints.  An exception is logged and changes nothing for the guest.
 
         >>> class Journal:
         ...     @hookimpl
@@ -151,15 +152,15 @@ class MemslotSpecs:
 
     @hookspec(firstresult=True)
     def memslot_create_memory(self, request: MemoryRequest) -> LinearMemory | None:
-        """Hand out a linear memory that holds the request's image over zeros.
+        """Lease a linear memory that holds the request's image over zeros.
 
         All sizes are bytes, `base` is an address.  `[base, base + minimum)` must be accessible, and
         an access to the rest of `reserved + guard` must fault.  A request whose `minimum` and
-        `maximum` are 0 is for a memory that the runtime makes itself: no byte of the answer is
-        used, but it counts until it is released, so that a limit holds for that guest as well.
-        None means "not mine".  Raise `PoolExhausted` when every slot is in use: the host tells
-        `memslot_pool_exhausted` and then its caller.  When nobody answers, or an answer is no
-        `LinearMemory`, the host raises a `PluginError` that names the plugins which were asked.
+        `maximum` are 0 is for a memory that the runtime makes itself.  No byte of the answer is used
+        then, but it counts until it is released, so that limits hold for that guest as well.  None
+        means "not mine".  Raise `PoolExhausted` if every slot is in use: the host then calls
+        `memslot_pool_exhausted` and raises it to its caller.  If all plugins are silent, or the
+        answer is no `LinearMemory`, the host raises a `PluginError` that names the plugins.
 
         >>> class Shelf:
         ...     @hookimpl
@@ -171,14 +172,15 @@ class MemslotSpecs:
         >>> plugins.armed.create_memory(request)
         <LinearMemory 65536 bytes at 0x7f0000000000 for echo[0]>
         """
+        raise NotImplementedError
 
     @hookspec(firstresult=True)
     def memslot_warm_memory(self, request: MemoryRequest, count: int) -> int | None:
-        """Make up to `count` unused memories ready for this request before it comes; how many are.
+        """Prepare up to `count` unused memories for this request and return how many are ready.
 
-        Nothing is handed out and no byte changes: images are laid and the pages that the guest
-        usually writes are made resident.  None means "not mine", and when nobody answers it is 0.
-        Raise `SystemCallError` when the kernel refuses.
+        Nothing is leased and no byte changes: images are mapped, and pages that the guest usually
+        writes become resident.  None means "not mine"; if all plugins are silent, the answer is 0.
+        Raise `SystemCallError` if the kernel refuses.
 
         >>> class Stove:
         ...     @hookimpl
@@ -189,18 +191,19 @@ class MemslotSpecs:
         >>> plugins.armed.warm_memory(request, 8)
         2
         """
+        return 0
 
     @hookspec
     def memslot_memory_created(self, memory: LinearMemory) -> None:
-        """Hear that a memory was handed out, before the guest's first instruction.
+        """Note that a memory was leased, before the guest's first instruction.
 
-        Sizes of `memory` are bytes.  An exception is logged and the memory stays handed out.
+        Sizes of `memory` are bytes.  An exception is logged and the memory stays leased.
 
         >>> class Census:
         ...     @hookimpl
         ...     def memslot_memory_created(self, memory):
         ...         print(memory.request.tenant, memory.byte_size)
-        >>> plugins.armed.memory_created is None  # while nobody watches
+        >>> plugins.armed.memory_created is None  # without a watcher
         True
         >>> plugins.register(Census())
         'Census'
@@ -210,10 +213,10 @@ class MemslotSpecs:
 
     @hookspec
     def memslot_pool_exhausted(self, request: MemoryRequest, limit: int, in_use: int) -> None:
-        """Hear that a request found every slot leased: `in_use` of `limit` slots.
+        """Note that a request found every slot leased: `in_use` of `limit` slots.
 
-        Told by the host once per refused request, after `request.wait_timeout` seconds have passed
-        and before the caller sees `PoolExhausted`.  An exception is logged.
+        Called once per refused request, after `request.wait_timeout` seconds and before the caller
+        gets `PoolExhausted`.  An exception is logged.
 
         >>> class Pager:
         ...     @hookimpl
@@ -227,15 +230,16 @@ class MemslotSpecs:
 
     @hookspec(firstresult=True)
     def memslot_grow_memory(self, memory: LinearMemory, byte_size: int) -> bool | None:
-        """Make `[0, byte_size)` accessible and answer True, or refuse with False.
+        """Make `[0, byte_size)` accessible and return True, or return False to refuse the growth.
 
-        `byte_size` is the new size of the whole memory in bytes; `memory.byte_size` still is the
-        old one, and the host updates it after True.  None means "not mine"; no answer is a refusal,
-        which the guest sees as a `memory.grow` of -1.  A plugin that limits without owning memories
-        is `tryfirst` and answers False or None.
+        Called before the growth.  `byte_size` is the new size of the whole memory in bytes;
+        `memory.byte_size` is the old one, and the host updates it after True.  None means "not mine".
+        If all plugins are silent, the growth is refused.  The guest gets -1 from a refused
+        `memory.grow`.  A plugin that limits memories without owning them is `tryfirst` and answers
+        False or None.
 
-        Where `memory.request.growth` is "report" the runtime has grown the memory already: a False
-        cannot undo that.
+        A host whose runtime grows memories by itself (`memory.request.growth` is "report") does not
+        call this hook; its requests' `maximum` is the only limit, and `memslot_memory_grown` reports.
 
         >>> class Limit:
         ...     @hookimpl(tryfirst=True)
@@ -250,14 +254,33 @@ class MemslotSpecs:
         >>> plugins.armed.grow_memory(memory, 2**17), plugins.armed.grow_memory(memory, 2**21)
         (True, False)
         """
+        return False
+
+    @hookspec
+    def memslot_memory_grown(self, memory: LinearMemory, byte_size: int) -> None:
+        """Note that a memory has grown to `byte_size` bytes, which `memory.byte_size` already says.
+
+        Called on every host, after `memslot_grow_memory` granted the growth, or once the host sees
+        that the runtime grew the memory by itself (at the latest when the call into the guest
+        returns).  An exception is logged and the memory stays grown.
+
+        >>> class Ledger:
+        ...     @hookimpl
+        ...     def memslot_memory_grown(self, memory, byte_size):
+        ...         print(memory.request.tenant, "has", byte_size)
+        >>> plugins.register(Ledger())
+        'Ledger'
+        >>> plugins.armed.memory_grown(memory, 2**17)
+        ann has 131072
+        """
 
     @hookspec(firstresult=True)
     def memslot_reset_memory(self, memory: LinearMemory) -> ResetResult | None:
-        """Make a leased memory pristine again: its image over zeros, at its minimum size.
+        """Reset a leased memory from dirty to pristine: its image over zeros, at its minimum size.
 
         The result counts bytes and nanoseconds.  The memory stays leased.  None means "not mine".
-        Raise when the memory may not be pristine: the host then retires the instance.  When nobody
-        answers, the host raises `PluginError`.
+        Raise if the memory may not be pristine: the host then retires the instance.  If all plugins
+        are silent, the host raises `PluginError`.
 
         >>> class Owner:
         ...     @hookimpl
@@ -268,15 +291,15 @@ class MemslotSpecs:
         >>> plugins.armed.reset_memory(memory)
         ResetResult(dirty_bytes=4096, nanoseconds=1500, strategy='pagemap', reason='')
         """
+        raise NotImplementedError
 
     @hookspec
     def memslot_memory_reset(self, memory: LinearMemory, result: ResetResult) -> None:
-        """Hear that a memory was made pristine: how many bytes were dirty, how long it took, how.
+        """Note that a memory was reset; `result` has the dirty bytes, the duration and the strategy.
 
-        `result.dirty_bytes` is bytes, or None where the strategy cannot know; `result.nanoseconds`
-        is the duration of the reset alone.  Told after a reset in place and after the reset of a
-        release, but not where the release destroyed the memory instead (`RETIRED`).  An exception is
-        logged.
+        `result.dirty_bytes` is bytes, or None if the strategy cannot know; `result.nanoseconds` is
+        the duration of the reset alone.  Called after a reset in place and after the reset of a
+        release, but not if the release destroyed the memory (`RETIRED`).  An exception is logged.
 
         >>> class Meter:
         ...     @hookimpl
@@ -290,13 +313,13 @@ class MemslotSpecs:
 
     @hookspec
     def memslot_instance_restored(self, instance: Any) -> None:
-        """Hear that an instance of a snapshot starts, or is back, where the snapshot was taken.
+        """Give an instance of a snapshot randomness of its own, after its start or reset.
 
-        Everything in it is as in every other instance of that snapshot, also the state of its random
-        numbers: this is the place to give it some of its own.  `instance` is the host's `Instance`,
-        ready to be called.  Told after each instantiation and each reset, after the export that
-        `prepare(reseed=...)` names.  Other than with the rest of the watching hooks, an exception closes
-        the instance and is raised: nobody gets one that repeats what others drew.
+        Its state equals that of every other instance of the snapshot, random numbers included.
+        `instance` is the host's `Instance`, ready to be called.  Called after each instantiation and
+        each reset, after the export that `prepare(reseed=...)` names.  Unlike in other watching hooks,
+        an exception closes the instance and is raised, because an instance that was not reseeded
+        would repeat the random numbers of others.
 
         >>> class Reseed:
         ...     @hookimpl
@@ -310,13 +333,12 @@ class MemslotSpecs:
 
     @hookspec(firstresult=True)
     def memslot_release_memory(self, memory: LinearMemory) -> ResetResult | None:
-        """Take a leased memory back: pristine and ready for the next lease, or destroyed.
+        """Take a leased memory back: reset it for the next lease, or destroy it.
 
         The result counts bytes and nanoseconds.  After the answer the host never touches the memory
-        again.  None means "not mine".  A memory that cannot be made pristine is destroyed instead
-        of being kept.  If `exposed` is true, objects of the runtime's own may still reach the
-        memory, and its `mapping` must not be handed out again.  When nobody answers, the
-        host raises `PluginError`.
+        again.  None means "not mine".  Destroy a memory that cannot be made pristine.  If
+        `memory.exposed` is true, objects of the runtime's own may still reach the memory, and its
+        `mapping` must not be leased again.  If all plugins are silent, the host raises `PluginError`.
 
         >>> class Owner:
         ...     @hookimpl
@@ -327,10 +349,11 @@ class MemslotSpecs:
         >>> plugins.armed.release_memory(memory).strategy
         'madvise'
         """
+        raise NotImplementedError
 
     @hookspec
     def memslot_statistics(self) -> PoolStatistics | None:
-        """Read the counters of this plugin's pool at once; None from a plugin that has no pool.
+        """Return the counters of this plugin's pool, read at once; None if the plugin has no pool.
 
         Counts are slots and events since the pool was made.  Every plugin is asked.  An answer of
         another type is a `PluginError`.
@@ -353,9 +376,9 @@ class MemslotSpecs:
     def memslot_forget_image(self, image: Image) -> None:
         """Purge an image from every unused slot, because its guest was closed.
 
-        A slot that is leased at this moment is purged when it comes back.  Every plugin is told,
-        also about images that it did not build, and also when another one raises; the first
-        exception then reaches the caller.
+        A slot that is leased at this moment is purged when it is released.  Called on every plugin,
+        also for images that another plugin built, and also after a plugin raised.  The first
+        exception then reaches the caller; the others are logged.
 
         >>> class Shelf:
         ...     @hookimpl
@@ -369,10 +392,11 @@ class MemslotSpecs:
 
     @hookspec
     def memslot_close_host(self, host: str) -> None:
-        """Give back what was held for the host of that name; no memory of it is in use any more.
+        """Free what was made for the host of that name; none of its memories is leased any more.
 
-        Also called on a plugin whose `memslot_open_host` never ran or raised.  Every plugin is
-        told, also when another one raises; the first exception then reaches the caller.
+        Called once on every plugin, also on one whose `memslot_open_host` never ran or raised, and
+        also after a plugin raised.  The first exception then reaches the caller; the others are
+        logged.
 
         >>> class Greeter:
         ...     @hookimpl
@@ -392,21 +416,25 @@ HOOKS: tuple[str, ...] = tuple(name for name in vars(MemslotSpecs) if name.start
 DECIDING: tuple[str, ...] = tuple(
     name for name in HOOKS if getattr(MemslotSpecs, name).memslot_spec["firstresult"]
 )
-"""Asked in turn until one plugin answers."""
+"""Hooks that are asked in turn until a plugin answers."""
 
 WATCHING: tuple[str, ...] = (
     "memslot_guest_prepared",
     "memslot_memory_created",
     "memslot_pool_exhausted",
+    "memslot_memory_grown",
     "memslot_memory_reset",
     "memslot_instance_restored",
 )
-"""Told to everybody; armed, so that nobody watching costs a comparison with None."""
+"""Hooks that notify every plugin; armed, so that without a watcher they cost a comparison with None."""
 
-HEEDED: tuple[str, ...] = ("memslot_instance_restored",)
-"""Watching hooks whose exceptions are raised instead of logged: nobody goes on as if they had succeeded."""
+RAISING: tuple[str, ...] = ("memslot_instance_restored",)
+"""Watching hooks whose exceptions are raised instead of logged."""
+
+HEEDED = RAISING
+"""The earlier name of `RAISING`."""
 
 LIFECYCLE: tuple[str, ...] = tuple(
     name for name in HOOKS if name not in DECIDING and name not in WATCHING
 )
-"""Called on every plugin, outside of the hot path."""
+"""Hooks that are called on every plugin, outside of the hot path."""

@@ -1,7 +1,6 @@
-"""What travels through the hooks: requests, memories, images and results.
+"""Arguments and answers of the hooks: requests, memories, images and results.
 
-Nothing here maps memory or knows a runtime; a plugin author needs this file, `specs` and pluggy.
-Sizes are bytes throughout, addresses are integers.
+Sizes are bytes throughout, addresses are integers.  This file maps no memory and imports no runtime.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ class Backing(Protocol):
 class Segment:
     """Bytes that a module puts at `offset` of a linear memory before its first instruction.
 
-    In a snapshot `data` looks into a live memory: whoever keeps it beyond the call copies it.  Where
-    `backing` is not None, the same bytes are at `file_offset` of it, both offsets are multiples of
-    the page, and a plugin may map them instead.
+    In a snapshot `data` is a view of a live memory: copy it to keep it beyond the call.  If `backing`
+    is not None, the bytes are also at its `file_offset`, both offsets are multiples of the page size,
+    and a plugin may map them instead.
     """
 
     offset: int
@@ -43,13 +42,11 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class InitialContent:
-    """The initial contents of one linear memory: `segments` laid in order (later over earlier) over
-    zeros.
+    """The initial contents of one linear memory: `segments` in order, later over earlier, over zeros.
 
-    `byte_size` is the memory's minimum in bytes; no segment reaches past it.  `name` is for people,
-    who find it in /proc/self/maps and in errors.  `memory` is the live memory of which this is the
-    state now, where it is one: it began as its request's image, and who made both may keep only what
-    differs.
+    `byte_size` is the memory's minimum in bytes; no segment reaches past it.  `name` appears in
+    /proc/self/maps and in errors.  For a snapshot `memory` is the live memory with these contents.
+    It began as its request's image, so the plugin that made both may store only what differs.
     """
 
     byte_size: int
@@ -60,8 +57,9 @@ class InitialContent:
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """`length` bytes at `offset` of the linear memory, found at `file_offset` of the image; all
-    page multiples.
+    """`length` bytes at `offset` of the linear memory and at `file_offset` of the image.
+
+    All three are multiples of the page size.
     """
 
     offset: int
@@ -75,27 +73,27 @@ class Image(Protocol):
 
     @property
     def kind(self) -> str:
-        """Which plugin's kind of image this is, for example "memfd" or "bytes"."""
+        """The name of this kind of image, for example "memfd" or "bytes"."""
 
     @property
     def byte_size(self) -> int:
-        """Where the last extent ends, in bytes; 0 for an image of only zeros."""
+        """The end of the last extent, in bytes; 0 for an image of only zeros."""
 
     @property
     def extents(self) -> tuple[Extent, ...]:
-        """Page-aligned extents in ascending order; what lies between them is zero."""
+        """Page-aligned extents in ascending order, with zeros between them."""
 
     def close(self) -> None:
-        """Give back what the image holds; mappings of it stay valid."""
+        """Free the image; mappings of it stay valid."""
 
 
 @dataclass(frozen=True, slots=True)
 class HostMapping:
-    """An address range that a runtime made and owns, onto which a slot may be laid.
+    """An address range that a runtime mapped and owns, and that a slot may be made over.
 
     `[base, base + accessible)` is readable and writable, the rest of `reserved` bytes faults.  The
-    range stays mapped for as long as `owner` is alive.  `forget` is called when the plugin will not
-    use the range again.
+    range stays mapped while `owner` is alive.  The plugin calls `forget` when it will not use the
+    range again.  `shape` is the `host_shape` of the request that the range was made for.
     """
 
     base: int
@@ -108,15 +106,14 @@ class HostMapping:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryRequest:
-    """Everything a plugin is told when a host needs a linear memory; one object serves all memories
-    of its kind.
+    """A host's request for a linear memory; one object serves all memories of its kind.
 
-    `growth` says what `memslot_grow_memory` means on this host: "decide" before the growth happens,
-    "report" when the host can only tell afterwards.  `map_host_memory` is None where the plugin
-    provides the address range, and makes a new range of the runtime's own where the runtime insists
-    on owning it; a plugin that keeps such ranges may hand the same one out again for an equal
-    `host_shape`.  `minimum` and `maximum` are 0 for a memory that the runtime makes itself: it takes
-    the place of one, and no byte of it is used.
+    With `growth` "decide" the host calls `memslot_grow_memory` before a growth; with "report" the
+    runtime grows memories by itself, and only `memslot_memory_grown` is called.  `map_host_memory` is
+    None if the plugin provides the address range.  Otherwise the runtime owns it: the function makes
+    a new one, and a plugin may reuse a range that it keeps for a request of equal `host_shape`.
+    `minimum` and `maximum` are 0 for a memory that the runtime makes itself: the answer counts
+    against limits, and no byte of it is used.
     """
 
     minimum: int
@@ -136,12 +133,11 @@ class MemoryRequest:
 
 
 class LinearMemory:
-    """A linear memory that a plugin handed out: `byte_size` accessible bytes at `base`, until it is
-    released.
+    """A leased linear memory: `byte_size` accessible bytes at `base`, until it is released.
 
-    Plugins may subclass it; `owner` is for the plugin that made it, and tells it whether a memory
-    is its own.  `exposed` is true once the embedder has objects of the runtime's own that may reach
-    the memory after its release; a plugin must not hand a `mapping` on then.
+    Plugins may subclass it.  `owner` is for the plugin that made the memory, to recognise it as its
+    own.  `exposed` is true once the embedder has objects of the runtime's own that may reach the
+    memory after its release; its `mapping` must not be leased again then.
     """
 
     __slots__ = ("__weakref__", "base", "byte_size", "exposed", "mapping", "owner", "request")
@@ -170,17 +166,17 @@ class LinearMemory:
 
 
 RETIRED = "retired"
-"""The strategy of a release whose memory was not reset but destroyed: nobody gets it again."""
+"""The strategy of a release that destroyed the memory instead of resetting it."""
 
 
 class ResetResult(NamedTuple):
-    """What a reset did.
+    """The result of a reset.
 
-    `dirty_bytes` were put back (None where the strategy cannot know): pages that differed from the
-    image, or, where nothing was compared, pages that had become private.  `nanoseconds` is what it
-    took, `strategy` how it was done, and `reason` why something else than usual was done, or "".
-    The built-in allocators say "madvise", "pagemap", "copy", "remap" (where MADV_DONTNEED does not
-    work) or `RETIRED`.
+    `dirty_bytes` is the size of the pages that were restored: those that differed from the image, or
+    those that had become private if the strategy does not compare; None if it cannot know.
+    `nanoseconds` is the duration.  `strategy` is "madvise", "pagemap", "copy", "remap" (MADV_DONTNEED
+    does not work here) or `RETIRED` from the built-in allocators.  `reason` says why this reset was
+    done in another way than usual, or is "".
     """
 
     dirty_bytes: int | None
@@ -191,9 +187,7 @@ class ResetResult(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a plugin says about itself to `memslot doctor`: whether it will answer requests, and
-    why.
-    """
+    """A plugin's report to `memslot doctor`; `answers` is true if it will answer requests."""
 
     plugin: str
     answers: bool
@@ -204,7 +198,7 @@ class Answer:
 class PoolStatistics:
     """The counters of one pool, read at once; totals count since the pool was made.
 
-    `resets_by` counts resets by strategy and, after a colon, the reason where there was one.
+    `resets_by` counts resets by strategy, or by "strategy: reason" if there was a reason.
     """
 
     plugin: str

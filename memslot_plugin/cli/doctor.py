@@ -31,6 +31,7 @@ from memslot_plugin.cli.output import (
 from memslot_plugin.cli.source import EXAMPLE, EXAMPLE_MODULE
 from memslot_plugin.errors import MemslotError
 from memslot_plugin.hosts import available_hosts, open_host
+from memslot_plugin.hosts.builtin import load_plugins
 from memslot_plugin.hosts.versions import installed_version
 from memslot_plugin.memory.pool import MAPPINGS_PER_SLOT
 from memslot_plugin.memory.probe import Finding, Probe, probe
@@ -113,7 +114,7 @@ def doctor(settings_file: str | None, changes: tuple[str, ...], as_json: bool) -
 
 def diagnose(settings: Settings) -> Diagnosis:
     """Try everything under these settings."""
-    plugins = Plugins(only=settings.plugins, blocked=settings.blocked)
+    plugins = load_plugins(settings)
     answering, allocation, answers = _try_allocation(plugins, settings)
     uname = os.uname()
     return Diagnosis(

@@ -8,7 +8,8 @@ import click
 
 from memslot_plugin.cli.options import json_option, read_settings, settings_options
 from memslot_plugin.cli.output import console, table, write_json
-from memslot_plugin.plugins import PluginInfo, Plugins
+from memslot_plugin.hosts.builtin import load_plugins
+from memslot_plugin.plugins import PluginInfo
 
 
 @click.command()
@@ -20,7 +21,7 @@ def plugins(settings_file: str | None, changes: tuple[str, ...], as_json: bool) 
     The number after a hook is the place at which the plugin is asked; 1 is first.
     """
     settings = read_settings(settings_file, changes)
-    found = Plugins(only=settings.plugins, blocked=settings.blocked).describe()
+    found = load_plugins(settings).describe()
     if as_json:
         write_json({"plugins": [{**asdict(info), "hooks": dict(info.hooks)} for info in found]})
         return

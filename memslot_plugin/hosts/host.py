@@ -18,7 +18,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,11 +45,11 @@ from memslot_plugin.errors import (
 )
 from memslot_plugin.guest import plan as guests
 from memslot_plugin.hosts import saved
+from memslot_plugin.hosts.builtin import load_plugins
 from memslot_plugin.hosts.guest import Guest
 from memslot_plugin.hosts.live import Binding, Imports, Live
 from memslot_plugin.hosts.living import Living
 from memslot_plugin.hosts.wasi import Wasi
-from memslot_plugin.plugins import Plugins
 from memslot_plugin.settings import Settings
 from memslot_plugin.wasm import ExternKind
 
@@ -104,12 +104,10 @@ class Host(abc.ABC):
     checks_bounds_in_code: bool = False
     thread_confined: ClassVar[bool] = False
 
-    def __init__(self, settings: Settings | None = None, *, plugins: Sequence[object] = ()) -> None:
+    def __init__(self, settings: Settings | None = None, *, plugins: Iterable[object] = ()) -> None:
         catch_up()
         self.settings = Settings() if settings is None else settings
-        self.plugins = Plugins(only=self.settings.plugins, blocked=self.settings.blocked)
-        for plugin in plugins:
-            self.plugins.register(plugin)
+        self.plugins = load_plugins(self.settings, plugins)
         self._armed = self.plugins.armed
         self._thread = threading.get_ident()
         # What is live belongs to its handle: what it imports may know the handle, and a collection has to see that.
@@ -477,19 +475,22 @@ class Host(abc.ABC):
         return memory
 
     def _grow(self, memory: LinearMemory, byte_size: int) -> bool:
-        """A guest wants `[0, byte_size)`: within its maximum, does a plugin grant it?"""
-        maximum = memory.request.maximum
+        """Grow a memory to `byte_size` bytes; false if its maximum or a plugin refuses that."""
+        before, maximum = memory.byte_size, memory.request.maximum
         if maximum is not None and byte_size > maximum:
             return False
-        return self._armed.grow_memory(memory, byte_size)
+        if not self._armed.grow_memory(memory, byte_size):
+            return False
+        memory.byte_size = before  # a plugin may have updated it, as allocators do
+        self._report_growth(memory, byte_size)
+        return True
 
     def _report_growth(self, memory: LinearMemory, byte_size: int) -> None:
-        """A runtime that grows by itself has done so."""
+        """Record that a memory has grown, and notify the watchers."""
         if byte_size != memory.byte_size:
-            try:
-                self._armed.grow_memory(memory, byte_size)
-            finally:
-                memory.byte_size = byte_size
+            memory.byte_size = byte_size
+            if self._armed.memory_grown is not None:
+                self._armed.memory_grown(memory, byte_size)
 
     def _end(self, live: Live, generation: int | None = None) -> None:
         """Dispose of what is live and release its memories; once.  Raises InUse while it runs.

@@ -1,22 +1,23 @@
-"""Arming: what a host calls in a hot path holds the implementations themselves.
+"""Arming: the callables that hosts call in hot paths, made anew when a plugin comes or goes.
 
-A hook call through pluggy costs a microsecond or more, also when nobody implements the hook; a
-whole reset costs a few.  So the callables below are made anew whenever a plugin comes or goes, and
-pluggy's own caller is used only where a plugin wraps a hook.
+A hook call through pluggy costs 1-2 us even without an implementation, and a whole reset costs a few.
+So an armed hook calls the implementations directly, and pluggy's caller only if a plugin wraps it.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from operator import itemgetter
-from typing import Any, NoReturn
+from typing import Any, get_args, get_type_hints
 
 import pluggy
 
+import memslot_hooks
 from memslot_hooks import (
     DECIDING,
-    HEEDED,
+    RAISING,
     WATCHING,
     Image,
     InitialContent,
@@ -28,52 +29,21 @@ from memslot_hooks import (
 from memslot_plugin.errors import PluginError
 
 Call = tuple[str, Callable[..., Any]]
-"""The name of a plugin and its implementation, which takes the hook's arguments positionally."""
-
-_ANSWERS: Mapping[str, type] = {
-    "memslot_build_image": Image,
-    "memslot_create_memory": LinearMemory,
-    "memslot_warm_memory": int,
-    "memslot_grow_memory": bool,
-    "memslot_reset_memory": ResetResult,
-    "memslot_release_memory": ResetResult,
-}
-"""What a deciding hook may answer besides None."""
-
-_SILENCE: Mapping[str, bool | int | None] = {
-    "memslot_build_image": None,
-    "memslot_grow_memory": False,
-    "memslot_warm_memory": 0,
-}
-"""What it means that nobody answered, where that is not an error: no image; the growth is refused;
-nothing is warm.
-"""
+"""The name of a plugin and its implementation, which takes the hook's arguments by position."""
 
 
 class Armed:
-    """What hosts call in hot paths: an attribute per deciding and watching hook, without prefix.
+    """The deciding and watching hooks of one `Plugins`, an attribute per hook without its prefix.
 
-    Keep this object and read the attribute at each call: it changes when a plugin comes or goes.
-    Arguments are positional, in the order of the specification.  A deciding attribute never hands
-    out an answer of a wrong type, and never None for a memory: a silence that passed for a reset
-    would show one tenant the bytes of another.  A watching attribute is None while nobody watches;
-    otherwise it never raises, for a watcher's mistake is logged and is not the guest's; but
-    `instance_restored` does.
+    Keep this object and read the attribute at each call, because attributes change when a plugin
+    comes or goes.  Arguments are passed by position, in the order of the specification.  A deciding
+    attribute raises PluginError instead of returning an answer of a wrong type, and instead of
+    passing silence off as a reset, which would show one tenant's bytes to another.  A watching
+    attribute is None without a watcher.  Otherwise it logs what watchers raise, except
+    `instance_restored`, which raises it.
     """
 
-    __slots__ = (
-        "build_image",
-        "create_memory",
-        "grow_memory",
-        "guest_prepared",
-        "instance_restored",
-        "memory_created",
-        "memory_reset",
-        "pool_exhausted",
-        "release_memory",
-        "reset_memory",
-        "warm_memory",
-    )
+    __slots__ = tuple(name.removeprefix("memslot_") for name in (*DECIDING, *WATCHING))
 
     build_image: Callable[[InitialContent], Image | None]
     create_memory: Callable[[MemoryRequest], LinearMemory]
@@ -84,6 +54,7 @@ class Armed:
     guest_prepared: Callable[[str, Any], None] | None
     memory_created: Callable[[LinearMemory], None] | None
     pool_exhausted: Callable[[MemoryRequest, int, int], None] | None
+    memory_grown: Callable[[LinearMemory, int], None] | None
     memory_reset: Callable[[LinearMemory, ResetResult], None] | None
     instance_restored: Callable[[Any], None] | None
 
@@ -96,37 +67,39 @@ def arm(
 ) -> None:
     """Make every attribute of `armed` anew.
 
-    `failed` tells what could not be loaded, for the error that nobody answered; `watcher_failed`
-    is called with plugin, hook and exception when a watching hook raises.
+    `failed` has the reason for each plugin that was skipped, for the error about silence.
+    `watcher_failed` is called with plugin, hook and exception when a watcher raises.
     """
     for hook in DECIDING:
         setattr(armed, hook.removeprefix("memslot_"), _deciding(manager, hook, failed))
     for hook in WATCHING:
-        heard = None if hook in HEEDED else watcher_failed
-        setattr(armed, hook.removeprefix("memslot_"), _watching(manager, hook, heard))
+        on_error = None if hook in RAISING else watcher_failed
+        setattr(armed, hook.removeprefix("memslot_"), _watching(manager, hook, on_error))
 
 
+@cache
 def arguments_of(hook: str) -> tuple[str, ...]:
-    """The names of the arguments of a hook, in the order of its specification."""
+    """Return the names of a hook's arguments, in the order of its specification."""
     return tuple(inspect.signature(getattr(MemslotSpecs, hook)).parameters)[1:]
 
 
 def implementations(manager: pluggy.PluginManager, hook: str) -> list[Any]:
-    """The records that pluggy holds of the implementations, in the order in which it asks them."""
-    return _caller(manager, hook).get_hookimpls()[::-1]
+    """Return pluggy's records of the implementations, in the order in which it asks them."""
+    caller: pluggy.HookCaller = getattr(manager.hook, hook)
+    return caller.get_hookimpls()[::-1]
 
 
 def calls_of(manager: pluggy.PluginManager, hook: str) -> list[Call]:
-    """Who is asked, in order.
+    """Return the implementations of a hook in the order in which they are asked.
 
-    Where a plugin wraps the hook, pluggy's own caller stands for all of them together; for a hook
-    that is not deciding it answers with the list of all answers.
+    If a plugin wraps the hook, pluggy's caller stands for all of them; for a hook that is not
+    deciding it returns the list of all answers.
     """
     arguments = arguments_of(hook)
     impls = implementations(manager, hook)
     if not any(impl.wrapper or impl.hookwrapper for impl in impls):
         return [(impl.plugin_name, _positional(impl, arguments)) for impl in impls]
-    caller = _caller(manager, hook)
+    caller = getattr(manager.hook, hook)
 
     def through_pluggy(*args: Any) -> Any:
         return caller(**dict(zip(arguments, args, strict=True)))
@@ -135,7 +108,7 @@ def calls_of(manager: pluggy.PluginManager, hook: str) -> list[Call]:
 
 
 def calls_of_one(manager: pluggy.PluginManager, hook: str, plugin: str) -> list[Call]:
-    """The implementation of one plugin, outside of all wrappers; nothing if it has none."""
+    """Return the implementation of one plugin, outside of all wrappers; empty if it has none."""
     return [
         (plugin, _positional(impl, arguments_of(hook)))
         for impl in implementations(manager, hook)
@@ -144,44 +117,53 @@ def calls_of_one(manager: pluggy.PluginManager, hook: str, plugin: str) -> list[
 
 
 def listed(names: Sequence[str]) -> str:
-    """The names as a sentence has them."""
+    """Return the names as a sentence has them."""
     return ", ".join(names) or "none"
+
+
+@cache
+def _answer_type(hook: str) -> Any:
+    """Return the type of a hook's answers besides None, from the specification's annotation."""
+    hints = get_type_hints(getattr(MemslotSpecs, hook), localns=vars(memslot_hooks))
+    return get_args(hints["return"])[0]
 
 
 def _deciding(
     manager: pluggy.PluginManager, hook: str, failed: Mapping[str, str]
 ) -> Callable[..., Any]:
     calls = calls_of(manager, hook)
-    expected = _ANSWERS[hook]
+    expected = _answer_type(hook)
 
     def silence(args: tuple[Any, ...]) -> Any:
-        if hook in _SILENCE:
-            return _SILENCE[hook]
-        asked = listed([name for name, _ in calls])
-        skipped = "".join(f"; {name} was skipped: {why}" for name, why in failed.items())
-        raise PluginError(f"no plugin answered {hook} for {args[0]!r}; asked: {asked}{skipped}")
-
-    def wrong(plugin: str, answer: object) -> NoReturn:
-        raise PluginError(
-            f"plugin {plugin} answered {hook} with {answer!r};"
-            f" allowed are {expected.__name__} and None"
-        )
+        try:
+            return getattr(MemslotSpecs, hook)(None, *args)
+        except NotImplementedError:
+            asked = listed([name for name, _ in calls])
+            skipped = "".join(f"; {name} was skipped: {why}" for name, why in failed.items())
+            raise PluginError(
+                f"no plugin answered {hook} for {args[0]!r}; asked: {asked}{skipped}"
+            ) from None
 
     if not calls:
         return lambda *args: silence(args)
     (first_name, first), *others = calls
 
     def ask(*args: Any) -> Any:
-        answer = first(*args)
-        if isinstance(answer, expected):  # whoever is asked first answers nearly always
+        name, answer = first_name, first(*args)
+        if isinstance(answer, expected):  # nearly always: the fast path
             return answer
-        if answer is not None:
-            wrong(first_name, answer)
-        for name, call in others:
+        for name, call in others if answer is None else ():  # noqa: B007 - the error names it
             answer = call(*args)
             if answer is not None:
-                return answer if isinstance(answer, expected) else wrong(name, answer)
-        return silence(args)
+                break
+        if answer is None:
+            return silence(args)
+        if not isinstance(answer, expected):
+            raise PluginError(
+                f"plugin {name} answered {hook} with {answer!r};"
+                f" allowed are {expected.__name__} and None"
+            )
+        return answer
 
     return ask
 
@@ -189,31 +171,26 @@ def _deciding(
 def _watching(
     manager: pluggy.PluginManager,
     hook: str,
-    failed: Callable[[str, str, Exception], None] | None,
+    on_error: Callable[[str, str, Exception], None] | None,
 ) -> Callable[..., None] | None:
     calls = calls_of(manager, hook)
     if not calls:
         return None
 
-    def tell(*args: Any) -> None:
+    def notify(*args: Any) -> None:
         for name, call in calls:
             try:
                 call(*args)
-            except Exception as error:  # one watcher's mistake, not the guest's
-                if failed is None:
+            except Exception as error:  # a watcher must not fail the guest's request
+                if on_error is None:
                     raise
-                failed(name, hook, error)
+                on_error(name, hook, error)
 
-    return tell
-
-
-def _caller(manager: pluggy.PluginManager, hook: str) -> pluggy.HookCaller:
-    caller: pluggy.HookCaller = getattr(manager.hook, hook)
-    return caller
+    return notify
 
 
 def _positional(impl: Any, arguments: tuple[str, ...]) -> Callable[..., Any]:
-    """The implementation itself if it takes all arguments in order, else through an adapter."""
+    """Return the implementation itself if it takes all arguments in order, else an adapter."""
     function: Callable[..., Any] = impl.function
     if impl.argnames == arguments:
         return function

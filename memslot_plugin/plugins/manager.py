@@ -1,4 +1,4 @@
-"""The plugin manager: finds, registers, blocks and describes plugins, and calls them in turn."""
+"""The plugin manager: finds, registers, blocks and describes plugins, and calls their lifecycle hooks."""
 
 from __future__ import annotations
 
@@ -8,21 +8,20 @@ import logging
 import sys
 import threading
 import traceback
-import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import MappingProxyType
 from typing import Any, Literal
 
 import pluggy
 
 from memslot_hooks import HOOKS, PROJECT, Answer, Image, MemslotSpecs, PoolStatistics
-from memslot_plugin._core import after_fork
 from memslot_plugin.errors import PluginError, SettingError
 from memslot_plugin.plugins.arming import (
     Armed,
+    Call,
     arm,
     calls_of,
     calls_of_one,
@@ -33,13 +32,16 @@ from memslot_plugin.plugins.validation import find_mistake, nearest
 
 _log = logging.getLogger("memslot.plugins")
 
+Installed = tuple[importlib.metadata.EntryPoint, str | None, str | None]
+"""An entry point, and the name and version of its distribution."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PluginInfo:
-    """What is known about one plugin; `memslot plugins` prints these.
+    """One plugin, as `memslot plugins` prints it.
 
-    `hooks` maps each hook that it implements to the place at which it is asked (1 is first).
-    `origin` is the entry point's value, or the type of an object that the embedder registered.
+    `hooks` maps each hook that the plugin implements to the place at which it is asked (1 is first).
+    `origin` is the value of the entry point, or the type of the object that was registered.
     """
 
     name: str
@@ -51,21 +53,28 @@ class PluginInfo:
     reason: str | None = None
     watch_failures: int = 0
 
+    @property
+    def source(self) -> str:
+        """The origin with its distribution, for errors."""
+        of = "" if self.distribution is None else f" of {self.distribution} {self.version}"
+        return f"{self.origin}{of}"
+
 
 class Plugins:
     """The plugins of one host (or of several of different names), asked through `armed`.
 
-    `only` names the installed plugins to load (None: all of them) and `blocked` those that are
-    never imported nor asked, not even when the embedder registers one of that name.  With
-    `entry_points=False` no installed plugin is looked for.  An installed plugin that cannot be
-    imported is logged and skipped, and `failed` says why.
+    `only` names the installed plugins to load (None: all of them).  `blocked` names plugins that are
+    never imported nor asked, also when the embedder registers one of that name.  `built_in` are
+    loaded unless blocked, whatever `only` names.  With `entry_points=False` no installed plugin is
+    loaded.  An installed plugin that cannot be imported is logged and skipped; `failed` has the reason.
 
-    Installed plugins are looked for once per process and `sys.path`, and instantiated once per
-    object of this class.  A distribution that is installed later is seen by the next process.
+    Entry points are scanned once per process and `sys.path`; plugins are instantiated once per object
+    of this class.  A distribution that is installed later is found by the next process.  Iterating
+    yields the plugins that the embedder registered.
 
     Raises:
         SettingError: `only` names a plugin that is not installed.
-        PluginError: two plugins have one name, or one has a hook that the specifications lack.
+        PluginError: two plugins have one name, or a plugin has a hook that does not exist.
     """
 
     def __init__(
@@ -74,8 +83,8 @@ class Plugins:
         only: Sequence[str] | None = None,
         blocked: Sequence[str] = (),
         entry_points: bool = True,
+        built_in: Mapping[str, object] = MappingProxyType({}),
     ) -> None:
-        _EVERY.add(self)
         self.armed = Armed()
         self.manager = pluggy.PluginManager(PROJECT)
         self.manager.add_hookspecs(MemslotSpecs)
@@ -83,17 +92,29 @@ class Plugins:
         self._blocked = frozenset(blocked)
         self._info: dict[str, PluginInfo] = {}
         self._open: dict[str, Any] = {}
-        self._unclosed: dict[str, list[Call]] = {}
-        """What to call again where closing failed, by host."""
+        """The settings of each open host, by the host's name."""
         self._watch_failures: Counter[tuple[str, str]] = Counter()
         for name in self._blocked:
             self.manager.set_blocked(name)
         if entry_points:
-            self._load_entry_points(only)
+            installed = _installed(tuple(sys.path))
+            self._check_names(only, {*built_in, *(entry.name for entry, _, _ in installed)})
+            for each in installed:
+                self._load(*each, selected=only is None or each[0].name in only)
+        for name, plugin in reversed(list(built_in.items())):  # the first is asked first
+            info = PluginInfo(name=name, state="loaded", origin=_type_name(plugin))
+            if name in self._blocked:
+                self._info.setdefault(name, replace(info, state="blocked"))
+            else:
+                self._admit(plugin, info)
         self._arm()
 
     def __repr__(self) -> str:
         return f"<Plugins {', '.join(self.names)}>"
+
+    def __iter__(self) -> Iterator[object]:
+        registered = [name for name, info in self._info.items() if info.state == "registered"]
+        return iter([self.manager.get_plugin(name) for name in registered])
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -102,7 +123,7 @@ class Plugins:
 
     @property
     def failed(self) -> Mapping[str, str]:
-        """Why each installed plugin that was skipped could not be loaded."""
+        """The reason for each installed plugin that was skipped."""
         return MappingProxyType(
             {
                 name: info.reason or ""
@@ -115,9 +136,9 @@ class Plugins:
         """Add a plugin of the embedder's own and return its name; None if that name is blocked.
 
         `plugin` is a module, an object, or a class, which is instantiated without arguments.  The
-        name defaults to that of the module or class.  It is asked before those that came earlier,
-        and hears `memslot_open_host` for each host that is open already; an exception of that
-        leaves it unregistered.
+        name defaults to that of the module or class.  The plugin is asked before those that came
+        earlier.  Its `memslot_open_host` is called for each open host; if that raises, the plugin is
+        unregistered again.
 
         Raises:
             PluginError: the name is taken, or a hook is misspelt or has a wrong signature.
@@ -129,23 +150,24 @@ class Plugins:
             return None
         if inspect.isclass(plugin):
             plugin = plugin()
-        info = PluginInfo(name=name, state="registered", origin=_type_name(plugin))
         with self._lock:
-            self._admit(plugin, info)
+            self._admit(
+                plugin, PluginInfo(name=name, state="registered", origin=_type_name(plugin))
+            )
             try:
                 for host, settings in self._open.items():
                     for _, call in calls_of_one(self.manager, "memslot_open_host", name):
                         call(host, settings)
-            except BaseException:
+            except Exception:
                 self.unregister(name)
                 raise
             self._arm()
         return name
 
     def unregister(self, plugin: str | object) -> None:
-        """Take out a plugin, by its name or itself; it hears `memslot_close_host` for open hosts.
+        """Remove a plugin, by its name or itself, and call its `memslot_close_host` for open hosts.
 
-        Nobody resets or releases the memories that it handed out and that are still leased.
+        Memories that it leased are neither reset nor released any more.
 
         Raises:
             PluginError: no such plugin is registered.
@@ -156,20 +178,24 @@ class Plugins:
                 raise PluginError(
                     f"plugin {plugin!r} is not registered; registered are: {listed(self.names)}"
                 )
-            closing = self._closing(name)
+            closing = [
+                (name, partial(call, host))
+                for host in self._open
+                for _, call in calls_of_one(self.manager, "memslot_close_host", name)
+            ]
             self.manager.unregister(name=name)
             del self._info[name]
             self._arm()
             _call_all("memslot_close_host", closing)
 
     def describe(self) -> list[PluginInfo]:
-        """Everything known about every plugin: those that are asked first, then the others."""
+        """Return a record of each plugin: those that are asked, in their order, then the others."""
         order: dict[str, dict[str, int]] = {}
         for hook in HOOKS:
             for place, impl in enumerate(implementations(self.manager, hook), start=1):
                 order.setdefault(impl.plugin_name, {})[hook] = place
         failures: Counter[str] = Counter()
-        # Copies, because other threads may call watchers and register plugins meanwhile.
+        # Iterate over copies: other threads may call watchers and register plugins meanwhile.
         for (name, _), count in dict(self._watch_failures).items():
             failures[name] += count
         asked = self.names
@@ -179,16 +205,16 @@ class Plugins:
             for name in (*asked, *rest)
         ]
 
-    # The lifecycle hooks, each with its types.
+    # -- lifecycle hooks
 
     def hosts(self) -> dict[str, Callable[..., Any]]:
-        """The factories of the hosts that plugins add, by name.
+        """Return the factories of the hosts that plugins register, by name.
 
         Raises:
-            PluginError: two plugins register one name, or one answers something else than a mapping.
+            PluginError: two plugins register one name, one registers "auto", or answers no mapping.
         """
         factories: dict[str, Callable[..., Any]] = {}
-        source: dict[str, str] = {}
+        source = {"auto": PROJECT}
         for plugin, answer in self._ask_all("memslot_register_hosts", Mapping):
             for host, factory in answer.items():
                 if host in source:
@@ -200,7 +226,7 @@ class Plugins:
         return factories
 
     def open_host(self, host: str, settings: Any) -> None:
-        """Tell every plugin to get ready for `host`; if one raises, all hear that it closed.
+        """Call `memslot_open_host` on every plugin; if one raises, close the host on all of them.
 
         Raises:
             PluginError: a host of that name is open on these plugins already.
@@ -212,7 +238,7 @@ class Plugins:
             try:
                 for _, call in calls_of(self.manager, "memslot_open_host"):
                     call(host, settings)
-            except BaseException:
+            except Exception:
                 try:
                     self.close_host(host)
                 except Exception:  # noqa: BLE001 - the exception of opening is the one to raise
@@ -224,26 +250,20 @@ class Plugins:
                 raise
 
     def close_host(self, host: str) -> None:
-        """Tell every plugin that `host` is closed; the first exception of theirs is raised last, and closing again
-        asks those that raised, or were not asked because it was cut short.
-        """
+        """Call `memslot_close_host` on every plugin, once; raise the first exception at the end."""
         with self._lock:
-            hook = "memslot_close_host"
-            left = list(self._unclosed.get(host, ()))
             if host in self._open:
-                left += self._calls(hook, host)
-            self._unclosed[host] = left
-            self._open.pop(host, None)
-            _call_all(hook, tuple(left), left)
-            del self._unclosed[host]
+                del self._open[host]
+                hook = "memslot_close_host"
+                _call_all(hook, calls_of(self.manager, hook), host)
 
     def forget_image(self, image: Image) -> None:
-        """Have every plugin purge `image`; the first exception of theirs is raised last."""
+        """Call `memslot_forget_image` on every plugin; raise the first exception at the end."""
         hook = "memslot_forget_image"
-        _call_all(hook, self._calls(hook, image))
+        _call_all(hook, calls_of(self.manager, hook), image)
 
     def answers(self) -> list[Answer]:
-        """What each plugin says of itself, for `memslot doctor`; an exception is an answer too."""
+        """Return the plugins' answers to `memslot doctor`; an exception becomes an answer too."""
         answers: list[Answer] = []
         for name, call in calls_of(self.manager, "memslot_describe"):
             try:
@@ -259,107 +279,15 @@ class Plugins:
         return answers
 
     def statistics(self) -> list[PoolStatistics]:
-        """The counters of each plugin's pool.
+        """Return the counters of each plugin's pool.
 
         Raises:
-            PluginError: a plugin answers something else than `PoolStatistics`.
+            PluginError: a plugin answers with another type than `PoolStatistics`.
         """
         return [pool for _, pool in self._ask_all("memslot_statistics", PoolStatistics)]
 
-    # Loading.
-
-    def _load_entry_points(self, only: Sequence[str] | None) -> None:
-        """Load the installed plugins: ours first, so that all others are asked before them."""
-        found = _installed(tuple(sys.path))
-        known = sorted({entry.name for entry, _, _ in found})
-        for name in only or ():
-            if name not in known:
-                raise SettingError(
-                    f"plugins: no plugin {name!r} is installed{nearest(name, known)};"
-                    f" installed are: {listed(known)}"
-                )
-        for name in sorted(self._blocked.difference(known)):
-            _log.warning("blocked plugin %r is not installed%s", name, nearest(name, known))
-
-        for entry, distribution, version in found:
-            state: Literal["loaded", "not selected", "blocked", "failed"] = "loaded"
-            reason: str | None = None
-            plugin: object = None
-            if entry.name in self._blocked:
-                state = "blocked"
-            elif only is not None and entry.name not in only:
-                state = "not selected"
-            else:
-                try:
-                    plugin = entry.load()
-                    if inspect.isclass(plugin):
-                        plugin = plugin()
-                except (Exception, SystemExit) as error:  # noqa: BLE001 - a stranger's code
-                    state, reason = "failed", f"{type(error).__name__}: {error}"
-                    _log.warning(
-                        "plugin %r (%s %s) is skipped: %s",
-                        *(entry.name, distribution, version, reason),
-                        exc_info=error,
-                    )
-            info = PluginInfo(
-                name=entry.name,
-                state=state,
-                origin=entry.value,
-                distribution=distribution,
-                version=version,
-                reason=reason,
-            )
-            if state == "loaded":
-                self._admit(plugin, info)
-            elif state == "failed":
-                self._refuse_second(info)
-                self._info[entry.name] = info
-            else:
-                self._info.setdefault(entry.name, info)
-
-    def _refuse_second(self, info: PluginInfo) -> None:
-        """Refuse a second plugin of one name: nobody could say which of them a setting means."""
-        first = self._info.get(info.name)
-        if first is not None and not (info.state == "registered" and first.state == "not selected"):
-            raise PluginError(
-                f"two plugins are named {info.name!r}: {_source(first)} and {_source(info)}"
-                + ("; pass another name to register()" if info.state == "registered" else "")
-            )
-
-    def _admit(self, plugin: object, info: PluginInfo) -> None:
-        """Register a plugin that makes no mistake, and leave the manager as it was otherwise."""
-        self._refuse_second(info)
-        who = f"plugin {info.name!r} ({_source(info)})"
-        mistake = find_mistake(self.manager, plugin)
-        if mistake is not None:
-            raise PluginError(f"{who}: {mistake}")
-        try:
-            self.manager.register(plugin, name=info.name)
-            self.manager.check_pending()
-        except (pluggy.PluginValidationError, ValueError) as error:
-            if self.manager.has_plugin(info.name):
-                self.manager.unregister(name=info.name)
-            message = " ".join(str(error).split())
-            raise PluginError(f"{who}: {message}") from error
-        self._info[info.name] = info
-
-    def _arm(self) -> None:
-        arm(self.armed, self.manager, self.failed, self._watcher_failed)
-
-    def _watcher_failed(self, plugin: str, hook: str, error: Exception) -> None:
-        """Log the first failure of its kind, so that a busy host does not fill a disk."""
-        self._watch_failures[plugin, hook] += 1
-        if self._watch_failures[plugin, hook] == 1:
-            _log.error(
-                "plugin %s failed in %s; further failures are only counted: %s",
-                *(plugin, hook),
-                "".join(
-                    traceback.format_exception(error)
-                ),  # as text: a record would keep the memory
-            )
-
     def _ask_all(self, hook: str, expected: type) -> list[tuple[str, Any]]:
-        """The answers of all plugins that have one, each with the plugin's name."""
+        """Return every answer except None, each with its plugin's name."""
         answers: list[tuple[str, Any]] = []
         for name, call in calls_of(self.manager, hook):
             said = call()
@@ -374,71 +302,121 @@ class Plugins:
                 answers.append((name, answer))
         return answers
 
-    # Not within a with block, as in the pool.
+    # -- loading
 
-    def _closing(self, plugin: str) -> list[Call]:
-        """What one plugin is asked when it goes."""
-        return [
-            (plugin, call, (host,))
-            for host in self._open
-            for _, call in calls_of_one(self.manager, "memslot_close_host", plugin)
-        ]
+    def _check_names(self, only: Sequence[str] | None, known: set[str]) -> None:
+        """Raise SettingError for an unknown name in `only`; warn of one in the blocked names."""
+        for name in only or ():
+            if name not in known:
+                raise SettingError(
+                    f"plugins: no plugin {name!r} is installed{nearest(name, sorted(known))};"
+                    f" installed are: {listed(sorted(known))}"
+                )
+        for name in sorted(self._blocked - known):
+            _log.warning("blocked plugin %r is not installed%s", name, nearest(name, sorted(known)))
 
-    def _calls(self, hook: str, *arguments: Any) -> list[Call]:
-        return [(name, call, arguments) for name, call in calls_of(self.manager, hook)]
+    def _load(
+        self,
+        entry: importlib.metadata.EntryPoint,
+        distribution: str | None,
+        version: str | None,
+        *,
+        selected: bool,
+    ) -> None:
+        """Import, instantiate and admit an installed plugin, unless it is blocked or not selected."""
+        name = entry.name
+        info = PluginInfo(
+            name=name,
+            state="loaded",
+            origin=entry.value,
+            distribution=distribution,
+            version=version,
+        )
+        if not selected or name in self._blocked:
+            state: Any = "blocked" if name in self._blocked else "not selected"
+            self._info.setdefault(name, replace(info, state=state))
+            return
+        try:
+            plugin = entry.load()
+            if inspect.isclass(plugin):
+                plugin = plugin()
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - code of another distribution
+            reason = f"{type(error).__name__}: {error}"
+            _log.warning(
+                "plugin %r (%s %s) is skipped: %s",
+                *(name, distribution, version, reason),
+                exc_info=error,
+            )
+            self._require_free(info)
+            self._info[name] = replace(info, state="failed", reason=reason)
+        else:
+            self._admit(plugin, info)
 
-    def after_fork(self) -> None:
-        """In a child: the lock may be held by a thread that does not exist here."""
-        self._lock = threading.RLock()
+    def _require_free(self, info: PluginInfo) -> None:
+        """Raise PluginError if the name is taken, because settings select plugins by name."""
+        first = self._info.get(info.name)
+        if first is not None and first.state != "not selected":
+            raise PluginError(
+                f"two plugins are named {info.name!r}: {first.source} and {info.source}"
+                + ("; pass another name to register()" if info.state == "registered" else "")
+            )
+
+    def _admit(self, plugin: object, info: PluginInfo) -> None:
+        """Register a plugin after checking it; if it is refused, the manager stays as it was."""
+        self._require_free(info)
+        mistake = find_mistake(self.manager, plugin)
+        if mistake is None:
+            try:
+                self.manager.register(plugin, name=info.name)
+                self.manager.check_pending()
+            except (pluggy.PluginValidationError, ValueError) as error:
+                if self.manager.has_plugin(info.name):
+                    self.manager.unregister(name=info.name)
+                mistake = " ".join(str(error).split())
+        if mistake is not None:
+            raise PluginError(f"plugin {info.name!r} ({info.source}): {mistake}")
+        self._info[info.name] = info
+
+    def _arm(self) -> None:
+        arm(self.armed, self.manager, self.failed, self._watcher_failed)
+
+    def _watcher_failed(self, plugin: str, hook: str, error: Exception) -> None:
+        """Count a watcher's failure; log the first of its kind only, or a busy host fills a disk."""
+        self._watch_failures[plugin, hook] += 1
+        if self._watch_failures[plugin, hook] == 1:
+            # Log text: a record with the exception would keep its frames, and with them the memory.
+            _log.error(
+                "plugin %s failed in %s; further failures are only counted: %s",
+                *(plugin, hook, "".join(traceback.format_exception(error))),
+            )
 
 
-Call = tuple[str, Callable[..., Any], tuple[Any, ...]]
-"""A plugin's name, its implementation of a hook, and the arguments."""
-
-
-def _call_all(hook: str, calls: Sequence[Call], left: list[Call] | None = None) -> None:
-    """Call each, also after one raised; raise the first exception then, log the others, and take out of `left` who has
-    answered.
-    """
+def _call_all(hook: str, calls: Sequence[Call], *args: Any) -> None:
+    """Call each, also after one raised; then raise the first exception.  The others are logged."""
     first: Exception | None = None
-    for made in calls:
-        name, call, args = made
+    for name, call in calls:
         try:
             call(*args)
-            if left is not None:
-                left.remove(made)
-        except Exception as error:  # noqa: BLE001 - every plugin must be told
+        except Exception as error:  # noqa: BLE001 - every plugin is called
             if first is None:
                 first = error
             else:
-                _log.error(
-                    "plugin %s failed in %s, and not as the first: %s",
-                    name,
-                    hook,
-                    traceback.format_exc(),
-                )
+                _log.error("plugin %s failed in %s too: %s", name, hook, traceback.format_exc())
     if first is not None:
         raise first
 
 
-# Bounded, because a program may change its sys.path as often as it likes.
-@lru_cache(maxsize=8)
-def _installed(
-    _path: tuple[str, ...],
-) -> tuple[tuple[importlib.metadata.EntryPoint, str | None, str | None], ...]:
-    """The entry points found on this `sys.path` in the order of loading, each with the name and
-    version of its distribution.
+@lru_cache(maxsize=8)  # bounded, because a program may change its sys.path any number of times
+def _installed(_path: tuple[str, ...]) -> tuple[Installed, ...]:
+    """Return the entry points found on this `sys.path`, in the order of loading.
 
-    Cached, because a scan reads the files of every installed distribution: 3 ms for 78 of them
-    (CPython 3.11, Xeon), as much as all else that opens a host.  `_installed.cache_clear()` forgets
-    every scan.
+    Cached, because a scan reads files of every distribution: 2 ms for 79 of them (CPython 3.11).
     """
-    # A distribution that is just being reinstalled stands in the metadata twice: one name for one
-    # and the same object is one plugin.
+    # A distribution that is being reinstalled is in the metadata twice: keep one entry per object.
     once = {
         (entry.name, entry.value): entry for entry in importlib.metadata.entry_points(group=PROJECT)
     }
-    # Parse the metadata of each distribution once: two of our entry points share one.
+    # Parse the metadata of each distribution once: two of memslot's entry points share one.
     parsed: dict[int, tuple[str | None, str | None]] = {id(None): (None, None)}
     for distribution in (entry.dist for entry in once.values()):
         if distribution is not None and id(distribution) not in parsed:
@@ -448,31 +426,14 @@ def _installed(
         (entry, *parsed[id(entry.dist)])
         for entry in sorted(once.values(), key=lambda entry: entry.name)
     ]
-    ours = [each for each in found if each[1] == PROJECT]
-    strangers = [each for each in found if each[1] != PROJECT]
-    # What is loaded last is asked first: strangers in the order of their names, and then
-    # `memfd` before `anonymous`, about resets too, because most memories are its own.
-    return (*ours, *reversed(strangers))
-
-
-def _source(info: PluginInfo) -> str:
-    if info.distribution is None:
-        return info.origin
-    return f"{info.origin} of {info.distribution} {info.version}"
+    # The plugin loaded last is asked first: others' plugins by name, then memfd, then anonymous.
+    # memfd comes before anonymous also for resets, because most memories are its own.
+    own = [each for each in found if each[1] == PROJECT]
+    others = [each for each in found if each[1] != PROJECT]
+    return (*own, *reversed(others))
 
 
 def _type_name(plugin: object) -> str:
     if inspect.ismodule(plugin):
         return plugin.__name__
     return f"{type(plugin).__module__}.{type(plugin).__qualname__}"
-
-
-_EVERY: weakref.WeakSet[Plugins] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for plugins in list(_EVERY):
-        plugins.after_fork()
-
-
-after_fork(_after_fork)

@@ -1,7 +1,7 @@
-"""The mistakes of a plugin's author, told in one sentence before pluggy sees the plugin.
+"""Checks of a plugin's hooks before pluggy sees them, each with one sentence for its author.
 
-pluggy finds some of them later and in its own words (a hook that does not exist, an argument that
-the hook lacks) and others not at all (a missing marker, arguments that it would never pass).
+pluggy finds some mistakes later and in its own words (an unknown hook or argument) and others not
+at all (a missing marker, arguments that it would never pass).
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from memslot_plugin.plugins.arming import arguments_of
 
 
 def find_mistake(manager: pluggy.PluginManager, plugin: object) -> str | None:
-    """The first mistake in the hooks of `plugin`, or None; nothing is registered."""
+    """Return the first mistake in the hooks of `plugin`, or None."""
     for attribute in dir(plugin):
+        if attribute.startswith("__"):  # no hook, and half of what `dir` finds
+            continue
         options = manager.parse_hookimpl_opts(plugin, attribute)
         if options is None:
             if attribute in HOOKS:
                 function = getattr(plugin, attribute)
-                # Inheriting the specifications is a fine way to have an editor complete them.
+                # A plugin may inherit the specifications, so that an editor completes them.
                 if callable(function) and not hasattr(function, f"{PROJECT}_spec"):
                     return f"{attribute} lacks the marker @hookimpl"
             continue
@@ -41,13 +43,13 @@ def find_mistake(manager: pluggy.PluginManager, plugin: object) -> str | None:
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """A question after what was meant, to follow a name that does not exist; or nothing."""
+    """Return " (did you mean 'x'?)" for the known name that is most like `name`, or ""."""
     matches = get_close_matches(name, known, n=1)
     return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 
 def _mistake(parameter: inspect.Parameter, allowed: tuple[str, ...]) -> str | None:
-    """What is wrong with one parameter of an implementation, as a verb phrase."""
+    """Return the mistake in one parameter of an implementation as a verb phrase, or None."""
     name = parameter.name
     if parameter.kind in {parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD}:
         return f"takes {parameter}, and pluggy passes arguments by their names alone"

@@ -215,6 +215,21 @@ class Growth:
         return self.answer
 
 
+class Grown:
+    """Notes to how many bytes memories have grown, and raises if there is an error."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+        self.error: BaseException | None = None
+
+    @hookimpl
+    def memslot_memory_grown(self, memory: LinearMemory, byte_size: int) -> None:
+        self.sizes.append(byte_size)
+        assert memory.byte_size == byte_size
+        if self.error is not None:
+            raise self.error
+
+
 class Raises:
     """A host function that raises one error, again and again."""
 

@@ -184,15 +184,17 @@ def test_memory_without_the_room_that_its_code_counts_on_is_refused(
 
 
 def test_memory_grown_by_a_runtime_is_retired_also_if_no_report_came(make: Make) -> None:
-    """A plugin that limits may be asked first and answer: ours never hears of the growth."""
     allocator = make(slots=1)
     runtime = Runtime(2 * PAGE, RESERVED, shape="shape")
     request = request_for(growth="report", map_host_memory=runtime, host_shape="shape")
-    for told in (True, False):
+    for reported in (True, False):
         memory = created(allocator, request)
-        if told:
+        if reported:
             _core.check(lib.ms_allow(memory.base, 4 * PAGE), "growing as a runtime does")
-            assert allocator.memslot_grow_memory(memory, 4 * PAGE) is True
+            allocator.memslot_memory_grown(memory, 4 * PAGE)
+            assert isinstance(memory, allocators.SlotMemory)
+            assert memory.slot is not None
+            assert memory.slot.accessible == 4 * PAGE
         memory.byte_size = 4 * PAGE  # as the host notes it
         result = allocator.memslot_release_memory(memory)
         assert result is not None

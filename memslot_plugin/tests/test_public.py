@@ -75,7 +75,7 @@ class Refuse:
             raise ImportError(f"{name} is neither pluggy nor of the standard library")
 
 sys.meta_path.insert(0, Refuse())
-import memslot_hooks, memslot_hooks.docs
+import memslot_hooks
 sys.meta_path.pop(0)
 import memslot_plugin
 assert not {"wasmtime", "wasmer", "rich", "click"} & set(sys.modules), sorted(sys.modules)

@@ -444,11 +444,7 @@ class WasmtimeHost(Host):
 
     def granted(self, token: int, index: int, byte_size: int) -> bool:
         """The bridge asks whether a memory may grow to `byte_size`."""
-        memory = self._groups[token][index]
-        if not self._grow(memory, byte_size):
-            return False
-        memory.byte_size = byte_size
-        return True
+        return self._grow(self._groups[token][index], byte_size)
 
     def leased(self, minimum: int, maximum: int) -> tuple[int, LinearMemory]:
         """The bridge asks for a memory for an instance that bare wasmtime-py makes on our engine."""
