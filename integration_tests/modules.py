@@ -108,7 +108,7 @@ MODULES = {
     "an-imported-memory-too-small": Module(
         '(import "env" "memory" (memory 2 3)) (data (i32.const 8) "x")',
         memory="",
-        reason="It is imported as env.memory and belongs to whoever provides it",
+        reason="It is imported as env.memory and belongs to the embedder",
         imports=EMBEDDED,
     ),
     "two-memories": Module(

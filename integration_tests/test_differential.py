@@ -17,6 +17,8 @@ import memslot_plugin as memslot
 from memslot_plugin import wasm
 from memslot_plugin.guest import analysis
 from memslot_plugin.guest import plan as guests
+from memslot_plugin.guest.target import Target
+from memslot_plugin.settings import Settings
 from memslot_plugin.tests.profiles import examples
 
 from . import cells, differential
@@ -144,7 +146,7 @@ WANTED = [
     *("minimum_pages=0", "maximum_pages=None", "start=None", "start=1", "memory=None"),
     *(f"value=ValueType(name='{kind}'" for kind in ("i32", "i64", "f32", "f64", "v128")),
     *("value=ValueType(name='(ref null func)'", "value=ValueType(name='(ref null extern)'"),
-    *("data=b''", "content=InitialContent", "content=None", "belongs to whoever provides it"),
+    *("data=b''", "image=True", "image=False", "belongs to the embedder"),
     *("instantiation traps", "is global", "is shared", "at the last byte", "a computed offset"),
 ]
 """Parts of how a module and its plan are printed, and two things that do not show there."""
@@ -155,7 +157,7 @@ def test_generated_modules_have_everything_that_they_should() -> None:
     found: Counter[str] = Counter()
     for seed in range(400):
         binary = generate(seed, FEATURES["wasmtime"]).binary
-        plan = guests.plan(binary, image_limit=1 << 30, import_memory=False)
+        plan = guests.plan(binary, Target(Settings(), import_memory=False))
         module = wasm.parse(binary)
         printed = [
             repr((plan.memories, plan.code, plan.verdict, dataclasses.replace(module, source=b"")))

@@ -39,7 +39,7 @@ def test_snapshot_without_a_dropped_element_segment_that_is_still_used_is_refuse
     module = wasm.parse(toy.assemble(ELEMENTS_DROPPED))
     report = analysis.analyse(module)
     alone = replace(report, occurrences=())
-    reason = analysis.reason_against_snapshots(module, alone, given_away=False)
+    reason = analysis.reason_against_snapshots(module, alone, native_exposed=False)
     assert reason == f"Element {DROPPED} use the guest without a snapshot."
 
 

@@ -40,7 +40,8 @@ from memslot_plugin.errors import (
 )
 from memslot_plugin.files.share import SharedGuest
 from memslot_plugin.guest.analysis import CodeReport, Occurrence, Verdict
-from memslot_plugin.guest.plan import GuestReport, MemoryReport, SavedGlobal, SegmentReport
+from memslot_plugin.guest.plan import MemoryReport, SavedGlobal, SegmentReport
+from memslot_plugin.guest.report import GuestReport
 from memslot_plugin.hosts import (
     FakeHost,
     Folder,

@@ -23,7 +23,10 @@ from memslot_plugin.errors import Unsupported, printable
 from memslot_plugin.files.container import Container
 from memslot_plugin.guest import plan as guests
 from memslot_plugin.guest.analysis import find_sites
-from memslot_plugin.guest.plan import GuestReport, MemoryReport, Plan
+from memslot_plugin.guest.plan import MemoryReport
+from memslot_plugin.guest.portable import saved_plan
+from memslot_plugin.guest.report import GuestReport, report_on
+from memslot_plugin.guest.target import MOST_GLOBALS, Target
 from memslot_plugin.hosts.saved import contents_in
 from memslot_plugin.memory.image import extents_of
 from memslot_plugin.settings import Settings
@@ -84,34 +87,30 @@ def inspect(
 
 
 def _judge(source: Source, settings: Settings, import_memory: bool) -> Verdict:
-    saved, image_limit = source.saved, settings.image_limit
-
-    def of_module() -> Plan:
-        return guests.plan(source.data, image_limit=image_limit, import_memory=import_memory)
-
+    saved = source.saved
+    target = Target(
+        settings,
+        import_memory=import_memory,
+        most_globals=None if import_memory else MOST_GLOBALS,
+        limits_growth=not import_memory,
+    )
     if saved is None:
-        plan = of_module()
+        plan = guests.plan(source.data, target)
     else:
         try:
-            plan = guests.of_saved(
+            plan = saved_plan(
                 saved.module,
+                target,
                 contents=contents_in(saved, {}, source.name),
                 origin=saved.origin,
                 is_snapshot=saved.about.is_snapshot,
-                image_limit=image_limit,
-                import_memory=import_memory,
             )
         except Unsupported as error:
-            plan = replace(of_module(), native=f"It cannot be loaded there: {error}")
-    images = tuple(
-        _layout(memory.index, memory.content)
-        for memory in plan.memories
-        if memory.content is not None
-    )
-    too_large = guests.reason_too_large(plan, settings)
-    plan = guests.with_few_globals(plan, None if import_memory else guests.MOST_GLOBALS)
-    plan = guests.bounded(plan, settings, runtime_limits=not import_memory)
-    return Verdict(plan.report(), images, None if too_large is None else f"It {too_large}.")
+            plan = guests.plan(source.data, target)
+            plan = replace(plan, native=f"It cannot be loaded there: {error}")
+    images = tuple(_layout(index, content) for index, content in plan.contents.items())
+    too_large = guests.reason_too_large(plan)
+    return Verdict(report_on(plan), images, None if too_large is None else f"It {too_large}.")
 
 
 def _layout(memory: int, content: InitialContent) -> ImageLayout:

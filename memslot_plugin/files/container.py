@@ -43,6 +43,7 @@ from memslot_plugin._core import PAGE_SIZE, align_up
 from memslot_plugin._core.limits import system_call_error
 from memslot_plugin.errors import ArgumentError, InvalidContainer, MemoryTooLarge
 from memslot_plugin.guest.plan import Origin, SegmentReport
+from memslot_plugin.guest.reasons import image_too_large
 
 MAGIC = b"\x93memslot"
 VERSION = 1
@@ -386,8 +387,7 @@ def _require_small(
         span = image[-1].offset + image[-1].length - image[0].offset if image else 0
         if image_limit is not None and span > image_limit:
             raise MemoryTooLarge(
-                f"{name}: the image of memory {index} spans {span} bytes and the limit is"
-                f" {image_limit}; raise the setting image_limit"
+                f"{name}: the image of memory {index} {image_too_large(span, image_limit)}"
             )
 
 

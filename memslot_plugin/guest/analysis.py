@@ -1,16 +1,15 @@
-"""What the code of a module may do to its own state, and whether a reset in place can undo all of it.
+"""Effects of a module's code on its own state, and the verdict about a reset in place.
 
-The core walks every instruction; here its findings become a report and a verdict.  A reset in place
-restores the bytes of memories and the values of globals.  The verdict is yes only where nothing
-else can have changed, so that nobody can tell the instance from a new one; what is not understood
-counts as changed.
+The core walks every instruction. A reset in place restores the bytes of memories and the values of
+globals. The verdict allows it only if nothing else can have changed, so that the instance behaves as
+a new one does. Code that is not understood counts as changing everything.
 """
 
 from __future__ import annotations
 
 import enum
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ from memslot_plugin.wasm import ExternKind, SectionId
 
 
 class Instruction(str, enum.Enum):
-    """The instructions that are looked for, in the order of the core's `enum ms_code_kind`."""
+    """The instructions that the core looks for, in the order of its `enum ms_code_kind`."""
 
     TABLE_SET = "table.set"
     TABLE_GROW = "table.grow"
@@ -65,15 +64,15 @@ _IRREVERSIBLE = {
     Instruction.ARRAY_INIT_DATA: _OBJECTS,
     Instruction.ARRAY_INIT_ELEM: _OBJECTS,
 }
-"""What one occurrence of these anywhere in the code costs: the reset in place."""
+"""Instructions that rule out a reset in place wherever the code has one, and the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Occurrence:
-    """One kind of instruction in the code: how often, in how many functions, and the first of them.
+    """All instructions of one kind in the code: their number, and the number of functions with one.
 
-    `first_function` is an index that counts imported functions; `first_offset` counts bytes from
-    the beginning of the module.
+    `first_function` is an index that counts imported functions. `first_offset` is in bytes from the
+    beginning of the module.
     """
 
     instruction: str
@@ -85,7 +84,7 @@ class Occurrence:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One instruction that was looked for."""
+    """One instruction in the code: its kind, its function and its offset in the module."""
 
     instruction: str
     function: int
@@ -94,11 +93,11 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class CodeReport:
-    """What the instructions of a module do, as far as they were understood.
+    """The instructions of a module, as far as they were understood.
 
-    With `not_understood`, a sentence, everything else is what was found up to there.  The tuples are
-    indices, ascending: globals that code assigns to, memories that it grows, tables that it changes
-    in any way, segments that it reads from and segments that it drops.
+    `not_understood` is a sentence about the place where the walk ended early, or None. The tuples are
+    ascending indices: globals that code assigns to, memories that it grows, tables that it changes,
+    segments that it reads from and segments that it drops.
     """
 
     bodies: int
@@ -115,27 +114,27 @@ class CodeReport:
 
     @property
     def named_segments(self) -> int | None:
-        """How many of the first data segments the code may name; None where it was not understood."""
+        """The number of leading data segments that code may name, or None if it was not understood."""
         if self.not_understood is not None:
             return None
         return max((*self.data_used, *self.data_dropped), default=-1) + 1
 
     def occurrence(self, instruction: str) -> Occurrence | None:
-        """All of this kind, or None where the code has none."""
+        """Return all instructions of this kind, or None if the code has none."""
         return next((each for each in self.occurrences if each.instruction == instruction), None)
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """How an instance can be reset so that it behaves as a new one does.
+    """The kind of reset after which an instance behaves as a new one does.
 
-    - `in_place`: restoring memories and globals is enough; otherwise a new instance is needed,
-      because of `reasons`.
-    - `conditions`: what must be watched while running, for `in_place` to hold.
-    - `foreign`: state that belongs to the embedder and that no kind of reset touches.
-    - `vector_globals`: globals of type v128 that have to be restored, which not every host can do.
+    - `in_place`: true if restoring memories and globals is enough. Otherwise a reset makes a new
+      instance, because of `reasons`.
+    - `conditions`: events while running after which a reset in place is not enough.
+    - `foreign`: state that belongs to the embedder and that no reset touches.
+    - `vector_globals`: globals of type v128 to be restored, which not every host can do.
 
-    All but the last are sentences.
+    All but the first and the last are sentences.
     """
 
     in_place: bool
@@ -150,8 +149,7 @@ class Verdict:
 
 def analyse(module: wasm.Module) -> CodeReport:
     """Walk every instruction of the module; costs about 3 ms per megabyte of code."""
-    marks = _Marks(module)
-    report = marks.walk()
+    report, marks = _walk(module)
     found = zip(Instruction, report.found, strict=True)
     return CodeReport(
         bodies=report.bodies,
@@ -164,99 +162,74 @@ def analyse(module: wasm.Module) -> CodeReport:
             for kind, all_ in found
             if all_.count
         ),
-        globals_set=marks.having("globals", lib.MS_CODE_CHANGED),
-        memories_grown=marks.having("memories", lib.MS_CODE_CHANGED),
-        tables_changed=marks.having("tables", lib.MS_CODE_CHANGED),
-        data_used=marks.having("data", lib.MS_CODE_USED),
-        data_dropped=marks.having("data", lib.MS_CODE_CHANGED),
-        elements_used=marks.having("elements", lib.MS_CODE_USED),
-        elements_dropped=marks.having("elements", lib.MS_CODE_CHANGED),
+        globals_set=_marked(marks["globals"], lib.MS_CODE_CHANGED),
+        memories_grown=_marked(marks["memories"], lib.MS_CODE_CHANGED),
+        tables_changed=_marked(marks["tables"], lib.MS_CODE_CHANGED),
+        data_used=_marked(marks["data"], lib.MS_CODE_USED),
+        data_dropped=_marked(marks["data"], lib.MS_CODE_CHANGED),
+        elements_used=_marked(marks["elements"], lib.MS_CODE_USED),
+        elements_dropped=_marked(marks["elements"], lib.MS_CODE_CHANGED),
     )
 
 
 def find_sites(
     module: wasm.Module, instructions: Collection[str] = tuple(_IRREVERSIBLE)
 ) -> tuple[Site, ...]:
-    """Each single instruction of these kinds, in the order of the code; by default those that cost a
-    module the reset in place.
+    """Return every instruction of these kinds in the order of the code.
+
+    The default kinds are those that rule out a reset in place.
     """
-    kinds = sum(1 << number for number, kind in enumerate(Instruction) if kind in instructions)
-    marks = _Marks(module)
-    marks.site_kinds = kinds
-    capacity = marks.walk().sites
-    sites = ffi.new("ms_code_site[]", max(capacity, 1))
-    marks.site_room(sites, capacity)
-    marks.walk()
     names = [kind.value for kind in Instruction]
-    return tuple(Site(names[s.kind], s.function, s.offset) for s in sites[0:capacity])
+    kinds = sum(1 << number for number, name in enumerate(names) if name in instructions)
+    report, _ = _walk(module, site_kinds=kinds)
+    sites = ffi.new("ms_code_site[]", report.sites)
+    _walk(module, site_kinds=kinds, sites=sites)
+    return tuple(Site(names[each.kind], each.function, each.offset) for each in sites)
 
 
-class _Marks:
-    """The core's view of a module, kept alive together, and what it marks there."""
+def _walk(
+    module: wasm.Module, *, site_kinds: int = 0, sites: Any = ()
+) -> tuple[Any, dict[str, bytearray]]:
+    """Return the core's report about the code, and a byte of marks for each item that code can name.
 
-    def __init__(self, module: wasm.Module) -> None:
-        elements = module.section(SectionId.ELEMENT)
-        # A count that nobody has checked: a segment takes a byte at least.
-        element_count = (
-            min(module.element_segment_count, elements.end - elements.payload) if elements else 0
-        )
-        counts = {
-            "globals": len(module.globals),
-            "tables": len(module.tables),
-            "memories": len(module.memories),
-            "data": len(module.data_segments),
-            "elements": element_count,
-        }
-        self._module = module
-        self._spaces = {name: bytearray(count) for name, count in counts.items()}
-        self._marks = ffi.new("ms_code_marks *")
-        self._held: list[Any] = []
-        self._marks.first_function = sum(
-            each.kind is ExternKind.FUNCTION for each in module.imports
-        )
-        for name, marked in self._spaces.items():
-            space = getattr(self._marks, name)
-            space.marks = self._hold(ffi.from_buffer("uint8_t[]", marked))
-            space.count = len(marked)
+    `site_kinds` has a bit for each kind of instruction whose places go to the array `sites`.
+    """
+    elements = module.section(SectionId.ELEMENT)
+    # The count is what the module claims, so bound it: an element segment takes at least one byte.
+    size = 0 if elements is None else elements.end - elements.payload
+    marks = {
+        "globals": bytearray(len(module.globals)),
+        "tables": bytearray(len(module.tables)),
+        "memories": bytearray(len(module.memories)),
+        "data": bytearray(len(module.data_segments)),
+        "elements": bytearray(min(module.element_segment_count, size)),
+    }
+    asked = ffi.new("ms_code_marks *")
+    asked.first_function = module.imported_function_count
+    # A C struct keeps nothing alive: without this dict cffi frees the buffers before the walk.
+    buffers = {name: ffi.from_buffer("uint8_t[]", space) for name, space in marks.items()}
+    for name, buffer in buffers.items():
+        space = getattr(asked, name)
+        space.marks, space.count = buffer, len(buffer)
+    asked.site_kinds = site_kinds
+    if len(sites):
+        asked.sites, asked.site_capacity = sites, len(sites)
+    report = ffi.new("ms_code_report *")
+    code = module.section(SectionId.CODE)
+    if code is not None:
+        source = ffi.from_buffer(module.source)
+        lib.ms_analyse_code(source, code.payload, code.end, asked, report)
+    return report, marks
 
-    def _hold(self, given: Any) -> Any:
-        self._held.append(given)
-        return given
 
-    @property
-    def site_kinds(self) -> int:
-        """Bits of the kinds whose sites are asked for."""
-        return int(self._marks.site_kinds)
-
-    @site_kinds.setter
-    def site_kinds(self, kinds: int) -> None:
-        self._marks.site_kinds = kinds
-
-    def site_room(self, sites: Any, capacity: int) -> None:
-        """Where the sites go."""
-        self._marks.sites = self._hold(sites)
-        self._marks.site_capacity = capacity
-
-    def walk(self) -> Any:
-        """The core's report; all zeros for a module without code."""
-        report = ffi.new("ms_code_report *")
-        code = self._module.section(SectionId.CODE)
-        if code is not None:
-            source = ffi.from_buffer(self._module.source)
-            lib.ms_analyse_code(source, code.payload, code.end, self._marks, report)
-        return report
-
-    def having(self, space: str, bit: int) -> tuple[int, ...]:
-        """The indices of a space that were marked with this bit."""
-        return tuple(index for index, marks in enumerate(self._spaces[space]) if marks & bit)
+def _marked(space: bytearray, bit: int) -> tuple[int, ...]:
+    return tuple(index for index, marks in enumerate(space) if marks & bit)
 
 
 def _fault(module: wasm.Module, report: Any) -> str | None:
-    """Why the walk ended early, or ended with another number of bodies than was declared."""
+    """Return the reason if the walk ended early, or found another number of bodies than declared."""
     if report.fault == lib.MS_CODE_UNDERSTOOD:
-        declared = module.function_count - sum(
-            each.kind is ExternKind.FUNCTION for each in module.imports
-        )
+        declared = module.function_count - module.imported_function_count
         if report.bodies != declared:
             return f"{declared} functions are declared and {report.bodies} have code."
         return None
@@ -282,9 +255,10 @@ def _fault(module: wasm.Module, report: Any) -> str | None:
 
 
 def changing_globals(module: wasm.Module, report: CodeReport) -> tuple[int, ...]:
-    """The module's own globals whose value may change: code assigns to them, or the embedder can.
+    """Return the defined globals whose value may change.
 
-    All mutable ones where code was not understood.
+    These are the mutable ones that code assigns to or that the embedder can reach. If the code was
+    not understood, all mutable ones count.
     """
     reached = {export.index for export in module.exports if export.kind is ExternKind.GLOBAL}
     reached.update(report.globals_set)
@@ -298,26 +272,29 @@ def changing_globals(module: wasm.Module, report: CodeReport) -> tuple[int, ...]
 
 
 def verdict(module: wasm.Module, report: CodeReport, *, start_dropped: bool = False) -> Verdict:
-    """Whether restoring memories and globals makes an instance of `module` as good as new.
+    """Return the verdict about an instance of `module`, as far as its code and declarations decide it.
 
-    `start_dropped` is for a module whose start function will not run, because its effect is saved.
-    What depends on images (a memory that the runtime initialises) is for the caller to add.
+    `start_dropped` is true if the start function does not run, because its effect is saved. The caller
+    adds the reasons that come from memories without an image.
     """
-    names = _exported_as(module)
+    names = _export_names(module)
+    changing = changing_globals(module, report)
     reasons = [
         *_code_reasons(report, names),
-        *_global_reasons(module, report, names),
+        *_global_reasons(module, changing, names),
         *_instantiation_reasons(module, start_dropped=start_dropped),
     ]
     return Verdict(
         in_place=not reasons,
         reasons=tuple(reasons),
         conditions=tuple(_conditions(module, report, names)),
-        foreign=tuple(_foreign(module)),
+        foreign=tuple(
+            f"The {kind} that is imported as {imported} belongs to the embedder and stays as it is at"
+            " every kind of reset."
+            for kind, imported in _imported_state(module)
+        ),
         vector_globals=tuple(
-            index
-            for index in changing_globals(module, report)
-            if module.globals[index].type.value.name == "v128"
+            index for index in changing if module.globals[index].type.value.name == "v128"
         ),
     )
 
@@ -326,13 +303,14 @@ _Names = Mapping[tuple[ExternKind, int], str]
 
 
 def reason_against_snapshots(
-    module: wasm.Module, report: CodeReport, *, given_away: bool
+    module: wasm.Module, report: CodeReport, *, native_exposed: bool
 ) -> str | None:
-    """Why an instance may have state besides memories and globals that a new one has not, or None.
+    """Return the reason if an instance may have state that no snapshot captures, or None.
 
-    `given_away` says that the embedder may have changed whatever the module exports.
+    A snapshot captures memories and globals. `native_exposed` is true if the embedder has the
+    runtime's own objects, and so may have changed everything that the module exports.
     """
-    names = _exported_as(module)
+    names = _export_names(module)
     if report.not_understood is not None:
         return next(_code_reasons(report, names))
     for instruction, why in _IRREVERSIBLE.items():
@@ -352,32 +330,48 @@ def reason_against_snapshots(
                 f"{kind} segment {both[0]} may have been dropped, and code still uses it; a new"
                 " instance would have it again; use the guest without a snapshot."
             )
-    for table in module.tables:
-        name = names.get((ExternKind.TABLE, table.index))
-        if given_away and name is not None and table.imported is None:
+    for table, name in _exported_tables(module, names):
+        if native_exposed:
             return (
-                f"Table {table.index} is exported as {name}, and who was given the runtime's own"
-                " objects may have changed it; take the snapshot before."
+                f"Table {table} is exported as {name}, and the embedder may have changed it through the"
+                " runtime's own objects; take the snapshot before."
             )
-    for kind, imported in (
-        *(("memory", each.imported) for each in module.memories),
-        *(("table", each.imported) for each in module.tables),
-        *(("mutable global", each.imported) for each in module.globals if each.type.mutable),
-    ):
-        if imported is not None:
-            return (
-                f"The {kind} that is imported as {imported} is not the guest's own, and no snapshot holds"
-                " what is in it; let the module define it, or use the guest without a snapshot."
-            )
+    for kind, imported in _imported_state(module):
+        return (
+            f"The {kind} that is imported as {imported} is not the guest's own, and no snapshot holds"
+            " its contents; let the module define it, or use the guest without a snapshot."
+        )
     return None
 
 
-def _exported_as(module: wasm.Module) -> _Names:
-    """The quoted export names of everything that has one."""
+def _export_names(module: wasm.Module) -> _Names:
+    """Return the quoted export names of every exported item."""
     names: dict[tuple[ExternKind, int], list[str]] = defaultdict(list)
     for export in module.exports:
         names[export.kind, export.index].append(f'"{printable(export.name)}"')
     return {key: " and ".join(found) for key, found in names.items()}
+
+
+def _imported_state(module: wasm.Module) -> Iterator[tuple[str, wasm.ImportName]]:
+    """Yield kind and name of each import that has state: memories, tables and mutable globals."""
+    mutable = [each for each in module.globals if each.type.mutable]
+    kinds: Iterable[tuple[str, Iterable[wasm.Memory | wasm.Table | wasm.Global]]] = (
+        ("memory", module.memories),
+        ("table", module.tables),
+        ("mutable global", mutable),
+    )
+    for kind, items in kinds:
+        for item in items:
+            if item.imported is not None:
+                yield kind, item.imported
+
+
+def _exported_tables(module: wasm.Module, names: _Names) -> Iterator[tuple[int, str]]:
+    """Yield index and names of each defined table that is exported."""
+    for table in module.tables:
+        name = names.get((ExternKind.TABLE, table.index))
+        if name is not None and table.imported is None:
+            yield table.index, name
 
 
 def _code_reasons(report: CodeReport, names: _Names) -> Iterator[str]:
@@ -393,7 +387,7 @@ def _code_reasons(report: CodeReport, names: _Names) -> Iterator[str]:
 
 
 def _place(found: Occurrence, names: _Names) -> str:
-    """Where it is, so that a person finds it in a disassembly."""
+    """Return the place of the first occurrence as a disassembly shows it."""
     name = names.get((ExternKind.FUNCTION, found.first_function))
     function = f"function {found.first_function}" + (f" (exported as {name})" if name else "")
     where = f"{found.instruction} in {function}, at byte 0x{found.first_offset:x}"
@@ -403,8 +397,8 @@ def _place(found: Occurrence, names: _Names) -> str:
     return where + others + (f" in {found.functions} functions" if found.functions > 1 else "")
 
 
-def _global_reasons(module: wasm.Module, report: CodeReport, names: _Names) -> Iterator[str]:
-    for index in changing_globals(module, report):
+def _global_reasons(module: wasm.Module, changing: tuple[int, ...], names: _Names) -> Iterator[str]:
+    for index in changing:
         held = module.globals[index].type.value
         if held.is_reference:
             name = names.get((ExternKind.GLOBAL, index))
@@ -416,17 +410,12 @@ def _global_reasons(module: wasm.Module, report: CodeReport, names: _Names) -> I
 
 
 def _instantiation_reasons(module: wasm.Module, *, start_dropped: bool) -> Iterator[str]:
-    """What only a new instance does again."""
+    """Yield the effects of instantiation that a reset in place does not repeat."""
     if module.start is not None and not start_dropped:
         yield (
             f"Function {module.start} starts each new instance and does not run at a reset in place;"
             " a snapshot taken after it needs it no more."
         )
-    yield from _copies(module)
-
-
-def _copies(module: wasm.Module) -> Iterator[str]:
-    """What each new instance writes into what is not its own."""
     written = {segment.memory for segment in module.data_segments if segment.data}
     for memory in module.memories:
         if memory.imported is not None and memory.index in written:
@@ -434,13 +423,12 @@ def _copies(module: wasm.Module) -> Iterator[str]:
                 f"Each new instance copies data into the memory that is imported as"
                 f" {memory.imported}; let the module define its memory."
             )
-    if module.element_segment_count:
-        for table in module.tables:
-            if table.imported is not None:
-                yield (
-                    "Each new instance may put its functions into the table that is imported as"
-                    f" {table.imported}; let the module define its table."
-                )
+    for table in module.tables if module.element_segment_count else ():
+        if table.imported is not None:
+            yield (
+                "Each new instance may put its functions into the table that is imported as"
+                f" {table.imported}; let the module define its table."
+            )
 
 
 def _conditions(module: wasm.Module, report: CodeReport, names: _Names) -> Iterator[str]:
@@ -450,27 +438,8 @@ def _conditions(module: wasm.Module, report: CodeReport, names: _Names) -> Itera
             f"The code has {_place(grow, names)}; after a growth only a new instance has the right"
             " size."
         )
-    for table in module.tables:
-        name = names.get((ExternKind.TABLE, table.index))
-        if name is not None and table.imported is None:
-            yield (
-                f"Table {table.index} is exported as {name}; who was given the runtime's own objects"
-                " may have changed it, and then needs a new instance."
-            )
-
-
-def _foreign(module: wasm.Module) -> Iterator[str]:
-    for kind, things in (
-        ("memory", module.memories),
-        ("table", module.tables),
-        ("global", module.globals),
-    ):
-        for thing in things:
-            if thing.imported is None:
-                continue
-            if isinstance(thing, wasm.Global) and not thing.type.mutable:
-                continue
-            yield (
-                f"The {kind} that is imported as {thing.imported} belongs to whoever provides it and"
-                " stays as it is at every kind of reset."
-            )
+    for table, name in _exported_tables(module, names):
+        yield (
+            f"Table {table} is exported as {name}; after the embedder was given the runtime's own"
+            " objects, only a new instance surely has the first elements."
+        )

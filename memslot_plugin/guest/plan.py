@@ -1,189 +1,35 @@
-"""The plan for a guest: which of its memories get an image, which do not and why, and how an instance
-of it can be reset.
+"""The plan for a guest: the rewritten module, the contents of its images, and the kind of its reset.
 
-A runtime would copy active data segments over the image and so dirty its pages.  What an image holds
-is therefore taken out of the module, and only then: a segment is either in an image or, as it was,
-in the module, so that instantiation gives the same bytes and the same traps as it does natively.
+A runtime would copy active data segments over an image and so dirty its pages. Therefore the bytes of
+an image leave the module. Each data segment is either in an image or still in the module, so that
+instantiation gives the same bytes and the same traps as without memslot.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from memslot_hooks.types import InitialContent, Segment
 from memslot_plugin import wasm
-from memslot_plugin._core import PAGE_SIZE, align_up
-from memslot_plugin.errors import InvalidContainer, Unsupported
 from memslot_plugin.guest import analysis
 from memslot_plugin.guest.analysis import CodeReport, Verdict
-from memslot_plugin.memory import image as images
-from memslot_plugin.settings import Settings
-from memslot_plugin.wasm import ImportName
-
-MOST_ZEROS = 16 << 20
-"""Bytes of zeros that an image may hold because its data is scattered: a small module must not make a large image."""
-
-MOST_GLOBALS = 1000
-"""Globals that wasmtime puts back, one by one, in less time than a new instance takes: 15 us for 400 of them and 234 us
-for 1600, against 15 and 132 us (wasmtime 50, Linux 6.18, two virtual cores).
-"""
-
-SLOT_LARGEST = 1 << 32
-"""The most bytes that a slot can ever hold: everything a 32-bit address reaches."""
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryPlan:
-    """What becomes of one linear memory.
-
-    `content` is what its image holds, or None with the `reason`, a sentence; sizes are bytes, and
-    `maximum_bytes` is None where the memory declares no maximum.  `imported` is the import that the
-    module itself made of it, and such a memory belongs to whoever provides it.  `segment_count` and
-    `data_bytes` are its active data segments.
-    """
-
-    index: int
-    imported: ImportName | None
-    exported_as: tuple[str, ...]
-    minimum_bytes: int
-    maximum_bytes: int | None
-    page_size: int
-    shared: bool
-    memory64: bool
-    segment_count: int
-    data_bytes: int
-    content: InitialContent | None
-    reason: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class SavedGlobal:
-    """A mutable global of the module's own whose value may change, so that a reset restores it.
-
-    `type` is the name of what it holds.  `export_name` is the reserved name under which a host
-    reaches it, or None where the plan was not asked to export state.  `initial` are the bits it
-    starts with, as `wasm.encode_constant` takes them, or None where they are known only at
-    instantiation or are a reference.
-    """
-
-    index: int
-    type: str
-    export_name: str | None
-    initial: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """What a saved guest was before: its module's bytes and their SHA-256, its segments, and what had
-    been rewritten.
-    """
-
-    source_bytes: int
-    source_sha256: bytes
-    segments: tuple[SegmentReport, ...]
-    changes: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What becomes of a module.
-
-    `module` is what a runtime shall compile: `source` itself where nothing had to be rewritten.
-    `native`, where it is not None, is the sentence that says why the whole module is left to the
-    runtime: nothing of ours may serve its memories.  `import_name` is the name under which `module`
-    imports the memory that `source` defines, or None where it still defines it.  `structure` is
-    what was read of `source`, and `code` of its instructions, or None where it was not understood.
-    `verdict` says how an instance can be reset, and `saved_globals` what has to be restored then.
-    `is_snapshot` is whether it starts from the state of an instance instead of its own beginning.
-    `has_contents` is whether only the contents hold what memories begin with, and `source` does not.
-    `origin` is what the module was before the guest was saved, where it was: `source` is then what
-    was saved.  `lowered` is true if `bounded` lowered maximums in `module`.
-    """
-
-    source: bytes
-    module: bytes
-    native: str | None
-    verdict: Verdict
-    memories: tuple[MemoryPlan, ...] = ()
-    import_name: ImportName | None = None
-    structure: wasm.Module | None = None
-    code: CodeReport | None = None
-    saved_globals: tuple[SavedGlobal, ...] = ()
-    is_snapshot: bool = False
-    has_contents: bool = False
-    origin: Origin | None = None
-    lowered: bool = False
-
-    def report(self) -> GuestReport:
-        """The plan without the bytes."""
-        if self.origin is not None:
-            segments = self.origin.segments
-        elif self.structure is not None:
-            segments = tuple(map(self._segment_report, self.structure.data_segments))
-        else:
-            segments = ()
-        return GuestReport(
-            source_bytes=len(self.source) if self.origin is None else self.origin.source_bytes,
-            module_bytes=len(self.module),
-            native=self.native,
-            import_name=None if self.import_name is None else str(self.import_name),
-            changes=tuple(self._changes()),
-            memories=tuple(_memory_report(memory) for memory in self.memories),
-            segments=segments,
-            verdict=self.verdict,
-            code=self.code,
-            saved_globals=self.saved_globals,
-        )
-
-    def kept_changes(self) -> list[str]:
-        """What was rewritten and is so on every host, one sentence each."""
-        before = () if self.origin is None else self.origin.changes
-        changes = [
-            f"{memory.segment_count} data segment{'s' if memory.segment_count > 1 else ''} of memory"
-            f" {memory.index} ({memory.data_bytes} bytes) went from the module into its image."
-            for memory in self.memories
-            if memory.content is not None and memory.data_bytes
-        ]
-        if self.is_snapshot:
-            changes.append("Memories and globals start as they were when the snapshot was taken.")
-            if self.structure is not None and self.structure.start is not None:
-                changes.append(f"Function {self.structure.start} does not run at instantiation.")
-        return [*before, *(each for each in changes if each not in before)]
-
-    def _changes(self) -> list[str]:
-        """What was rewritten, one sentence each."""
-        changes = self.kept_changes()
-        if self.import_name is not None:
-            changes.append(f"Memory 0 is imported as {self.import_name} instead of defined.")
-        names = [each.export_name for each in self.saved_globals if each.export_name is not None]
-        if names:
-            changes.append(f"Mutable globals are exported as {', '.join(names)} to be restored.")
-        if self.lowered:
-            changes.append(
-                "Maximums of memories and tables are lowered to what the settings allow."
-            )
-        return [] if self.module is self.source and self.origin is None else changes
-
-    def _segment_report(self, segment: wasm.DataSegment) -> SegmentReport:
-        return SegmentReport(
-            index=segment.index,
-            mode="active" if segment.active else "passive",
-            memory=segment.memory,
-            offset=None if segment.offset is None else segment.offset.value,
-            byte_size=len(segment.data),
-            in_image=segment.memory is not None
-            and self.memories[segment.memory].content is not None,
-        )
+from memslot_plugin.guest.reasons import imageless_reason, native_reason
+from memslot_plugin.guest.target import Target
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryReport:
-    """One linear memory, as a person or a script reads it; `reason` is why it has no image."""
+    """One linear memory of a guest.
+
+    `imported` is the import that the module itself made of it; such a memory belongs to the embedder.
+    `segment_count` and `data_bytes` count its active data segments. `image` is true if an image
+    provides its contents, and `reason` is a sentence if not. Without a maximum, `maximum_bytes` is
+    None.
+    """
 
     index: int
     imported: str | None
@@ -200,8 +46,23 @@ class MemoryReport:
 
 
 @dataclass(frozen=True, slots=True)
+class SavedGlobal:
+    """A global of the module's own whose value may change, so that a reset restores it.
+
+    `type` is the name of its value type. `export_name` is the reserved name under which the host
+    reaches it, or None if the plan exports no state. `initial` are the bits of its first value, as
+    `wasm.encode_constant` takes them. None if only instantiation knows them, or for a reference.
+    """
+
+    index: int
+    type: str
+    export_name: str | None
+    initial: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class SegmentReport:
-    """One data segment; `offset` is None for a passive one and where it is not constant."""
+    """One data segment; `offset` is None for a passive one, and if it is not constant."""
 
     index: int
     mode: Literal["active", "passive"]
@@ -212,96 +73,109 @@ class SegmentReport:
 
 
 @dataclass(frozen=True, slots=True)
-class GuestReport:
-    """A plan as a person or, through `dataclasses.asdict`, a script reads it.
-
-    `changes` are sentences, one for each thing that was rewritten; `native` is the sentence that
-    says why nothing was, and None where that is not so.  `verdict` is how an instance can be reset,
-    and because of what; `code` what was found in its instructions, None where nothing was read.
-    """
+class Origin:
+    """The module of a guest before the guest was saved: size, SHA-256, segments, and the changes to it."""
 
     source_bytes: int
-    module_bytes: int
-    native: str | None
-    import_name: str | None
-    changes: tuple[str, ...]
-    memories: tuple[MemoryReport, ...]
+    source_sha256: bytes
     segments: tuple[SegmentReport, ...]
+    changes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The plan for a module on one host.
+
+    - `module`: the bytes to compile, which are `source` itself if nothing was rewritten.
+    - `native`: the sentence that says why the whole module is left to the runtime, and no slot may
+      serve its memories; None for a module that is served.
+    - `structure`, `code`: the declarations of `source` and the report about its instructions; None if
+      the module was not understood.
+    - `contents`: the contents of each image to be built, by memory index.
+    - `import_name`: the import that replaced the defined memory, or None.
+    - `is_snapshot`: true if instances start from the state of a captured instance.
+    - `has_contents`: true if only the images have the first bytes of the memories, and `source` lacks
+      them.
+    - `origin`: the module before the guest was saved, if `source` is the saved module.
+    - `maximums_lowered`: true if maximums of memories or tables in `module` are lower than in `source`.
+    """
+
+    source: bytes
+    module: bytes
+    native: str | None
     verdict: Verdict
-    code: CodeReport | None
-    saved_globals: tuple[SavedGlobal, ...]
+    target: Target
+    memories: tuple[MemoryReport, ...] = ()
+    contents: Mapping[int, InitialContent] = field(default_factory=dict)
+    import_name: wasm.ImportName | None = None
+    structure: wasm.Module | None = None
+    code: CodeReport | None = None
+    saved_globals: tuple[SavedGlobal, ...] = ()
+    is_snapshot: bool = False
+    has_contents: bool = False
+    origin: Origin | None = None
+    maximums_lowered: bool = False
 
 
-def plan(
-    source: bytes, *, image_limit: int, import_memory: bool, export_state: bool = True
-) -> Plan:
-    """Decide which memories of a module get an image, and rewrite it accordingly.
+def plan(source: bytes, target: Target) -> Plan:
+    """Decide which memories of a module get an image, and rewrite the module accordingly.
 
-    `image_limit` is the most bytes that an image may span, from its first byte of data to its last.
-    `import_memory` is for a host that can only put a memory of ours into an import: the defined
-    memory becomes one, with or without an image.  `export_state` exports every global that may
-    change, under a reserved name, so that the host can restore it.  Raises `InvalidModule` for what
-    is no core module and for nothing else: what cannot be served is said in the plan.
+    Raises InvalidModule for bytes that are no core module, and nothing else. The plan says what cannot
+    be served.
     """
     try:
         module = wasm.parse(source)
     except wasm.NotUnderstood as error:
-        sentence = _sentence(f"{error.reason}; the runtime decides about it")
-        return Plan(source, source, sentence, Verdict(in_place=False, reasons=(sentence,)))
-    native = _native_reason(module, import_memory=import_memory)
-    segments: dict[int | None, list[wasm.DataSegment]] = defaultdict(list)
-    for segment in module.data_segments:
-        segments[segment.memory].append(segment)
-    names: dict[int, list[str]] = defaultdict(list)
-    for export in module.exports:
-        if export.kind is wasm.ExternKind.MEMORY:
-            names[export.index].append(export.name)
-    memories = tuple(
-        _plan_memory(
-            memory,
-            segments[memory.index],
-            exported_as=tuple(names[memory.index]),
-            reason=native or _imageless_reason(memory, segments[memory.index], image_limit),
-        )
-        for memory in module.memories
-    )
+        sentence = f"{error.reason[0].upper()}{error.reason[1:]}; the runtime decides about it."
+        return Plan(source, source, sentence, Verdict(in_place=False, reasons=(sentence,)), target)
+    native = native_reason(module, import_memory=target.import_memory)
+    memories, contents = _plan_memories(module, native, target)
     code = analysis.analyse(module)
     changing = analysis.changing_globals(module, code)
-    verdict = _verdict(module, code, memories, native)
-    if native is not None:
-        saved = _saved_globals(module, changing, ())
-        return Plan(source, source, native, verdict, memories, None, module, code, saved)
-    name = None
-    if import_memory and any(memory.imported is None for memory in module.memories):
-        name = _free_name(module)
-    emptied = [
-        segment.index
-        for segment in module.data_segments
-        if segment.memory is not None and memories[segment.memory].content is not None
-    ]
-    exports = wasm.state_exports(module, globals_=changing) if export_state else ()
+    exports: tuple[wasm.Export, ...] = ()
+    import_name = None
+    if native is None:
+        if target.export_state:
+            exports = wasm.state_exports(module, globals_=changing)
+        if target.import_memory and any(memory.imported is None for memory in module.memories):
+            import_name = _free_name(module)
+    memory_types = {} if native is None else target.lowered_memories(module)
+    table_types = target.lowered_tables(module)
     rewritten = wasm.rewrite(
         module,
-        emptied=emptied,
+        emptied=[each.index for each in module.data_segments if each.memory in contents],
         named_segments=code.named_segments,
-        import_memory=name,
+        import_memory=import_name,
+        memory_types=memory_types,
+        table_types=table_types,
         exports=exports,
     )
-    saved = _saved_globals(module, changing, exports)
-    return Plan(source, rewritten, None, verdict, memories, name, module, code, saved)
+    return Plan(
+        source,
+        rewritten,
+        native,
+        _verdict(module, code, memories, target, native=native),
+        target,
+        memories,
+        contents,
+        import_name,
+        structure=module,
+        code=code,
+        saved_globals=_saved_globals(module, changing, exports),
+        maximums_lowered=bool(memory_types or table_types),
+    )
 
 
 def snapshot(
     plan: Plan, *, contents: Mapping[int, InitialContent], values: Mapping[int, int | None]
 ) -> Plan:
-    """The plan for a guest that starts where an instance of `plan` is.
+    """Return the plan for a guest that starts with the state of an instance of `plan`.
 
-    `contents` are what its memories hold, by index, for every memory that the module defines; they
-    give the new minimums too.  `values` are the bits of its globals, as `wasm.encode_constant`
-    takes them.  Active segments of these memories are empty in it and no start function runs.
-    Starts over from `plan.source`, so that it makes no difference whether `plan` is a snapshot.
+    `contents` are the bytes of every memory that the module defines, by index, and their size becomes
+    the minimum. `values` are the bits of the saved globals, as `wasm.encode_constant` takes them. No
+    start function runs. The rewriting starts from `plan.source`, also if `plan` is a snapshot itself.
 
-    Raises ValueError if `plan` is native, a memory or a value is missing or does not fit.
+    Raises ValueError if `plan` is native, or if a memory or a value is missing or does not fit.
     """
     module, code = plan.structure, plan.code
     if plan.native is not None or module is None or code is None:
@@ -315,27 +189,24 @@ def snapshot(
                 f"a snapshot needs the {what} {sorted(wanted)} and has {sorted(given)}"
             )
     memories = tuple(
-        memory
-        if memory.imported is not None
-        else replace(
-            memory,
-            minimum_bytes=contents[memory.index].byte_size,
-            content=contents[memory.index],
-            reason=None,
-        )
+        replace(memory, minimum_bytes=contents[memory.index].byte_size, image=True, reason=None)
+        if memory.imported is None
+        else memory
         for memory in plan.memories
     )
+    exports = [
+        wasm.Export(each.export_name, wasm.ExternKind.GLOBAL, each.index)
+        for each in plan.saved_globals
+        if each.export_name is not None
+    ]
     rewritten = wasm.rewrite(
         module,
         emptied=[each.index for each in module.data_segments if each.memory in contents],
         named_segments=code.named_segments,
         import_memory=plan.import_name,
-        minimums=_minimum_pages(memories),
-        exports=[
-            wasm.Export(each.export_name, wasm.ExternKind.GLOBAL, each.index)
-            for each in plan.saved_globals
-            if each.export_name is not None
-        ],
+        memory_types=memory_types(module, memories),
+        table_types=plan.target.lowered_tables(module),
+        exports=exports,
         initial_values=values,
         drop_start=True,
     )
@@ -343,7 +214,8 @@ def snapshot(
         plan,
         module=rewritten,
         memories=memories,
-        verdict=_verdict(module, code, memories, None, start_dropped=True),
+        contents=contents,
+        verdict=_verdict(module, code, memories, plan.target, start_dropped=True),
         saved_globals=tuple(
             replace(each, initial=values[each.index]) for each in plan.saved_globals
         ),
@@ -353,8 +225,9 @@ def snapshot(
 
 
 def runs_same_code(plan: Plan, parent: Plan) -> bool:
-    """Whether an instance of `parent` becomes one of its snapshot `plan` by other images and values of
-    globals, so that the module need not be compiled again.
+    """Return True if the compiled code of `parent` also serves its snapshot `plan`.
+
+    The instances then differ in their images and in the values of globals that the host sets.
     """
     if plan.structure is None or plan.structure is not parent.structure:
         return False
@@ -362,8 +235,7 @@ def runs_same_code(plan: Plan, parent: Plan) -> bool:
         parent.native is plan.native is None
         and (parent.structure.start is None or parent.is_snapshot)
         and all(
-            old.imported is not None
-            or (old.content is not None and old.minimum_bytes == new.minimum_bytes)
+            old.imported is not None or (old.image and old.minimum_bytes == new.minimum_bytes)
             for old, new in zip(parent.memories, plan.memories, strict=True)
         )
         and _globals_can_be_set(plan)
@@ -376,9 +248,10 @@ def _globals_can_be_set(plan: Plan) -> bool:
     )
 
 
-def but_for_globals(plan: Plan) -> bytes | None:
-    """The module of `plan` with zeros in its saved globals: the same for all plans that run the same code.
-    None where globals cannot be set from outside.
+def module_but_for_globals(plan: Plan) -> bytes | None:
+    """Return the module of `plan` with zeros in its saved globals.
+
+    The bytes are equal for all plans that run the same code. None if the host cannot set the globals.
     """
     if plan.native is not None or plan.structure is None or not _globals_can_be_set(plan):
         return None
@@ -386,211 +259,27 @@ def but_for_globals(plan: Plan) -> bytes | None:
     return wasm.rewrite(wasm.parse(plan.module), initial_values=zeros)
 
 
-def portable(plan: Plan) -> bytes:
-    """The module of `plan` without what its images hold, and with saved globals as initial values, but
-    with nothing in it that one kind of host needs: what `of_saved` makes a plan of again, anywhere.
-    """
-    module = plan.structure
-    if plan.native is not None or module is None:
-        return plan.source
-    held = {memory.index for memory in plan.memories if memory.content is not None}
-    emptied = [each.index for each in module.data_segments if each.memory in held]
-    if not plan.is_snapshot:
-        return wasm.rewrite(module, emptied=emptied)
-    return wasm.rewrite(
-        module,
-        emptied=emptied,
-        minimums=_minimum_pages(plan.memories),
-        initial_values={each.index: each.initial for each in plan.saved_globals},
-        drop_start=True,
-    )
-
-
-def origin(plan: Plan) -> Origin:
-    """What a guest of `plan` was, to be kept with what `portable` makes of it."""
-    if plan.origin is not None:
-        return replace(plan.origin, changes=tuple(plan.kept_changes()))
-    return Origin(
-        source_bytes=len(plan.source),
-        source_sha256=hashlib.sha256(plan.source).digest(),
-        segments=plan.report().segments,
-        changes=tuple(plan.kept_changes()),
-    )
-
-
-def of_saved(
-    source: bytes,
-    *,
-    contents: Mapping[int, InitialContent],
-    origin: Origin,
-    is_snapshot: bool,
-    image_limit: int,
-    import_memory: bool,
-) -> Plan:
-    """The plan for a guest that was saved as the module `source` and these contents of its memories.
-
-    Nothing else is taken on trust: what may be reset in place is found out again.  Raises
-    InvalidContainer where module and contents cannot belong together, Unsupported where this host
-    leaves such a module to the runtime, which knows nothing of contents.
-    """
-    made = plan(source, image_limit=image_limit, import_memory=import_memory)
-    if is_snapshot and made.structure is not None and made.structure.start is not None:
-        raise InvalidContainer("it claims to be a snapshot, and its module has a start function")
-    made = replace(made, origin=origin, is_snapshot=is_snapshot)
-    if not contents:
-        return made
-    require_ours(made)
-    by_index = {memory.index: memory for memory in made.memories}
-    for index, content in contents.items():
-        memory = by_index.get(index)
-        end = max((each.offset + len(each.data) for each in content.segments), default=0)
-        if memory is None or memory.imported is not None:
-            raise InvalidContainer(
-                f"there are contents for memory {index}, which is not the module's"
-            )
-        if memory.data_bytes or memory.content is None:
-            raise InvalidContainer(
-                f"there are contents for memory {index}, and data of its own in the module"
-            )
-        if end > align_up(memory.minimum_bytes):
-            raise InvalidContainer(
-                f"the contents of memory {index} end at byte {end}, and it starts with"
-                f" {memory.minimum_bytes} bytes"
-            )
-    return replace(
-        made,
-        has_contents=True,
-        memories=tuple(
-            memory
-            if memory.index not in contents
-            else replace(
-                memory, content=replace(contents[memory.index], byte_size=memory.minimum_bytes)
-            )
-            for memory in made.memories
-        ),
-    )
-
-
 def offsets(plan: Plan) -> wasm.Offsets | None:
-    """The places in the given module of the code that a runtime compiles of this plan; None if it is
-    in the same place.
-    """
+    """Return the translation of code offsets to the given module, or None if no offset differs."""
     if plan.structure is None or plan.module is plan.source:
         return None
     return wasm.Offsets(plan.structure, plan.module)
 
 
-def require_ours(plan: Plan) -> None:
-    """Raise Unsupported for a saved guest whose module this host leaves to the runtime."""
-    if plan.native is not None:
-        raise Unsupported(
-            "the saved guest has contents for its memories, and on this host nothing of ours may serve"
-            f" them. {plan.native}"
-        )
+def reason_against_snapshots(plan: Plan, *, native_exposed: bool) -> str | None:
+    """Return the reason why no snapshot captures an instance of this plan whole, or None.
 
-
-def without_bytes(plan: Plan) -> Plan:
-    """The same plan without what the images were built from."""
-    return replace(
-        plan,
-        memories=tuple(
-            memory
-            if memory.content is None
-            else replace(memory, content=replace(memory.content, segments=(), memory=None))
-            for memory in plan.memories
-        ),
-    )
-
-
-def reason_against_snapshots(plan: Plan, *, given_away: bool) -> str | None:
-    """Why no instance of this plan can be captured whole, a sentence without its beginning; None if
-    one can.  `given_away` says that the embedder has the runtime's own objects.
+    `native_exposed` is true if the embedder has the runtime's own objects.
     """
     module, code = plan.structure, plan.code
     if plan.native is not None or module is None or code is None:
         return f"the module is left to the runtime. {plan.native}"
-    return analysis.reason_against_snapshots(module, code, given_away=given_away)
+    return analysis.reason_against_snapshots(module, code, native_exposed=native_exposed)
 
 
-def _minimum_pages(memories: Iterable[MemoryPlan]) -> dict[int, int]:
-    """The minimum of each memory that the module defines, in its pages, by index."""
-    return {
-        memory.index: -(-memory.minimum_bytes // memory.page_size)
-        for memory in memories
-        if memory.imported is None
-    }
-
-
-def _verdict(
-    module: wasm.Module,
-    code: CodeReport,
-    memories: tuple[MemoryPlan, ...],
-    native: str | None,
-    *,
-    start_dropped: bool = False,
-) -> Verdict:
-    """The verdict about the code, and what having no image adds to it."""
-    verdict = analysis.verdict(module, code, start_dropped=start_dropped)
-    if native is not None:
-        reasons = [native]
-    else:
-        reasons = [
-            f"Memory {memory.index} has no image, so that only a new instance copies its data again."
-            for memory in memories
-            if memory.imported is None and memory.content is None and memory.data_bytes
-        ]
-    if not reasons:
-        return verdict
-    return replace(verdict, in_place=False, reasons=(*reasons, *verdict.reasons))
-
-
-def _saved_globals(
-    module: wasm.Module, changing: tuple[int, ...], exports: tuple[wasm.Export, ...]
-) -> tuple[SavedGlobal, ...]:
-    names = {export.index: export.name for export in exports}
-    saved = []
-    for index in changing:
-        held, initializer = module.globals[index].type.value, module.globals[index].initializer
-        initial = None if initializer is None else wasm.constant_bits(held, initializer)
-        saved.append(SavedGlobal(index, held.name, names.get(index), initial))
-    return tuple(saved)
-
-
-def _plan_memory(
-    memory: wasm.Memory,
-    segments: list[wasm.DataSegment],
-    *,
-    exported_as: tuple[str, ...],
-    reason: str | None,
-) -> MemoryPlan:
-    content = None
-    if reason is None:
-        laid = tuple(
-            Segment(segment.offset.value, segment.data)
-            for segment in segments
-            if segment.data and segment.offset is not None and segment.offset.value is not None
-        )
-        content = InitialContent(memory.type.minimum_bytes, laid)
-    return MemoryPlan(
-        index=memory.index,
-        imported=memory.imported,
-        exported_as=exported_as,
-        minimum_bytes=memory.type.minimum_bytes,
-        maximum_bytes=memory.type.maximum_bytes,
-        page_size=memory.type.page_size,
-        shared=memory.type.shared,
-        memory64=memory.type.memory64,
-        segment_count=len(segments),
-        data_bytes=sum(len(segment.data) for segment in segments),
-        content=content,
-        reason=reason,
-    )
-
-
-def reason_too_large(plan: Plan, settings: Settings) -> str | None:
-    """A sentence without its beginning: something that a guest of `plan` needs and the settings do not allow; None if
-    it fits.
-    """
+def reason_too_large(plan: Plan) -> str | None:
+    """Return the predicate of a sentence about a need that exceeds the settings, or None."""
+    settings = plan.target.settings
     memories = [memory for memory in plan.memories if memory.imported is None]
     if len(memories) > settings.memories_per_instance:
         return (
@@ -606,14 +295,14 @@ def reason_too_large(plan: Plan, settings: Settings) -> str | None:
                 f"needs {memory.minimum_bytes} bytes for memory {memory.index}, and the settings allow"
                 f" {limit} ({names})"
             )
-    every = () if plan.structure is None else plan.structure.tables
-    tables = [table for table in every if table.imported is None]
-    if len(tables) > settings.tables_per_instance:
+    tables = () if plan.structure is None else plan.structure.tables
+    defined = [table for table in tables if table.imported is None]
+    if len(defined) > settings.tables_per_instance:
         return (
-            f"defines {len(tables)} tables, and the settings allow {settings.tables_per_instance}"
+            f"defines {len(defined)} tables, and the settings allow {settings.tables_per_instance}"
             " (tables_per_instance)"
         )
-    for table in tables:
+    for table in defined:
         if table.type.minimum > settings.table_limit:
             return (
                 f"needs {table.type.minimum} elements for table {table.index}, and the settings allow"
@@ -622,159 +311,105 @@ def reason_too_large(plan: Plan, settings: Settings) -> str | None:
     return None
 
 
-def with_few_globals(plan: Plan, most: int | None) -> Plan:
-    """The plan, with a new instance at each reset if more than `most` globals would have to be put back."""
-    verdict, many = plan.verdict, len(plan.saved_globals)
-    if most is None or many <= most:
-        return plan
-    reason = (
-        f"Putting back {many} globals takes longer than a new instance, as it does beyond {most}."
-    )
-    return replace(
-        plan, verdict=replace(verdict, in_place=False, reasons=(*verdict.reasons, reason))
-    )
-
-
-def bounded(plan: Plan, settings: Settings, *, runtime_limits: bool) -> Plan:
-    """The plan with the maximums lowered of what a runtime would let grow past the settings: memories of its own,
-    and tables.  With `runtime_limits` it limits these itself, but for memories that are shared.
-    """
-    shared = any(memory.shared for memory in plan.memories if memory.imported is None)
-    if plan.structure is None or (runtime_limits and not shared):
-        return plan
-    module = wasm.rewrite(
-        wasm.parse(plan.module),
-        most_bytes=None if plan.native is None else settings.largest_native_memory,
-        most_elements=None if runtime_limits else settings.table_limit,
-    )
-    if module == plan.module:
-        return plan
-    return replace(plan, module=module, lowered=True)
-
-
-def _native_reason(module: wasm.Module, *, import_memory: bool) -> str | None:
-    """Why no slot can serve this module, whatever its data; None if one can."""
-    defined = [memory for memory in module.memories if memory.imported is None]
-    if import_memory:
-        for table in module.tables:
-            if table.imported is not None:
-                return (
-                    f"It imports the table {table.imported}, through which its functions could be called after it"
-                    " ended; let the module define its table to get an image."
-                )
-    if import_memory and defined and len(module.memories) > 1:
-        return (
-            f"The module has {len(module.memories)} memories and this host can be given a single"
-            " one; use a host that provides all of them."
+def memory_types(
+    module: wasm.Module, memories: tuple[MemoryReport, ...]
+) -> dict[int, wasm.MemoryType]:
+    """Return the types of the memories that the module defines, with the minimums of `memories`."""
+    return {
+        each.index: replace(
+            each.type, minimum_pages=-(-memories[each.index].minimum_bytes // each.type.page_size)
         )
-    for memory in defined:
-        kind = memory.type
-        if kind.shared:
-            return (
-                f"Memory {memory.index} is shared between threads, which a slot cannot be;"
-                " compile without threads to get an image."
-            )
-        if kind.page_size != wasm.WASM_PAGE:
-            return (
-                f"Memory {memory.index} has pages of {kind.page_size} bytes and a slot grows by"
-                f" {wasm.WASM_PAGE}; compile without a page size of its own to get an image."
-            )
-        if kind.memory64 and kind.maximum_bytes is None:
-            return (
-                f"Memory {memory.index} has 64-bit addresses and no maximum; declare one of at most"
-                f" {SLOT_LARGEST} bytes to get an image."
-            )
-        if kind.maximum_bytes is not None and kind.maximum_bytes > SLOT_LARGEST:
-            return (
-                f"Memory {memory.index} may grow to {kind.maximum_bytes} bytes and a slot holds at"
-                f" most {SLOT_LARGEST}; declare a smaller maximum to get an image."
-            )
-    return None
+        for each in module.memories
+        if each.imported is None
+    }
 
 
-def _imageless_reason(
-    memory: wasm.Memory, segments: list[wasm.DataSegment], image_limit: int
-) -> str | None:
-    """Why this memory is initialised by the runtime and not by an image; None if it is."""
-    if memory.imported is not None:
-        return (
-            f"It is imported as {memory.imported} and belongs to whoever provides it; let the"
-            " module define its memory to get an image."
+def _plan_memories(
+    module: wasm.Module, native: str | None, target: Target
+) -> tuple[tuple[MemoryReport, ...], dict[int, InitialContent]]:
+    """Return all memories of the module, and the contents of the images that they get."""
+    segments: dict[int | None, list[wasm.DataSegment]] = defaultdict(list)
+    for segment in module.data_segments:
+        segments[segment.memory].append(segment)
+    names: dict[int, list[str]] = defaultdict(list)
+    for export in module.exports:
+        if export.kind is wasm.ExternKind.MEMORY:
+            names[export.index].append(export.name)
+    memories, contents = [], {}
+    for memory in module.memories:
+        own, kind = segments[memory.index], memory.type
+        reason = native or imageless_reason(memory, own, target)
+        if reason is None:
+            contents[memory.index] = InitialContent(
+                kind.minimum_bytes,
+                tuple(
+                    Segment(each.offset.value, each.data)
+                    for each in own
+                    if each.data and each.offset is not None and each.offset.value is not None
+                ),
+            )
+        memories.append(
+            MemoryReport(
+                index=memory.index,
+                imported=None if memory.imported is None else str(memory.imported),
+                exported_as=tuple(names[memory.index]),
+                minimum_bytes=kind.minimum_bytes,
+                maximum_bytes=kind.maximum_bytes,
+                page_size=kind.page_size,
+                shared=kind.shared,
+                memory64=kind.memory64,
+                segment_count=len(own),
+                data_bytes=sum(len(segment.data) for segment in own),
+                image=reason is None,
+                reason=reason,
+            )
         )
-    size = memory.type.minimum_bytes
-    first, last = size, 0
-    for segment in segments:
-        offset = segment.offset
-        if offset is None or offset.value is None:
-            why = "is missing" if offset is None else offset.reason
-            return (
-                f"The offset of data segment {segment.index} {why}; place it at a constant to get"
-                " an image."
-            )
-        if offset.type != memory.type.index_type:
-            return (
-                f"The offset of data segment {segment.index} is an {offset.type} and the memory's"
-                f" addresses are {memory.type.index_type}, so the runtime refuses the module."
-            )
-        end = offset.value + len(segment.data)
-        if end > size:
-            return (
-                f"Data segment {segment.index} ends at byte {end} and the memory starts with"
-                f" {size}, so instantiation traps; raise the memory's minimum to get an image."
-            )
-        if segment.data:
-            first, last = min(first, offset.value), max(last, end)
-    if last - first > image_limit:
-        return (
-            f"The image would span {last - first} bytes and the limit is {image_limit}; raise the"
-            " image limit to get one."
+    return tuple(memories), contents
+
+
+def _verdict(
+    module: wasm.Module,
+    code: CodeReport,
+    memories: tuple[MemoryReport, ...],
+    target: Target,
+    *,
+    native: str | None = None,
+    start_dropped: bool = False,
+) -> Verdict:
+    """Return the verdict about the code, with the reasons that memories and the host add."""
+    verdict = analysis.verdict(module, code, start_dropped=start_dropped)
+    if native is not None:
+        reasons = [native]
+    else:
+        reasons = [
+            f"Memory {memory.index} has no image, so that only a new instance copies its data again."
+            for memory in memories
+            if memory.imported is None and not memory.image and memory.data_bytes
+        ]
+    reasons += verdict.reasons
+    count = len(analysis.changing_globals(module, code))
+    if target.most_globals is not None and count > target.most_globals:
+        reasons.append(
+            f"Restoring {count} globals takes longer than a new instance, as it does beyond"
+            f" {target.most_globals}."
         )
-    zeros = _zeros_between(segments)
-    if zeros > MOST_ZEROS:
-        return (
-            f"Its data is so scattered that an image would hold {zeros} bytes of zeros between it, and the"
-            f" limit is {MOST_ZEROS}; put the data together to get an image."
-        )
-    return None
+    return replace(verdict, in_place=not reasons, reasons=tuple(reasons))
 
 
-def _zeros_between(segments: list[wasm.DataSegment]) -> int:
-    """Bytes that an image would hold although no segment reaches their pages."""
-    if len(segments) <= images.MAX_EXTENTS:
-        return 0
-    reached = []
-    for segment in segments:
-        if segment.data and segment.offset is not None and segment.offset.value is not None:
-            start, end = segment.offset.value, segment.offset.value + len(segment.data)
-            reached.append((start - start % PAGE_SIZE, align_up(end)))
-    reached = images.joined(sorted(reached), 1)
-    stored = images.few(reached)
-    return sum(end - start for start, end in stored) - sum(end - start for start, end in reached)
+def _saved_globals(
+    module: wasm.Module, changing: tuple[int, ...], exports: tuple[wasm.Export, ...]
+) -> tuple[SavedGlobal, ...]:
+    names = {export.index: export.name for export in exports}
+    saved = []
+    for index in changing:
+        kind, initializer = module.globals[index].type.value, module.globals[index].initializer
+        initial = None if initializer is None else wasm.constant_bits(kind, initializer)
+        saved.append(SavedGlobal(index, kind.name, names.get(index), initial))
+    return tuple(saved)
 
 
-def _free_name(module: wasm.Module) -> ImportName:
-    """A name whose module part the guest does not import from, so that nothing can collide."""
+def _free_name(module: wasm.Module) -> wasm.ImportName:
+    """Return a name in a module from which the guest imports nothing, so that nothing can collide."""
     taken = {imported.name.module for imported in module.imports}
     names = itertools.chain(["memslot"], (f"memslot{number}" for number in itertools.count(1)))
-    return ImportName(next(name for name in names if name not in taken), "memory")
-
-
-def _sentence(text: str) -> str:
-    return f"{text[0].upper()}{text[1:]}."
-
-
-def _memory_report(memory: MemoryPlan) -> MemoryReport:
-    return MemoryReport(
-        index=memory.index,
-        imported=None if memory.imported is None else str(memory.imported),
-        exported_as=memory.exported_as,
-        minimum_bytes=memory.minimum_bytes,
-        maximum_bytes=memory.maximum_bytes,
-        page_size=memory.page_size,
-        shared=memory.shared,
-        memory64=memory.memory64,
-        segment_count=memory.segment_count,
-        data_bytes=memory.data_bytes,
-        image=memory.content is not None,
-        reason=memory.reason,
-    )
+    return wasm.ImportName(next(name for name in names if name not in taken), "memory")

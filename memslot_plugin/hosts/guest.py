@@ -28,6 +28,8 @@ from memslot_plugin.errors import (
     shown,
 )
 from memslot_plugin.guest import plan as guests
+from memslot_plugin.guest.reasons import image_too_large
+from memslot_plugin.guest.report import GuestReport, report_on
 from memslot_plugin.hosts import saved
 from memslot_plugin.hosts.instance import Instance
 from memslot_plugin.hosts.live import HOLDS, Binding, Imports
@@ -94,17 +96,12 @@ class Guest:
         """Live instances of the guest of a fork, which ends with the last one."""
         self.sets_globals = False
         """Whether its code is its parent's, so that globals get their values when an instance begins."""
-        too_large = guests.reason_too_large(plan, host.settings)
+        too_large = guests.reason_too_large(plan)
         if too_large is not None:
             raise MemoryTooLarge(f"{name} {too_large}")
         try:
             if self.plan.native is None:
                 self._build_images()
-            self.plan = guests.bounded(
-                guests.with_few_globals(self.plan, host.most_globals),
-                host.settings,
-                runtime_limits=host.limits_what_grows,
-            )
             self.compiled = host._compile(self)
             self._saved_code, self._parent = {}, None
             self.in_place = self.plan.verdict.in_place
@@ -119,15 +116,13 @@ class Guest:
     @classmethod
     def of_module(cls, host: Host, name: str, source: bytes, binding: Binding) -> Self:
         """A guest that starts as the module says."""
-        return cls(host, name, _plan(host, source, host.settings.image_limit), binding)
+        return cls(host, name, guests.plan(source, host.target), binding)
 
     def _build_images(self) -> None:
-        for memory in self.plan.memories:
-            if memory.content is None:
-                continue
+        for index, content in self.plan.contents.items():
             if self.plan.has_contents:
-                self._require_small(memory.content)
-            image = self.host._armed.build_image(replace(memory.content, name=self.name))
+                self._require_small(content)
+            image = self.host._armed.build_image(replace(content, name=self.name))
             if (
                 image is None
             ):  # no plugin builds images: the runtime copies its data segments as it always did
@@ -138,19 +133,17 @@ class Guest:
                         "no plugin builds images, and nothing else holds a snapshot or a saved guest; load memfd or"
                         " anonymous (settings plugins and blocked)"
                     )
-                self.plan = _plan(self.host, self.plan.source, -1)
+                target = replace(self.plan.target, builds_images=False)
+                self.plan = guests.plan(self.plan.source, target)
                 return
-            self.images[memory.index] = image
-        if self.plan.has_contents:  # what they were built from is a live memory, or a file
-            self.plan = guests.without_bytes(self.plan)
+            self.images[index] = image
+        # Drop the contents: they refer to a live memory or a file that others may change or close.
+        self.plan = replace(self.plan, contents={})
 
     def _require_small(self, content: InitialContent) -> None:
-        span = images.span_of(content)
-        if span > self.host.settings.image_limit:
-            raise MemoryTooLarge(
-                f"the image of {self.name} spans {span} bytes and the limit is"
-                f" {self.host.settings.image_limit}; raise the setting image_limit"
-            )
+        span, limit = images.span_of(content), self.host.settings.image_limit
+        if span > limit:
+            raise MemoryTooLarge(f"the image of {self.name} {image_too_large(span, limit)}")
 
     def _places(self) -> Iterator[MemoryRequest]:
         """One request per memory that the runtime makes itself, of which it takes the place only: `slots`
@@ -197,9 +190,9 @@ class Guest:
             )
 
     @property
-    def report(self) -> guests.GuestReport:
-        """What was rewritten, and which memories got no image and why."""
-        return self.plan.report()
+    def report(self) -> GuestReport:
+        """The changes to the module, its memories with or without images, and the kind of its reset."""
+        return report_on(self.plan)
 
     def instantiate(
         self,
@@ -353,7 +346,7 @@ class Guest:
         """A guest that starts where a live instance of this one is; raises SnapshotRefused."""
         catch_up()
         plan, what = self.plan, f"the instance of {self.name} cannot be captured"
-        reason = guests.reason_against_snapshots(plan, given_away=live.given_away)
+        reason = guests.reason_against_snapshots(plan, native_exposed=live.given_away)
         if reason is not None:
             raise SnapshotRefused(f"{what}: {reason}")
         drawn = _draws(plan)
@@ -521,7 +514,3 @@ def _draws(plan: guests.Plan) -> tuple[str, ...]:
         for each in imports
         if each.name.module in MODULES and each.name.name in ("random_get", "clock_time_get")
     )
-
-
-def _plan(host: Host, source: bytes, image_limit: int) -> guests.Plan:
-    return guests.plan(source, image_limit=image_limit, import_memory=host.imports_memory)

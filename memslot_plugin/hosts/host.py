@@ -44,6 +44,7 @@ from memslot_plugin.errors import (
     shown,
 )
 from memslot_plugin.guest import plan as guests
+from memslot_plugin.guest.target import Target
 from memslot_plugin.hosts import saved
 from memslot_plugin.hosts.builtin import load_plugins
 from memslot_plugin.hosts.guest import Guest
@@ -107,6 +108,12 @@ class Host(abc.ABC):
     def __init__(self, settings: Settings | None = None, *, plugins: Iterable[object] = ()) -> None:
         catch_up()
         self.settings = Settings() if settings is None else settings
+        self.target = Target(
+            self.settings,
+            import_memory=self.imports_memory,
+            most_globals=self.most_globals,
+            limits_growth=self.limits_what_grows,
+        )
         self.plugins = load_plugins(self.settings, plugins)
         self._armed = self.plugins.armed
         self._thread = threading.get_ident()
@@ -190,7 +197,7 @@ class Host(abc.ABC):
         raise NotImplementedError
 
     def _map_host_memory(
-        self, memory: guests.MemoryPlan, maximum: int
+        self, memory: guests.MemoryReport, maximum: int
     ) -> Callable[[], HostMapping] | None:
         """How the runtime makes an address range of its own for this memory, or None if plugins
         provide it.

@@ -39,6 +39,7 @@ from memslot_plugin.files import container
 from memslot_plugin.files.container import About, Container, Contents, Stored
 from memslot_plugin.files.share import SharedGuest
 from memslot_plugin.guest import plan as guests
+from memslot_plugin.guest import portable
 from memslot_plugin.memory import image as images
 from memslot_plugin.memory.backing import Backing, File, Held, Holder, new_memfd, why_it_may_change
 
@@ -142,7 +143,7 @@ def contents_of(
 ) -> Contents:
     """Everything of a guest, with extents that lie where `stored` says."""
     plan = guest.plan
-    origin = guests.origin(plan)
+    origin = portable.origin_of(plan)
     key = key_of_code(guest, sets_globals=guest.sets_globals) if with_code else None
     return Contents(
         about=About(
@@ -155,7 +156,7 @@ def contents_of(
             changes=origin.changes,
         ),
         source_sha256=origin.source_sha256,
-        module=guests.portable(plan),
+        module=portable.portable_module(plan),
         code={} if key is None else {key: guest.host._serialise(guest)},
         images=stored,
         pieces=pieces,
@@ -373,13 +374,12 @@ def guest_of(
         file.acquire(holder)
     try:
         about = found.about
-        plan = guests.of_saved(
+        plan = portable.saved_plan(
             found.module,
+            host.target,
             contents=contents_in(found, files, label),
             origin=found.origin,
             is_snapshot=about.is_snapshot,
-            image_limit=host.settings.image_limit,
-            import_memory=host.imports_memory,
         )
         code = found.code if trust_code else {}
         guest = Guest(host, name or about.name, plan, binding, code=code)
@@ -433,7 +433,7 @@ def key_of_code(guest: Guest, *, sets_globals: bool) -> str | None:
     whatever its saved globals begin with.  None where there can be no such code.
     """
     circumstances = guest.host._code_key(guest)
-    module = guests.but_for_globals(guest.plan) if sets_globals else guest.plan.module
+    module = guests.module_but_for_globals(guest.plan) if sets_globals else guest.plan.module
     if circumstances is None or module is None:
         return None
     which = "module but for its globals" if sets_globals else "module"

@@ -473,13 +473,13 @@ def test_state_that_a_reset_in_place_could_miss_is_a_reason(text: str, reason: s
     (said,) = verdict.reasons
     assert reason in said
     assert said.endswith(".")
-    captured = analysis.reason_against_snapshots(module, report, given_away=False)
+    captured = analysis.reason_against_snapshots(module, report, native_exposed=False)
     if any(word in said for word in CAPTURED):
         assert captured is None
     else:
         assert captured is not None
         if "imported as" in said:
-            assert "is not the guest's own, and no snapshot holds what is in it" in captured
+            assert "is not the guest's own, and no snapshot holds its contents" in captured
         else:
             assert captured.split(", at byte")[0] == said.split(", at byte")[0]
         assert captured.endswith(".")
@@ -509,7 +509,7 @@ def test_state_that_must_be_watched_is_a_condition() -> None:
     said = 'The code has memory.grow in function 0 (exported as "grow"), at byte 0x'
     assert growth.startswith(said)
     assert growth.endswith("; after a growth only a new instance has the right size.")
-    assert table.startswith('Table 0 is exported as "t" and "u"; who was given')
+    assert table.startswith('Table 0 is exported as "t" and "u"; after the embedder was given')
 
 
 def test_imported_state_belongs_to_the_embedder() -> None:
@@ -523,7 +523,7 @@ def test_imported_state_belongs_to_the_embedder() -> None:
     assert [sentence.split(" belongs")[0] for sentence in verdict.foreign] == [
         "The memory that is imported as a.m",
         "The table that is imported as a.t",
-        "The global that is imported as a.g",
+        "The mutable global that is imported as a.g",
     ]
 
 

@@ -18,6 +18,8 @@ from memslot_hooks.types import InitialContent
 from memslot_plugin import wasm
 from memslot_plugin.errors import InvalidModule
 from memslot_plugin.guest import plan as guest
+from memslot_plugin.guest.target import Target
+from memslot_plugin.settings import Settings
 from memslot_plugin.tests import instructions
 from memslot_plugin.tests.encode import HEADER
 from memslot_plugin.tests.mutations import mutated
@@ -44,6 +46,8 @@ TEXTS = [
 ]
 CORPUS = [*map(assemble, TEXTS), EVERYTHING]
 
+LIMITS = [Settings(image_limit=1 << 30), Settings(image_limit=2)]
+
 BITS = {"i32": 32, "i64": 64, "f32": 32, "f64": 64, "v128": 128}
 
 modules = st.builds(
@@ -64,8 +68,8 @@ def plans(module: bytes) -> list[guest.Plan]:
     """Every plan that a host asks for; none for what is no core module."""
     try:
         return [
-            guest.plan(module, image_limit=limit, import_memory=imported, export_state=exported)
-            for limit in (1 << 30, 2)
+            guest.plan(module, Target(settings, import_memory=imported, export_state=exported))
+            for settings in LIMITS
             for imported in (False, True)
             for exported in (False, True)
         ]
@@ -96,7 +100,7 @@ def test_changed_module_stays_what_a_runtime_takes_it_for(engine: Any, module: b
 
 def snapshot_of(plan: guest.Plan) -> guest.Plan | None:
     """A guest that starts with other globals and a page more; None where a host would refuse it."""
-    if guest.reason_against_snapshots(plan, given_away=False) is not None:
+    if guest.reason_against_snapshots(plan, native_exposed=False) is not None:
         return None
     values: dict[int, int | None] = {}
     for each in plan.saved_globals:
@@ -139,11 +143,11 @@ def assert_same_meaning(plan: guest.Plan) -> None:
     assert after == before
     assert_same_segments(plan, old, new)
     for memory in plan.memories:
-        if memory.content is not None:
+        if memory.image:
             # By address: a memory of 4 GiB would not fit a buffer.
             laid: dict[int, int] = {}
             meant: dict[int, int] = {}
-            for segment in memory.content.segments:
+            for segment in plan.contents[memory.index].segments:
                 laid.update(enumerate(segment.data, segment.offset))
             for each in old.data_segments:
                 if each.memory == memory.index:
@@ -158,7 +162,7 @@ def assert_same_segments(plan: guest.Plan, old: wasm.Module, new: wasm.Module) -
     named = plan.code.named_segments if plan.code is not None else None
     left = list(new.data_segments)
     for segment in old.data_segments:
-        taken = segment.memory is not None and plan.memories[segment.memory].content is not None
+        taken = segment.memory is not None and plan.memories[segment.memory].image
         expected = b"" if taken else bytes(segment.data)
         if left and _same_place(segment, left[0]) and bytes(left[0].data) == expected:
             left.pop(0)

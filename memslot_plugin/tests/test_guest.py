@@ -14,7 +14,10 @@ from memslot_hooks.types import InitialContent
 from memslot_plugin import wasm
 from memslot_plugin._core import PAGE_SIZE as P
 from memslot_plugin.guest import plan as guest
+from memslot_plugin.guest.report import report_on
+from memslot_plugin.guest.target import Target
 from memslot_plugin.memory import image as images
+from memslot_plugin.settings import Settings
 from memslot_plugin.tests.encode import END, HEADER, custom, name, section, signed, unsigned, vector
 
 wasmtime = pytest.importorskip("wasmtime", reason="wasmtime, which assembles the guests")
@@ -23,11 +26,11 @@ PAGE = wasm.WASM_PAGE
 GIB = 1 << 30
 
 
-def plan_of(text: str | bytes, **options: Any) -> guest.Plan:
+def plan_of(text: str | bytes, *, image_limit: int = GIB, **options: Any) -> guest.Plan:
     """The plan for a module, by default with images of any size and without changes beside those."""
     source = bytes(wasmtime.wat2wasm(text)) if isinstance(text, str) else text
-    options = {"image_limit": GIB, "import_memory": False, "export_state": False} | options
-    return guest.plan(source, **options)
+    options = {"import_memory": False, "export_state": False} | options
+    return guest.plan(source, Target(Settings(image_limit=image_limit), **options))
 
 
 @pytest.mark.parametrize(
@@ -50,7 +53,7 @@ def test_a_module_that_needs_no_change_is_left_alone(
     assert [memory.minimum_bytes for memory in plan.memories] == sizes
     for memory in plan.memories:
         if memory.imported is None:
-            assert memory.content == InitialContent(memory.minimum_bytes, ())
+            assert plan.contents[memory.index] == InitialContent(memory.minimum_bytes, ())
 
 
 def test_content_is_the_active_segments_in_order_without_the_empty_ones() -> None:
@@ -60,10 +63,9 @@ def test_content_is_the_active_segments_in_order_without_the_empty_ones() -> Non
              (data (i32.const 10) "later") (data (i32.const 131071) "z"))"""
     )
     (memory,) = plan.memories
-    assert memory.content is not None
-    segments = [(s.offset, s.data) for s in memory.content.segments]
+    segments = [(s.offset, s.data) for s in plan.contents[0].segments]
     assert segments == [(8, b"first"), (10, b"later"), (131071, b"z")]
-    assert memory.content.byte_size == memory.minimum_bytes == 2 * PAGE
+    assert plan.contents[0].byte_size == memory.minimum_bytes == 2 * PAGE
     assert (memory.maximum_bytes, memory.exported_as) == (5 * PAGE, ("memory",))
     assert (memory.segment_count, memory.data_bytes, memory.reason) == (4, 11, None)
     assert [bytes(s.data) for s in wasm.parse(plan.module).data_segments] == [b"passive"]
@@ -103,7 +105,7 @@ IMAGELESS = {
         "Data segment 1 ends at byte 65537 and the memory starts with 65536, so instantiation traps"
     ),
     '(import "env" "memory" (memory 1)) (data (i32.const 0) "a")': (
-        "It is imported as env.memory and belongs to whoever provides it"
+        "It is imported as env.memory and belongs to the embedder"
     ),
 }
 
@@ -115,7 +117,7 @@ def test_a_memory_without_an_image_keeps_its_segments_and_says_why(
 ) -> None:
     plan = plan_of(f"(module {text})", import_memory=import_memory)
     (memory,) = plan.memories
-    assert memory.content is None
+    assert (memory.image, plan.contents) == (False, {})
     assert memory.reason is not None
     assert memory.reason.startswith(reason)
     assert memory.reason.endswith(".")
@@ -127,17 +129,16 @@ def test_a_memory_without_an_image_keeps_its_segments_and_says_why(
     if memory.imported is None:
         said = "Memory 0 has no image, so that only a new instance copies its data again."
         assert plan.verdict.reasons[0].startswith(said)
-    assert (plan.report().verdict, plan.report().code) == (plan.verdict, plan.code)
+    assert (report_on(plan).verdict, report_on(plan).code) == (plan.verdict, plan.code)
 
 
 def test_an_image_past_the_limit_is_refused_with_both_numbers() -> None:
     text = """(module (memory 3) (data (i32.const 131000) "b") (data (i32.const 65536) "a")
       (data (i32.const 0) ""))"""  # the empty one does not widen the image
-    (memory,) = plan_of(text, image_limit=65465).memories
-    assert memory.content is not None
+    assert plan_of(text, image_limit=65465).memories[0].image
     (memory,) = plan_of(text, image_limit=65464).memories
     assert memory.reason == (
-        "The image would span 65465 bytes and the limit is 65464; raise the image limit to get one."
+        "Its image spans 65465 bytes and the limit is 65464; raise the setting image_limit."
     )
 
 
@@ -147,10 +148,12 @@ def test_memories_get_images_one_by_one() -> None:
              (data (memory 1) (i32.const 70000) "of 1") (data (memory 0) (global.get 0) "dynamic")
              (data (memory 1) (i32.const 70001) "later"))"""
     )
-    none, content = (memory.content for memory in plan.memories)
-    assert none is None
-    assert content is not None
-    assert [(s.offset, s.data) for s in content.segments] == [(70000, b"of 1"), (70001, b"later")]
+    assert [memory.image for memory in plan.memories] == [False, True]
+    assert list(plan.contents) == [1]
+    assert [(s.offset, s.data) for s in plan.contents[1].segments] == [
+        (70000, b"of 1"),
+        (70001, b"later"),
+    ]
     assert [bytes(s.data) for s in wasm.parse(plan.module).data_segments] == [b"dynamic"]
 
 
@@ -187,12 +190,12 @@ def test_a_module_that_no_slot_can_serve_runs_natively_with_the_reason(
     assert plan.native.startswith(reason)
     assert plan.native.endswith(".")
     assert {memory.reason for memory in plan.memories} == {plan.native}
-    assert {memory.content for memory in plan.memories} == {None}
+    assert ({memory.image for memory in plan.memories}, plan.contents) == ({False}, {})
 
 
 def test_a_64_bit_memory_of_at_most_4_gib_gets_an_image() -> None:
     plan = plan_of("""(module (memory i64 1 65536) (data (i64.const 7) "x"))""")
-    assert plan.memories[0].content is not None
+    assert plan.memories[0].image
     assert plan.memories[0].maximum_bytes == 1 << 32
     assert plan.memories[0].memory64
 
@@ -215,7 +218,7 @@ def test_what_is_not_understood_runs_natively_with_the_reason() -> None:
     )
     assert plan.module is source
     assert (plan.memories, plan.structure) == ((), None)
-    assert plan.report().segments == ()
+    assert report_on(plan).segments == ()
     assert plan.verdict.reasons == (plan.native,)
     assert (plan.verdict.in_place, plan.code, plan.saved_globals) == (False, None, ())
 
@@ -234,7 +237,7 @@ def test_the_report_says_what_was_done_and_is_json() -> None:
         """(module (memory (export "m") 1) (data (i32.const 8) "abc") (data "p"))""",
         import_memory=True,
     )
-    report = json.loads(json.dumps(dataclasses.asdict(plan.report())))
+    report = json.loads(json.dumps(dataclasses.asdict(report_on(plan))))
     assert report["changes"] == [
         "1 data segment of memory 0 (3 bytes) went from the module into its image.",
         "Memory 0 is imported as memslot.memory instead of defined.",
@@ -312,9 +315,9 @@ def test_planning_takes_steps_linear_in_the_bytes_of_the_module(
         sys.settrace(step)
         try:
             plan = plan_of(source, import_memory=import_memory, export_state=True)
-            for memory in plan.memories:
-                images.extents_of(memory.content or b"")
-            plan.report()
+            for content in plan.contents.values():
+                images.extents_of(content)
+            report_on(plan)
         finally:
             sys.settrace(before)
         return taken
@@ -325,7 +328,7 @@ def test_planning_takes_steps_linear_in_the_bytes_of_the_module(
 
 
 def test_data_that_is_scattered_makes_no_image_of_zeros() -> None:
-    assert plan_of(HEADER + _scattered(16)).memories[0].content is not None
+    assert plan_of(HEADER + _scattered(16)).memories[0].image
     (memory,) = plan_of(HEADER + _scattered(40)).memories
     assert memory.reason == (
         f"Its data is so scattered that an image would hold {39 * 199 * P} bytes of zeros between it, and the"

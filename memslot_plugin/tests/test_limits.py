@@ -10,7 +10,7 @@ import pytest
 import memslot_plugin as memslot
 from memslot_hooks import hookimpl
 from memslot_plugin import wasm
-from memslot_plugin.guest import plan as guests
+from memslot_plugin.guest import target
 from memslot_plugin.tests import hosts
 from memslot_plugin.tests.hosts import PAGE, Growth, in_use, serving
 from memslot_plugin.tests.runtimes import missing
@@ -337,10 +337,10 @@ def test_only_the_last_exception_that_host_functions_caught_is_kept() -> None:
 
 @on_wasmtime
 def test_guest_with_very_many_globals_is_reset_by_a_new_instance() -> None:
-    for many in (guests.MOST_GLOBALS, guests.MOST_GLOBALS + 1):
+    for many in (target.MOST_GLOBALS, target.MOST_GLOBALS + 1):
         every = "".join(f'(global (export "{n}") (mut i32) (i32.const {n}))' for n in range(many))
         with serving("wasmtime") as host, host.prepare(f"(module (memory 1) {every})") as guest:
-            in_place = many == guests.MOST_GLOBALS
+            in_place = many == target.MOST_GLOBALS
             assert (guest.in_place, guest.report.verdict.in_place) == (in_place, in_place)
             with guest.instantiate() as instance:
                 instance.set_global("7", 1)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from memslot_hooks.types import InitialContent, Segment
 from memslot_plugin import wasm
 from memslot_plugin.guest import plan as guest
+from memslot_plugin.guest.report import report_on
 from memslot_plugin.tests.test_fuzz import BITS
 from memslot_plugin.tests.test_guest import plan_of
 from memslot_plugin.wasm import Export, ExternKind, SectionId, ValueType
@@ -49,11 +50,10 @@ def test_exports_come_after_the_modules_own_and_nothing_else_moves() -> None:
         """(module (memory (export "m") 1) (table 1 funcref) (global (mut i32) (i32.const 1))
              (global (mut i64) (i64.const 2)) (func (export "memslot:f")))"""
     )
-    exports = wasm.state_exports(module, globals_=(0, 1), tables=[0])
+    exports = wasm.state_exports(module, globals_=(0, 1))
     assert exports == (  # names that the module uses are avoided
         Export("memslot1:global:0", ExternKind.GLOBAL, 0),
         Export("memslot1:global:1", ExternKind.GLOBAL, 1),
-        Export("memslot1:table:0", ExternKind.TABLE, 0),
     )
     rewritten = wasm.rewrite(module, exports=exports)
     assert wasm.parse(rewritten).exports == (*module.exports, *exports)
@@ -232,7 +232,7 @@ def test_snapshot_changes_the_plan_accordingly(engine: Any, *, import_memory: bo
     content = InitialContent(2 * PAGE, (Segment(0, b"x"),))
     taken = guest.snapshot(plan, contents={0: content}, values={0: 1, 1: 2, 2: 3})
     assert taken.memories[0].minimum_bytes == 2 * PAGE
-    assert taken.memories[0].content is content
+    assert taken.contents == {0: content}
     assert [each.initial for each in taken.saved_globals] == [1, 2, 3]
     assert (plan.verdict.in_place, taken.verdict.in_place) == (False, True)
     assert taken.verdict.vector_globals == (2,)
@@ -245,7 +245,7 @@ def test_snapshot_changes_the_plan_accordingly(engine: Any, *, import_memory: bo
     assert rewritten.memories[0].type.minimum_pages == 2
     assert rewritten.memories[0].imported == plan.import_name
     assert [len(each.data) for each in rewritten.data_segments] == [7]
-    changes = taken.report().changes
+    changes = report_on(taken).changes
     assert "Memories and globals start as they were when the snapshot was taken." in changes
     assert "Function 1 does not run at instantiation." in changes
     again = guest.snapshot(taken, contents={0: content}, values={0: 1, 1: 2, 2: 3})
@@ -276,8 +276,8 @@ def test_only_globals_that_may_change_are_exported() -> None:
     assert plain.module is plain.source
     assert [(s.index, s.export_name) for s in plain.saved_globals] == [(0, None), (2, None)]
     assert [s.export_name for s in plan.saved_globals] == ["memslot:global:0", "memslot:global:2"]
-    assert plan.report().changes == (
+    assert report_on(plan).changes == (
         "Mutable globals are exported as memslot:global:0, memslot:global:2 to be restored.",
     )
-    assert plan.report().saved_globals == plan.saved_globals
+    assert report_on(plan).saved_globals == plan.saved_globals
     assert plan.verdict.in_place

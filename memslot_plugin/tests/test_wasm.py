@@ -344,7 +344,7 @@ def test_module_with_nothing_to_rewrite_stays_the_same_object() -> None:
     empty = with_data(active(i32(3), b""))
     assert wasm.rewrite(wasm.parse(empty), emptied=[0]) is empty
     single = build(MEMORY)
-    assert wasm.rewrite(wasm.parse(single), minimums={0: 1}) is single
+    assert wasm.rewrite(wasm.parse(single), memory_types={0: MemoryType(1, None)}) is single
 
 
 EMPTIED = {"emptied": [0]}
@@ -361,6 +361,13 @@ EMPTY_FIRST, EMPTY_FOURTH = active(i32(8), b""), active(b"\x41\x80\x00", b"")
 
 def counted(*segments: bytes) -> bytes:
     return build(MEMORY, section(12, unsigned(len(segments))), (11, vector(*segments)))
+
+
+def pages(index: int, minimum: int, maximum: int | None = None) -> dict[str, Any]:
+    return {"memory_types": {index: MemoryType(minimum, maximum)}}
+
+
+FEW = wasm.TableType(wasm.ValueType("(ref null func)"), 1, 7, table64=False)
 
 
 def imported(limits: bytes) -> tuple[int, bytes]:
@@ -432,8 +439,18 @@ REWRITINGS: dict[str, tuple[bytes, dict[str, Any], bytes]] = {
     ),
     "minimum is raised and takes more bytes": (
         build((5, vector(b"\x01\x01\x04", b"\x05\x01\xc9\x01"))),
-        {"minimums": {1: 200}},
+        {"memory_types": {1: MemoryType(200, 201, memory64=True)}},
         build((5, vector(b"\x01\x01\x04", b"\x05\xc8\x01\xc9\x01"))),
+    ),
+    "maximum of a memory is lowered": (
+        build((5, vector(b"\x00\x01", b"\x01\x01\xc9\x01"))),
+        {"memory_types": {0: MemoryType(1, 7), 1: MemoryType(1, 9)}},
+        build((5, vector(b"\x01\x01\x07", b"\x01\x01\x09"))),
+    ),
+    "maximum of a table is lowered, and its element type and initial value stay": (
+        build((4, vector(b"\x70\x01\x01\x02", b"\x40\x00\x63\x70\x00\x01\xd0\x70\x0b"))),
+        {"table_types": {1: FEW}},
+        build((4, vector(b"\x70\x01\x01\x02", b"\x40\x00\x63\x70\x01\x01\x07\xd0\x70\x0b"))),
     ),
     "page size stays spelt out": (
         build((5, b"\x01\x08\x01\x10")),
@@ -454,10 +471,12 @@ def test_module_is_rewritten_exactly(before: bytes, options: dict[str, Any], aft
         (build(), IMPORTED, "has 0 memories and only a single one can become an import"),
         (build(TWO), IMPORTED, "has 2 memories and only a single one can become an import"),
         (build(imported(b"\x00\x01")), IMPORTED, r"already an import, h\.m"),
-        (build(imported(b"\x00\x01")), {"minimums": {0: 2}}, "memory 0 is not one that the module"),
-        (EVERYTHING, {"minimums": {1: 1}}, "memory 1 is not one that the module defines"),
-        (EVERYTHING, {"minimums": {0: 0}}, "allowed are 1 to any number"),
-        (build(BOUNDED), {"minimums": {0: 3}}, "allowed are 1 to 2"),
+        (build(imported(b"\x00\x01")), pages(0, 2), "memory 0 is not one that the module defines"),
+        (EVERYTHING, pages(1, 1), "memory 1 is not one that the module defines"),
+        (EVERYTHING, pages(0, 0), "allowed are 1 to any number"),
+        (build(BOUNDED), pages(0, 3, 2), "allowed are 1 to 2"),
+        (EVERYTHING, {"table_types": {0: FEW}}, "table 0 is not one that the module defines"),
+        (EVERYTHING, {"table_types": {3: FEW}}, "table 3 is not one that the module defines"),
         (EVERYTHING, {"emptied": [2]}, "data segment 2 does not exist"),
         (EVERYTHING, {"emptied": [-1]}, "data segment -1 does not exist"),
         (EVERYTHING, {"emptied": [1]}, "data segment 1 is passive"),

@@ -1,17 +1,17 @@
-"""Core WebAssembly modules as bytes: what they declare, and the same module rewritten.
+"""Core WebAssembly modules as bytes: their declarations, and the module with changed sections.
 
-Pure bytes: no memory is mapped, no runtime is known, and no code is walked.
+Nothing here maps memory, knows a runtime or walks code.
 """
 
 from __future__ import annotations
 
 from memslot_plugin.wasm.binary import NotUnderstood
 from memslot_plugin.wasm.constants import constant_bits, encode_constant
-from memslot_plugin.wasm.expressions import Expression
 from memslot_plugin.wasm.functions import FunctionType, exported_functions
 from memslot_plugin.wasm.module import (
     DataSegment,
     Export,
+    Expression,
     ExternKind,
     Global,
     Import,

@@ -1,17 +1,18 @@
-"""The alphabet of the WebAssembly binary format: bytes, LEB128 integers and names, read and written.
+"""Bytes, LEB128 integers and names of the WebAssembly binary format, read and written.
 
-A `Reader` never looks past its `end`, allocates nothing on the word of a count, and answers whatever
-is malformed with `NotUnderstood`, so that a lying module can neither crash it nor keep it busy.
+A `Reader` never looks past its `end`, and it allocates nothing because of a count that the module
+claims. Malformed input raises `NotUnderstood`, so a lying module can neither crash the reader nor
+keep it busy.
 """
 
 from __future__ import annotations
 
 
 class NotUnderstood(ValueError):
-    """This module is not one that can be read or rewritten here; `reason` says what was met.
+    """A module that cannot be read or rewritten here; `reason` names the unknown part.
 
-    It decides between two paths and never reaches a user: such a module is left as it was, and the
-    runtime, whose word is final, compiles or refuses it.
+    The caller then leaves the module as it is, and the runtime compiles or refuses it. The embedder
+    never sees this exception.
     """
 
     def __init__(self, reason: str) -> None:
@@ -31,11 +32,11 @@ class Reader:
 
     @property
     def left(self) -> int:
-        """How many bytes there are between here and the end."""
+        """Bytes between the position and the end."""
         return self.end - self.position
 
     def byte(self) -> int:
-        """The next byte."""
+        """Read one byte."""
         position = self.position
         if position >= self.end:
             raise NotUnderstood("it ends in the middle of an entry")
@@ -43,7 +44,7 @@ class Reader:
         return self.data[position]
 
     def take(self, length: int) -> memoryview:
-        """The next `length` bytes, not copied."""
+        """Read `length` bytes without copying them."""
         start = self.position
         self.skip(length)
         return memoryview(self.data)[start : self.position]
@@ -55,11 +56,11 @@ class Reader:
         self.position += length
 
     def since(self, start: int) -> bytes:
-        """The bytes from `start` to here, as they stand in the file."""
+        """Return a copy of the bytes from `start` to the position."""
         return self.data[start : self.position]
 
     def unsigned(self, bits: int) -> int:
-        """An unsigned LEB128 integer of at most `bits` bits."""
+        """Read an unsigned LEB128 integer of at most `bits` bits."""
         byte = self.byte()
         if byte < 0x80:
             return byte
@@ -75,11 +76,11 @@ class Reader:
         return value
 
     def u32(self) -> int:
-        """An index, a count or a size."""
+        """Read an index, a count or a size."""
         return self.unsigned(32)
 
     def signed(self, bits: int) -> int:
-        """A signed LEB128 integer of at most `bits` bits."""
+        """Read a signed LEB128 integer of at most `bits` bits."""
         value, shift, byte = 0, 0, 0x80
         while byte & 0x80:
             if shift >= bits:
@@ -94,7 +95,7 @@ class Reader:
         return value
 
     def name(self) -> str:
-        """A name: its length and that many bytes of UTF-8."""
+        """Read a name: its length and that many bytes of UTF-8."""
         encoded = self.take(self.u32())
         try:
             return str(encoded, "utf-8")
@@ -103,7 +104,7 @@ class Reader:
 
 
 def unsigned_leb128(value: int) -> bytes:
-    """`value` (not negative) as the shortest unsigned LEB128 integer."""
+    """Return `value` (not negative) as the shortest unsigned LEB128 integer."""
     encoded = bytearray()
     while value >= 0x80:
         encoded.append(value & 0x7F | 0x80)
@@ -113,7 +114,7 @@ def unsigned_leb128(value: int) -> bytes:
 
 
 def signed_leb128(value: int) -> bytes:
-    """`value` as the shortest signed LEB128 integer."""
+    """Return `value` as the shortest signed LEB128 integer."""
     encoded = bytearray()
     while not -0x40 <= value < 0x40:
         encoded.append(value & 0x7F | 0x80)
@@ -123,6 +124,6 @@ def signed_leb128(value: int) -> bytes:
 
 
 def encode_name(name: str) -> bytes:
-    """`name` as the format writes it: its length in bytes, then its UTF-8."""
+    """Return `name` as the format writes it: its length in bytes, then its UTF-8."""
     encoded = name.encode("utf-8")
     return unsigned_leb128(len(encoded)) + encoded

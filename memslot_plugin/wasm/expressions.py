@@ -1,44 +1,16 @@
-"""Constant expressions: the initial values of globals and tables and the offsets of segments.
+"""Constant expressions: the initial values of globals and tables, and the offsets of segments.
 
-They are read to find where they end, and evaluated as far as that needs nothing but the module.
+Reading finds the end of an expression, and evaluates integers as far as the module alone says them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from memslot_plugin.wasm.binary import NotUnderstood, Reader
-from memslot_plugin.wasm.types import GlobalType, read_heap_type
-
-
-@dataclass(frozen=True, slots=True)
-class Expression:
-    """One constant expression: its bytes with the final `end`, and its integer value.
-
-    `value` is unsigned, below 2**32 or 2**64 as `type` says, and None where it is not known before
-    instantiation or is no integer; then `reason` completes "the offset ...".  `functions` are those
-    that it refers to.
-    """
-
-    encoded: bytes
-    type: str | None = None
-    value: int | None = None
-    reason: str | None = None
-    functions: tuple[int, ...] = ()
-
-
-class InitialisedGlobal(Protocol):
-    """What an expression needs to know of a global in front of it."""
-
-    @property
-    def type(self) -> GlobalType:
-        """What the global holds."""
-
-    @property
-    def initializer(self) -> Expression | None:
-        """Its initial value; None where it is imported."""
+from memslot_plugin.wasm.module import Expression, Global
+from memslot_plugin.wasm.types import read_heap_type
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +43,8 @@ _GC_OPERATORS = {
 _INVALID = _Operand(None, None, "is not a valid constant expression")
 
 
-def read_expression(reader: Reader, known: Sequence[InitialisedGlobal]) -> Expression:
-    """A constant expression up to its `end`; `known` are the globals that stand before it."""
+def read_expression(reader: Reader, known: Sequence[Global]) -> Expression:
+    """Read a constant expression up to its `end`; `known` are the globals in front of it."""
     start = reader.position
     stack: list[_Operand] = []
     functions: list[int] = []
@@ -99,7 +71,7 @@ def read_expression(reader: Reader, known: Sequence[InitialisedGlobal]) -> Expre
 
 
 def _only_reason(stack: list[_Operand]) -> _Operand:
-    """Operators that are skipped leave a wrong stack behind; their reason is better than none."""
+    """Return the last reason on a stack whose operators were partly skipped."""
     reasons = [operand.reason for operand in stack if operand.reason]
     return _Operand(None, None, reasons[-1]) if reasons else _INVALID
 
@@ -116,7 +88,7 @@ def _calculate(opcode: int, left: _Operand, right: _Operand) -> _Operand:
     return _Operand(kind, operation(left.value, right.value) % (1 << _BITS[kind]), None)
 
 
-def _global(index: int, known: Sequence[InitialisedGlobal]) -> _Operand:
+def _global(index: int, known: Sequence[Global]) -> _Operand:
     if index >= len(known):
         return _Operand(None, None, f"is global {index}, which does not exist at this point")
     initializer, kind = known[index].initializer, known[index].type
@@ -132,7 +104,7 @@ def _global(index: int, known: Sequence[InitialisedGlobal]) -> _Operand:
 
 
 def _skip_operator(reader: Reader, opcode: int) -> str:
-    """Step over the immediates of an operator that makes no integer, and name it."""
+    """Step over the immediates of an operator whose result is no integer; return its name."""
     if opcode == 0x43:
         reader.skip(4)
         return "f32.const"

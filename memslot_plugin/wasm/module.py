@@ -1,7 +1,7 @@
-"""What a core module declares: its sections, and what stands in those that matter here.
+"""The declarations of a core module: its sections, imports, exports, memories, tables, globals and data.
 
-Types, function bodies and element segments are counted and otherwise stepped over as one piece, so
-that the time to read a module depends on what it declares and not on how much code it holds.
+Types, function bodies and element segments are only counted. So the time to read a module depends on
+the number of its declarations, not on the size of its code.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from memslot_plugin.errors import printable
-from memslot_plugin.wasm.expressions import Expression
 from memslot_plugin.wasm.types import GlobalType, MemoryType, TableType
 
 
 class SectionId(enum.IntEnum):
-    """The sections of a core module by the number that announces them."""
+    """The sections of a core module, by the number in front of each."""
 
     CUSTOM = 0
     TYPE = 1
@@ -35,30 +34,14 @@ class SectionId(enum.IntEnum):
 
 
 SECTION_ORDER: Final = {
-    section: place
-    for place, section in enumerate(
-        (
-            SectionId.TYPE,
-            SectionId.IMPORT,
-            SectionId.FUNCTION,
-            SectionId.TABLE,
-            SectionId.MEMORY,
-            SectionId.TAG,
-            SectionId.GLOBAL,
-            SectionId.EXPORT,
-            SectionId.START,
-            SectionId.ELEMENT,
-            SectionId.DATA_COUNT,
-            SectionId.CODE,
-            SectionId.DATA,
-        )
-    )
+    SectionId(number): place
+    for place, number in enumerate((1, 2, 3, 4, 5, 13, 6, 7, 8, 9, 12, 10, 11))
 }
-"""In which order sections follow each other; custom sections may stand anywhere."""
+"""The place of each section in a module. Custom sections may stand anywhere."""
 
 
 class ExternKind(enum.IntEnum):
-    """What an import or an export is."""
+    """The kind of an import or an export."""
 
     FUNCTION = 0
     TABLE = 1
@@ -68,7 +51,7 @@ class ExternKind(enum.IntEnum):
 
 
 class ImportName(NamedTuple):
-    """The two names under which an import is looked up."""
+    """The module name and the field name of an import."""
 
     module: str
     name: str
@@ -79,7 +62,7 @@ class ImportName(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """One section: `[start, end)` of the file, its contents from `payload` on."""
+    """One section: the bytes `[start, end)` of the module, with its contents from `payload` on."""
 
     id: SectionId
     start: int
@@ -89,7 +72,7 @@ class Section:
 
 @dataclass(frozen=True, slots=True)
 class Import:
-    """An import; `index` counts within its kind, `type` is a type index for functions and tags."""
+    """An import; `index` counts within its kind. `type` is a type index for functions and tags."""
 
     name: ImportName
     kind: ExternKind
@@ -99,7 +82,7 @@ class Import:
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """An export: the `index`-th thing of its kind, imported ones counted first."""
+    """An export of item `index` of its kind, imported items counted first."""
 
     name: str
     kind: ExternKind
@@ -107,8 +90,24 @@ class Export:
 
 
 @dataclass(frozen=True, slots=True)
+class Expression:
+    """One constant expression: its bytes with the final `end`, and its integer value.
+
+    `value` is unsigned, below 2**32 or 2**64 as `type` says. It is None if only instantiation knows it
+    or it is no integer; `reason` then completes "the offset ...". `functions` are the indices of
+    functions that the expression refers to.
+    """
+
+    encoded: bytes
+    type: str | None = None
+    value: int | None = None
+    reason: str | None = None
+    functions: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Memory:
-    """A linear memory; `imported` is None for one that the module defines."""
+    """A linear memory; `imported` is None if the module defines it."""
 
     index: int
     type: MemoryType
@@ -117,29 +116,38 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table; `initializer` is what a defined one is filled with, None where it is null."""
+    """A table; `imported` is None if the module defines it.
+
+    `initializer` is the first value of each element, or None for null. `head` is the encoded entry of
+    a defined table up to its limits.
+    """
 
     index: int
     type: TableType
     imported: ImportName | None = None
     initializer: Expression | None = None
+    head: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
 class Global:
-    """A global; `initializer` is None for imported ones, and for them only."""
+    """A global; `imported` is None, and `initializer` is not None, if the module defines it.
+
+    `head` is the encoded type of a defined global.
+    """
 
     index: int
     type: GlobalType
     imported: ImportName | None = None
     initializer: Expression | None = None
+    head: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
 class DataSegment:
     """A data segment; a passive one has neither memory nor offset.
 
-    `head` are its bytes in the file up to the length of its data.
+    `head` is the encoded segment up to the length of its data.
     """
 
     index: int
@@ -150,13 +158,16 @@ class DataSegment:
 
     @property
     def active(self) -> bool:
-        """Whether instantiation copies it into a memory."""
+        """True if instantiation copies the data into a memory."""
         return self.memory is not None
 
 
 @dataclass(frozen=True, slots=True)
 class Module:
-    """A core module as `parse` read it; every index space counts imported things first."""
+    """A core module as `parse` read it; every index space counts imported items first.
+
+    `data_count` is the number in the data count section, and None without that section.
+    """
 
     source: bytes
     sections: tuple[Section, ...]
@@ -169,11 +180,12 @@ class Module:
     data_segments: tuple[DataSegment, ...]
     type_count: int
     function_count: int
+    imported_function_count: int
     tag_count: int
     element_segment_count: int
     data_count: int | None
     start: int | None
 
     def section(self, section_id: SectionId) -> Section | None:
-        """The section of that number, which can exist once at most; custom ones cannot be asked for."""
+        """Return the section with this number, or None. Do not ask for CUSTOM, which may occur often."""
         return next((each for each in self.sections if each.id is section_id), None)

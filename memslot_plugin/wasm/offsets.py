@@ -1,55 +1,48 @@
-"""Places in the code of a rewritten module, as places in the module that was given."""
+"""Offsets in the code of a rewritten module, translated to offsets in the given module."""
 
 from __future__ import annotations
 
+from functools import cached_property
+
 from memslot_plugin.wasm.binary import Reader
 from memslot_plugin.wasm.module import Module, SectionId
+from memslot_plugin.wasm.parse import read_sections
 
 
 class Offsets:
-    """Offsets of a module's code before and after it was rewritten: no byte of code changes, and so the
-    whole section moves at once.
+    """The distance by which rewriting moved the code section.
+
+    Rewriting changes no byte of code, so one distance is right for all functions.
     """
 
     def __init__(self, given: Module, rewritten: bytes) -> None:
         self._given = given
-        section = given.section(SectionId.CODE)
-        at = _code_of(rewritten)
-        self._moved = 0 if section is None or at is None else section.payload - at
-        self._ends: list[int] | None = None
-        """The ends of functions in the given module; before the first stands where they begin."""
+        self._code = given.section(SectionId.CODE)
+        payloads = (each.payload for each in read_sections(rewritten) if each.id is SectionId.CODE)
+        moved_to = next(payloads, None)
+        self._moved = 0 if self._code is None or moved_to is None else self._code.payload - moved_to
 
     def given(self, function: int, offset: int) -> int:
-        """The offset in the given module of what is at `offset` in the rewritten one.  An offset outside of
-        the function of that index is left as it is: it belongs to another module.
+        """Return the offset in the given module of the byte at `offset` in the rewritten one.
+
+        An offset outside of `function` comes back unchanged: it belongs to another module.
         """
-        if self._ends is None:
-            self._ends = self._found_ends()
-        place = function - (self._given.function_count - len(self._ends) + 1)
+        boundaries = self._boundaries
+        place = function - self._given.imported_function_count
         found = offset + self._moved
-        if 0 <= place < len(self._ends) - 1 and self._ends[place] <= found <= self._ends[place + 1]:
+        if 0 <= place < len(boundaries) - 1 and boundaries[place] <= found <= boundaries[place + 1]:
             return found
         return offset
 
-    def _found_ends(self) -> list[int]:
-        section = self._given.section(SectionId.CODE)
-        if section is None:
-            return [0]
-        reader = Reader(self._given.source, section.payload, section.end)
+    @cached_property
+    def _boundaries(self) -> list[int]:
+        """The start of the first function body in the given module, then the end of each body."""
+        if self._code is None:
+            return []
+        reader = Reader(self._given.source, self._code.payload, self._code.end)
         count = reader.u32()
-        ends = [reader.position]
+        boundaries = [reader.position]
         for _ in range(count):
             reader.skip(reader.u32())
-            ends.append(reader.position)
-        return ends
-
-
-def _code_of(module: bytes) -> int | None:
-    """The place where the contents of the code section begin; None if there is none."""
-    reader = Reader(module, 8, len(module))
-    while reader.left:
-        kind, length = reader.byte(), reader.u32()
-        if kind == SectionId.CODE:
-            return reader.position
-        reader.skip(length)
-    return None
+            boundaries.append(reader.position)
+        return boundaries

@@ -1,4 +1,4 @@
-"""`parse`: from the bytes of a core module to what it declares."""
+"""`parse`: read the declarations of a core module from its bytes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from memslot_plugin.wasm.types import (
     TableType,
     read_global_type,
     read_memory_type,
-    read_table_type,
+    read_reference_type,
+    read_table_limits,
 )
 
 MAGIC = b"\0asm"
@@ -37,14 +38,49 @@ _ALLOWED = "allowed is a core WebAssembly module in the binary format"
 
 
 def parse(data: bytes) -> Module:
-    """Read what a core module declares.
+    """Read the declarations of a core module.
 
-    Raises `InvalidModule` for what is no core module at all or was cut off, and `NotUnderstood`,
-    which is for the caller alone, for a module of which something is not known here.  The bytes of
-    code and data are neither walked nor copied; the result refers to `data`.
+    Raises InvalidModule for bytes that are no core module or were cut off. Raises NotUnderstood, which
+    the caller must catch, for a module with an unknown part. Code and data are neither walked nor
+    copied; the result refers to `data`.
     """
     _check_header(data)
     return _Parser(data).run()
+
+
+def read_sections(data: bytes) -> Iterator[Section]:
+    """Yield the sections of a module one after the other; raises as `parse` does."""
+    size = len(data)
+    reader = Reader(data, len(HEADER), size)
+    place = -1
+    while reader.left:
+        start = reader.position
+        number = reader.byte()
+        if number not in _SECTION_NUMBERS:
+            raise NotUnderstood(f"the module has a section of the unknown kind {number}")
+        section_id = SectionId(number)
+        title = _title(section_id)
+        if section_id is not SectionId.CUSTOM:
+            if SECTION_ORDER[section_id] <= place:
+                raise NotUnderstood(f"the {title} section stands twice or in the wrong order")
+            place = SECTION_ORDER[section_id]
+        try:
+            length = reader.u32()
+        except NotUnderstood as error:
+            if reader.left:
+                raise NotUnderstood(f"the size of the {title} section: {error.reason}") from None
+            raise InvalidModule(
+                f"the module is truncated: it ends at byte {size}, in the middle of the size of its"
+                f" {title} section; {_ALLOWED}"
+            ) from None
+        if length > reader.left:
+            raise InvalidModule(
+                f"the module is truncated: its {title} section needs {length} bytes and"
+                f" {reader.left} are left; {_ALLOWED}"
+            )
+        payload = reader.position
+        reader.skip(length)
+        yield Section(section_id, start, payload, reader.position)
 
 
 def _check_header(data: bytes) -> None:
@@ -76,7 +112,10 @@ def _check_header(data: bytes) -> None:
 
 
 class _Parser:
-    """The index spaces of a module while its sections are read one after the other."""
+    """The index spaces of a module while its sections are read.
+
+    An expression may refer only to globals that are already in `globals`.
+    """
 
     def __init__(self, data: bytes) -> None:
         self.data = data
@@ -105,7 +144,8 @@ class _Parser:
             SectionId.DATA_COUNT: self.read_data_count,
             SectionId.DATA: self.read_data,
         }
-        for section in self.read_sections():
+        for section in read_sections(self.data):
+            self.sections.append(section)
             reader = Reader(self.data, section.payload, section.end)
             try:
                 if section.id in readers:
@@ -131,52 +171,18 @@ class _Parser:
             data_segments=tuple(self.data_segments),
             type_count=self.counts[SectionId.TYPE],
             function_count=self.imported[ExternKind.FUNCTION] + self.counts[SectionId.FUNCTION],
+            imported_function_count=self.imported[ExternKind.FUNCTION],
             tag_count=self.imported[ExternKind.TAG] + self.counts[SectionId.TAG],
             element_segment_count=self.counts[SectionId.ELEMENT],
             data_count=self.data_count,
             start=self.start,
         )
 
-    def read_sections(self) -> Iterator[Section]:
-        """One section after the other; whoever reads a section knows all those before it."""
-        size = len(self.data)
-        reader = Reader(self.data, len(HEADER), size)
-        place = -1
-        while reader.left:
-            start = reader.position
-            number = reader.byte()
-            if number not in _SECTION_NUMBERS:
-                raise NotUnderstood(f"the module has a section of the unknown kind {number}")
-            section_id = SectionId(number)
-            if section_id is not SectionId.CUSTOM:
-                if SECTION_ORDER[section_id] <= place:
-                    raise NotUnderstood(
-                        f"the {_title(section_id)} section stands twice or in the wrong order"
-                    )
-                place = SECTION_ORDER[section_id]
-            try:
-                length = reader.u32()
-            except NotUnderstood as error:
-                if reader.left:
-                    raise NotUnderstood(
-                        f"the size of the {_title(section_id)} section: {error.reason}"
-                    ) from None
-                raise InvalidModule(
-                    f"the module is truncated: it ends at byte {size}, in the middle of the size"
-                    f" of its {_title(section_id)} section; {_ALLOWED}"
-                ) from None
-            if length > reader.left:
-                raise InvalidModule(
-                    f"the module is truncated: its {_title(section_id)} section needs {length}"
-                    f" bytes and {reader.left} are left; {_ALLOWED}"
-                )
-            section = Section(section_id, start, reader.position, reader.position + length)
-            reader.skip(length)
-            self.sections.append(section)
-            yield section
-
     def check_end(self) -> None:
-        """A file that was cut between two sections lacks what an earlier section announced."""
+        """Raise InvalidModule if a later section that an earlier one announced is missing.
+
+        The file was then cut between two sections.
+        """
         present = {section.id for section in self.sections}
         functions = self.counts[SectionId.FUNCTION]
         if functions and SectionId.CODE not in present:
@@ -206,7 +212,7 @@ class _Parser:
             self.imported[kind] += 1
             imported: int | TableType | MemoryType | GlobalType
             if kind is ExternKind.TABLE:
-                imported = read_table_type(reader)
+                imported = read_table_limits(reader, read_reference_type(reader))
                 self.tables.append(Table(index, imported, name))
             elif kind is ExternKind.MEMORY:
                 imported = read_memory_type(reader)
@@ -222,14 +228,17 @@ class _Parser:
 
     def read_tables(self, reader: Reader) -> None:
         for _ in range(reader.u32()):
-            filled = reader.left > 1 and self.data[reader.position] == 0x40
+            start = reader.position
+            filled = reader.left > 1 and self.data[start] == 0x40
             if filled:
                 reader.skip(1)
                 if reserved := reader.byte():
                     raise NotUnderstood(f"a table has the unknown prefix 0x40 0x{reserved:02x}")
-            table_type = read_table_type(reader)
+            element = read_reference_type(reader)
+            head = reader.since(start)
+            table_type = read_table_limits(reader, element)
             initializer = read_expression(reader, self.globals) if filled else None
-            self.tables.append(Table(len(self.tables), table_type, None, initializer))
+            self.tables.append(Table(len(self.tables), table_type, None, initializer, head))
 
     def read_memories(self, reader: Reader) -> None:
         for _ in range(reader.u32()):
@@ -237,9 +246,11 @@ class _Parser:
 
     def read_globals(self, reader: Reader) -> None:
         for _ in range(reader.u32()):
+            start = reader.position
             global_type = read_global_type(reader)
+            head = reader.since(start)
             initializer = read_expression(reader, self.globals)
-            self.globals.append(Global(len(self.globals), global_type, None, initializer))
+            self.globals.append(Global(len(self.globals), global_type, None, initializer, head))
 
     def read_exports(self, reader: Reader) -> None:
         for _ in range(reader.u32()):
@@ -276,9 +287,7 @@ def _kind(reader: Reader) -> ExternKind:
     try:
         return ExternKind(number)
     except ValueError:
-        raise NotUnderstood(
-            f"something is imported or exported as the unknown kind {number}"
-        ) from None
+        raise NotUnderstood(f"an import or export has the unknown kind {number}") from None
 
 
 def _title(section: SectionId) -> str:

@@ -1,31 +1,32 @@
-"""`rewrite`: the same module, except for what an image, and not the runtime, provides.
+"""`rewrite`: a module without the contents that an image provides, and with state exported.
 
-A rewriting is a set of new section contents.  `_assemble` puts them in the place of the old ones and
-copies every other byte, so whatever is not rewritten (code, custom sections and where they stand,
-sizes written in an unusual way) is the same afterwards.
+A rewriting is a set of new section contents. `_assemble` puts them in the place of the old sections
+and copies all other bytes, among them code, custom sections and sizes in unusual encodings.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 from memslot_plugin.wasm.binary import NotUnderstood, Reader, encode_name, unsigned_leb128
 from memslot_plugin.wasm.constants import encode_constant
-from memslot_plugin.wasm.expressions import read_expression
 from memslot_plugin.wasm.module import (
     SECTION_ORDER,
     DataSegment,
     Export,
     ExternKind,
+    Global,
     ImportName,
     Memory,
     Module,
     SectionId,
     Table,
 )
-from memslot_plugin.wasm.types import read_global_type, read_reference_type, read_table_type
+from memslot_plugin.wasm.types import MemoryType, TableType
+
+_Item = TypeVar("_Item", Memory, Table, Global)
 
 _EMPTY = b"\x00"
 
@@ -36,34 +37,30 @@ def rewrite(
     emptied: Collection[int] = (),
     named_segments: int | None = None,
     import_memory: ImportName | None = None,
-    minimums: Mapping[int, int] | None = None,
-    most_bytes: int | None = None,
-    most_elements: int | None = None,
+    memory_types: Mapping[int, MemoryType] | None = None,
+    table_types: Mapping[int, TableType] | None = None,
     exports: Collection[Export] = (),
     initial_values: Mapping[int, int | None] | None = None,
     drop_start: bool = False,
 ) -> bytes:
-    """The bytes of `module` with all of these changes, none of which shifts an index that code uses.
+    """Return the bytes of `module` with all of these changes. No index that code uses shifts.
 
-    - `emptied`: active data segments that keep their index, memory and place and lose their data.
-      An offset that is constant stays as it was written, so that a runtime which refuses such an
-      expression, or its type, still does; any other offset becomes 0.
-    - `named_segments`: how many of the first data segments code may name, None for all.  What is
-      emptied after those is left out, because a runtime visits each segment for each instance;
-      except where the offset is more than one constant, which a runtime could refuse.
-    - `import_memory`: the single defined memory is imported under this name instead.
-    - `minimums`: a larger minimum, in pages, for defined memories by index.
-    - `most_bytes`, `most_elements`: no defined memory, or table, declares a larger maximum, or none.
-      A minimum stays.
-    - `exports`: exported after the module's own; `state_exports` finds names that are free.
-    - `initial_values`: what mutable globals start with, by index, as `encode_constant` takes it.
+    - `emptied`: active data segments that lose their data and keep their index and memory. A constant
+      offset stays as it is encoded, so a runtime that refuses its encoding or type still refuses it.
+      Another offset becomes 0.
+    - `named_segments`: the number of leading data segments that code may name, None for all. Emptied
+      segments behind them are left out, because a runtime visits each segment for each instance. A
+      segment that a runtime could refuse stays.
+    - `import_memory`: the import that replaces the single defined memory.
+    - `memory_types`, `table_types`: new types of defined memories and tables, by index. Only limits
+      differ from the old type, and the minimum of a memory does not shrink.
+    - `exports`: exports behind the module's own; `state_exports` finds free names.
+    - `initial_values`: first values of mutable globals, by index, as `encode_constant` takes them.
     - `drop_start`: no function runs at instantiation.
 
-    Nothing to do gives `module.source` itself.  Raises `NotUnderstood` if `import_memory` is asked
-    of a module with another number of memories or an imported one, and ValueError for what no
-    module could mean: a segment that is passive or missing, a minimum that shrinks or passes the
-    maximum, a memory that is missing or imported, an export of nothing or of a name that is taken,
-    a value for a global that is imported, immutable or of another type.
+    Returns `module.source` itself if nothing changes. Raises NotUnderstood if `import_memory` is given
+    and the module does not define exactly one memory. Raises ValueError for a change that the module
+    cannot have, such as that of an item that does not exist.
     """
     contents: dict[SectionId, bytes | None] = {}
     shrunk = _segments_to_empty(module, emptied)
@@ -73,16 +70,15 @@ def rewrite(
         if left_out and module.section(SectionId.DATA_COUNT) is not None:
             count = len(module.data_segments) - len(left_out)
             contents[SectionId.DATA_COUNT] = unsigned_leb128(count)
-    memories = _raised(module, minimums or {})
-    if most_bytes is not None:
-        memories = tuple(_lowered(memory, most_bytes) for memory in memories)
-    if most_elements is not None and any(_may_pass(each, most_elements) for each in module.tables):
-        contents[SectionId.TABLE] = _tables(module, most_elements)
+    memories = _memory_types(module, memory_types or {})
     if import_memory is not None:
         contents[SectionId.IMPORT] = _imports(module, import_memory, memories)
         contents[SectionId.MEMORY] = None
-    elif memories != module.memories:
-        contents[SectionId.MEMORY] = _memories(memories)
+    elif memories != [each.type for each in module.memories]:
+        defined = [memories[each.index].encode() for each in _defined(module.memories)]
+        contents[SectionId.MEMORY] = _vector(defined)
+    if table_types:
+        contents[SectionId.TABLE] = _tables(module, table_types)
     if exports:
         contents[SectionId.EXPORT] = _exports(module, exports)
     if initial_values:
@@ -94,23 +90,22 @@ def rewrite(
     return _assemble(module, contents) if contents else module.source
 
 
-def state_exports(
-    module: Module, *, globals_: Iterable[int] = (), tables: Iterable[int] = ()
-) -> tuple[Export, ...]:
-    """Exports of globals and tables under names like "memslot:global:3", none of which the module
-    uses: where it has an export that begins so, the names begin with "memslot1:", and so on.
+def state_exports(module: Module, *, globals_: Iterable[int] = ()) -> tuple[Export, ...]:
+    """Return exports of globals under free names such as "memslot:global:3".
+
+    If the module has an export that begins with "memslot:", the names begin with "memslot1:", and so on.
     """
-    begins = itertools.chain(["memslot:"], (f"memslot{n}:" for n in itertools.count(1)))
+    prefixes = itertools.chain(["memslot:"], (f"memslot{n}:" for n in itertools.count(1)))
     taken = {each.name.partition(":")[0] + ":" for each in module.exports if ":" in each.name}
-    begin = next(begin for begin in begins if begin not in taken)
-    return (
-        *(Export(f"{begin}global:{index}", ExternKind.GLOBAL, index) for index in globals_),
-        *(Export(f"{begin}table:{index}", ExternKind.TABLE, index) for index in tables),
-    )
+    free = next(prefix for prefix in prefixes if prefix not in taken)
+    return tuple(Export(f"{free}global:{index}", ExternKind.GLOBAL, index) for index in globals_)
+
+
+# Data segments
 
 
 def _segments_to_empty(module: Module, emptied: Collection[int]) -> frozenset[int]:
-    """Those of the `emptied` segments that are not what they should become already."""
+    """Return the `emptied` segments that emptying changes."""
     for index in emptied:
         if not 0 <= index < len(module.data_segments):
             raise ValueError(f"data segment {index} does not exist")
@@ -119,11 +114,11 @@ def _segments_to_empty(module: Module, emptied: Collection[int]) -> frozenset[in
     return frozenset(
         index
         for index in emptied
-        if module.data_segments[index].data or not _constant(module.data_segments[index])
+        if module.data_segments[index].data or not _is_constant(module.data_segments[index])
     )
 
 
-def _constant(segment: DataSegment) -> bool:
+def _is_constant(segment: DataSegment) -> bool:
     return segment.offset is not None and segment.offset.value is not None
 
 
@@ -135,13 +130,15 @@ def _segments_to_leave_out(
     return frozenset(
         index
         for index in emptied
-        if index >= named and _nobody_refuses(module, module.data_segments[index])
+        if index >= named and _is_accepted(module, module.data_segments[index])
     )
 
 
-def _nobody_refuses(module: Module, segment: DataSegment) -> bool:
-    """Whether the segment is written as WebAssembly 1.0 has it, or its offset is not constant, so that
-    a runtime that has an instance has evaluated it already.
+def _is_accepted(module: Module, segment: DataSegment) -> bool:
+    """Return True if no runtime with an instance of the module refuses this segment.
+
+    Every runtime accepts the encoding of WebAssembly 1.0: memory 0 unnamed, one constant as offset. An
+    offset that is not constant has been evaluated before the instance exists.
     """
     if segment.offset is None or segment.offset.value is None:
         return True
@@ -156,14 +153,14 @@ def _nobody_refuses(module: Module, segment: DataSegment) -> bool:
 
 
 def _data(module: Module, emptied: frozenset[int], left_out: frozenset[int]) -> bytes:
-    """The data section with some segments empty and some left out."""
+    """Return the data section with some segments empty and some left out."""
     parts: list[bytes | memoryview] = [unsigned_leb128(len(module.data_segments) - len(left_out))]
     for segment in module.data_segments:
         if segment.index in left_out:
             continue
         if segment.index not in emptied:
             parts += segment.head, unsigned_leb128(len(segment.data)), segment.data
-        elif _constant(segment):
+        elif _is_constant(segment):
             parts += segment.head, _EMPTY
         else:
             parts += _head_at_zero(module, segment), _EMPTY
@@ -178,87 +175,103 @@ def _head_at_zero(module: Module, segment: DataSegment) -> bytes:
     return b"\x02" + unsigned_leb128(segment.memory) + const
 
 
-def _raised(module: Module, minimums: Mapping[int, int]) -> tuple[Memory, ...]:
-    """The module's memories with larger minimums."""
-    memories = list(module.memories)
-    for index, pages in minimums.items():
-        if not 0 <= index < len(memories) or memories[index].imported is not None:
-            raise ValueError(f"memory {index} is not one that the module defines")
-        old = memories[index].type
-        largest = old.maximum_pages
-        if pages < old.minimum_pages or (largest is not None and pages > largest):
+# Memories, tables and globals
+
+
+def _defined(items: Sequence[_Item]) -> list[_Item]:
+    return [each for each in items if each.imported is None]
+
+
+def _require_defined(
+    what: str, items: Sequence[Memory | Table | Global], indices: Iterable[int]
+) -> None:
+    for index in indices:
+        if not 0 <= index < len(items) or items[index].imported is not None:
+            raise ValueError(f"{what} {index} is not one that the module defines")
+
+
+def _vector(entries: Sequence[bytes]) -> bytes:
+    return unsigned_leb128(len(entries)) + b"".join(entries)
+
+
+def _memory_types(module: Module, changed: Mapping[int, MemoryType]) -> list[MemoryType]:
+    """Return the types of all memories, by index."""
+    _require_defined("memory", module.memories, changed)
+    types = [each.type for each in module.memories]
+    for index, new in changed.items():
+        least, most = types[index].minimum_pages, new.maximum_pages
+        if new.minimum_pages < least or (most is not None and new.minimum_pages > most):
             raise ValueError(
-                f"memory {index} cannot have a minimum of {pages} pages: allowed are"
-                f" {old.minimum_pages} to {'any number' if largest is None else largest}"
+                f"memory {index} cannot have a minimum of {new.minimum_pages} pages: allowed are"
+                f" {least} to {'any number' if most is None else most}"
             )
-        memories[index] = Memory(index, replace(old, minimum_pages=pages))
-    return tuple(memories)
+        types[index] = new
+    return types
 
 
-def _lowered(memory: Memory, most: int) -> Memory:
-    """The memory with a maximum of at most so many bytes, if it is the module's own."""
-    pages = max(most // memory.type.page_size, memory.type.minimum_pages)
-    declared = memory.type.maximum_pages
-    if memory.imported is not None or (declared is not None and declared <= pages):
-        return memory
-    return replace(memory, type=replace(memory.type, maximum_pages=pages))
-
-
-def _may_pass(table: Table, most: int) -> bool:
-    return table.imported is None and (table.type.maximum is None or table.type.maximum > most)
-
-
-def _tables(module: Module, most: int) -> bytes:
-    """The table section with maximums of at most so many elements."""
-    section = module.section(SectionId.TABLE)
-    assert section is not None
-    reader = Reader(module.source, section.payload, section.end)
-    parts = [unsigned_leb128(reader.u32())]
-    for table in module.tables:
-        if table.imported is not None:
-            continue
-        start = reader.position
-        if table.initializer is not None:
-            reader.skip(2)
-        read_reference_type(reader)
-        parts.append(reader.since(start))
-        reader.position = start + (2 if table.initializer is not None else 0)
-        read_table_type(reader)
-        kind = table.type
-        if _may_pass(table, most):
-            kind = replace(kind, maximum=max(most, kind.minimum))
-        parts.append(kind.encode_limits())
-        if table.initializer is not None:
-            parts.append(table.initializer.encoded)
-            reader.skip(len(table.initializer.encoded))
-    return b"".join(parts)
-
-
-def _memories(memories: tuple[Memory, ...]) -> bytes:
-    """The memory section."""
-    defined = [memory.type.encode() for memory in memories if memory.imported is None]
-    return unsigned_leb128(len(defined)) + b"".join(defined)
-
-
-def _imports(module: Module, name: ImportName, memories: tuple[Memory, ...]) -> bytes:
-    """The import section with the memory as its last entry, where it shifts no index."""
+def _imports(module: Module, name: ImportName, memories: list[MemoryType]) -> bytes:
+    """Return the import section with the memory as its last entry, which shifts no index."""
     if len(memories) != 1:
         raise NotUnderstood(
             f"the module has {len(memories)} memories and only a single one can become an import"
         )
-    if memories[0].imported is not None:
-        raise NotUnderstood(f"the memory is already an import, {memories[0].imported}")
-    entry = (
-        encode_name(name.module)
-        + encode_name(name.name)
-        + bytes([ExternKind.MEMORY])
-        + memories[0].type.encode()
+    if module.memories[0].imported is not None:
+        raise NotUnderstood(f"the memory is already an import, {module.memories[0].imported}")
+    entry = encode_name(name.module) + encode_name(name.name) + bytes([ExternKind.MEMORY])
+    return _appended(module, SectionId.IMPORT, len(module.imports), [entry + memories[0].encode()])
+
+
+def _tables(module: Module, changed: Mapping[int, TableType]) -> bytes:
+    """Return the table section with new limits for some tables."""
+    _require_defined("table", module.tables, changed)
+    return _vector(
+        [
+            each.head
+            + changed.get(each.index, each.type).encode_limits()
+            + (b"" if each.initializer is None else each.initializer.encoded)
+            for each in _defined(module.tables)
+        ]
     )
-    return unsigned_leb128(len(module.imports) + 1) + _entries(module, SectionId.IMPORT) + entry
+
+
+def _globals(module: Module, values: Mapping[int, int | None]) -> bytes:
+    """Return the global section with some initial values replaced."""
+    _require_defined("global", module.globals, values)
+    entries = []
+    for each in _defined(module.globals):
+        assert each.initializer is not None
+        initial = each.initializer.encoded
+        if each.index in values:
+            if not each.type.mutable:
+                raise ValueError(
+                    f"global {each.index} is immutable: others may be computed from it"
+                )
+            initial = encode_constant(each.type.value, values[each.index])
+        entries.append(each.head + initial)
+    return _vector(entries)
+
+
+def _displaced(module: Module, values: Mapping[int, int | None]) -> list[int]:
+    """Return the functions that replaced initial values referred to."""
+    initializers = (module.globals[index].initializer for index in values)
+    return sorted({function for each in initializers if each for function in each.functions})
+
+
+def _elements(module: Module, functions: list[int]) -> bytes:
+    """Return the element section with a declarative segment for `functions` at its end.
+
+    The segment does nothing at run time, but without it `ref.func` of these functions in code would be
+    invalid (WebAssembly 3.0, section 3.4.1: the refs of a context come from outside of code).
+    """
+    declared = b"\x03\x00" + _vector([unsigned_leb128(function) for function in functions])
+    return _appended(module, SectionId.ELEMENT, module.element_segment_count, [declared])
+
+
+# Exports, and the module as a whole
 
 
 def _exports(module: Module, added: Collection[Export]) -> bytes:
-    """The export section with more entries at its end."""
+    """Return the export section with more entries at its end."""
     counts = {
         ExternKind.FUNCTION: module.function_count,
         ExternKind.TABLE: len(module.tables),
@@ -267,75 +280,34 @@ def _exports(module: Module, added: Collection[Export]) -> bytes:
         ExternKind.TAG: module.tag_count,
     }
     taken = {export.name for export in module.exports}
-    entries = bytearray()
+    entries = []
     for export in added:
         if export.name in taken:
             raise ValueError(f'the name "{export.name}" is exported already')
         if not 0 <= export.index < counts[export.kind]:
             raise ValueError(f"{export.kind.name.lower()} {export.index} does not exist")
         taken.add(export.name)
-        entries += encode_name(export.name) + bytes([export.kind]) + unsigned_leb128(export.index)
-    return (
-        unsigned_leb128(len(module.exports) + len(added))
-        + _entries(module, SectionId.EXPORT)
-        + entries
-    )
+        index = unsigned_leb128(export.index)
+        entries.append(encode_name(export.name) + bytes([export.kind]) + index)
+    return _appended(module, SectionId.EXPORT, len(module.exports), entries)
 
 
-def _globals(module: Module, values: Mapping[int, int | None]) -> bytes:
-    """The global section with some initial values replaced, all other bytes as they were."""
-    for index in values:
-        if not 0 <= index < len(module.globals) or module.globals[index].imported is not None:
-            raise ValueError(f"global {index} is not one that the module defines")
-        if not module.globals[index].type.mutable:
-            raise ValueError(f"global {index} is immutable: others may be computed from it")
-    section = module.section(SectionId.GLOBAL)
-    assert section is not None
-    reader = Reader(module.source, section.payload, section.end)
-    parts = [unsigned_leb128(reader.u32())]
-    for defined in module.globals:
-        if defined.imported is not None:
-            continue
-        start = reader.position
-        read_global_type(reader)
-        head = reader.since(start)
-        read_expression(reader, ())
-        if defined.index in values:
-            parts += head, encode_constant(defined.type.value, values[defined.index])
-        else:
-            parts.append(reader.since(start))
-    return b"".join(parts)
-
-
-def _displaced(module: Module, values: Mapping[int, int | None]) -> list[int]:
-    """Functions that a replaced initial value referred to."""
-    initializers = (module.globals[index].initializer for index in values)
-    return sorted({function for each in initializers if each for function in each.functions})
-
-
-def _elements(module: Module, functions: list[int]) -> bytes:
-    """The element section with a declarative segment at its end, which does nothing: code may
-    contain `ref.func` of functions only that something outside of code refers to (WebAssembly 3.0,
-    section 3.4.1, the context's refs).
-    """
-    declared = b"\x03\x00" + unsigned_leb128(len(functions))
-    declared += b"".join(map(unsigned_leb128, functions))
-    entries = _entries(module, SectionId.ELEMENT)
-    return unsigned_leb128(module.element_segment_count + 1) + entries + declared
-
-
-def _entries(module: Module, section_id: SectionId) -> bytes:
-    """What follows the count in a section, as it was encoded; nothing where there is none."""
+def _appended(module: Module, section_id: SectionId, count: int, added: list[bytes]) -> bytes:
+    """Return a section of `count` entries, which are copied as encoded, with more at its end."""
+    entries = b""
     section = module.section(section_id)
-    if section is None:
-        return b""
-    reader = Reader(module.source, section.payload, section.end)
-    reader.u32()
-    return bytes(reader.take(reader.left))
+    if section is not None:
+        reader = Reader(module.source, section.payload, section.end)
+        reader.u32()
+        entries = bytes(reader.take(reader.left))
+    return unsigned_leb128(count + len(added)) + entries + b"".join(added)
 
 
 def _assemble(module: Module, contents: Mapping[SectionId, bytes | None]) -> bytes:
-    """The module with new `contents` for some sections; None drops one, a new one finds its place."""
+    """Return the module with new `contents` of some sections.
+
+    None drops a section. A section that the module lacks goes to its place in SECTION_ORDER.
+    """
     view = memoryview(module.source)
     missing = set(contents) - {section.id for section in module.sections}
     pending = sorted(missing, key=SECTION_ORDER.__getitem__)

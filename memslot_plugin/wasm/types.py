@@ -1,6 +1,6 @@
-"""Types that stand in front of imports, tables, memories and globals, and how they are read.
+"""Types of memories, tables, globals and their values, read and written.
 
-Only what decides about images and rewriting is taken apart; what is left is kept as it was encoded.
+Only the parts that decide about images and rewriting are taken apart.
 """
 
 from __future__ import annotations
@@ -31,29 +31,30 @@ _HEAP_TYPES = {
     0x68: "cont",
 }
 
-_HAS_MAXIMUM, _SHARED, _MEMORY64, _CUSTOM_PAGE = 1, 2, 4, 8
+_HAS_MAXIMUM, _SHARED, _64_BIT, _CUSTOM_PAGE = 1, 2, 4, 8
+"""Flags in front of limits."""
 
 
 @dataclass(frozen=True, slots=True)
 class ValueType:
-    """The type of a global, a table's elements or a constant: its name in the text format."""
+    """The type of a global, of a table's elements or of a constant: its name in the text format."""
 
     name: str
 
     @property
     def is_reference(self) -> bool:
-        """Whether values of it are references, which no saved byte can stand for."""
+        """True if its values are references, which no saved bits can express."""
         return self.name.startswith("(ref ")
 
     @property
     def is_nullable(self) -> bool:
-        """Whether null is a value of it."""
+        """True if null is one of its values."""
         return self.name.startswith("(ref null ")
 
 
 @dataclass(frozen=True, slots=True)
 class TableType:
-    """What a table holds, and its limits in elements."""
+    """The type of a table's elements, and its limits in elements."""
 
     element: ValueType
     minimum: int
@@ -61,18 +62,13 @@ class TableType:
     table64: bool
 
     def encode_limits(self) -> bytes:
-        """The limits as the format writes them behind the type of the elements."""
-        flags = _MEMORY64 * self.table64
-        limits = unsigned_leb128(self.minimum)
-        if self.maximum is not None:
-            flags |= _HAS_MAXIMUM
-            limits += unsigned_leb128(self.maximum)
-        return bytes([flags]) + limits
+        """Return the limits as the format writes them behind the element type."""
+        return _encode_limits(_64_BIT * self.table64, self.minimum, self.maximum)
 
 
 @dataclass(frozen=True, slots=True)
 class GlobalType:
-    """What a global holds, and whether code may assign to it."""
+    """The type of a global's value; `mutable` is true if code may assign to the global."""
 
     value: ValueType
     mutable: bool
@@ -80,10 +76,10 @@ class GlobalType:
 
 @dataclass(frozen=True, slots=True)
 class MemoryType:
-    """The limits of a linear memory in its own pages, the size of such a page, and its kind.
+    """The limits of a linear memory in pages of `page_size` bytes, and its kind.
 
-    `names_page_size` is whether the module spells its page size out, which needs a runtime that
-    knows the custom-page-sizes proposal even where it is the usual one.
+    `names_page_size` is true if the module writes the page size out, even the usual one. Such a
+    module needs a runtime with the custom-page-sizes proposal.
     """
 
     minimum_pages: int
@@ -95,34 +91,30 @@ class MemoryType:
 
     @property
     def minimum_bytes(self) -> int:
-        """How many bytes the memory has before its first growth."""
+        """Bytes of the memory before its first growth."""
         return self.minimum_pages * self.page_size
 
     @property
     def maximum_bytes(self) -> int | None:
-        """How many bytes it may ever have; None where it declares no limit of its own."""
+        """The most bytes that the memory may grow to, or None if the module sets no limit."""
         return None if self.maximum_pages is None else self.maximum_pages * self.page_size
 
     @property
     def index_type(self) -> str:
-        """The type of an address in it."""
+        """The type of an address in the memory."""
         return "i64" if self.memory64 else "i32"
 
     def encode(self) -> bytes:
-        """The type as the format writes it."""
-        flags = _SHARED * self.shared | _MEMORY64 * self.memory64
-        limits = unsigned_leb128(self.minimum_pages)
-        if self.maximum_pages is not None:
-            flags |= _HAS_MAXIMUM
-            limits += unsigned_leb128(self.maximum_pages)
-        if self.names_page_size:
-            flags |= _CUSTOM_PAGE
-            limits += unsigned_leb128(self.page_size.bit_length() - 1)
-        return bytes([flags]) + limits
+        """Return the type as the format writes it."""
+        flags = _SHARED * self.shared | _64_BIT * self.memory64
+        if not self.names_page_size:
+            return _encode_limits(flags, self.minimum_pages, self.maximum_pages)
+        limits = _encode_limits(flags | _CUSTOM_PAGE, self.minimum_pages, self.maximum_pages)
+        return limits + unsigned_leb128(self.page_size.bit_length() - 1)
 
 
 def read_value_type(reader: Reader) -> ValueType:
-    """A value type: a number, a vector, or a reference."""
+    """Read a value type: a number, a vector or a reference."""
     code = reader.byte()
     if code in _NUMBERS:
         return ValueType(_NUMBERS[code])
@@ -130,7 +122,7 @@ def read_value_type(reader: Reader) -> ValueType:
 
 
 def read_reference_type(reader: Reader) -> ValueType:
-    """A reference type: one byte for the nullable abstract ones, or spelt out."""
+    """Read a reference type: one byte for the nullable abstract ones, several for the others."""
     return _reference_type(reader, reader.byte())
 
 
@@ -145,7 +137,7 @@ def _reference_type(reader: Reader, code: int) -> ValueType:
 
 
 def read_heap_type(reader: Reader) -> str:
-    """What a reference points to: an abstract heap type's name, or the index of a type."""
+    """Read the target type of a reference: the name of an abstract heap type, or a type index."""
     code = reader.signed(33)
     if code >= 0:
         return str(code)
@@ -156,26 +148,20 @@ def read_heap_type(reader: Reader) -> str:
 
 
 def encode_heap_type(name: str) -> bytes:
-    """A heap type by the name that `read_heap_type` gives it, as the format writes it."""
+    """Return the heap type that `read_heap_type` calls `name`, as the format writes it."""
     if name.isdecimal():
         return signed_leb128(int(name))
     return bytes(code for code, known in _HEAP_TYPES.items() if known == name)
 
 
-def read_table_type(reader: Reader) -> TableType:
-    """A table type: the reference type of its elements, then its limits."""
-    element = read_reference_type(reader)
-    flags = reader.byte()
-    if flags & ~(_HAS_MAXIMUM | _MEMORY64):
-        raise NotUnderstood(f"a table has limits of the unknown kind 0x{flags:02x}")
-    bits = 64 if flags & _MEMORY64 else 32
-    minimum = reader.unsigned(bits)
-    maximum = reader.unsigned(bits) if flags & _HAS_MAXIMUM else None
-    return TableType(element, minimum, maximum, table64=bits == 64)
+def read_table_limits(reader: Reader, element: ValueType) -> TableType:
+    """Read the limits of a table, which stand behind the type of its elements."""
+    flags, minimum, maximum = _read_limits(reader, _HAS_MAXIMUM | _64_BIT, "table")
+    return TableType(element, minimum, maximum, table64=bool(flags & _64_BIT))
 
 
 def read_global_type(reader: Reader) -> GlobalType:
-    """A global type: what it holds, then whether it is mutable."""
+    """Read a global type: the type of its value, then the mutability."""
     value = read_value_type(reader)
     mutability = reader.byte()
     if mutability > 1:
@@ -184,32 +170,43 @@ def read_global_type(reader: Reader) -> GlobalType:
 
 
 def read_memory_type(reader: Reader) -> MemoryType:
-    """A memory type whose limits are possible; impossible ones are for the runtime to refuse."""
-    flags = reader.byte()
-    if flags & ~(_HAS_MAXIMUM | _SHARED | _MEMORY64 | _CUSTOM_PAGE):
-        raise NotUnderstood(f"a memory has limits of the unknown kind 0x{flags:02x}")
-    bits = 64 if flags & _MEMORY64 else 32
-    minimum = reader.unsigned(bits)
-    maximum = reader.unsigned(bits) if flags & _HAS_MAXIMUM else None
-    page_size = WASM_PAGE
-    if flags & _CUSTOM_PAGE:
-        exponent = reader.u32()
-        if exponent not in (0, 16):
-            raise NotUnderstood(f"a memory has pages of 2 to the {exponent} bytes")
-        page_size = 1 << exponent
+    """Read a memory type. Raise NotUnderstood for impossible limits, which the runtime refuses."""
+    known_flags = _HAS_MAXIMUM | _SHARED | _64_BIT | _CUSTOM_PAGE
+    flags, minimum, maximum = _read_limits(reader, known_flags, "memory")
+    exponent = reader.u32() if flags & _CUSTOM_PAGE else 16
+    if exponent not in (0, 16):
+        raise NotUnderstood(f"a memory has pages of 2 to the {exponent} bytes")
     memory = MemoryType(
         minimum,
         maximum,
-        page_size,
+        1 << exponent,
         shared=bool(flags & _SHARED),
-        memory64=bits == 64,
+        memory64=bool(flags & _64_BIT),
         names_page_size=bool(flags & _CUSTOM_PAGE),
     )
     largest = minimum if maximum is None else maximum
-    if minimum > largest or largest * page_size > 1 << bits:
+    addresses = 1 << (64 if memory.memory64 else 32)
+    if minimum > largest or largest * memory.page_size > addresses:
         raise NotUnderstood(
-            f"a memory has the impossible limits {minimum} to {maximum} pages of {page_size} bytes"
+            f"a memory has the impossible limits {minimum} to {maximum} pages of"
+            f" {memory.page_size} bytes"
         )
     if memory.shared and maximum is None:
         raise NotUnderstood("a memory is shared and declares no maximum")
     return memory
+
+
+def _read_limits(reader: Reader, known_flags: int, what: str) -> tuple[int, int, int | None]:
+    """Read flags, minimum and maximum."""
+    flags = reader.byte()
+    if flags & ~known_flags:
+        raise NotUnderstood(f"a {what} has limits of the unknown kind 0x{flags:02x}")
+    bits = 64 if flags & _64_BIT else 32
+    minimum = reader.unsigned(bits)
+    return flags, minimum, reader.unsigned(bits) if flags & _HAS_MAXIMUM else None
+
+
+def _encode_limits(flags: int, minimum: int, maximum: int | None) -> bytes:
+    if maximum is None:
+        return bytes([flags]) + unsigned_leb128(minimum)
+    return bytes([flags | _HAS_MAXIMUM]) + unsigned_leb128(minimum) + unsigned_leb128(maximum)

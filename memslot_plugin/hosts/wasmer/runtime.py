@@ -26,7 +26,7 @@ from memslot_plugin.errors import (
     Unsupported,
     cause_of,
 )
-from memslot_plugin.guest.plan import MemoryPlan
+from memslot_plugin.guest.plan import MemoryReport
 from memslot_plugin.hosts import saved
 from memslot_plugin.hosts.guest import Guest
 from memslot_plugin.hosts.host import Host
@@ -116,7 +116,7 @@ class WasmerHost(Host):
         compiled: Compiled = guest.compiled
         return bytes(compiled.module.serialize())
 
-    def _map_host_memory(self, memory: MemoryPlan, maximum: int) -> Callable[[], HostMapping]:
+    def _map_host_memory(self, memory: MemoryReport, maximum: int) -> Callable[[], HostMapping]:
         minimum, largest = (
             memory.minimum_bytes // WASM_PAGE,
             min(maximum, WASM32_BYTES) // WASM_PAGE,

@@ -403,7 +403,8 @@ class WasmtimeLive(Live):
         return names[0] if names else None
 
     def _locate_imported(self, index: int) -> tuple[int, int]:
-        name = self._compiled.plan.memories[index].imported
+        structure = self._compiled.plan.structure
+        name = None if structure is None else structure.memories[index].imported
         given = None if name is None else self._binding.imports.get(name.module, {}).get(name.name)
         if isinstance(given, wasmtime.Memory):
             store = self.store()

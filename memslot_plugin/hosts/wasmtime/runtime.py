@@ -33,7 +33,7 @@ from memslot_plugin.errors import (
     cause_of,
 )
 from memslot_plugin.guest import plan as guests
-from memslot_plugin.guest.plan import MOST_GLOBALS
+from memslot_plugin.guest.target import MOST_GLOBALS
 from memslot_plugin.hosts.guest import Guest
 from memslot_plugin.hosts.host import Host, HostStatistics
 from memslot_plugin.hosts.live import Binding, Live
