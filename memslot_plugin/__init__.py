@@ -7,121 +7,87 @@
         with guest.instantiate() as instance:
             instance.call("run", 1, 2)
 
-`__all__` is what is promised; everything else may change.
+`__all__` is the promise; everything else may change.  A name is imported when it is first used, because
+importing all of them costs more than wasmtime's own import.  `__init__.pyi` has their types.
 """
 
-from memslot_plugin.errors import (
-    AccessOutOfBounds,
-    ArgumentError,
-    ExportNotFound,
-    GrowthRefused,
-    GuestExit,
-    GuestNotFound,
-    GuestTrap,
-    HostUnavailable,
-    InUse,
-    InvalidContainer,
-    InvalidModule,
-    InvariantBroken,
-    LinkError,
-    MemoryTooLarge,
-    MemslotError,
-    PluginError,
-    PoolExhausted,
-    PoolTimeout,
-    RepeatedRandomness,
-    SettingError,
-    SlotError,
-    SnapshotRefused,
-    SystemCallError,
-    Unsupported,
-    UsedAfterClose,
-    WrongThread,
-)
-from memslot_plugin.files.share import SharedGuest
-from memslot_plugin.guest.analysis import CodeReport, Occurrence, Verdict
-from memslot_plugin.guest.plan import MemoryReport, SavedGlobal, SegmentReport
-from memslot_plugin.guest.report import GuestReport
-from memslot_plugin.hosts import (
-    FakeHost,
-    Folder,
-    Guest,
-    Host,
-    HostStatistics,
-    Instance,
-    Lease,
-    Loaded,
-    Memory,
-    Wasi,
-    available_hosts,
-    open_host,
-)
-from memslot_plugin.memory.image import BytesImage, Image, MemfdImage
-from memslot_plugin.memory.pool import Pool
-from memslot_plugin.memory.probe import Finding, Probe, probe
-from memslot_plugin.memory.slot import Slot, State
-from memslot_plugin.plugins import PluginInfo, Plugins
-from memslot_plugin.settings import Settings
+import importlib
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "AccessOutOfBounds",
-    "ArgumentError",
-    "BytesImage",
-    "CodeReport",
-    "ExportNotFound",
-    "FakeHost",
-    "Finding",
-    "Folder",
-    "GrowthRefused",
-    "Guest",
-    "GuestExit",
-    "GuestNotFound",
-    "GuestReport",
-    "GuestTrap",
-    "Host",
-    "HostStatistics",
-    "HostUnavailable",
-    "Image",
-    "InUse",
-    "Instance",
-    "InvalidContainer",
-    "InvalidModule",
-    "InvariantBroken",
-    "Lease",
-    "LinkError",
-    "Loaded",
-    "MemfdImage",
-    "Memory",
-    "MemoryReport",
-    "MemoryTooLarge",
-    "MemslotError",
-    "Occurrence",
-    "PluginError",
-    "PluginInfo",
-    "Plugins",
-    "Pool",
-    "PoolExhausted",
-    "PoolTimeout",
-    "Probe",
-    "RepeatedRandomness",
-    "SavedGlobal",
-    "SegmentReport",
-    "SettingError",
-    "Settings",
-    "SharedGuest",
-    "Slot",
-    "SlotError",
-    "SnapshotRefused",
-    "State",
-    "SystemCallError",
-    "Unsupported",
-    "UsedAfterClose",
-    "Verdict",
-    "Wasi",
-    "WrongThread",
-    "available_hosts",
-    "open_host",
-    "probe",
-]
+_HOMES = {
+    "AccessOutOfBounds": "errors",
+    "ArgumentError": "errors",
+    "ExportNotFound": "errors",
+    "GrowthRefused": "errors",
+    "GuestExit": "errors",
+    "GuestNotFound": "errors",
+    "GuestTrap": "errors",
+    "HostUnavailable": "errors",
+    "InUse": "errors",
+    "InvalidContainer": "errors",
+    "InvalidModule": "errors",
+    "InvariantBroken": "errors",
+    "LinkError": "errors",
+    "MemoryTooLarge": "errors",
+    "MemslotError": "errors",
+    "PluginError": "errors",
+    "PoolExhausted": "errors",
+    "PoolTimeout": "errors",
+    "RepeatedRandomness": "errors",
+    "SettingError": "errors",
+    "SlotError": "errors",
+    "SnapshotRefused": "errors",
+    "SystemCallError": "errors",
+    "Unsupported": "errors",
+    "UsedAfterClose": "errors",
+    "WrongThread": "errors",
+    "SharedGuest": "files.share",
+    "CodeReport": "guest.analysis",
+    "Occurrence": "guest.analysis",
+    "Verdict": "guest.analysis",
+    "GuestReport": "guest.report",
+    "MemoryReport": "guest.plan",
+    "SavedGlobal": "guest.plan",
+    "SegmentReport": "guest.plan",
+    "FakeHost": "hosts",
+    "Folder": "hosts",
+    "Guest": "hosts",
+    "Host": "hosts",
+    "HostStatistics": "hosts",
+    "Instance": "hosts",
+    "Lease": "hosts",
+    "Loaded": "hosts",
+    "Memory": "hosts",
+    "Wasi": "hosts",
+    "available_hosts": "hosts",
+    "open_host": "hosts",
+    "BytesImage": "memory.image",
+    "Image": "memory.image",
+    "MemfdImage": "memory.image",
+    "Pool": "memory.pool",
+    "Finding": "memory.probe",
+    "Probe": "memory.probe",
+    "probe": "memory.probe",
+    "Slot": "memory.slot",
+    "State": "memory.slot",
+    "PluginInfo": "plugins",
+    "Plugins": "plugins",
+    "Settings": "settings",
+}
+
+__all__ = sorted(_HOMES)  # noqa: PLE0605 - type checkers read it in `__init__.pyi`
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name at its first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = globals()[name] = getattr(
+        importlib.import_module(f"memslot_plugin.{_HOMES[name]}"), name
+    )
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
-from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -70,10 +69,13 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text)
     if match is None or match[2].lower() not in _UNITS:
         raise ValueError(f"{text!r} is no size")
-    size = Fraction(match[1]) * _UNITS[match[2].lower()]
-    if size.denominator != 1:
+    # Exact, where a float would make 4349.99 of "4.35kB".
+    whole, _, decimals = match[1].partition(".")
+    parts: int = 10 ** len(decimals)
+    size, rest = divmod(int(whole + decimals) * _UNITS[match[2].lower()], parts)
+    if rest:
         raise ValueError(f"{text!r} is no whole number of bytes")
-    return size.numerator
+    return size
 
 
 class _Sourced(msgspec.StructMeta):

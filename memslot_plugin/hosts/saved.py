@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import platform
 import stat
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -207,6 +205,8 @@ def _unnamed_file(name: str) -> int:
     try:
         return new_memfd(f"{name}, shared", 0, f"sharing {name}")
     except SystemCallError:
+        import tempfile  # noqa: PLC0415 - costs 4 ms, and is needed only where there is no memfd
+
         with tempfile.TemporaryFile(buffering=0) as file:
             return os.dup(file.fileno())
 
@@ -449,7 +449,7 @@ def machine() -> str:
     features = sorted(
         {line for line in described.splitlines() if line.startswith((b"flags", b"Features"))}
     )
-    return f"{platform.machine()} {hashlib.sha256(b''.join(features)).hexdigest()[:16]}"
+    return f"{os.uname().machine} {hashlib.sha256(b''.join(features)).hexdigest()[:16]}"
 
 
 def read_saved(label: str, key: bytes | None = None) -> Container:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import builtins
 import dataclasses
 import enum
@@ -35,6 +36,32 @@ def test_package_holds_what_all_promises_its_types_and_version(package: Any) -> 
     assert sorted(package.__all__) == sorted(there)
     assert importlib.resources.files(package).joinpath("py.typed").is_file()
     assert importlib.metadata.version("memslot") == memslot_plugin.__version__
+
+
+def test_stub_imports_each_public_name_from_where_it_is_found() -> None:
+    stub = importlib.resources.files(memslot_plugin).joinpath("__init__.pyi").read_text()
+    found = {
+        alias.asname: node.module
+        for node in ast.parse(stub).body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    homes = memslot_plugin._HOMES.items()  # type: ignore[attr-defined]
+    assert found == {name: f"memslot_plugin.{module}" for name, module in homes}
+
+
+def test_package_imports_nothing_before_a_name_is_used(child: Any) -> None:
+    child("""
+import sys
+import memslot_plugin
+assert not [name for name in sys.modules if name.startswith("memslot_plugin.")], sys.modules
+assert set(memslot_plugin.__all__) < set(dir(memslot_plugin))
+from memslot_plugin import SettingError
+assert "memslot_plugin.hosts" not in sys.modules
+assert not hasattr(memslot_plugin, "nonsense")
+from memslot_plugin import *
+assert Pool is memslot_plugin.Pool
+""")
 
 
 def test_every_type_that_travels_through_hooks_is_public_and_its_annotations_resolve() -> None:
@@ -77,7 +104,7 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 import memslot_hooks
 sys.meta_path.pop(0)
-import memslot_plugin
+from memslot_plugin import *
 assert not {"wasmtime", "wasmer", "rich", "click"} & set(sys.modules), sorted(sys.modules)
 """)
 

@@ -1,0 +1,63 @@
+# The public names with their types; `__init__.py` imports each at its first use.
+
+from memslot_plugin.errors import AccessOutOfBounds as AccessOutOfBounds
+from memslot_plugin.errors import ArgumentError as ArgumentError
+from memslot_plugin.errors import ExportNotFound as ExportNotFound
+from memslot_plugin.errors import GrowthRefused as GrowthRefused
+from memslot_plugin.errors import GuestExit as GuestExit
+from memslot_plugin.errors import GuestNotFound as GuestNotFound
+from memslot_plugin.errors import GuestTrap as GuestTrap
+from memslot_plugin.errors import HostUnavailable as HostUnavailable
+from memslot_plugin.errors import InUse as InUse
+from memslot_plugin.errors import InvalidContainer as InvalidContainer
+from memslot_plugin.errors import InvalidModule as InvalidModule
+from memslot_plugin.errors import InvariantBroken as InvariantBroken
+from memslot_plugin.errors import LinkError as LinkError
+from memslot_plugin.errors import MemoryTooLarge as MemoryTooLarge
+from memslot_plugin.errors import MemslotError as MemslotError
+from memslot_plugin.errors import PluginError as PluginError
+from memslot_plugin.errors import PoolExhausted as PoolExhausted
+from memslot_plugin.errors import PoolTimeout as PoolTimeout
+from memslot_plugin.errors import RepeatedRandomness as RepeatedRandomness
+from memslot_plugin.errors import SettingError as SettingError
+from memslot_plugin.errors import SlotError as SlotError
+from memslot_plugin.errors import SnapshotRefused as SnapshotRefused
+from memslot_plugin.errors import SystemCallError as SystemCallError
+from memslot_plugin.errors import Unsupported as Unsupported
+from memslot_plugin.errors import UsedAfterClose as UsedAfterClose
+from memslot_plugin.errors import WrongThread as WrongThread
+from memslot_plugin.files.share import SharedGuest as SharedGuest
+from memslot_plugin.guest.analysis import CodeReport as CodeReport
+from memslot_plugin.guest.analysis import Occurrence as Occurrence
+from memslot_plugin.guest.analysis import Verdict as Verdict
+from memslot_plugin.guest.plan import MemoryReport as MemoryReport
+from memslot_plugin.guest.plan import SavedGlobal as SavedGlobal
+from memslot_plugin.guest.plan import SegmentReport as SegmentReport
+from memslot_plugin.guest.report import GuestReport as GuestReport
+from memslot_plugin.hosts import FakeHost as FakeHost
+from memslot_plugin.hosts import Folder as Folder
+from memslot_plugin.hosts import Guest as Guest
+from memslot_plugin.hosts import Host as Host
+from memslot_plugin.hosts import HostStatistics as HostStatistics
+from memslot_plugin.hosts import Instance as Instance
+from memslot_plugin.hosts import Lease as Lease
+from memslot_plugin.hosts import Loaded as Loaded
+from memslot_plugin.hosts import Memory as Memory
+from memslot_plugin.hosts import Wasi as Wasi
+from memslot_plugin.hosts import available_hosts as available_hosts
+from memslot_plugin.hosts import open_host as open_host
+from memslot_plugin.memory.image import BytesImage as BytesImage
+from memslot_plugin.memory.image import Image as Image
+from memslot_plugin.memory.image import MemfdImage as MemfdImage
+from memslot_plugin.memory.pool import Pool as Pool
+from memslot_plugin.memory.probe import Finding as Finding
+from memslot_plugin.memory.probe import Probe as Probe
+from memslot_plugin.memory.probe import probe as probe
+from memslot_plugin.memory.slot import Slot as Slot
+from memslot_plugin.memory.slot import State as State
+from memslot_plugin.plugins import PluginInfo as PluginInfo
+from memslot_plugin.plugins import Plugins as Plugins
+from memslot_plugin.settings import Settings as Settings
+
+__version__: str
+__all__: list[str]  # noqa: PYI035 - printed from the same table at run time
