@@ -1,4 +1,4 @@
-/* Shared by the core's own files: the gate for system calls, the clock, and a test for zeros. */
+/* Shared by the core's own files: the gate for system calls, and the clock. */
 #pragma once
 
 #include "memslot.h"
@@ -17,10 +17,4 @@ static inline uint64_t ms_now(void)
     struct timespec time;
     clock_gettime(CLOCK_MONOTONIC, &time);
     return (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
-}
-
-/* True if every byte is zero: the first is, and each equals its neighbour. */
-static inline int ms_all_zero(const uint8_t *bytes, size_t length)
-{
-    return length == 0 || (bytes[0] == 0 && memcmp(bytes, bytes + 1, length - 1) == 0);
 }

@@ -257,30 +257,6 @@ int ms_view(int fd, size_t length, uintptr_t *address)
     return 0;
 }
 
-size_t ms_find_extents(const uint8_t *bytes, size_t length, size_t page, size_t min_gap, ms_extent *extents,
-                       size_t capacity)
-{
-    size_t count = 0, end = 0, file_offset = 0;
-    ms_extent last = {0};
-    for (size_t at = 0; at < length; at += page) {
-        size_t here = length - at < page ? length - at : page;
-        if (ms_all_zero(bytes + at, here))
-            continue;
-        if (count > 0 && at - end < min_gap) {
-            file_offset += at + page - end; /* the gap's zeros are in the file, too */
-            last.length = at + page - last.offset;
-        } else {
-            count++;
-            last = (ms_extent){.offset = at, .length = page, .file_offset = file_offset, .fd = -1};
-            file_offset += page;
-        }
-        end = at + page;
-        if (count <= capacity)
-            extents[count - 1] = last;
-    }
-    return count;
-}
-
 /* ---- slots ---- */
 
 int ms_map_extents(uintptr_t base, const ms_extent *extents, size_t count)

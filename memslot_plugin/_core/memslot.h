@@ -201,8 +201,6 @@ int64_t ms_unexplained_ns(const ms_reset_report *report, const ms_reset_limits *
 /* Lists the runs of pages that ms_reset_pagemap would look at, without touching them. Fills at most `capacity` runs; the
  * report counts all. A file may be mapped anywhere in the range. */
 int ms_list_private(int pagemap, const ms_memory *memory, ms_extent *runs, size_t capacity, ms_reset_report *report);
-/* Counts the private pages of the range without touching them. */
-int ms_count_private(int pagemap, uintptr_t base, size_t length, ms_reset_report *report);
 /* Makes the runs private and resident without changing a byte (MADV_POPULATE_WRITE, Linux 5.14). */
 int ms_populate(uintptr_t base, const ms_extent *runs, size_t count);
 

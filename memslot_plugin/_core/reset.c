@@ -41,10 +41,16 @@ static size_t run_from(walker *walk, size_t start, size_t end, const uint8_t **s
     return (extent_end < end ? extent_end : end) - start;
 }
 
+/* True if every byte is zero: the first is, and each equals its neighbour. */
+static int all_zero(const uint8_t *bytes, size_t length)
+{
+    return length == 0 || (bytes[0] == 0 && memcmp(bytes, bytes + 1, length - 1) == 0);
+}
+
 /* True if the bytes at `here` are those of `source`, or zeros if that is NULL. */
 static int is_pristine(const uint8_t *here, const uint8_t *source, size_t length)
 {
-    return source ? memcmp(here, source, length) == 0 : ms_all_zero(here, length);
+    return source ? memcmp(here, source, length) == 0 : all_zero(here, length);
 }
 
 int64_t ms_first_difference(const ms_memory *memory)
@@ -63,29 +69,49 @@ int64_t ms_first_difference(const ms_memory *memory)
     return -1;
 }
 
+/* Finds the pages of `runs` that are not pristine, and packs their file offsets. The last page may be cut short. */
+static size_t find_pages(const ms_memory *memory, const ms_extent *runs, size_t count, size_t page, size_t min_gap,
+                         ms_extent *pages, size_t capacity)
+{
+    walker walk = {memory, 0};
+    size_t found = 0, end = 0, file_offset = 0;
+    ms_extent last = {0};
+    for (size_t i = 0; i < count; i++) {
+        size_t run_end = runs[i].offset + runs[i].length;
+        for (size_t at = runs[i].offset; at < run_end; at += page) {
+            const uint8_t *source;
+            size_t length = run_end - at < page ? run_end - at : page;
+            run_from(&walk, at, at + length, &source); /* extents begin and end with pages, so this is all of the page */
+            if (is_pristine((const uint8_t *)memory->base + at, source, length))
+                continue;
+            if (found > 0 && at - end < min_gap) {
+                file_offset += at - end; /* the gap is in the file, too */
+                last.length = at + page - last.offset;
+            } else {
+                found++;
+                last = (ms_extent){.offset = at, .length = page, .file_offset = file_offset, .fd = -1};
+            }
+            file_offset += page;
+            end = at + page;
+            if (found <= capacity)
+                pages[found - 1] = last;
+        }
+    }
+    return found;
+}
+
 size_t ms_find_changes(const ms_memory *memory, const ms_extent *runs, size_t count, size_t min_gap, ms_extent *changes,
                        size_t capacity)
 {
-    walker walk = {memory, 0};
-    size_t page = ms_page_size(), found = 0, end = 0;
-    ms_extent last = {0};
-    for (size_t i = 0; i < count; i++)
-        for (size_t at = runs[i].offset; at < runs[i].offset + runs[i].length; at += page) {
-            const uint8_t *source;
-            run_from(&walk, at, at + page, &source); /* extents begin and end with pages, so this is all of the page */
-            if (is_pristine((const uint8_t *)memory->base + at, source, page))
-                continue;
-            if (found > 0 && at - end < min_gap)
-                last.length = at + page - last.offset;
-            else {
-                found++;
-                last = (ms_extent){.offset = at, .length = page, .fd = -1};
-            }
-            end = at + page;
-            if (found <= capacity)
-                changes[found - 1] = last;
-        }
-    return found;
+    return find_pages(memory, runs, count, ms_page_size(), min_gap, changes, capacity);
+}
+
+size_t ms_find_extents(const uint8_t *bytes, size_t length, size_t page, size_t min_gap, ms_extent *extents,
+                       size_t capacity)
+{
+    ms_memory zeros = {.base = (uintptr_t)bytes};
+    ms_extent all = {.length = length};
+    return find_pages(&zeros, &all, 1, page, min_gap, extents, capacity);
 }
 
 /* ---- restoring pages ---- */
@@ -281,12 +307,6 @@ int ms_list_private(int pagemap, const ms_memory *memory, ms_extent *runs, size_
     search s = {.pagemap = pagemap, .base = memory->base, .mapped_end = SIZE_MAX, .image_end = image_end(memory),
                 .walk = {memory, 0}, .runs = runs, .capacity = capacity, .report = report};
     return search_all(&s, memory->accessible, 0);
-}
-
-int ms_count_private(int pagemap, uintptr_t base, size_t length, ms_reset_report *report)
-{
-    ms_memory memory = {.base = base, .accessible = length};
-    return ms_list_private(pagemap, &memory, NULL, 0, report);
 }
 
 #define MS_MADV_POPULATE_WRITE 23

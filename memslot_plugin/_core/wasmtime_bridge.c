@@ -86,9 +86,12 @@ static uintptr_t this_thread(void) { return (uintptr_t)&wt_frame; }
 
 unsigned ms_wt_depth(void) { return wt_frame.depth; }
 
-int64_t ms_wt_raised(void) { return wt_frame.raised; }
-
-void ms_wt_raise(int64_t exception) { wt_frame.raised = exception; }
+int64_t ms_wt_raise(int64_t exception)
+{
+    int64_t before = wt_frame.raised;
+    wt_frame.raised = exception;
+    return before;
+}
 
 int ms_wt_first_deferred(void) { return wt_frame.depth && !wt_frame.deferred; }
 

@@ -60,10 +60,8 @@ size_t ms_wt_layout(size_t *layout, size_t capacity);
 
 /* Returns the number of entries that this thread is inside of. */
 unsigned ms_wt_depth(void);
-/* Returns what a host function raised within the innermost entry, or 0. */
-int64_t ms_wt_raised(void);
-/* Sets that, for a host function that wasmtime-py calls. */
-void ms_wt_raise(int64_t exception);
+/* Notes that a host function raised within the innermost entry. Returns what one raised before, which the guest survived, or 0. */
+int64_t ms_wt_raise(int64_t exception);
 /* True if an exception in a growth would be the first one within the innermost entry. The first one alone is raised. */
 int ms_wt_first_deferred(void);
 
@@ -192,27 +190,22 @@ typedef struct {
 
 uintptr_t ms_wt_call(ms_wt_callee *callee, uint64_t generation);
 
-/* Reads and writes the 16 bytes of an exported global, and their kind. */
-uintptr_t ms_wt_global_get(ms_wt_cell *cell, uint64_t generation, const char *name, size_t length, uint8_t *value,
-                           uint8_t *kind);
-uintptr_t ms_wt_global_set(ms_wt_cell *cell, uint64_t generation, const char *name, size_t length, const uint8_t *value,
-                           uint8_t kind);
-
-/* A global that a reset restores: its export's name, the kind and bytes of its value, and its place in the store. */
+/* An exported global: the kind and the 16 bytes of its value. A reference that is not null has a byte that is not zero. */
 typedef struct {
     const char *name;
     size_t length;
     uint8_t kind;
     uint8_t value[16];
+    int found; /* `place` is known: the first use looks it up, and a cell is opened once */
     uint64_t place[3];
 } ms_wt_global;
 
-/* Looks up the places of the globals. */
-uintptr_t ms_wt_globals_find(ms_wt_cell *cell, ms_wt_global *globals, size_t count);
-/* Reads the values of globals that were looked up. A reference that is not null has a byte that is not zero. */
-uintptr_t ms_wt_globals_read(ms_wt_cell *cell, ms_wt_global *globals, size_t count);
-/* Gives the globals their values, begins the lease `generation`, and leaves what this thread has acquired. */
-uintptr_t ms_wt_restore(ms_wt_cell *cell, uint64_t generation, const ms_wt_global *globals, size_t count);
+/* Reads the values and kinds of the globals. */
+uintptr_t ms_wt_globals_read(ms_wt_cell *cell, uint64_t generation, ms_wt_global *globals, size_t count);
+/* Gives the globals their values. */
+uintptr_t ms_wt_globals_write(ms_wt_cell *cell, uint64_t generation, ms_wt_global *globals, size_t count);
+/* Does the same within ms_wt_acquire, begins the lease `generation`, and leaves. */
+uintptr_t ms_wt_restore(ms_wt_cell *cell, uint64_t generation, ms_wt_global *globals, size_t count);
 /* Returns where an exported memory is, and its size. */
 uintptr_t ms_wt_memory_locate(ms_wt_cell *cell, const char *name, size_t length, uintptr_t *base, size_t *byte_size);
 /* Grows an exported memory by `pages`. `before` becomes its pages before. */

@@ -16,20 +16,20 @@ static int get_export(ms_wt_cell *cell, const char *name, size_t length, wt_exte
     return wt_api.export_get(context_of(cell), (wt_instance *)cell->instance, name, length, found);
 }
 
-/* ---- calls ---- */
-
-static int find_function(ms_wt_callee *callee)
+/* Looks up an export of this kind and copies what wasmtime calls it by to `place`. False if there is none. */
+static int find(ms_wt_cell *cell, const char *name, size_t length, int kind, void *place, size_t size)
 {
     wt_extern found;
-    if (!get_export(callee->cell, callee->name, callee->length, &found))
+    if (!get_export(cell, name, length, &found))
         return 0;
-    callee->found = found.kind == WT_EXTERN_FUNC;
-    if (callee->found)
-        memcpy(callee->function, &found.of.func, sizeof found.of.func);
+    if (found.kind == kind)
+        memcpy(place, &found.of, size);
     else
         wt_api.extern_delete(&found);
-    return callee->found;
+    return found.kind == kind;
 }
+
+/* ---- calls ---- */
 
 uintptr_t ms_wt_call(ms_wt_callee *callee, uint64_t generation)
 {
@@ -38,7 +38,8 @@ uintptr_t ms_wt_call(ms_wt_callee *callee, uint64_t generation)
     uintptr_t refused = ms_wt_enter(cell, generation, &entry);
     if (refused)
         return refused;
-    if (!callee->found && !find_function(callee))
+    if (!callee->found && !(callee->found = find(cell, callee->name, callee->length, WT_EXTERN_FUNC, callee->function,
+                                                 sizeof(wt_func))))
         return wt_leave(cell, &entry, MS_WT_MISSING, NULL, NULL);
     wt_trap *trap = NULL;
     /* Unchecked: wasmtime reads the values by the function's own type. Python has packed them by that type. */
@@ -47,120 +48,98 @@ uintptr_t ms_wt_call(ms_wt_callee *callee, uint64_t generation)
     return wt_leave(cell, &entry, 0, trap, error);
 }
 
-/* ---- globals and memories by name ---- */
+/* ---- globals ---- */
 
-/* Enters the cell and finds an export of one of two kinds. Leaves again if it has none. */
-static uintptr_t enter_export(ms_wt_cell *cell, uint64_t generation, ms_wt_entry *entry, const char *name, size_t length,
-                              int kind, int or_kind, wt_extern *found)
+static int find_global(ms_wt_cell *cell, ms_wt_global *global)
 {
-    uintptr_t refused = ms_wt_enter(cell, generation, entry);
+    if (!global->found)
+        global->found = find(cell, global->name, global->length, WT_EXTERN_GLOBAL, global->place, sizeof(wt_global));
+    return global->found;
+}
+
+uintptr_t ms_wt_globals_read(ms_wt_cell *cell, uint64_t generation, ms_wt_global *globals, size_t count)
+{
+    ms_wt_entry entry;
+    uintptr_t refused = ms_wt_enter(cell, generation, &entry);
     if (refused)
         return refused;
-    if (!get_export(cell, name, length, found))
-        return wt_leave(cell, entry, MS_WT_MISSING, NULL, NULL);
-    if (found->kind != kind && found->kind != or_kind) {
-        wt_api.extern_delete(found);
-        return wt_leave(cell, entry, MS_WT_MISSING, NULL, NULL);
+    for (ms_wt_global *each = globals; count-- > 0; each++) {
+        if (!find_global(cell, each))
+            return wt_leave(cell, &entry, MS_WT_MISSING, NULL, NULL);
+        wt_val val;
+        memset(&val, 0, sizeof val);
+        wt_api.global_get(context_of(cell), (const wt_global *)each->place, &val);
+        each->kind = val.kind;
+        memcpy(each->value, &val.of, sizeof each->value);
+        wt_api.val_unroot(&val); /* a reference would keep its object alive for as long as the store */
+    }
+    return wt_leave(cell, &entry, 0, NULL, NULL);
+}
+
+/* Writes globals until one is missing, or wasmtime refuses. Returns the flag, and sets the error. */
+static unsigned write_globals(ms_wt_cell *cell, ms_wt_global *globals, size_t count, wt_error **error)
+{
+    for (ms_wt_global *each = globals; count-- > 0 && !*error; each++) {
+        if (!find_global(cell, each))
+            return MS_WT_MISSING;
+        wt_val val;
+        memset(&val, 0, sizeof val);
+        val.kind = each->kind;
+        memcpy(&val.of, each->value, sizeof each->value);
+        *error = wt_api.global_set(context_of(cell), (const wt_global *)each->place, &val);
     }
     return 0;
 }
 
-static void read_global(ms_wt_cell *cell, const wt_global *global, uint8_t *value, uint8_t *kind)
-{
-    wt_val val;
-    memset(&val, 0, sizeof val);
-    wt_api.global_get(context_of(cell), global, &val);
-    memcpy(value, &val.of, 16);
-    *kind = val.kind;
-    wt_api.val_unroot(&val); /* a reference would keep its object alive for as long as the store */
-}
-
-static wt_error *write_global(ms_wt_cell *cell, const wt_global *global, const uint8_t *value, uint8_t kind)
-{
-    wt_val val;
-    memset(&val, 0, sizeof val);
-    val.kind = kind;
-    memcpy(&val.of, value, 16);
-    return wt_api.global_set(context_of(cell), global, &val);
-}
-
-uintptr_t ms_wt_global_get(ms_wt_cell *cell, uint64_t generation, const char *name, size_t length, uint8_t *value,
-                           uint8_t *kind)
+uintptr_t ms_wt_globals_write(ms_wt_cell *cell, uint64_t generation, ms_wt_global *globals, size_t count)
 {
     ms_wt_entry entry;
-    wt_extern found;
-    uintptr_t refused =
-        enter_export(cell, generation, &entry, name, length, WT_EXTERN_GLOBAL, WT_EXTERN_GLOBAL, &found);
+    wt_error *error = NULL;
+    uintptr_t refused = ms_wt_enter(cell, generation, &entry);
     if (refused)
         return refused;
-    read_global(cell, &found.of.global, value, kind);
-    return wt_leave(cell, &entry, 0, NULL, NULL);
+    unsigned flags = write_globals(cell, globals, count, &error);
+    return wt_leave(cell, &entry, flags, NULL, error);
 }
 
-uintptr_t ms_wt_global_set(ms_wt_cell *cell, uint64_t generation, const char *name, size_t length, const uint8_t *value,
-                           uint8_t kind)
-{
-    ms_wt_entry entry;
-    wt_extern found;
-    uintptr_t refused =
-        enter_export(cell, generation, &entry, name, length, WT_EXTERN_GLOBAL, WT_EXTERN_GLOBAL, &found);
-    if (refused)
-        return refused;
-    return wt_leave(cell, &entry, 0, NULL, write_global(cell, &found.of.global, value, kind));
-}
-
-uintptr_t ms_wt_globals_find(ms_wt_cell *cell, ms_wt_global *globals, size_t count)
-{
-    ms_wt_entry entry;
-    uintptr_t refused = ms_wt_enter(cell, 0, &entry);
-    if (refused)
-        return refused;
-    for (size_t i = 0; i < count; i++) {
-        wt_extern found;
-        if (!get_export(cell, globals[i].name, globals[i].length, &found))
-            return wt_leave(cell, &entry, MS_WT_MISSING, NULL, NULL);
-        if (found.kind != WT_EXTERN_GLOBAL) {
-            wt_api.extern_delete(&found);
-            return wt_leave(cell, &entry, MS_WT_MISSING, NULL, NULL);
-        }
-        memcpy(globals[i].place, &found.of.global, sizeof found.of.global);
-    }
-    return wt_leave(cell, &entry, 0, NULL, NULL);
-}
-
-uintptr_t ms_wt_globals_read(ms_wt_cell *cell, ms_wt_global *globals, size_t count)
-{
-    ms_wt_entry entry;
-    uintptr_t refused = ms_wt_enter(cell, 0, &entry);
-    if (refused)
-        return refused;
-    for (size_t i = 0; i < count; i++)
-        read_global(cell, (const wt_global *)globals[i].place, globals[i].value, &globals[i].kind);
-    return wt_leave(cell, &entry, 0, NULL, NULL);
-}
-
-uintptr_t ms_wt_restore(ms_wt_cell *cell, uint64_t generation, const ms_wt_global *globals, size_t count)
+uintptr_t ms_wt_restore(ms_wt_cell *cell, uint64_t generation, ms_wt_global *globals, size_t count)
 {
     ms_wt_entry entry;
     wt_error *error = NULL;
     if (!wt_take_acquired(cell, &entry))
         return wt_refuse(MS_WT_BUSY);
-    for (size_t i = 0; i < count && !error; i++)
-        error = write_global(cell, (const wt_global *)globals[i].place, globals[i].value, globals[i].kind);
+    unsigned flags = write_globals(cell, globals, count, &error);
     /* Write the new generation, then read `closing`: a thread that closes the lease that ends here either finds the new
      * generation and goes away, or is found here. */
     uint64_t ended = cell->generation;
     __atomic_store_n(&cell->generation, generation, __ATOMIC_SEQ_CST);
     uint64_t closing = __atomic_load_n(&cell->closing, __ATOMIC_SEQ_CST);
     wt_end_exclusive(cell); /* after the generation: copies of the old lease must not get in */
-    return wt_leave(cell, &entry, closing && closing >= ended ? MS_WT_CLOSING : 0, NULL, error);
+    return wt_leave(cell, &entry, flags | (closing && closing >= ended ? MS_WT_CLOSING : 0), NULL, error);
+}
+
+/* ---- memories ---- */
+
+/* Enters the cell and finds an exported memory, shared or not. Leaves again if there is none. */
+static uintptr_t enter_memory(ms_wt_cell *cell, uint64_t generation, ms_wt_entry *entry, const char *name, size_t length,
+                              wt_extern *found)
+{
+    uintptr_t refused = ms_wt_enter(cell, generation, entry);
+    if (refused)
+        return refused;
+    if (get_export(cell, name, length, found)) {
+        if (found->kind == WT_EXTERN_MEMORY || found->kind == WT_EXTERN_SHAREDMEMORY)
+            return 0;
+        wt_api.extern_delete(found);
+    }
+    return wt_leave(cell, entry, MS_WT_MISSING, NULL, NULL);
 }
 
 uintptr_t ms_wt_memory_locate(ms_wt_cell *cell, const char *name, size_t length, uintptr_t *base, size_t *byte_size)
 {
     ms_wt_entry entry;
     wt_extern found;
-    uintptr_t refused = enter_export(cell, 0, &entry, name, length, WT_EXTERN_MEMORY, WT_EXTERN_SHAREDMEMORY, &found);
+    uintptr_t refused = enter_memory(cell, 0, &entry, name, length, &found);
     if (refused)
         return refused;
     if (found.kind == WT_EXTERN_MEMORY) {
@@ -180,8 +159,7 @@ uintptr_t ms_wt_memory_grow(ms_wt_cell *cell, uint64_t generation, const char *n
     ms_wt_entry entry;
     wt_extern found;
     wt_error *error;
-    uintptr_t refused =
-        enter_export(cell, generation, &entry, name, length, WT_EXTERN_MEMORY, WT_EXTERN_SHAREDMEMORY, &found);
+    uintptr_t refused = enter_memory(cell, generation, &entry, name, length, &found);
     if (refused)
         return refused;
     if (found.kind == WT_EXTERN_MEMORY) {

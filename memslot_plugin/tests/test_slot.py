@@ -163,7 +163,9 @@ def test_purge_discards_pages_of_a_grown_memory(slot: Slot, make_image: MakeImag
     use(slot, choose("copy", 1 << 30))
     report = ffi.new("ms_reset_report *")
     for kept in (64, 0):
-        lib.ms_count_private(pagemap_descriptor(), slot.base, RESERVED, report)
+        lib.ms_list_private(
+            pagemap_descriptor(), ffi.new("ms_memory *", (slot.base, RESERVED)), ffi.NULL, 0, report
+        )
         assert report.private_pages == kept
         slot.purge()
 

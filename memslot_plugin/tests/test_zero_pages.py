@@ -37,7 +37,12 @@ def advise(address: int, length: int, advice: int) -> None:
 def is_private(address: int) -> bool:
     """False for the shared page of zeros."""
     report = ffi.new("ms_reset_report *")
-    assert lib.ms_count_private(pagemap_descriptor(), address, P, report) == 0
+    assert (
+        lib.ms_list_private(
+            pagemap_descriptor(), ffi.new("ms_memory *", (address, P)), ffi.NULL, 0, report
+        )
+        == 0
+    )
     return bool(report.private_pages)
 
 

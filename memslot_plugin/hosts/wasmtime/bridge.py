@@ -139,6 +139,13 @@ def keep(error: BaseException) -> int:
     return number
 
 
+def raised(error: BaseException) -> int:
+    """Have the innermost entry raise `error` instead of what it would have raised; returns its number."""
+    number = keep(error)
+    _kept.pop(lib.ms_wt_raise(number), None)
+    return number
+
+
 def taken(number: int) -> BaseException:
     """The exception of that number, once."""
     return _kept.pop(number, None) or RuntimeError(
@@ -305,10 +312,7 @@ def ms_wt_python_call(identity: int, values: Any, count: int) -> int:
         function(ffi.buffer(values, 16 * count))
     except BaseException as error:  # noqa: BLE001 - it is raised where the call into wasmtime was made
         if lib.ms_wt_depth():
-            _kept.pop(
-                lib.ms_wt_raised(), None
-            )  # a host function caught it, and the guest called another
-            return keep(error)
+            return raised(error)
         # wasmtime-py itself made the call, and raises what it finds there.
         wasmtime_func.LAST_EXCEPTION = error  # type: ignore[assignment]
         return LOST
@@ -318,8 +322,7 @@ def ms_wt_python_call(identity: int, values: Any, count: int) -> int:
 def raised_in_wasmtime_py(error: BaseException) -> None:
     """Called within a host function that wasmtime-py runs: let our own entry raise the exception."""
     if lib.ms_wt_depth():
-        _kept.pop(lib.ms_wt_raised(), None)
-        lib.ms_wt_raise(keep(error))
+        raised(error)
 
 
 def take_last_exception(error: BaseException | None = None) -> BaseException | None:

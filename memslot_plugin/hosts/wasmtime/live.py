@@ -46,7 +46,9 @@ _ROOM, _NULL = lib.MS_WT_ROOM, ffi.NULL
 _PAGES = 1 << 48
 """More pages than any memory can grow by."""
 
-_CELL, _CALLEE, _ENTRY = (ffi.typeof(f"ms_wt_{name} *") for name in ("cell", "callee", "entry"))
+_CELL, _CALLEE, _ENTRY, _GLOBAL = (
+    ffi.typeof(f"ms_wt_{name} *") for name in ("cell", "callee", "entry", "global")
+)
 
 _call, _locate = lib.ms_wt_call, lib.ms_wt_memory_locate
 _acquire, _restore, _copy = lib.ms_wt_acquire, lib.ms_wt_restore, lib.ms_wt_copy
@@ -197,13 +199,11 @@ class WasmtimeLive(Live):
                 generation, lambda: _bare(self._native_export(name).value(self.store()))
             )
         label = self._compiled.name(name)
-        value, found = ffi.new("uint8_t[16]"), ffi.new("uint8_t *")
-        outcome = lib.ms_wt_global_get(
-            self.cell, generation, label.utf8, label.length, value, found
-        )
+        found = ffi.new(_GLOBAL, (label.utf8, label.length))
+        outcome = lib.ms_wt_globals_read(self.cell, generation, found, 1)
         if outcome:
             self.settle(outcome)
-        content = bytes(ffi.buffer(value))
+        content = bytes(ffi.buffer(found.value))
         return content if kind == V128 else _VALUES[kind].unpack_from(content)[0]
 
     def set_global(self, name: str, value: Any, generation: int) -> None:
@@ -220,8 +220,8 @@ class WasmtimeLive(Live):
             return
         content = value if kind == V128 else _VALUES[kind].pack(value)
         label = self._compiled.name(name)
-        room = ffi.new("uint8_t[16]", content)
-        outcome = lib.ms_wt_global_set(self.cell, generation, label.utf8, label.length, room, kind)
+        given = ffi.new(_GLOBAL, (label.utf8, label.length, kind, content))
+        outcome = lib.ms_wt_globals_write(self.cell, generation, given, 1)
         if outcome:
             self.settle(outcome)
 
@@ -229,7 +229,7 @@ class WasmtimeLive(Live):
 
     def hold(self, generation: int, key: int, *, alone: bool = False) -> None:
         if self._saved is None:
-            self._find_globals()
+            self._copy_globals()
         refused = _acquire(self.cell, generation, key, alone)
         if refused:
             outcome = Outcome(refused)  # first of all, because it frees what the C half holds
@@ -273,21 +273,18 @@ class WasmtimeLive(Live):
             self.settle(outcome[0])
         return held
 
-    def _find_globals(self) -> None:
+    def _copy_globals(self) -> None:
         template = self._compiled.saved
         saved = ffi.new("ms_wt_global[]", len(template))
         ffi.memmove(saved, template, ffi.sizeof(template))
-        outcome = lib.ms_wt_globals_find(self.cell, saved, len(saved))
-        if outcome:
-            self.settle(outcome)
         self._saved_count = len(saved)
         self._saved = saved  # last: who finds it counts on the others
 
     def read_globals(self) -> None:
         """What the saved globals hold now becomes what a reset puts back."""
         if self._saved is None:
-            self._find_globals()
-        outcome = lib.ms_wt_globals_read(self.cell, self._saved, len(self._saved))
+            self._copy_globals()
+        outcome = lib.ms_wt_globals_read(self.cell, 0, self._saved, len(self._saved))
         if outcome:
             self.settle(outcome)
 
@@ -300,10 +297,10 @@ class WasmtimeLive(Live):
                     " use it without a snapshot"
                 )
         if self._saved is None:
-            self._find_globals()
+            self._copy_globals()
         now = ffi.new("ms_wt_global[]", self._saved_count)
         ffi.memmove(now, self._saved, ffi.sizeof(now))
-        outcome = lib.ms_wt_globals_read(self.cell, now, self._saved_count)
+        outcome = lib.ms_wt_globals_read(self.cell, 0, now, self._saved_count)
         if outcome:
             self.settle(outcome)
         values: dict[int, int | None] = {}
