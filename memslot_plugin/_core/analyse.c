@@ -1,10 +1,9 @@
-/* What the code of a module may do to state outside of its memories: one walk over every instruction of every body.
+/* Finds what the code of a module may do to state outside of its memories, by one walk over every instruction.
  *
- * Pure: it reads bytes [start, end), writes what the caller gave it, and calls nothing.  Every round of every loop takes a
- * byte, no count is trusted before its entries were read, and nesting is a number: a hostile module costs what an honest one of
- * its size does.  Whether code is valid is the runtime's to say.  What is promised here is that valid code is stepped over
- * exactly as a runtime steps over it, or reported as not understood.
- */
+ * The walk is pure: it reads bytes [start, end), writes what the caller gave it, and calls nothing. Every round of every loop
+ * takes a byte, no count is trusted before its entries were read, and nesting is a number: a hostile module costs as much as
+ * an honest one of its size. The runtime decides if code is valid. Valid code is stepped over exactly as a runtime steps over
+ * it, or reported as not understood: a step that went wrong could miss the table.set that makes a reset in place unsafe. */
 #include "memslot.h"
 
 typedef struct {
@@ -53,7 +52,7 @@ static int skip_bytes(cursor *in, size_t length)
     return MS_CODE_UNDERSTOOD;
 }
 
-/* From nocont to cont, in the order of the format; 0x65 (shared) and others announce types that are not known here. */
+/* True from nocont to cont, in the order of the format. 0x65 (shared) and others announce types that are not known here. */
 static int is_abstract(uint8_t byte)
 {
     return byte >= 0x68 && byte <= 0x75;
@@ -99,9 +98,8 @@ static int skip_block_type(cursor *in)
     return is_value_type(*in->at) ? skip_value_type(in) : skip_type_index(in);
 }
 
-/* Alignment, with the memory's index after it if bit 6 is set, then the offset.  An offset may take ten bytes where 64-bit
- * memories are known at all, also one into a 32-bit memory.  No access is wider than 16 bytes, so that a larger alignment is
- * a flag of a proposal that is not known here. */
+/* Steps over an alignment, the memory's index if bit 6 is set, and an offset. A runtime that knows 64-bit memories takes ten
+ * bytes for any offset. No access is wider than 16 bytes, so a larger alignment is a flag of a proposal that is not known here. */
 static int skip_memory_argument(cursor *in)
 {
     uint32_t flags, memory;
@@ -117,8 +115,8 @@ static int skip_memory_argument(cursor *in)
 
 /* ---- opcodes (WebAssembly 3.0, section 5.4; legacy exceptions; threads; wide arithmetic) ---- */
 
-/* The immediates that follow an opcode.  Those in small letters are read like their capitals, and the instruction is of a kind
- * that is looked for. */
+/* The immediates that follow an opcode. A small letter is read like its capital, and the instruction is of a kind that is
+ * looked for. */
 enum shape {
     _,          /* no opcode that is known here */
     N,          /* nothing */

@@ -122,12 +122,12 @@ def test_instance_is_in_use_and_not_closed_while_a_reset_makes_another_one(
 
 
 @pytest.mark.parametrize("name", [RUNTIMES[0]])
-def test_hold_ends_also_if_another_thread_looks_up_the_globals_meanwhile(name: str) -> None:
-    """Two first resets at once: each looks them up, and one of them holds before the other one has."""
+def test_hold_ends_also_if_another_thread_copies_the_globals_meanwhile(name: str) -> None:
+    """Two first resets at once: both copy the globals, and one of them holds before the other copies."""
     with hosts.started(name) as instance:
         live: Any = instance._now
         live.hold(instance._generation, 1)
-        live._find_globals()
+        live._copy_globals()
         live.let_go(1)
         assert live.running == 0
         assert hosts.elsewhere(lambda: instance.call("get", 8)) == ord("h")
