@@ -182,7 +182,8 @@ static int ended(ms_wt_cell *cell, uint64_t generation)
     return !__atomic_load_n(&cell->context, __ATOMIC_SEQ_CST) || lease_over(cell, generation);
 }
 
-/* Returns the flag for an entry that did not get in. A handle whose lease has ended is told so, whatever goes on inside. */
+/* Returns the flag for an entry that did not get in. A handle whose lease has ended is told so, also
+ * while the next lease runs. */
 static unsigned busy(ms_wt_cell *cell, uint64_t generation)
 {
     return ended(cell, generation) ? MS_WT_CLOSED : MS_WT_BUSY;

@@ -150,7 +150,7 @@ uintptr_t ms_wt_instantiate(ms_wt_cell *cell, const ms_wt_guest *guest, uint64_t
 /* From empty to live, in one call. */
 uintptr_t ms_wt_start(ms_wt_cell *cell, const ms_wt_guest *guest, uint64_t token, const uintptr_t *bases);
 /* Ends the store and the cell's part in its group, after the copies of other threads. `generation` is the lease to end, or 0
- * for whatever lease there is. Returns
+ * for any lease. Returns
  *   0: wasmtime no longer uses the memories
  *   1: wasmtime goes on using them, and ms_wt_drain will tell
  *   2: a call is running, and will close the cell when it returns
@@ -204,7 +204,7 @@ typedef struct {
 uintptr_t ms_wt_globals_read(ms_wt_cell *cell, uint64_t generation, ms_wt_global *globals, size_t count);
 /* Gives the globals their values. */
 uintptr_t ms_wt_globals_write(ms_wt_cell *cell, uint64_t generation, ms_wt_global *globals, size_t count);
-/* Does the same within ms_wt_acquire, begins the lease `generation`, and leaves. */
+/* Gives the globals their values within ms_wt_acquire, begins the lease `generation`, and leaves. */
 uintptr_t ms_wt_restore(ms_wt_cell *cell, uint64_t generation, ms_wt_global *globals, size_t count);
 /* Returns where an exported memory is, and its size. */
 uintptr_t ms_wt_memory_locate(ms_wt_cell *cell, const char *name, size_t length, uintptr_t *base, size_t *byte_size);

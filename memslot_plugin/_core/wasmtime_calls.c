@@ -215,7 +215,7 @@ static wt_trap *call_python(void *env, wt_caller *caller, wt_raw *values, size_t
     static const char message[] = "a host function raised";
     const struct function *function = env;
     uintptr_t kept = 0;
-    /* The data of a foreign store is the embedder's, and not ours to read. */
+    /* Do not read the data of a foreign store: its type is the embedder's. */
     if (!function->foreign)
         ms_wt_keep_open((uintptr_t)wt_api.caller_context(caller), &kept);
     int64_t exception = ms_wt_python_call(function->node.name, (uint8_t *)values, count);

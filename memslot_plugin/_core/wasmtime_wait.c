@@ -159,9 +159,9 @@ static int is_inside(const struct visit *visit, uint64_t address, uint64_t lengt
     return address % alignment == 0 && address + length <= visit->size; /* of 32-bit addresses: the sum cannot overflow */
 }
 
-/* The moments at which a wait began: by our clock, and by those of WASI's clocks that were asked for. */
+/* The moments at which a wait began: by ms_now, and by those of WASI's clocks that were asked for. */
 struct moments {
-    uint64_t ours;
+    uint64_t here;
     int known[2];
     uint64_t of_clock[2]; /* real time, monotonic */
 };
@@ -189,11 +189,11 @@ static uint64_t due_at(const uint8_t *subscription, const struct moments *began)
         uint64_t passed = began->of_clock[subscription[16]];
         timeout = timeout > passed ? timeout - passed : 0;
     }
-    return timeout < UINT64_MAX - began->ours ? began->ours + timeout : UINT64_MAX;
+    return timeout < UINT64_MAX - began->here ? began->here + timeout : UINT64_MAX;
 }
 
 /* Reads a clock of WASI's through 8 borrowed bytes of the guest. WASI's monotonic clock counts from the store's beginning, so
- * no clock of ours can stand in for it. */
+ * clock_gettime cannot stand in for it. */
 static wt_trap *read_clock(const struct visit *visit, uint32_t clock, uint64_t borrowed, uint64_t *now)
 {
     wt_raw values[3] = {{.i64 = clock}, {.i64 = 0}, {.i64 = (int64_t)borrowed}};
@@ -237,7 +237,7 @@ static wt_trap *poll_oneoff(void *env, wt_caller *caller, wt_raw *values, size_t
         return trap;
     uint64_t in = (uint32_t)values[0].i32, out = (uint32_t)values[1].i32, of_count = (uint32_t)values[3].i32;
     uint32_t subscribed = (uint32_t)values[2].i32;
-    struct moments began = {.ours = ms_now()};
+    struct moments began = {.here = ms_now()};
     uint64_t until;
     int clocks_alone = first_due(&visit, in, subscribed, &began, &until, &trap);
     if (trap)

@@ -121,7 +121,7 @@ size_t ms_wt_wasi_set(ms_wt_cell *cell, const ms_wt_wasi *wasi, ms_wt_output *ou
     for (size_t i = 0; i < wasi->folder_count && !refused; i++)
         if (!wt_api.wasi_folder(config, wasi->folders[i], wasi->known_as[i], wasi->writable[i]))
             refused = MS_WT_FOLDER + i;
-    /* wasmtime takes the configuration whether or not it likes it, so it is deleted here only if it was not given. */
+    /* wasmtime_context_set_wasi takes the configuration also if it fails, so delete it only if it was never passed. */
     if (refused)
         wt_api.wasi_delete(config);
     else if ((cell->error = (uintptr_t)wt_api.context_set_wasi((wt_context *)cell->context, config)))

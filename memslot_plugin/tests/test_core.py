@@ -214,6 +214,23 @@ def test_pagemap_that_cannot_be_opened_names_the_limit(inject: Any) -> None:
     in_child(check)  # which opens its own
 
 
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("mmap failed to allocate 0x5000 bytes; Cannot allocate memory (os error 12)", 12),
+        ('SystemCall(Os { code: 24, kind: Other, message: "Too many open files" })', 24),
+        ("unknown import: env.code has not been defined", None),
+        ("the guest says: os error 12", None),
+    ],
+)
+def test_errno_in_the_text_of_a_runtime_becomes_the_same_exception(
+    text: str, number: int | None
+) -> None:
+    found = limits.errno_in_text(text, "compiling x")
+    assert (None if found is None else found.errno) == number
+    assert found is None or str(found).startswith(f"[Errno {number}] compiling x: {text}: ")
+
+
 def test_map_counts_are_the_kernels() -> None:
     lines = len(Path("/proc/self/maps").read_bytes().splitlines())
     assert abs((proc.map_count() or 0) - lines) <= 4

@@ -21,7 +21,6 @@ import memslot_hooks
 import memslot_plugin
 from memslot_hooks import types as travelling
 from memslot_plugin import errors
-from memslot_plugin._core.limits import errno_in_text
 from memslot_plugin.errors import MemslotError
 from memslot_plugin.tests.journeys import travels
 
@@ -153,18 +152,3 @@ def test_error_holds_its_attributes_also_in_another_process(leaf: type[MemslotEr
     assert [getattr(error, name) for name in attributes] == list(attributes.values())
     travels(error)
     assert "exit status 7" in str(errors.GuestExit(7))
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("mmap failed to allocate 0x5000 bytes; Cannot allocate memory (os error 12)", 12),
-        ('SystemCall(Os { code: 24, kind: Other, message: "Too many open files" })', 24),
-        ("unknown import: env.code has not been defined", None),
-        ("the guest says: os error 12", None),
-    ],
-)
-def test_shortage_of_a_runtime_is_found_in_its_text(text: str, number: int | None) -> None:
-    found = errno_in_text(text, "compiling x")
-    assert (None if found is None else found.errno) == number
-    assert found is None or str(found).startswith(f"[Errno {number}] compiling x: {text}: ")
