@@ -89,31 +89,28 @@ def implementations(manager: pluggy.PluginManager, hook: str) -> list[Any]:
     return caller.get_hookimpls()[::-1]
 
 
-def calls_of(manager: pluggy.PluginManager, hook: str) -> list[Call]:
+def calls_of(manager: pluggy.PluginManager, hook: str, plugin: str | None = None) -> list[Call]:
     """Return the implementations of a hook in the order in which they are asked.
 
-    If a plugin wraps the hook, pluggy's caller stands for all of them; for a hook that is not
-    deciding it returns the list of all answers.
+    With `plugin` only its own is returned, outside of all wrappers.  Otherwise, if a plugin wraps the
+    hook, pluggy's caller stands for all of them; for a hook that is not deciding it returns the list
+    of all answers.
     """
     arguments = arguments_of(hook)
     impls = implementations(manager, hook)
-    if not any(impl.wrapper or impl.hookwrapper for impl in impls):
-        return [(impl.plugin_name, _positional(impl, arguments)) for impl in impls]
+    plain = [impl for impl in impls if not (impl.wrapper or impl.hookwrapper)]
+    if plugin is not None or len(plain) == len(impls):
+        return [
+            (impl.plugin_name, _positional(impl, arguments))
+            for impl in plain
+            if plugin in (None, impl.plugin_name)
+        ]
     caller = getattr(manager.hook, hook)
 
     def through_pluggy(*args: Any) -> Any:
         return caller(**dict(zip(arguments, args, strict=True)))
 
     return [(listed([impl.plugin_name for impl in impls]), through_pluggy)]
-
-
-def calls_of_one(manager: pluggy.PluginManager, hook: str, plugin: str) -> list[Call]:
-    """Return the implementation of one plugin, outside of all wrappers; empty if it has none."""
-    return [
-        (plugin, _positional(impl, arguments_of(hook)))
-        for impl in implementations(manager, hook)
-        if impl.plugin_name == plugin and not (impl.wrapper or impl.hookwrapper)
-    ]
 
 
 def listed(names: Sequence[str]) -> str:

@@ -24,7 +24,6 @@ from memslot_plugin.plugins.arming import (
     Call,
     arm,
     calls_of,
-    calls_of_one,
     implementations,
     listed,
 )
@@ -32,15 +31,12 @@ from memslot_plugin.plugins.validation import find_mistake, nearest
 
 _log = logging.getLogger("memslot.plugins")
 
-Installed = tuple[importlib.metadata.EntryPoint, str | None, str | None]
-"""An entry point, and the name and version of its distribution."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PluginInfo:
     """One plugin, as `memslot plugins` prints it.
 
-    `hooks` maps each hook that the plugin implements to the place at which it is asked (1 is first).
+    `hooks` maps each hook that the plugin implements to its place in the order (1 is asked first).
     `origin` is the value of the entry point, or the type of the object that was registered.
     """
 
@@ -58,6 +54,16 @@ class PluginInfo:
         """The origin with its distribution, for errors."""
         of = "" if self.distribution is None else f" of {self.distribution} {self.version}"
         return f"{self.origin}{of}"
+
+
+Installed = tuple[importlib.metadata.EntryPoint, PluginInfo]
+
+
+class _Manager(pluggy.PluginManager):
+    """A manager that ignores special methods, which are half of a plugin's attributes and no hooks."""
+
+    def parse_hookimpl_opts(self, plugin: object, name: str) -> pluggy.HookimplOpts | None:
+        return None if name.startswith("__") else super().parse_hookimpl_opts(plugin, name)
 
 
 class Plugins:
@@ -86,7 +92,7 @@ class Plugins:
         built_in: Mapping[str, object] = MappingProxyType({}),
     ) -> None:
         self.armed = Armed()
-        self.manager = pluggy.PluginManager(PROJECT)
+        self.manager = _Manager(PROJECT)
         self.manager.add_hookspecs(MemslotSpecs)
         self._lock = threading.RLock()
         self._blocked = frozenset(blocked)
@@ -94,13 +100,11 @@ class Plugins:
         self._open: dict[str, Any] = {}
         """The settings of each open host, by the host's name."""
         self._watch_failures: Counter[tuple[str, str]] = Counter()
-        for name in self._blocked:
-            self.manager.set_blocked(name)
         if entry_points:
             installed = _installed(tuple(sys.path))
-            self._check_names(only, {*built_in, *(entry.name for entry, _, _ in installed)})
-            for each in installed:
-                self._load(*each, selected=only is None or each[0].name in only)
+            self._check_names(only, {*built_in, *(info.name for _, info in installed)})
+            for entry, info in installed:
+                self._load(entry, info, selected=only is None or info.name in only)
         for name, plugin in reversed(list(built_in.items())):  # the first is asked first
             info = PluginInfo(name=name, state="loaded", origin=_type_name(plugin))
             if name in self._blocked:
@@ -113,32 +117,27 @@ class Plugins:
         return f"<Plugins {', '.join(self.names)}>"
 
     def __iter__(self) -> Iterator[object]:
-        registered = [name for name, info in self._info.items() if info.state == "registered"]
-        return iter([self.manager.get_plugin(name) for name in registered])
+        infos = self._info.copy().values()
+        own = [each.name for each in infos if each.state == "registered"]
+        return map(self.manager.get_plugin, own)
 
     @property
     def names(self) -> tuple[str, ...]:
         """The plugins that are asked, the one that came last first, as pluggy asks them."""
-        return tuple(name for name, _ in reversed(self.manager.list_name_plugin()) if _ is not None)
+        return tuple(name for name, _ in reversed(self.manager.list_name_plugin()))
 
     @property
     def failed(self) -> Mapping[str, str]:
         """The reason for each installed plugin that was skipped."""
-        return MappingProxyType(
-            {
-                name: info.reason or ""
-                for name, info in self._info.copy().items()
-                if info.state == "failed"
-            }
-        )
+        infos = self._info.copy().values()  # other threads may register plugins meanwhile
+        return {each.name: each.reason for each in infos if each.reason is not None}
 
     def register(self, plugin: object, name: str | None = None) -> str | None:
         """Add a plugin of the embedder's own and return its name; None if that name is blocked.
 
         `plugin` is a module, an object, or a class, which is instantiated without arguments.  The
-        name defaults to that of the module or class.  The plugin is asked before those that came
-        earlier.  Its `memslot_open_host` is called for each open host; if that raises, the plugin is
-        unregistered again.
+        name defaults to that of the module or class.  Later plugins are asked first.  The plugin's
+        `memslot_open_host` is called for each open host; if it raises, the plugin is unregistered.
 
         Raises:
             PluginError: the name is taken, or a hook is misspelt or has a wrong signature.
@@ -151,12 +150,11 @@ class Plugins:
         if inspect.isclass(plugin):
             plugin = plugin()
         with self._lock:
-            self._admit(
-                plugin, PluginInfo(name=name, state="registered", origin=_type_name(plugin))
-            )
+            info = PluginInfo(name=name, state="registered", origin=_type_name(plugin))
+            self._admit(plugin, info)
             try:
-                for host, settings in self._open.items():
-                    for _, call in calls_of_one(self.manager, "memslot_open_host", name):
+                for _, call in calls_of(self.manager, "memslot_open_host", name):
+                    for host, settings in self._open.items():
                         call(host, settings)
             except Exception:
                 self.unregister(name)
@@ -180,8 +178,8 @@ class Plugins:
                 )
             closing = [
                 (name, partial(call, host))
+                for _, call in calls_of(self.manager, "memslot_close_host", name)
                 for host in self._open
-                for _, call in calls_of_one(self.manager, "memslot_close_host", name)
             ]
             self.manager.unregister(name=name)
             del self._info[name]
@@ -195,8 +193,7 @@ class Plugins:
             for place, impl in enumerate(implementations(self.manager, hook), start=1):
                 order.setdefault(impl.plugin_name, {})[hook] = place
         failures: Counter[str] = Counter()
-        # Iterate over copies: other threads may call watchers and register plugins meanwhile.
-        for (name, _), count in dict(self._watch_failures).items():
+        for (name, _), count in dict(self._watch_failures).items():  # a copy, as in `failed`
             failures[name] += count
         asked = self.names
         rest = sorted(name for name in self._info.copy() if name not in asked)
@@ -242,11 +239,7 @@ class Plugins:
                 try:
                     self.close_host(host)
                 except Exception:  # noqa: BLE001 - the exception of opening is the one to raise
-                    _log.error(
-                        "closing host %r, which could not be opened, failed too: %s",
-                        host,
-                        traceback.format_exc(),
-                    )
+                    _log.error("closing host %r failed too: %s", host, traceback.format_exc())
                 raise
 
     def close_host(self, host: str) -> None:
@@ -316,22 +309,10 @@ class Plugins:
             _log.warning("blocked plugin %r is not installed%s", name, nearest(name, sorted(known)))
 
     def _load(
-        self,
-        entry: importlib.metadata.EntryPoint,
-        distribution: str | None,
-        version: str | None,
-        *,
-        selected: bool,
+        self, entry: importlib.metadata.EntryPoint, info: PluginInfo, *, selected: bool
     ) -> None:
         """Import, instantiate and admit an installed plugin, unless it is blocked or not selected."""
-        name = entry.name
-        info = PluginInfo(
-            name=name,
-            state="loaded",
-            origin=entry.value,
-            distribution=distribution,
-            version=version,
-        )
+        name = info.name
         if not selected or name in self._blocked:
             state: Any = "blocked" if name in self._blocked else "not selected"
             self._info.setdefault(name, replace(info, state=state))
@@ -344,7 +325,7 @@ class Plugins:
             reason = f"{type(error).__name__}: {error}"
             _log.warning(
                 "plugin %r (%s %s) is skipped: %s",
-                *(name, distribution, version, reason),
+                *(name, info.distribution, info.version, reason),
                 exc_info=error,
             )
             self._require_free(info)
@@ -398,10 +379,9 @@ def _call_all(hook: str, calls: Sequence[Call], *args: Any) -> None:
         try:
             call(*args)
         except Exception as error:  # noqa: BLE001 - every plugin is called
-            if first is None:
-                first = error
-            else:
+            if first is not None:
                 _log.error("plugin %s failed in %s too: %s", name, hook, traceback.format_exc())
+            first = first or error
     if first is not None:
         raise first
 
@@ -416,20 +396,20 @@ def _installed(_path: tuple[str, ...]) -> tuple[Installed, ...]:
     once = {
         (entry.name, entry.value): entry for entry in importlib.metadata.entry_points(group=PROJECT)
     }
-    # Parse the metadata of each distribution once: two of memslot's entry points share one.
-    parsed: dict[int, tuple[str | None, str | None]] = {id(None): (None, None)}
-    for distribution in (entry.dist for entry in once.values()):
-        if distribution is not None and id(distribution) not in parsed:
-            metadata = distribution.metadata
-            parsed[id(distribution)] = metadata["Name"], metadata["Version"]
-    found = [
-        (entry, *parsed[id(entry.dist)])
-        for entry in sorted(once.values(), key=lambda entry: entry.name)
-    ]
+    own: list[Installed] = []
+    others: list[Installed] = []
+    for _, entry in sorted(once.items()):
+        metadata: Any = {} if entry.dist is None else entry.dist.metadata
+        info = PluginInfo(
+            name=entry.name,
+            state="loaded",
+            origin=entry.value,
+            distribution=metadata.get("Name"),
+            version=metadata.get("Version"),
+        )
+        (own if info.distribution == PROJECT else others).append((entry, info))
     # The plugin loaded last is asked first: others' plugins by name, then memfd, then anonymous.
     # memfd comes before anonymous also for resets, because most memories are its own.
-    own = [each for each in found if each[1] == PROJECT]
-    others = [each for each in found if each[1] != PROJECT]
     return (*own, *reversed(others))
 
 

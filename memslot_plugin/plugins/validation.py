@@ -19,8 +19,6 @@ from memslot_plugin.plugins.arming import arguments_of
 def find_mistake(manager: pluggy.PluginManager, plugin: object) -> str | None:
     """Return the first mistake in the hooks of `plugin`, or None."""
     for attribute in dir(plugin):
-        if attribute.startswith("__"):  # no hook, and half of what `dir` finds
-            continue
         options = manager.parse_hookimpl_opts(plugin, attribute)
         if options is None:
             if attribute in HOOKS:
