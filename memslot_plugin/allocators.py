@@ -40,6 +40,13 @@ class SlotMemory(LinearMemory):
         self.exposed = False
         self.slot: Slot | None = None
 
+    def record_growth(self, byte_size: int) -> None:
+        super().record_growth(byte_size)
+        if self.slot is not None:
+            self.slot.grow(
+                byte_size
+            )  # the runtime changed the protection; the slot records the size
+
 
 class PoolAllocator:
     """What both allocators share: a pool per host, and the hooks in terms of it."""
@@ -98,14 +105,6 @@ class PoolAllocator:
         return True
 
     @hookimpl
-    def memslot_memory_grown(self, memory: LinearMemory, byte_size: int) -> None:
-        # A slot over a runtime's own mapping has not granted the growth: record the new size.
-        if memory.mapping is not None:
-            slot = self._slot_of(memory)
-            if slot is not None:
-                slot.grow(byte_size)
-
-    @hookimpl
     def memslot_reset_memory(self, memory: LinearMemory) -> ResetResult | None:
         # What _slot_of says, without the call: this is in the path of every request.
         if memory.owner is not self or self.pool is None or not isinstance(memory, SlotMemory):
@@ -121,7 +120,7 @@ class PoolAllocator:
             return None
         slot = memory.slot or self._released(memory)
         memory.slot = None
-        # Compare memory.byte_size too: the host records a growth there before any plugin hears of it.
+        # Compare memory.byte_size too: recording a growth in the slot may have failed.
         # A runtime's own objects reach its mapping for as long as they live, so an exposed one has no other tenant.
         retire = slot.mapping is not None and (
             memory.exposed

@@ -228,7 +228,8 @@ class MemslotSpecs:
         False or None.
 
         A host whose runtime grows memories by itself (`memory.request.growth` is "report") does not
-        call this hook; its requests' `maximum` is the only limit, and `memslot_memory_grown` reports.
+        call this hook.  The request's `maximum` is the only limit there, `memory.record_growth` tells
+        the owner, and `memslot_memory_grown` the watchers.
 
         >>> class Limit:
         ...     @hookimpl(tryfirst=True)

@@ -158,6 +158,10 @@ class LinearMemory:
         self.mapping = mapping
         self.exposed = False
 
+    def record_growth(self, byte_size: int) -> None:
+        """Record a growth that the runtime has made by itself; a plugin may override this."""
+        self.byte_size = byte_size
+
     def __repr__(self) -> str:
         return (
             f"<{type(self).__name__} {self.byte_size} bytes at {self.base:#x}"

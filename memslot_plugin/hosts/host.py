@@ -488,14 +488,15 @@ class Host(abc.ABC):
             return False
         if not self._armed.grow_memory(memory, byte_size):
             return False
-        memory.byte_size = before  # a plugin may have updated it, as allocators do
-        self._report_growth(memory, byte_size)
+        memory.byte_size = byte_size
+        if self._armed.memory_grown is not None and byte_size != before:
+            self._armed.memory_grown(memory, byte_size)
         return True
 
     def _report_growth(self, memory: LinearMemory, byte_size: int) -> None:
-        """Record that a memory has grown, and notify the watchers."""
+        """Record that a runtime has grown a memory by itself, and notify the watchers."""
         if byte_size != memory.byte_size:
-            memory.byte_size = byte_size
+            memory.record_growth(byte_size)
             if self._armed.memory_grown is not None:
                 self._armed.memory_grown(memory, byte_size)
 

@@ -191,11 +191,11 @@ def test_memory_grown_by_a_runtime_is_retired_also_if_no_report_came(make: Make)
         memory = created(allocator, request)
         if reported:
             _core.check(lib.ms_allow(memory.base, 4 * PAGE), "growing as a runtime does")
-            allocator.memslot_memory_grown(memory, 4 * PAGE)
+            memory.record_growth(4 * PAGE)
             assert isinstance(memory, allocators.SlotMemory)
             assert memory.slot is not None
             assert memory.slot.accessible == 4 * PAGE
-        memory.byte_size = 4 * PAGE  # as the host notes it
+        memory.byte_size = 4 * PAGE
         result = allocator.memslot_release_memory(memory)
         assert result is not None
         assert result.strategy == "retired"
