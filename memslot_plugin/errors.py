@@ -1,18 +1,18 @@
-"""Every error that memslot raises.
+"""The errors that memslot raises.
 
-One base, so that `except MemslotError` catches everything of ours; every leaf also inherits the
-builtin that a caller would already catch.
+`except MemslotError` catches all of them; every leaf also inherits the builtin that a caller would already
+catch.
 
     MemslotError
     +-- SettingError        (ValueError)          a setting has a value that is not allowed
-    +-- HostUnavailable     (ImportError)         no runtime, or not this one, can be imported
-    +-- PluginError         (RuntimeError)        no plugin answered, or one answered nonsense
+    +-- HostUnavailable     (ImportError)         this runtime cannot be imported, or none can
+    +-- PluginError         (RuntimeError)        no plugin answered, or one broke a hook's contract
     +-- InvalidModule       (ValueError)          not WebAssembly, truncated, a component
-    +-- InvalidContainer    (ValueError)          no saved guest, a damaged one, or one for elsewhere
+    +-- InvalidContainer    (ValueError)          no saved guest, damaged, or for elsewhere
     +-- GuestNotFound       (FileNotFoundError)   the path of a guest does not exist
     +-- LinkError           (RuntimeError)        an import is missing or has the wrong type
     +-- ExportNotFound      (LookupError)         no export of that name and kind
-    +-- ArgumentError       (TypeError)           a call with arguments that it does not take
+    +-- ArgumentError       (TypeError)           a call with arguments of a wrong number or type
     +-- GuestTrap           (RuntimeError)        the guest trapped; `native` is the runtime's error
     +-- GuestExit           (RuntimeError)        a WASI guest ended itself with an exit status
     +-- GrowthRefused       (MemoryError)         the embedder asked for too much growth
@@ -37,19 +37,20 @@ from typing import Any, cast
 
 
 def shown(value: object) -> str:
-    """Return any value as a message can show it; Python refuses to write out the digits of a huge integer."""
+    """Return any value as a message can show it; Python refuses to print the digits of a huge integer."""
     if isinstance(value, int) and value.bit_length() > 256:
         return f"an integer of {value.bit_length()} bits"
     return repr(value)
 
 
 def printable(text: str) -> str:
-    """Return text as one line that does nothing to a terminal or a log, whatever a guest or a file has put
-    into it: other characters are escaped, as by repr.
+    """Return text as one line without control characters, which a guest or a file may have put into it.
+
+    Such characters are escaped as by repr, because a terminal or a log would act on them.
     """
     if text.isprintable():
         return text
-    # Not by a pattern with spaces around the end of a line, which takes quadratic time for many spaces.
+    # No pattern with spaces around the end of a line: it takes quadratic time for many spaces.
     line = " ".join(filter(None, map(str.strip, re.split(r"[\r\n]", text))))
     return "".join(
         each if each.isprintable() else each.encode("unicode_escape").decode() for each in line
@@ -57,30 +58,30 @@ def printable(text: str) -> str:
 
 
 def cause_of(error: BaseException) -> BaseException | None:
-    """Return a runtime's error as the cause of ours; None if its text, which a traceback prints as it is,
-    would do something to a terminal.
+    """Return a runtime's error as the cause of ours, or None if its text has control characters.
+
+    A traceback prints a cause's text as it is.
     """
     return error if str(error).replace("\n", "").isprintable() else None
 
 
 class MemslotError(Exception):
-    """The base of every error that memslot raises on its own account.
+    """The base of memslot's errors, with a message of one line of printable characters.
 
-    Its message is one line of printable characters.  It can be copied and pickled, and comes back with
-    its class, arguments and attributes; only `native` is None then, if it is the runtime's own object,
-    which belongs to its process.
+    An error can be copied and pickled, and comes back with its class, arguments and attributes; only
+    `native` becomes None if it is the runtime's own object, which belongs to its process.
     """
 
     def __init__(self, *args: object, **named: Any) -> None:
         super().__init__(*(printable(a) if isinstance(a, str) else a for a in args), **named)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """The class, what it is made of (a message, for all but the kernel's), and its attributes."""
-        _, made_of, *state = cast("tuple[Any, ...]", super().__reduce__())
+        """Return the class, its arguments (the message, or errno and strerror), and its attributes."""
+        _, arguments, *state = cast("tuple[Any, ...]", super().__reduce__())
         attributes = {**(state[0] if state else {}), "args": self.args}
         if type(attributes.get("native")).__module__ != "builtins":
             attributes["native"] = None
-        return type(self), made_of, attributes
+        return type(self), arguments, attributes
 
 
 class RepeatedRandomness(UserWarning):
@@ -88,9 +89,7 @@ class RepeatedRandomness(UserWarning):
 
 
 class SettingError(MemslotError, ValueError):
-    """A setting has a value that is not allowed; the message names setting, value and what is
-    allowed.
-    """
+    """A setting has a wrong value; the message names the setting, what is expected and what was given."""
 
 
 class HostUnavailable(MemslotError, ImportError):
@@ -106,33 +105,30 @@ class InvalidModule(MemslotError, ValueError):
 
 
 class InvalidContainer(MemslotError, ValueError):
-    """A file is no saved guest, or is damaged, or is one that cannot be loaded here; the message says
-    which.
-    """
+    """A file is no saved guest, is damaged, or cannot be loaded on this machine."""
 
 
 class GuestNotFound(MemslotError, FileNotFoundError):
-    """The path that should hold a guest does not exist."""
+    """The path of a guest does not exist."""
 
 
 class LinkError(MemslotError, RuntimeError):
-    """An import of the guest is missing, or what was given for it has the wrong type."""
+    """An import of the guest is missing, or has the wrong type."""
 
 
 class ExportNotFound(MemslotError, LookupError):
-    """The guest exports nothing of that name, or something of another kind."""
+    """The guest has no export of that name and kind."""
 
 
 class ArgumentError(MemslotError, TypeError):
-    """A function was called with a number or type of arguments that it does not take."""
+    """A function was called with arguments of a wrong number or type."""
 
 
 class GuestTrap(MemslotError, RuntimeError):
-    """The guest trapped.
+    """The guest trapped; `native` is the runtime's own error.
 
-    The runtime's own error object is `native`.  On wasmtime the raised class
-    also inherits `wasmtime.Trap`, and on wasmer a trap is a `RuntimeError`, so code written for the
-    bare runtime still catches it.
+    On wasmtime the raised class also inherits `wasmtime.Trap`, and on wasmer a trap is a `RuntimeError`,
+    so that code written for the bare runtime still catches it.
     """
 
     def __init__(self, message: str, native: BaseException | None = None) -> None:
@@ -149,13 +145,11 @@ class GuestExit(MemslotError, RuntimeError):
 
 
 class GrowthRefused(MemslotError, MemoryError):
-    """The embedder asked for a growth that a limit or a plugin does not allow (a guest sees -1
-    instead).
-    """
+    """The embedder asked for a growth that a limit or a plugin refuses; a guest sees -1 instead."""
 
 
 class SnapshotRefused(MemslotError, RuntimeError):
-    """An instance has state that a snapshot cannot hold; the message says which, and what to do."""
+    """An instance has state that a snapshot cannot hold; the message names it and the remedy."""
 
 
 class AccessOutOfBounds(MemslotError, IndexError):
@@ -176,40 +170,32 @@ class PoolTimeout(PoolExhausted, TimeoutError):
 
 
 class MemoryTooLarge(MemslotError, ValueError):
-    """A guest needs more than a slot reserves, or than a setting allows of memories or tables; the message names
-    the setting.
-    """
+    """A guest needs more memory or tables than a setting allows; the message names the setting."""
 
 
 class SlotError(MemslotError, RuntimeError):
-    """A slot or a leased memory was used in a state that does not allow it (released twice, for
-    example).
-    """
+    """A slot or a leased memory was used in a state that does not allow it, such as released twice."""
 
 
 class InvariantBroken(SlotError, AssertionError):
-    """A check compared a slot with its image and with the kernel's view, and they differ."""
+    """A slot differs from its image or from the kernel's view of it."""
 
 
 class InUse(MemslotError, RuntimeError):
-    """A host or a pool was closed while instances of it are live; it stays open and goes on
-    serving.
-    """
+    """A host or a pool was closed while its instances are live; it stays open."""
 
 
 class UsedAfterClose(MemslotError, ValueError):
-    """The object was closed before; the message names it."""
+    """The object was closed before its use; the message names it."""
 
 
 class WrongThread(MemslotError, RuntimeError):
-    """An object of a runtime whose objects are confined to their thread was used on another one."""
+    """An object that its runtime confines to one thread was used on another."""
 
 
 class Unsupported(MemslotError, NotImplementedError):
-    """This kernel or host cannot do what a setting demands; the message gives the reason."""
+    """This kernel or host cannot do what was asked; the message gives the reason."""
 
 
 class SystemCallError(MemslotError, OSError):
-    """A system call failed; `errno` and `strerror` as in OSError, the message names the knob where
-    one is known.
-    """
+    """A system call failed; `errno` is set as in OSError, and the message names the limit to lift."""

@@ -281,7 +281,7 @@ def _checked(values: Mapping[str, Any]) -> Settings:
         try:
             right[name] = field.parse(value) if isinstance(value, str) else value
             msgspec.convert({name: right[name]}, Settings, strict=False)
-        except ValueError:
+        except (ValueError, msgspec.ValidationError):
             wrong.append(f"setting {name}: expected {field.expected}, got {shown(value)}")
     wrong += [_unknown(name) for name in values if name not in fields()]
     if wrong:

@@ -264,13 +264,18 @@ def _read(fd: int, name: str, key: bytes | None, keep: bool, image_limit: int | 
     kept = bytearray().join(_chunks(fd, 0, header.head))
     try:
         metadata = msgspec.json.decode(kept[_HEADER.size : body], type=Metadata)
-    except (ValueError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidContainer(f"{name} makes no sense: its metadata is wrong: {error}") from None
     wrong = _contradiction(metadata, header.head - body, header.byte_size - header.head)
     if wrong is not None:
         raise InvalidContainer(f"{name} makes no sense: {wrong}")
     images = dict(metadata.images)
-    _require_small(images, name, image_limit)
+    for index, image in images.items():
+        span = image[-1].offset + image[-1].length - image[0].offset if image else 0
+        if image_limit is not None and span > image_limit:
+            raise MemoryTooLarge(
+                f"{name}: the image of memory {index} {image_too_large(span, image_limit)}"
+            )
     digest = _hash(key)
     digest.update(kept[:_DIGEST_AT] + bytes(_DIGEST_SIZE))
     digest.update(memoryview(kept)[_HEADER.size :])
@@ -377,18 +382,6 @@ def _contradiction(metadata: Metadata, blobs: int, extents: int) -> str | None:
             if end > extents:
                 return f"an extent at {at}, {length} bytes, ends behind the file"
     return None if found == extents else f"{extents - found} bytes at its end belong to no memory"
-
-
-def _require_small(
-    images: Mapping[int, tuple[Stored, ...]], name: str, image_limit: int | None
-) -> None:
-    """Raise MemoryTooLarge for an image that spans more than `image_limit` bytes."""
-    for index, image in images.items():
-        span = image[-1].offset + image[-1].length - image[0].offset if image else 0
-        if image_limit is not None and span > image_limit:
-            raise MemoryTooLarge(
-                f"{name}: the image of memory {index} {image_too_large(span, image_limit)}"
-            )
 
 
 def require_data(fd: int, name: str, byte_size: int) -> None:

@@ -321,7 +321,7 @@ def test_an_image_over_the_limit_is_refused_before_its_bytes_are_read(written: P
     error, _ = measured(data, len(data), image_limit=7 * P - 1)
     assert isinstance(error, MemoryTooLarge)
     assert f"the image of memory 0 spans {7 * P} bytes and the limit is {7 * P - 1}" in str(error)
-    # The digest is wrong, and nobody has looked.
+    # The digest is wrong too, and is not computed.
     data = written.read_bytes()[:-1] + b"x"
     assert isinstance(measured(data, len(data), image_limit=P)[0], MemoryTooLarge)
 
