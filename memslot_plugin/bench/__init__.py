@@ -26,7 +26,7 @@ from memslot_plugin.bench import (
     warm,
 )
 from memslot_plugin.bench.machine import facts
-from memslot_plugin.bench.results import Claim, Family, Grid, Row, Run
+from memslot_plugin.bench.results import Claim, Family, Grid, Row, Run, judge
 from memslot_plugin.bench.runner import Bench
 
 __all__ = ["FAMILIES", "Bench", "Family", "Grid", "Run", "grids", "run"]
@@ -35,8 +35,10 @@ FAMILIES: dict[str, ModuleType] = {
     family.NAME: family
     for family in (reset, cycle, request, density, warm, scaling, snapshot, hooks, analysis)
 }
-"""Families by name.  `measure(bench)` yields rows, claims about other numbers, and sentences about what is left out;
-`claims(rows)` judges the rows, `grids(rows)` shows them.
+"""Families by name.
+
+`measure(bench)` yields rows, claims that are not about single rows, and sentences about what is left out.  LIMITS judge
+the rows, and `grids(rows)` shows them.
 """
 
 
@@ -47,11 +49,12 @@ def run(bench: Bench, only: Sequence[str] = ()) -> Run:
 
 
 def _measured(name: str, bench: Bench) -> Family:
-    found = list(FAMILIES[name].measure(bench))
+    family = FAMILIES[name]
+    found = list(family.measure(bench))
     rows = tuple(each for each in found if isinstance(each, Row))
     claims = [each for each in found if isinstance(each, Claim)]
     skipped = tuple(each for each in found if isinstance(each, str))
-    return Family(name, rows, (*FAMILIES[name].claims(rows), *claims), skipped)
+    return Family(name, rows, (*judge(rows, family.LIMITS), *claims), skipped)
 
 
 def grids(family: Family) -> Iterator[Grid]:

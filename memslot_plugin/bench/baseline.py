@@ -18,7 +18,6 @@ from memslot_plugin.errors import (
     GuestTrap,
     HostUnavailable,
     InvalidModule,
-    LinkError,
     cause_of,
 )
 from memslot_plugin.hosts.wasi import Wasi
@@ -34,8 +33,9 @@ KEPT = {"its pool": 0, "its pool, keeping 1 MiB": MIB}
 class WasmtimeBaseline:
     """One module on wasmtime-py with its default engine: allocation on demand, copy-on-write images.
 
-    Raises InvalidModule, LinkError, GuestTrap and GuestExit as a host does.  An instance ends with the last reference
-    to it.  Of `wasi` the program's name and arguments are used; its streams are this process's.
+    The module is one that a host of memslot has prepared, so it is valid and can be linked.  Raises GuestTrap and
+    GuestExit as a host does.  An instance ends with the last reference to it.  Of `wasi` the program's name and
+    arguments are used; its streams are this process's.
     """
 
     name = "wasmtime"
@@ -47,14 +47,7 @@ class WasmtimeBaseline:
         linker = wasmtime.Linker(self._engine)
         if wasi is not None:
             linker.define_wasi()
-        try:
-            compiled = wasmtime.Module(self._engine, module)
-        except wasmtime.WasmtimeError as error:
-            raise InvalidModule(f"wasmtime refuses the module: {error}") from None
-        try:
-            self._prepared = linker.instantiate_pre(compiled)
-        except wasmtime.WasmtimeError as error:
-            raise LinkError(f"wasmtime cannot link the module: {error}") from None
+        self._prepared = linker.instantiate_pre(wasmtime.Module(self._engine, module))
 
     def _make_engine(self) -> Any:
         return self._wasmtime.Engine()
@@ -126,10 +119,7 @@ class WasmerBaseline:
         self._wasmer = wasmer = _imported("wasmer")
         self._wasi = wasi
         self._store = wasmer.Store()
-        try:
-            self._compiled = wasmer.Module(self._store, module)
-        except RuntimeError as error:
-            raise InvalidModule(f"wasmer refuses the module: {error}") from None
+        self._compiled = wasmer.Module(self._store, module)
         self._version = None if wasi is None else wasmer.wasi.get_version(self._compiled, False)
 
     def instantiate(self) -> Any:
@@ -142,8 +132,6 @@ class WasmerBaseline:
             imports = state.finalize().generate_import_object(self._store, self._version)
             return self._wasmer.Instance(self._compiled, imports)
         except RuntimeError as error:
-            if "link" in str(error).lower():
-                raise LinkError(f"wasmer cannot link the module: {error}") from None
             raise self._translated(error) from cause_of(error)
 
     def call(self, instance: Any, name: str, arguments: Sequence[Any] = ()) -> Any:
@@ -190,7 +178,7 @@ def chosen(host: str | None) -> tuple[list[str], list[str]]:
     here, skipped = [], []
     for name in RUNTIMES if host in (None, "auto") else (host,):
         try:
-            RUNTIMES[name](b"\0asm\1\0\0\0")
+            _imported(name)
             here.append(name)
         except HostUnavailable as error:
             skipped.append(f"{name}: {error}")

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from memslot_plugin.bench.baseline import chosen
-from memslot_plugin.bench.results import Claim, Grid, Label, Limit, Row, judge
+from memslot_plugin.bench.results import Grid, Label, Limit, Row
 from memslot_plugin.bench.runner import Bench
 from memslot_plugin.errors import MemslotError
 
@@ -20,16 +20,15 @@ SIDES = ("memslot", "alone")
 LIMITS = (
     Limit(
         "Private memory of a live instance: less than wasmer alone",
-        40.0,
         {"host": "wasmer", "what": "bytes"},
-        at_least=True,
+        least=40,
     ),
     Limit(
         "Mappings (VMAs) of a live instance on {host}",
-        4.0,
         {"what": "mappings"},
-        kind="count",
+        most=4,
         of=lambda row: row.cost.median,
+        kind="count",
     ),
 )
 
@@ -58,11 +57,6 @@ def _in_a_process(host: str, side: str, count: int) -> dict[str, float]:
         raise MemslotError(f"{count} instances on {host} ({side}): {done.stderr.strip()[-300:]}")
     answer: dict[str, float] = json.loads(done.stdout)
     return answer
-
-
-def claims(rows: Sequence[Row]) -> Iterator[Claim]:
-    """Judge memory on wasmer, and mappings on each host."""
-    return judge(rows, LIMITS)
 
 
 def grids(rows: Sequence[Row]) -> Iterator[Grid]:

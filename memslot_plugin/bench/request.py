@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from memslot_plugin.bench import guests
 from memslot_plugin.bench.baseline import KEPT, Request, chosen, peers
-from memslot_plugin.bench.results import Claim, Grid, Label, Limit, Row, Spread, judge, pivot
+from memslot_plugin.bench.results import Grid, Label, Limit, Row, Spread, pivot
 from memslot_plugin.bench.runner import Bench, timed
 from memslot_plugin.hosts import open_host
 from memslot_plugin.settings import KIB, MIB
@@ -25,7 +25,6 @@ POOL = "its pool, the better"
 LIMITS = [
     Limit(
         "A request on {host} ({memslot}), {guest} of data, pages written: {pages written}; faster than {against}",
-        least,
         {
             "host": host,
             "memslot": memslot,
@@ -33,7 +32,7 @@ LIMITS = [
             "pages written": written,
             "against": against,
         },
-        at_least=True,
+        least,
     )
     for memslot, host, guest, written, against, least in (
         (NEW, "wasmer", "4 MiB", 1, "wasmer alone", 60),
@@ -102,11 +101,6 @@ def cases(
                 "against": against,
             }
             yield Row.compare(labels, costs, against, theirs, gain=True)
-
-
-def claims(rows: Sequence[Row]) -> Iterator[Claim]:
-    """Judge the rows that have a limit."""
-    return judge(rows, LIMITS)
 
 
 def grids(rows: Sequence[Row]) -> Iterator[Grid]:

@@ -90,14 +90,17 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """A claim about each row that has these labels; `says` may name labels in braces."""
+    """A claim about each row that has these labels: its number `of` is at least `least`, or else at most `most`.
+
+    `says` may name labels in braces.
+    """
 
     says: str
-    limit: float
     labels: Mapping[str, Label | None]
-    at_least: bool = False
-    kind: str = "times"
+    least: float | None = None
+    most: float = 0.0
     of: Callable[[Row], float] = lambda row: row.ratio.median
+    kind: str = "times"
 
 
 def judge(rows: Sequence[Row], limits: Iterable[Limit]) -> Iterator[Claim]:
@@ -105,8 +108,9 @@ def judge(rows: Sequence[Row], limits: Iterable[Limit]) -> Iterator[Claim]:
     for each in limits:
         for row in rows:
             if row.has(each.labels):
-                says = each.says.format_map(row.labels)
-                yield Claim(says, each.of(row), each.limit, each.at_least, each.kind)
+                says, at_least = each.says.format_map(row.labels), each.least is not None
+                limit = each.most if each.least is None else each.least
+                yield Claim(says, each.of(row), limit, at_least, each.kind)
 
 
 @dataclass(frozen=True, slots=True)

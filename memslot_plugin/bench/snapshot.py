@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from memslot_plugin.bench import ruby
 from memslot_plugin.bench.baseline import chosen
-from memslot_plugin.bench.results import Claim, Grid, Limit, Row, judge, pivot, spread
+from memslot_plugin.bench.results import Grid, Limit, Row, pivot, spread
 from memslot_plugin.bench.runner import CLOCK, Bench, timed
 from memslot_plugin.errors import RepeatedRandomness
 from memslot_plugin.hosts import Guest, Host, Instance, Wasi, open_host
@@ -77,9 +77,8 @@ LIMITS = [
     *(
         Limit(
             "{guest} from a snapshot on {host}: faster than booting",
-            least,
             {"guest": guest, "host": host},
-            at_least=True,
+            least,
         )
         for guest, *limits in (
             ("QuickJS", 10, 15),
@@ -90,20 +89,20 @@ LIMITS = [
     ),
     Limit(
         "{guest} on {host}",
-        200_000,
         {"guest": LEASED},
-        kind="nanoseconds",
+        most=200_000,
         of=lambda row: row.cost.median,
+        kind="nanoseconds",
     ),
     # wasmer takes half a millisecond by itself for its 18,000 functions, wasmtime a tenth.
     Limit(
         "{guest} on {host}",
-        1_000_000,
         {"guest": UNUSED},
-        kind="nanoseconds",
+        most=1_000_000,
         of=lambda row: row.cost.low,
+        kind="nanoseconds",
     ),
-    Limit("{guest} on {host}: faster than booting", 500, {"guest": UNUSED}, at_least=True),
+    Limit("{guest} on {host}: faster than booting", {"guest": UNUSED}, least=500),
 ]
 
 
@@ -280,11 +279,6 @@ def _leases_of_unused_slots(host: Host, guest: Guest) -> list[float]:
             leases.enter_context(guest.lease())
             costs.append(CLOCK() - started)
     return costs[1:]  # the first slot has served before
-
-
-def claims(rows: Sequence[Row]) -> Iterator[Claim]:
-    """Judge each guest on each host."""
-    return judge(rows, LIMITS)
 
 
 def grids(rows: Sequence[Row]) -> Iterator[Grid]:

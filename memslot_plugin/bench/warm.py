@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from memslot_plugin.bench.memory import Pages, image_of, pool_of, serve
-from memslot_plugin.bench.results import Claim, Grid, Label, Row, pivot, spread
+from memslot_plugin.bench.results import Grid, Label, Row, pivot, spread
 from memslot_plugin.bench.runner import CLOCK, Bench, Subject, clock_cost
 from memslot_plugin.memory.image import MemfdImage
 from memslot_plugin.memory.probe import probe
@@ -21,6 +21,7 @@ GUEST = 4 * MIB
 SLOTS = 400
 WRITTEN = (1, 16, 64)
 QUANTILES = {"median": 0.5, "p99": 0.99}
+LIMITS = ()
 
 
 def measure(bench: Bench) -> Iterator[Row | str]:
@@ -73,11 +74,6 @@ def _first_requests(image: MemfdImage, pages: Pages, *, warmed: bool) -> list[fl
         for slot in slots:
             pool.release(slot)
     return costs
-
-
-def claims(_: Sequence[Row]) -> Iterator[Claim]:
-    """Judge nothing."""
-    yield from ()
 
 
 def grids(rows: Sequence[Row]) -> Iterator[Grid]:

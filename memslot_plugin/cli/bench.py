@@ -18,9 +18,7 @@ from memslot_plugin.cli.output import (
     Output,
     console,
     progress,
-    table,
     write_json,
-    yes_or_no,
 )
 from memslot_plugin.errors import SettingError
 
@@ -101,18 +99,20 @@ def show(output: Output, found: Run) -> None:
     """Print a run for people."""
     for family in found.families:
         for grid in families.grids(family):
-            made = table(*grid.columns, numbers=grid.columns[1:])
-            for row in grid.rows:
-                made.add_row(*row)
-            output.show_table(grid.title, made)
+            rows = [dict(zip(grid.columns, row, strict=True)) for row in grid.rows]
+            output.show_table(grid.title, rows)
         for reason in family.skipped:
             output.print(f"Not measured: {reason}\n")
-    if found.claims:
-        made = table("", "must be", "is", "holds", numbers=("must be", "is"))
-        for claim in found.claims:
-            limit = f"{'at least' if claim.at_least else 'at most'} {claimed(claim, claim.limit)}"
-            made.add_row(claim.says, limit, claimed(claim, claim.measured), yes_or_no(claim.holds))
-        output.show_table("What must hold", made)
+    claims = [
+        {
+            "": claim.says,
+            "must be": f"{'at least' if claim.at_least else 'at most'} {claimed(claim, claim.limit)}",
+            "is": claimed(claim, claim.measured),
+            "holds": claim.holds,
+        }
+        for claim in found.claims
+    ]
+    output.show_table("What must hold", claims)
     machine = found.machine
     versions = [f"{name} {version}" for name, version in machine["versions"].items()]
     output.print(

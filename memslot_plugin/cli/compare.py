@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from memslot_plugin.bench.baseline import RUNTIMES, Baseline
 from memslot_plugin.bench.live import hold
 from memslot_plugin.bench.results import Row, Spread
-from memslot_plugin.bench.runner import CLOCK, Bench
+from memslot_plugin.bench.runner import CLOCK, Bench, Subject
 from memslot_plugin.cli.output import sentence
 from memslot_plugin.cli.source import Invocation, Source
 from memslot_plugin.errors import GuestExit, GuestTrap
@@ -39,6 +39,9 @@ MOST_HELD_BYTES = 256 * MIB
 """Bounds of the live instances that are held to see what each costs."""
 
 LARGEST_COMPARED_MEMORY = 256 * MIB
+
+KEYS = ("memslot", "reset", "alone")
+"""The sides, as scripts see them."""
 
 Result = tuple[str, ...]
 """The values that the calls returned, as Python writes them, so that NaN equals NaN and 0.0 is not -0.0."""
@@ -68,14 +71,6 @@ class Outcome(NamedTuple):
         return names if self.memory and other.memory else names - {"memory"}
 
 
-class Block(NamedTuple):
-    """Requests of one side in a row: nanoseconds of each, page faults of all, and true if each result was expected."""
-
-    costs: list[int]
-    faults: int
-    expected: bool
-
-
 @dataclass(frozen=True, slots=True)
 class Measured:
     """The costs of one side: times in microseconds, memory in bytes (None if only one instance can live)."""
@@ -87,19 +82,13 @@ class Measured:
     live_instances: int
 
 
-class Ratios(NamedTuple):
-    """Costs of the runtime alone over those of one way through memslot, by the name of the cost.
-
-    None stands where nothing can be divided.  `time` is the ratio of the medians of each round, with its quartiles.
-    """
-
-    less: dict[str, float | None]
-    time: Spread
-
-
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The result of `memslot run`; `new`, `reset` and `alone` are the sides, the last one None without a baseline."""
+    """The result of `memslot run`.
+
+    `sides` are memslot, reset, and alone if there is a baseline.  `ratios` are the costs of the latter over those of
+    memslot and reset, None where nothing can be divided; `times` are the ratios of time with their quartiles.
+    """
 
     source: Source
     invocation: Invocation
@@ -107,11 +96,9 @@ class Comparison:
     plugin: str | None
     requests: int
     outcome: Outcome
-    new: Measured
-    reset: Measured
-    alone: Measured | None
-    new_ratios: Ratios | None
-    reset_ratios: Ratios | None
+    sides: dict[str, Measured]
+    ratios: dict[str, dict[str, float | None]]
+    times: dict[str, Spread]
     differences: tuple[str, ...]
     unstable: tuple[str, ...]
     notes: tuple[str, ...]
@@ -121,7 +108,7 @@ class Comparison:
         """True if both sides returned the same, None if that cannot be known."""
         if self.differences:
             return False
-        return None if self.alone is None or "result" in self.unstable else True
+        return None if "alone" not in self.sides or "result" in self.unstable else True
 
 
 def compare(
@@ -162,15 +149,17 @@ def compare(
             " were not compared."
         )
 
-    quiet = silenced if wasi is not None else nullcontext
-    if requests is None:
-        price = sum(sum(_serve(side, 1, reference, quiet, bench).costs) for side in sides)
-        requests = max(FEWEST, min(REQUESTS, int(SECONDS * 1e9 / price)))
-    memory = _hold_instances(host, sides, quiet, bench)
-    blocks = _measure(sides, requests, reference, quiet, bench)
-    if not all(block.expected for served in blocks for block in served):
+    runner = _Runner(sides, reference.result, bench, silenced if wasi is not None else nullcontext)
+    requests = requests or runner.affordable()
+    memory = runner.hold_instances(host.settings.slots)
+    if not runner.measure(requests):
         differing.add("result")
-    new, reset, *alone = map(_measured, blocks, memory)
+    measured = dict(zip(KEYS, map(_measured, runner.blocks, memory), strict=False))
+    times = {
+        key: Row.compare({}, runner.medians(number), "alone", runner.medians(2), gain=True).ratio
+        for number, key in enumerate(KEYS[:2])
+        if "alone" in measured
+    }
     return Comparison(
         source=source,
         invocation=invocation,
@@ -178,11 +167,12 @@ def compare(
         plugin=next((pool.plugin for pool in host.statistics().pools if pool.leases), None),
         requests=requests,
         outcome=outcomes[0],
-        new=new,
-        reset=reset,
-        alone=alone[0] if alone else None,
-        new_ratios=_ratios(new, alone[0], blocks[0], blocks[2]) if alone else None,
-        reset_ratios=_ratios(reset, alone[0], blocks[1], blocks[2]) if alone else None,
+        sides=measured,
+        ratios={
+            key: {**_ratios(measured[key], measured["alone"]), "median_us": time.median}
+            for key, time in times.items()
+        },
+        times=times,
         differences=tuple(sorted(differing - unstable)),
         unstable=tuple(sorted(unstable)),
         notes=tuple(notes),
@@ -316,30 +306,109 @@ def _bad_end(sides: list[Side], tried: list[Outcome | str]) -> str:
 
 # -- measuring
 
-Quiet = Callable[[], AbstractContextManager[None]]
+
+class Block(NamedTuple):
+    """Requests of one side in a row: nanoseconds of each, and the page faults of all."""
+
+    costs: list[int]
+    faults: int
 
 
-def _serve(side: Side, count: int, expected: Outcome, quiet: Quiet, bench: Bench) -> Block:
-    """Serve `count` requests after a tenth as many that are not counted: the others' turn has emptied the caches."""
-    begin, call, end, check = side.begin, side.call, side.end, bench.check
-    costs, faults, same = [], 0, True
-    with quiet():
-        for number in range(-max(1, count // 10), count):
-            check()
-            if number == 0:
-                faults = _faults()
-            started = CLOCK()
-            live = begin()
-            try:
-                result = call(live)
-            finally:
-                end(live)
-                live = None
-            cost = CLOCK() - started
-            if number >= 0:
-                costs.append(cost)
-            same = same and result == expected.result
-        return Block(costs, _faults() - faults, same)
+class _Runner:
+    """Serves requests on all sides in turns; `blocks` holds those of each side."""
+
+    def __init__(
+        self,
+        sides: list[Side],
+        expected: Result,
+        bench: Bench,
+        quiet: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        self.sides = sides
+        self.blocks: list[list[Block]] = [[] for _ in sides]
+        self._expected = expected
+        self._bench = bench
+        self._quiet = quiet
+        self._same = True
+
+    def affordable(self) -> int:
+        """Return the number of requests that fit into SECONDS, by the price of one on each side."""
+        price = sum(sum(self._serve(side, 1).costs) for side in self.sides)
+        return max(FEWEST, min(REQUESTS, int(SECONDS * 1e9 / price)))
+
+    def hold_instances(self, slots: int) -> list[tuple[int | None, int]]:
+        """Return the private bytes of each further live instance, and how many were held, for each side."""
+        found: list[tuple[int | None, int]] = []
+        for number, side in enumerate(self.sides):
+            if (
+                number == 1
+            ):  # instances that wait ready were there before, and cost what new ones do
+                found.append(found[0])
+                continue
+            self._bench.say(f"holding instances, {side.name}")
+            most = min(MOST_INSTANCES + 1, slots if number == 0 else sys.maxsize)
+            with self._quiet():
+                held = hold(
+                    side.begin,
+                    side.call,
+                    side.end,
+                    most,
+                    most_bytes=MOST_HELD_BYTES,
+                    check=self._bench.check,
+                )
+            found.append((None if held.bytes is None else int(held.bytes), held.instances))
+        return found
+
+    def measure(self, requests: int) -> bool:
+        """Serve so many requests on each side; return true if each result was the expected one."""
+        sizes = list(blocks_of(requests))
+
+        def subject(side: Side, blocks: list[Block]) -> Subject:
+            def serve() -> float:
+                done = 100 * len(blocks) // len(sizes)
+                self._bench.say(f"{requests} requests on each side: {done} % done")
+                blocks.append(self._serve(side, sizes[len(blocks)]))
+                return 0.0
+
+            return serve
+
+        turns = zip(self.sides, self.blocks, strict=True)
+        subjects = {side.name: subject(side, blocks) for side, blocks in turns}
+        self._bench.rounds(subjects, 0, fewest=len(sizes), most=len(sizes), warm_up=0)
+        return self._same
+
+    def medians(self, number: int) -> list[float]:
+        """Return the median of each block of a side."""
+        return [statistics.median(block.costs) for block in self.blocks[number]]
+
+    def _serve(self, side: Side, count: int) -> Block:
+        """Serve requests after a tenth as many that are not counted, because the others' turn emptied the caches."""
+        begin, call, end, check = side.begin, side.call, side.end, self._bench.check
+        costs, faults = [], 0
+        with self._quiet():
+            for number in range(-max(1, count // 10), count):
+                check()
+                if number == 0:
+                    faults = _faults()
+                started = CLOCK()
+                live = begin()
+                try:
+                    result = call(live)
+                finally:
+                    end(live)
+                    live = None
+                cost = CLOCK() - started
+                if number >= 0:
+                    costs.append(cost)
+                self._same = self._same and result == self._expected
+            return Block(costs, _faults() - faults)
+
+
+def blocks_of(requests: int) -> Iterator[int]:
+    """Yield the requests in ROUNDS blocks of at least ten, as equal as they can be."""
+    rounds = max(1, min(ROUNDS, requests // 10))
+    for number in range(rounds):
+        yield requests * (number + 1) // rounds - requests * number // rounds
 
 
 def _faults() -> int:
@@ -347,64 +416,13 @@ def _faults() -> int:
     return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
 
 
-def _measure(
-    sides: list[Side], requests: int, expected: Outcome, quiet: Quiet, bench: Bench
-) -> list[list[Block]]:
-    """Return the blocks of each side, which take turns."""
-    served: dict[str, list[Block]] = {side.name: [] for side in sides}
-    sizes = list(_blocks(requests))
-
-    def subject(side: Side) -> Callable[[], float]:
-        blocks = served[side.name]
-
-        def serve() -> float:
-            done = 100 * len(blocks) // len(sizes)
-            bench.say(f"{requests} requests on each side: {done} % done")
-            blocks.append(_serve(side, sizes[len(blocks)], expected, quiet, bench))
-            return statistics.median(blocks[-1].costs)
-
-        return serve
-
-    subjects = {side.name: subject(side) for side in sides}
-    bench.rounds(subjects, 0, fewest=len(sizes), most=len(sizes), warm_up=0)
-    return list(served.values())
-
-
-def _blocks(requests: int) -> Iterator[int]:
-    """Yield the requests in ROUNDS blocks of at least ten, as equal as they can be."""
-    rounds = max(1, min(ROUNDS, requests // 10))
-    for number in range(rounds):
-        yield requests * (number + 1) // rounds - requests * number // rounds
-
-
-def _hold_instances(
-    host: Host, sides: list[Side], quiet: Quiet, bench: Bench
-) -> list[tuple[int | None, int]]:
-    """Return the private bytes of each further live instance, and how many were held, for each side.
-
-    Instances that wait ready were there before, and cost what new ones do.
-    """
-    found = {}
-    for side in (sides[0], *sides[2:]):
-        bench.say(f"holding instances, {side.name}")
-        most = min(MOST_INSTANCES + 1, host.settings.slots if side is sides[0] else sys.maxsize)
-        with quiet():
-            held = hold(
-                side.begin, side.call, side.end, most, most_bytes=MOST_HELD_BYTES, check=bench.check
-            )
-        found[side.name] = (None if held.bytes is None else int(held.bytes), held.instances)
-    return [found.get(side.name, found[sides[0].name]) for side in sides]
-
-
 def _measured(blocks: list[Block], memory: tuple[int | None, int]) -> Measured:
     costs = sorted(cost for block in blocks for cost in block.costs)
-    private, held = memory
     return Measured(
-        median_us=statistics.median(costs) / 1000,
-        p99_us=percentile(costs, 99) / 1000,
-        faults_per_request=sum(block.faults for block in blocks) / len(costs),
-        private_bytes_per_instance=private,
-        live_instances=held,
+        statistics.median(costs) / 1000,
+        percentile(costs, 99) / 1000,
+        sum(block.faults for block in blocks) / len(costs),
+        *memory,
     )
 
 
@@ -413,20 +431,13 @@ def percentile(ordered: list[int], percent: int) -> int:
     return ordered[-(-len(ordered) * percent // 100) - 1]
 
 
-def _ratios(
-    ours: Measured, alone: Measured, our_blocks: list[Block], their_blocks: list[Block]
-) -> Ratios:
-    medians = [
-        [statistics.median(block.costs) for block in blocks]
-        for blocks in (our_blocks, their_blocks)
-    ]
-    time = Row.compare({}, medians[0], "alone", medians[1], gain=True).ratio
-    less: dict[str, float | None] = {"median_us": time.median}
-    for name in ("p99_us", "faults_per_request", "private_bytes_per_instance"):
+def _ratios(ours: Measured, alone: Measured) -> dict[str, float | None]:
+    ratios: dict[str, float | None] = {}
+    for name in ("median_us", "p99_us", "faults_per_request", "private_bytes_per_instance"):
         cost, theirs = getattr(ours, name), getattr(alone, name)
         divisible = theirs is not None and cost and (name != "faults_per_request" or cost >= 1)
-        less[name] = theirs / cost if divisible else None
-    return Ratios(less, time)
+        ratios[name] = theirs / cost if divisible else None
+    return ratios
 
 
 @contextmanager

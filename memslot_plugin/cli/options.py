@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,53 +43,64 @@ def read_host(host_name: str | None, settings: Settings) -> str:
 
 
 def key_option(command: Command) -> Command:
-    """Add `--key-file FILE`, as the parameter `key_file`."""
+    """Add `--key-file FILE`, whose bytes are the parameter `key`, None without it."""
     return click.option(
         "--key-file",
+        "key",
         metavar="FILE",
+        callback=_read_key,
         help="Read secret bytes that prove who wrote a saved guest; without, its machine code is not run.",
     )(command)
 
 
-def read_key(key_file: str | None) -> bytes | None:
-    """Return the bytes of a key file, or None without one."""
-    if key_file is None:
+def _read_key(_context: click.Context, _option: click.Parameter, file: str | None) -> bytes | None:
+    if file is None:
         return None
     try:
-        return Path(key_file).read_bytes()
+        return Path(file).read_bytes()
     except OSError as error:
-        raise SettingError(f"--key-file {key_file} cannot be read: {error.strerror}") from None
+        raise SettingError(f"--key-file {file} cannot be read: {error.strerror}") from None
 
 
-def settings_options(command: Command) -> Command:
-    """Add `--settings FILE` and `--set NAME=VALUE`, as the parameters `settings_file` and `changes`."""
-    change = click.option(
+def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add `--settings FILE` and `--set NAME=VALUE`, as the parameter `settings`.
+
+    Settings are read from the options over the environment over the file.  A command may have an option `slots` of its
+    own, which is over `--set`.
+    """
+
+    @click.option(
+        "--settings",
+        "settings_file",
+        metavar="FILE",
+        help="Read settings from the table [memslot] or [tool.memslot] of a TOML file.",
+    )
+    @click.option(
         "--set",
         "changes",
         metavar="NAME=VALUE",
         multiple=True,
         help="Change one setting, over file and environment; may be given several times.",
     )
-    file = click.option(
-        "--settings",
-        "settings_file",
-        metavar="FILE",
-        help="Read settings from the table [memslot] or [tool.memslot] of a TOML file.",
-    )
-    return file(change(command))
+    @functools.wraps(command)
+    def with_settings(
+        *,
+        settings_file: str | None,
+        changes: Sequence[str],
+        slots: int | None = None,
+        **others: Any,
+    ) -> Any:
+        values: dict[str, Any] = {}
+        for change in changes:
+            name, equals, value = change.partition("=")
+            if not equals:
+                raise SettingError(
+                    f"--set {change} is not allowed: it must be NAME=VALUE, such as slots=16"
+                )
+            values[name.strip()] = value.strip()
+        if slots is not None:
+            values["slots"] = slots
+        read = functools.partial(Settings.from_file, settings_file) if settings_file else Settings
+        return command(settings=read(**values), **others)
 
-
-def read_settings(settings_file: str | None, changes: Sequence[str], **options: Any) -> Settings:
-    """Read options over `--set` over the environment over the file; an option that is None was not given."""
-    values: dict[str, Any] = {}
-    for change in changes:
-        name, equals, value = change.partition("=")
-        if not equals:
-            raise SettingError(
-                f"--set {change} is not allowed: it must be NAME=VALUE, such as slots=16"
-            )
-        values[name.strip()] = value.strip()
-    values.update({name: value for name, value in options.items() if value is not None})
-    if settings_file is None:
-        return Settings(**values)
-    return Settings.from_file(settings_file, **values)
+    return with_settings

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn, TextIO
 
@@ -57,12 +57,26 @@ class Output(Console):
         """Escape what a guest's names, a path or a guest's output would do to the terminal."""
         return super().render_str("\n".join(map(printable, text.split("\n"))), **options)
 
-    def show_table(self, title: str, rows: Table, *, left_out: int = 0) -> None:
-        """Print a title over a table, and the number of rows that it leaves out."""
+    def show_table(
+        self, title: str, rows: Sequence[Mapping[str, object]], *, most: int | None = None
+    ) -> None:
+        """Print the first rows under a title, with their keys as columns; columns of numbers are aligned to the right.
+
+        Print nothing if there are no rows.
+        """
+        if not rows:
+            return
+        cells = [[_cell(value) for value in row.values()] for row in rows[:most]]
+        made = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
+        for column, values in zip(rows[0], zip(*cells, strict=True), strict=True):
+            number = all(str(each)[:1].isdigit() or str(each) == "-" for each in values)
+            made.add_column(column, justify="right" if number else "left", overflow="fold")
+        for line in cells:
+            made.add_row(*line)
         self.print(title, style="bold", soft_wrap=True)
-        self.print(rows)
-        if left_out > 0:
-            self.print(f"... and {left_out} more (--json has them all)")
+        self.print(made)
+        if most is not None and len(rows) > most:
+            self.print(f"... and {len(rows) - most} more (--json has them all)")
 
     def on_broken_pipe(self) -> NoReturn:
         """Raise what `Commands.invoke` handles."""
@@ -128,17 +142,10 @@ def _plain(value: object) -> object:
     raise TypeError(f"{value!r} has no place in a JSON document")
 
 
-def table(*columns: str, numbers: tuple[str, ...] = ()) -> Table:
-    """Return an empty table; the columns named in `numbers` are aligned to the right."""
-    made = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
-    for column in columns:
-        made.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
-    return made
-
-
-def yes_or_no(value: bool) -> Text:
-    """Return a verdict in words, and in colour where there is colour."""
-    return Text("yes", style="green") if value else Text("no", style="red")
+def _cell(value: object) -> str | Text:
+    if isinstance(value, bool):
+        return Text("yes", style="green") if value else Text("no", style="red")
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def byte_size(value: float | None) -> str:

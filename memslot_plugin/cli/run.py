@@ -18,8 +18,6 @@ from memslot_plugin.cli.options import (
     json_option,
     key_option,
     read_host,
-    read_key,
-    read_settings,
     settings_options,
 )
 from memslot_plugin.cli.output import (
@@ -31,13 +29,13 @@ from memslot_plugin.cli.output import (
     duration,
     progress,
     show_printed,
-    table,
     times,
     write_json,
 )
 from memslot_plugin.cli.source import choose_invocation, prepare_source, read_source
 from memslot_plugin.hosts import open_host
 from memslot_plugin.hosts.versions import installed_version
+from memslot_plugin.settings import Settings
 
 
 @click.command()
@@ -69,10 +67,8 @@ def run(
     host_name: str | None,
     function: str | None,
     requests: int | None,
-    slots: int | None,
-    key_file: str | None,
-    settings_file: str | None,
-    changes: tuple[str, ...],
+    key: bytes | None,
+    settings: Settings,
     as_json: bool,
 ) -> int:
     """Serve isolated requests through memslot and on the runtime alone, and compare.
@@ -90,8 +86,6 @@ def run(
     memslot run guest.wasm --invoke add -- -1 2
     """  # noqa: D301  # click keeps the lines below a real backspace
     with interruptible() as check, progress() as say:
-        settings = read_settings(settings_file, changes, slots=slots)
-        key = read_key(key_file)
         source = read_source(file, key)
         invocation = choose_invocation(source, function, arguments)
         wasi = source.wasi(invocation.program_arguments)
@@ -118,19 +112,18 @@ def run(
 
 def conclusion(found: Comparison) -> str:
     """Return the result in one sentence for a newcomer."""
-    ours, reset = duration(found.new.median_us), duration(found.reset.median_us)
-    if found.alone is None or found.new_ratios is None or found.reset_ratios is None:
-        return f"A request takes {ours} with a fresh instance through memslot, and {reset} on one that is reset."
-    theirs, name = duration(found.alone.median_us), f"{found.host.name} alone"
-    faster, reset_faster = found.new_ratios.time.median, found.reset_ratios.time.median
-    said = "A request with a fresh, isolated instance takes "
+    new, reset = (duration(found.sides[key].median_us) for key in ("memslot", "reset"))
+    if "alone" not in found.sides:
+        return f"A request takes {new} with a fresh instance through memslot, and {reset} on one that is reset."
+    alone, name = duration(found.sides["alone"].median_us), f"{found.host.name} alone"
+    faster, reset_faster = found.times["memslot"].median, found.times["reset"].median
+    said = f"A request with a fresh, isolated instance takes {new} through memslot"
     if faster >= 1.1:
-        said += f"{ours} through memslot instead of {theirs} on {name}, {faster:.3g} times faster"
-    elif faster > 0.9:
-        said += f"{ours} through memslot and {theirs} on {name}, about the same"
+        said += f" instead of {alone} on {name}, {faster:.3g} times faster"
     else:
-        said += f"{ours} through memslot and {theirs} on {name}: this guest gains no time"
-    memory = found.new_ratios.less["private_bytes_per_instance"]
+        gain = ", about the same" if faster > 0.9 else ": this guest gains no time"
+        said += f" and {alone} on {name}{gain}"
+    memory = found.ratios["memslot"]["private_bytes_per_instance"]
     if memory is not None and memory >= 1.1:
         said += f", with {memory:.3g} times less private memory for each live instance"
     if reset_faster >= 1.1:
@@ -138,16 +131,16 @@ def conclusion(found: Comparison) -> str:
             f"; on one that is reset after each request it takes {reset}, {reset_faster:.3g}"
             " times faster"
         )
-    if found.same_result is False:
-        return (
-            f"{said}, but the {' and '.join(found.differences)} differ: do not trust these numbers."
-        )
+    if found.differences:
+        differing = " and ".join(found.differences)
+        return f"{said}, but the {differing} differ: do not trust these numbers."
     return f"{said}{', and every answer was the same' if found.same_result else ''}."
 
 
 def document(found: Comparison) -> dict[str, Any]:
     """Return the comparison for scripts."""
-    new, reset = found.new_ratios, found.reset_ratios
+    sides = {key: asdict(side) for key, side in found.sides.items()}
+    spreads = {key: asdict(spread) for key, spread in found.times.items()}
     return {
         "guest": found.source.name,
         "invoke": found.invocation.function,
@@ -161,13 +154,12 @@ def document(found: Comparison) -> dict[str, Any]:
         "output": found.outcome.output.decode(errors="replace"),
         "same_result": found.same_result,
         "differences": list(found.differences),
-        "memslot": asdict(found.new),
-        "reset": asdict(found.reset),
-        "alone": None if found.alone is None else asdict(found.alone),
-        "ratio": None if new is None else new.less,
-        "reset_ratio": None if reset is None else reset.less,
-        "ratio_spread": None if new is None else asdict(new.time),
-        "reset_ratio_spread": None if reset is None else asdict(reset.time),
+        "alone": None,
+        **sides,
+        "ratio": found.ratios.get("memslot"),
+        "reset_ratio": found.ratios.get("reset"),
+        "ratio_spread": spreads.get("memslot"),
+        "reset_ratio_spread": spreads.get("reset"),
         "notes": list(found.notes),
         "conclusion": conclusion(found),
     }
@@ -181,12 +173,12 @@ def _number(text: str) -> int | float | str:
         return float(text) if math.isfinite(float(text)) else text
 
 
-ROWS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
-    ("time per request, median", "median_us", duration),
-    ("time per request, 99 % within", "p99_us", duration),
-    ("page faults per request", "faults_per_request", lambda value: f"{value:.1f}"),
-    ("private memory per live instance", "private_bytes_per_instance", byte_size),
-)
+ROWS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "median_us": ("time per request, median", duration),
+    "p99_us": ("time per request, 99 % within", duration),
+    "faults_per_request": ("page faults per request", lambda value: f"{value:.1f}"),
+    "private_bytes_per_instance": ("private memory per live instance", byte_size),
+}
 
 
 def show(output: Output, found: Comparison) -> None:
@@ -197,26 +189,20 @@ def show(output: Output, found: Comparison) -> None:
         f"{found.source.name}: {found.invocation}{answered}, {found.requests} requests on each side"
         f" ({host} {installed_version(host) or ''}, CPython {platform.python_version()})"
     )
-    columns = ["memslot", "memslot, reset"]
-    if found.alone is not None:
-        columns = [f"{host} alone", "memslot", "less", "memslot, reset", "less "]
-    made = table("", *columns, numbers=tuple(columns))
-    for label, name, shown in ROWS:
-        new, reset = (shown(getattr(side, name)) for side in (found.new, found.reset))
-        cells = [new, reset]
-        if found.new_ratios is not None and found.reset_ratios is not None:
-            alone = shown(getattr(found.alone, name))
-            less = [times(each.less[name]) for each in (found.new_ratios, found.reset_ratios)]
-            cells = [alone, new, less[0], reset, less[1]]
-        made.add_row(label, *cells)
-    output.show_table(title, made)
-    if found.new_ratios is not None and found.reset_ratios is not None:
-        quartiles = [
-            f"{times(each.low)} to {times(each.high)}"
-            for each in (found.new_ratios.time, found.reset_ratios.time)
-        ]
+    rows = []
+    for name, (label, shown) in ROWS.items():
+        row = {"": label}
+        if "alone" in found.sides:
+            row[f"{host} alone"] = shown(getattr(found.sides["alone"], name))
+        for key, column in (("memslot", "memslot"), ("reset", "memslot, reset")):
+            row[column] = shown(getattr(found.sides[key], name))
+            if key in found.ratios:
+                row["less" if key == "memslot" else "less "] = times(found.ratios[key][name])
+        rows.append(row)
+    output.show_table(title, rows)
+    for key, spread in found.times.items():
         output.print(
-            f"In half of the rounds a request took {quartiles[0]} less time, and {quartiles[1]} on a reset one."
+            f"Half of the rounds were {times(spread.low)} to {times(spread.high)} faster ({key})."
         )
     show_printed(output, found.outcome.output)
     for note in found.notes:

@@ -13,8 +13,6 @@ from memslot_plugin.cli.options import (
     json_option,
     key_option,
     read_host,
-    read_key,
-    read_settings,
     settings_options,
 )
 from memslot_plugin.cli.output import (
@@ -28,14 +26,18 @@ from memslot_plugin.cli.output import (
 from memslot_plugin.cli.source import (
     INITIALIZE,
     START,
+    Arguments,
     Source,
     choose_invocation,
     prepare_source,
     read_source,
 )
 from memslot_plugin.errors import ArgumentError, RepeatedRandomness
-from memslot_plugin.hosts import Guest, open_host
+from memslot_plugin.hosts import open_host
 from memslot_plugin.memory.image import Image
+from memslot_plugin.settings import Settings
+
+Call = tuple[str, Arguments]
 
 
 @click.command()
@@ -66,9 +68,8 @@ def snapshot(
     call: str | None,
     reseed: str | None,
     code: bool,
-    key_file: str | None,
-    settings_file: str | None,
-    changes: tuple[str, ...],
+    key: bytes | None,
+    settings: Settings,
     as_json: bool,
 ) -> None:
     """Initialise FILE once and write the result to OUT, so that every instance of OUT starts there.
@@ -81,11 +82,9 @@ def snapshot(
     memslot snapshot guest.wasm --init boot -o guest.memslot
     memslot snapshot guest.wasm --init boot --call load 42 -o guest.memslot
     """  # noqa: D301  # click keeps the lines below a real backspace
-    settings = read_settings(settings_file, changes)
     host_name = read_host(host_name, settings)
     if call is None and arguments:
         raise ArgumentError(f"{' '.join(arguments)}: arguments are for --call, which is not given")
-    key = read_key(key_file)
     source = read_source(file, key)
     calls = _calls(source, init, call, arguments)
     wasi = source.wasi(stdout="capture")
@@ -97,25 +96,34 @@ def snapshot(
         warnings.simplefilter("always", RepeatedRandomness)
         say(f"preparing {source.name}")
         guest = prepare_source(source, host, wasi, key=key, reseed=reseed)
+        called = []
         with guest.instantiate() as instance:
-            results = []
             for name, values in calls:
                 say(f"calling {name}")
-                results.append(list(written_values(instance.call(name, *values))))
+                result = list(written_values(instance.call(name, *values)))
+                called.append({"function": name, "arguments": list(values), "result": result})
             printed = instance.stdout
             taken = instance.snapshot()
         say(f"writing {out}")
-        written = taken.save(out, key=key, code=code)
-        document = _document(
-            taken,
-            source,
-            out=out,
-            written=written,
-            calls=calls,
-            results=results,
-            printed=printed,
-            warned=warned,
-        )
+        document = {
+            "guest": source.name,
+            "host": host.name,
+            "file": out,
+            "byte_size": taken.save(out, key=key, code=code),
+            "calls": called,
+            "output": printed.decode(errors="replace"),
+            "images": [
+                {
+                    "memory": index,
+                    "memory_bytes": taken.report.memories[index].minimum_bytes,
+                    "stored_bytes": image.stored_bytes + image.inherited_bytes,
+                }
+                for index, image in taken.images.items()
+                if isinstance(image, Image)
+            ],
+            "reset_in_place": taken.report.verdict.in_place,
+            "notes": [str(each.message) for each in warned],
+        }
     if as_json:
         write_json(document)
     else:
@@ -124,9 +132,9 @@ def snapshot(
 
 def _calls(
     source: Source, init: str | None, call: str | None, words: tuple[str, ...]
-) -> list[tuple[str, tuple[int | float, ...]]]:
-    """What is called before the snapshot, in order."""
-    calls: list[tuple[str, tuple[int | float, ...]]] = []
+) -> list[Call]:
+    """Return the calls before the snapshot, in order."""
+    calls: list[Call] = []
     for function, its_words in ((init, ()), (call, words)):
         if function is None:
             continue
@@ -136,45 +144,10 @@ def _calls(
                 " name an export that initialises the guest"
             )
         chosen = choose_invocation(source, function, its_words)
-        calls += chosen.calls if not calls else [(chosen.function, chosen.arguments)]
+        calls += chosen.calls if not calls else chosen.calls[-1:]
     if not calls and INITIALIZE in source.functions and not source.is_snapshot:
         calls.append((INITIALIZE, ()))
     return calls
-
-
-def _document(
-    taken: Guest,
-    source: Source,
-    *,
-    out: str,
-    written: int,
-    calls: list[tuple[str, tuple[int | float, ...]]],
-    results: list[list[str]],
-    printed: bytes,
-    warned: list[warnings.WarningMessage],
-) -> dict[str, Any]:
-    return {
-        "guest": source.name,
-        "host": taken.host.name,
-        "file": out,
-        "byte_size": written,
-        "calls": [
-            {"function": name, "arguments": list(values), "result": result}
-            for (name, values), result in zip(calls, results, strict=True)
-        ],
-        "output": printed.decode(errors="replace"),
-        "images": [
-            {
-                "memory": index,
-                "memory_bytes": taken.report.memories[index].minimum_bytes,
-                "stored_bytes": image.stored_bytes + image.inherited_bytes,
-            }
-            for index, image in taken.images.items()
-            if isinstance(image, Image)
-        ],
-        "reset_in_place": taken.report.verdict.in_place,
-        "notes": [str(each.message) for each in warned],
-    }
 
 
 def _show(output: Output, document: dict[str, Any]) -> None:

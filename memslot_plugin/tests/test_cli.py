@@ -17,7 +17,6 @@ from click.testing import CliRunner
 import memslot_plugin
 from memslot_plugin.bench import baseline
 from memslot_plugin.cli import compare, main
-from memslot_plugin.cli.compare import _blocks
 from memslot_plugin.cli.doctor import EXAMPLE_ANSWER
 from memslot_plugin.cli.output import Output, byte_size, duration, times
 from memslot_plugin.cli.source import EXAMPLE_MODULE, parse_arguments
@@ -130,7 +129,9 @@ def test_numbers_and_widths_are_for_people_and_percentiles_and_blocks_exact(monk
 
     assert compare.percentile(list(range(1, 101)), 99) == 99
     assert compare.percentile([7], 99) == 7
-    assert all(sum(_blocks(requests)) == requests for requests in (1, 9, 10, 19, 199, 1001))
+    assert all(
+        sum(compare.blocks_of(requests)) == requests for requests in (1, 9, 10, 19, 199, 1001)
+    )
 
 
 def test_words_become_arguments_of_their_type_or_are_refused():
