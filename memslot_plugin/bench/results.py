@@ -159,8 +159,10 @@ class Grid:
     rows: tuple[tuple[str, ...], ...]
 
 
-def times(ratio: float) -> str:
-    """Write a ratio for people: "1.07x", "12.3x", "180x"."""
+def times(ratio: float | None) -> str:
+    """Write a ratio for people: "1.07x", "12.3x", "180x"; a dash for None."""
+    if ratio is None:
+        return "-"
     return f"{ratio:,.0f}x" if ratio >= 100 else f"{ratio:.1f}x" if ratio >= 10 else f"{ratio:.2f}x"
 
 

@@ -7,14 +7,15 @@ calls and a reset.  The sides take turns in blocks, so that a machine that gets 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import resource
 import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from memslot_plugin.bench.baseline import RUNTIMES, Baseline
@@ -45,16 +46,6 @@ KEYS = ("memslot", "reset", "alone")
 
 Result = tuple[str, ...]
 """The values that the calls returned, as Python writes them, so that NaN equals NaN and 0.0 is not -0.0."""
-
-
-class Side(NamedTuple):
-    """One way to serve a request; `end` releases what `begin` returned."""
-
-    name: str
-    begin: Callable[[], Any]
-    call: Callable[[Any], Result]
-    end: Callable[[Any], None]
-    read_memory: Callable[[Any], bytes | None]
 
 
 class Outcome(NamedTuple):
@@ -134,12 +125,12 @@ def compare(
         notes.append(f"{host.name} has no baseline here, so there is nothing to compare with.")
 
     bench.say(f"trying {invocation}")
-    tried = [_attempt(side) for side in sides]
+    tried = [side.attempt() for side in sides]
     bench.check()
     outcomes = [each for each in tried if isinstance(each, Outcome)]
     if len(outcomes) < len(sides):
         return _bad_end(sides, tried)
-    again = [observe(side) for side in sides]
+    again = [side.observe() for side in sides]
     reference = outcomes[-1]
     unstable = reference.differences(again[-1])
     differing = set().union(*(reference.differences(each) for each in (*outcomes, *again[:-1])))
@@ -149,16 +140,22 @@ def compare(
             " were not compared."
         )
 
-    runner = _Runner(sides, reference.result, bench, silenced if wasi is not None else nullcontext)
-    requests = requests or runner.affordable()
-    memory = runner.hold_instances(host.settings.slots)
-    if not runner.measure(requests):
+    if requests is None:
+        price = sum(sum(side.serve(1, reference.result, bench.check)) for side in sides)
+        requests = max(FEWEST, min(REQUESTS, int(SECONDS * 1e9 / price)))
+    new, reset, *alone = sides
+    for side, most in ((new, host.settings.slots), *((each, MOST_INSTANCES + 1) for each in alone)):
+        bench.say(f"holding instances, {side.name}")
+        side.hold(min(most, MOST_INSTANCES + 1), bench.check)
+    # Instances that wait ready were there before, and cost what new ones do.
+    reset.memory = new.memory
+    measure(sides, requests, reference.result, bench)
+    if not all(side.same for side in sides):
         differing.add("result")
-    measured = dict(zip(KEYS, map(_measured, runner.blocks, memory), strict=False))
+    measured = {key: side.measured() for key, side in zip(KEYS, sides, strict=False)}
     times = {
-        key: Row.compare({}, runner.medians(number), "alone", runner.medians(2), gain=True).ratio
-        for number, key in enumerate(KEYS[:2])
-        if "alone" in measured
+        key: Row.compare({}, side.medians, "alone", alone[0].medians, gain=True).ratio
+        for key, side in zip(KEYS, sides[:2] if alone else (), strict=False)
     }
     return Comparison(
         source=source,
@@ -179,7 +176,145 @@ def compare(
     )
 
 
+def measure(sides: list[Side], requests: int, expected: Result, bench: Bench) -> None:
+    """Serve so many requests on each side, in blocks that take turns."""
+    sizes = list(blocks_of(requests))
+
+    def subject(side: Side) -> Subject:
+        side.costs.clear()
+        side.faults = 0
+
+        def block() -> float:
+            number = len(side.costs)
+            bench.say(f"{requests} requests on each side: {100 * number // len(sizes)} % done")
+            return statistics.median(side.serve(sizes[number], expected, bench.check))
+
+        return block
+
+    subjects = {side.name: subject(side) for side in sides}
+    bench.rounds(subjects, 0, fewest=len(sizes), most=len(sizes), warm_up=0)
+
+
+def blocks_of(requests: int) -> Iterator[int]:
+    """Yield the requests in ROUNDS blocks of at least ten, as equal as they can be."""
+    rounds = max(1, min(ROUNDS, requests // 10))
+    for number in range(rounds):
+        yield requests * (number + 1) // rounds - requests * number // rounds
+
+
+def _ratios(ours: Measured, alone: Measured) -> dict[str, float | None]:
+    ratios: dict[str, float | None] = {}
+    for name in ("median_us", "p99_us", "faults_per_request", "private_bytes_per_instance"):
+        cost, theirs = getattr(ours, name), getattr(alone, name)
+        divisible = theirs is not None and cost and (name != "faults_per_request" or cost >= 1)
+        ratios[name] = theirs / cost if divisible else None
+    return ratios
+
+
 # -- the sides
+
+
+@dataclass(slots=True)
+class Side:
+    """One way to serve a request, and its costs; `end` releases what `begin` returned.
+
+    `costs` are the nanoseconds of each request, block by block; `memory` the private bytes of each further live
+    instance, and the number that was held; `same` is true if each result was expected.
+    """
+
+    name: str
+    begin: Callable[[], Any]
+    call: Callable[[Any], Result]
+    end: Callable[[Any], None]
+    read_memory: Callable[[Any], bytes | None]
+    quiet: bool
+    costs: list[list[int]] = field(default_factory=list)
+    faults: int = 0
+    memory: tuple[int | None, int] = (None, 0)
+    same: bool = True
+
+    def observe(self) -> Outcome:
+        """Serve one request and return what it left."""
+        with tempfile.TemporaryFile() as output:
+            with silenced(output.fileno()):
+                live = self.begin()
+                try:
+                    result = self.call(live)
+                    memory = self.read_memory(live)
+                finally:
+                    self.end(live)
+            output.seek(0)
+            digest = None if memory is None else hashlib.sha256(memory).hexdigest()
+            return Outcome(result, output.read(), digest)
+
+    def attempt(self) -> Outcome | str:
+        """Return the outcome of one request, or how it failed."""
+        try:
+            return self.observe()
+        except GuestExit as error:
+            return f"ended itself with exit status {error.code}"
+        except GuestTrap as error:
+            return f"trapped: {sentence(error)}"
+
+    def serve(self, count: int, expected: Result, check: Callable[[], None]) -> list[int]:
+        """Serve a block of requests, and before it a tenth as many because the others' turn emptied the caches.
+
+        Return the nanoseconds of each request of the block.
+        """
+        begin, call, end = self.begin, self.call, self.end
+        costs: list[int] = []
+        with silenced() if self.quiet else nullcontext():
+            for number in range(-max(1, count // 10), count):
+                check()
+                if number == 0:
+                    self.faults -= _faults()
+                started = CLOCK()
+                live = begin()
+                try:
+                    result = call(live)
+                finally:
+                    end(live)
+                    live = None
+                cost = CLOCK() - started
+                if number >= 0:
+                    costs.append(cost)
+                self.same = self.same and result == expected
+            self.faults += _faults()
+        self.costs.append(costs)
+        return costs
+
+    def hold(self, most: int, check: Callable[[], None]) -> None:
+        """Hold so many live instances, and measure the memory of each."""
+        with silenced() if self.quiet else nullcontext():
+            held = hold(
+                self.begin, self.call, self.end, most, most_bytes=MOST_HELD_BYTES, check=check
+            )
+        self.memory = (None if held.bytes is None else int(held.bytes), held.instances)
+
+    @property
+    def medians(self) -> list[float]:
+        """The median of each block."""
+        return [statistics.median(block) for block in self.costs]
+
+    def measured(self) -> Measured:
+        """Return the costs of all blocks."""
+        costs = sorted(itertools.chain.from_iterable(self.costs))
+        return Measured(
+            statistics.median(costs) / 1000,
+            percentile(costs, 99) / 1000,
+            self.faults / len(costs),
+            *self.memory,
+        )
+
+
+def _faults() -> int:
+    """Return the page faults of this thread so far that needed no disk."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+
+
+def percentile(ordered: list[int], percent: int) -> int:
+    """Return the smallest of these ordered samples that at least so many percent of them do not pass."""
+    return ordered[-(-len(ordered) * percent // 100) - 1]
 
 
 def _memslot_sides(guest: Guest, source: Source, invocation: Invocation) -> list[Side]:
@@ -198,13 +333,14 @@ def _memslot_sides(guest: Guest, source: Source, invocation: Invocation) -> list
         return lease, lease.__enter__()
 
     return [
-        Side("memslot", guest.instantiate, call, Instance.close, read_memory),
+        Side("memslot", guest.instantiate, call, Instance.close, read_memory, source.uses_wasi),
         Side(
             "memslot, reset",
             begin_lease,
             lambda live: call(live[1]),
             lambda live: live[0].__exit__(),
             lambda live: read_memory(live[1]),
+            source.uses_wasi,
         ),
     ]
 
@@ -218,7 +354,14 @@ def _alone_side(runtime: Baseline, source: Source, invocation: Invocation) -> Si
             return None
         return runtime.read_memory(instance, source.memory, LARGEST_COMPARED_MEMORY)
 
-    return Side(f"{runtime.name} alone", runtime.instantiate, call, lambda _: None, read_memory)
+    return Side(
+        f"{runtime.name} alone",
+        runtime.instantiate,
+        call,
+        lambda _: None,
+        read_memory,
+        source.uses_wasi,
+    )
 
 
 def _result(call: Callable[..., Any], invocation: Invocation) -> Result:
@@ -263,34 +406,6 @@ def _notes(guest: Guest) -> Iterator[str]:
         yield "The guest has no linear memory, so there is nothing that memslot could make cheaper."
 
 
-# -- one request, not timed
-
-
-def observe(side: Side) -> Outcome:
-    """Serve one request and return what it left."""
-    with tempfile.TemporaryFile() as output:
-        with silenced(output.fileno()):
-            live = side.begin()
-            try:
-                result = side.call(live)
-                memory = side.read_memory(live)
-            finally:
-                side.end(live)
-        output.seek(0)
-        digest = None if memory is None else hashlib.sha256(memory).hexdigest()
-        return Outcome(result, output.read(), digest)
-
-
-def _attempt(side: Side) -> Outcome | str:
-    """Return the outcome of one request, or how it failed."""
-    try:
-        return observe(side)
-    except GuestExit as error:
-        return f"ended itself with exit status {error.code}"
-    except GuestTrap as error:
-        return f"trapped: {sentence(error)}"
-
-
 def _bad_end(sides: list[Side], tried: list[Outcome | str]) -> str:
     """Return the sentence about a guest that failed on one side at least."""
     ours = next((each for each in tried[:2] if isinstance(each, str)), None)
@@ -302,142 +417,6 @@ def _bad_end(sides: list[Side], tried: list[Outcome | str]) -> str:
     if isinstance(theirs, str):
         return f"the guest, through memslot as on {name}, {ours}"
     return f"the results differ: through memslot the guest {ours}; on {name} it did not"
-
-
-# -- measuring
-
-
-class Block(NamedTuple):
-    """Requests of one side in a row: nanoseconds of each, and the page faults of all."""
-
-    costs: list[int]
-    faults: int
-
-
-class _Runner:
-    """Serves requests on all sides in turns; `blocks` holds those of each side."""
-
-    def __init__(
-        self,
-        sides: list[Side],
-        expected: Result,
-        bench: Bench,
-        quiet: Callable[[], AbstractContextManager[None]],
-    ) -> None:
-        self.sides = sides
-        self.blocks: list[list[Block]] = [[] for _ in sides]
-        self._expected = expected
-        self._bench = bench
-        self._quiet = quiet
-        self._same = True
-
-    def affordable(self) -> int:
-        """Return the number of requests that fit into SECONDS, by the price of one on each side."""
-        price = sum(sum(self._serve(side, 1).costs) for side in self.sides)
-        return max(FEWEST, min(REQUESTS, int(SECONDS * 1e9 / price)))
-
-    def hold_instances(self, slots: int) -> list[tuple[int | None, int]]:
-        """Return the private bytes of each further live instance, and how many were held, for each side."""
-        found: list[tuple[int | None, int]] = []
-        for number, side in enumerate(self.sides):
-            if (
-                number == 1
-            ):  # instances that wait ready were there before, and cost what new ones do
-                found.append(found[0])
-                continue
-            self._bench.say(f"holding instances, {side.name}")
-            most = min(MOST_INSTANCES + 1, slots if number == 0 else sys.maxsize)
-            with self._quiet():
-                held = hold(
-                    side.begin,
-                    side.call,
-                    side.end,
-                    most,
-                    most_bytes=MOST_HELD_BYTES,
-                    check=self._bench.check,
-                )
-            found.append((None if held.bytes is None else int(held.bytes), held.instances))
-        return found
-
-    def measure(self, requests: int) -> bool:
-        """Serve so many requests on each side; return true if each result was the expected one."""
-        sizes = list(blocks_of(requests))
-
-        def subject(side: Side, blocks: list[Block]) -> Subject:
-            def serve() -> float:
-                done = 100 * len(blocks) // len(sizes)
-                self._bench.say(f"{requests} requests on each side: {done} % done")
-                blocks.append(self._serve(side, sizes[len(blocks)]))
-                return 0.0
-
-            return serve
-
-        turns = zip(self.sides, self.blocks, strict=True)
-        subjects = {side.name: subject(side, blocks) for side, blocks in turns}
-        self._bench.rounds(subjects, 0, fewest=len(sizes), most=len(sizes), warm_up=0)
-        return self._same
-
-    def medians(self, number: int) -> list[float]:
-        """Return the median of each block of a side."""
-        return [statistics.median(block.costs) for block in self.blocks[number]]
-
-    def _serve(self, side: Side, count: int) -> Block:
-        """Serve requests after a tenth as many that are not counted, because the others' turn emptied the caches."""
-        begin, call, end, check = side.begin, side.call, side.end, self._bench.check
-        costs, faults = [], 0
-        with self._quiet():
-            for number in range(-max(1, count // 10), count):
-                check()
-                if number == 0:
-                    faults = _faults()
-                started = CLOCK()
-                live = begin()
-                try:
-                    result = call(live)
-                finally:
-                    end(live)
-                    live = None
-                cost = CLOCK() - started
-                if number >= 0:
-                    costs.append(cost)
-                self._same = self._same and result == self._expected
-            return Block(costs, _faults() - faults)
-
-
-def blocks_of(requests: int) -> Iterator[int]:
-    """Yield the requests in ROUNDS blocks of at least ten, as equal as they can be."""
-    rounds = max(1, min(ROUNDS, requests // 10))
-    for number in range(rounds):
-        yield requests * (number + 1) // rounds - requests * number // rounds
-
-
-def _faults() -> int:
-    """Return the page faults of this thread so far that needed no disk."""
-    return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
-
-
-def _measured(blocks: list[Block], memory: tuple[int | None, int]) -> Measured:
-    costs = sorted(cost for block in blocks for cost in block.costs)
-    return Measured(
-        statistics.median(costs) / 1000,
-        percentile(costs, 99) / 1000,
-        sum(block.faults for block in blocks) / len(costs),
-        *memory,
-    )
-
-
-def percentile(ordered: list[int], percent: int) -> int:
-    """Return the smallest of these ordered samples that at least so many percent of them do not pass."""
-    return ordered[-(-len(ordered) * percent // 100) - 1]
-
-
-def _ratios(ours: Measured, alone: Measured) -> dict[str, float | None]:
-    ratios: dict[str, float | None] = {}
-    for name in ("median_us", "p99_us", "faults_per_request", "private_bytes_per_instance"):
-        cost, theirs = getattr(ours, name), getattr(alone, name)
-        divisible = theirs is not None and cost and (name != "faults_per_request" or cost >= 1)
-        ratios[name] = theirs / cost if divisible else None
-    return ratios
 
 
 @contextmanager

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import click
 import msgspec
 
-from memslot_hooks.types import Answer, InitialContent, LinearMemory, MemoryRequest, Segment
+from memslot_hooks.types import Answer
 from memslot_plugin import __version__
 from memslot_plugin._core import PAGE_SIZE
 from memslot_plugin._core.proc import map_count, max_map_count
@@ -40,8 +39,6 @@ LIBRARIES = ("wasmtime", "wasmer", "wasmer_compiler_cranelift", "pluggy", "cffi"
 
 EXAMPLE_ANSWER = 34
 """The answer of `demo` in a fresh instance of the bundled guest."""
-
-_DATA = b"memslot doctor"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +94,10 @@ class Diagnosis:
         """Return the findings for scripts."""
         return {
             "works": self.exit_code == OK,
-            **asdict(self),
-            "limits": [{**asdict(limit), "enough": limit.enough} for limit in self.limits],
-            "settings": msgspec.to_builtins(self.settings),
+            **msgspec.to_builtins(self),
+            "limits": [
+                {**msgspec.to_builtins(limit), "enough": limit.enough} for limit in self.limits
+            ],
         }
 
 
@@ -121,16 +119,7 @@ def doctor(*, settings: Settings, as_json: bool) -> int:
 
 def diagnose(settings: Settings) -> Diagnosis:
     """Try everything under these settings."""
-    plugins = load_plugins(settings)
-    answering, allocation = None, Finding(False, "no plugin was asked")
-    try:
-        plugins.open_host("doctor", settings)
-        try:
-            answering, allocation = _try_allocation(plugins, settings)
-        finally:
-            plugins.close_host("doctor")
-    except MemslotError as error:
-        allocation = Finding(False, sentence(error))
+    plugins, answering, allocation = _try_allocation(settings)
     hosts = available_hosts(settings).items()
     uname = os.uname()
     return Diagnosis(
@@ -155,51 +144,31 @@ def diagnose(settings: Settings) -> Diagnosis:
     )
 
 
-def _try_allocation(plugins: Plugins, settings: Settings) -> tuple[str | None, Finding]:
-    """Ask the plugins for a memory with an image, write to it, reset and release it.
+def _try_allocation(settings: Settings) -> tuple[Plugins, str | None, Finding]:
+    """Lease a memory with an image on the host that needs no runtime, write to it, reset and release it.
 
-    Return the plugin that answered, and the finding.
+    Return the plugins that were asked, the one that answered if it keeps statistics, and the finding.
     """
-    content = InitialContent(PAGE_SIZE * 16, (Segment(PAGE_SIZE, _DATA),), "doctor")
-    image = plugins.armed.build_image(content)
-    answering = None
+    plugins, answering = load_plugins(settings), None
+    module = EXAMPLE_MODULE.read_bytes()
     try:
-        memory = plugins.armed.create_memory(
-            MemoryRequest(
-                minimum=content.byte_size,
-                maximum=None,
-                reserved=settings.reserved,
-                guard=settings.guard,
-                image=image,
-                guest_id="doctor",
-                memory_index=0,
-                host="doctor",
-                bounds_checks=settings.bounds_checks,
-            )
-        )
-        answering = plugins.manager.get_name(memory.owner) or type(memory.owner).__name__
-        try:
-            return answering, _try_reset(plugins, memory, b"" if image is None else _DATA)
-        finally:
-            plugins.armed.release_memory(memory)
+        with open_host("fake", settings=settings) as host:
+            plugins = host.plugins
+            with host.prepare(module, name=EXAMPLE).instantiate() as instance:
+                answering = next((pool.plugin for pool in host.statistics().pools), None)
+                pristine = instance.memory.read(0, PAGE_SIZE)
+                instance.memory.write(0, bytes(PAGE_SIZE))
+                instance.reset()
+                restored = instance.memory.read(0, PAGE_SIZE)
+            ways = {way for pool in host.statistics().pools for way in pool.resets_by}
     except MemslotError as error:
-        return answering, Finding(False, sentence(error))
-    finally:
-        if image is not None:
-            image.close()
-            plugins.forget_image(image)
-
-
-def _try_reset(plugins: Plugins, memory: LinearMemory, expected: bytes) -> Finding:
-    pristine = expected.ljust(PAGE_SIZE, b"\0")
-    address = memory.base + PAGE_SIZE
-    if ctypes.string_at(address, PAGE_SIZE) != pristine:
-        return Finding(False, "a new memory did not hold its image")
-    ctypes.memset(address, 0x5A, PAGE_SIZE)
-    result = plugins.armed.reset_memory(memory)
-    if ctypes.string_at(address, PAGE_SIZE) != pristine:
-        return Finding(False, f"a reset by {result.strategy} left what was written")
-    return Finding(True, f"a memory was handed out, written to and reset by {result.strategy}")
+        return plugins, answering, Finding(False, sentence(error))
+    if pristine not in module:
+        return plugins, answering, Finding(False, "a new memory did not hold its image")
+    if restored != pristine:
+        return plugins, answering, Finding(False, "a reset left what was written")
+    said = f"a memory was handed out, written to and reset by {', '.join(sorted(ways)) or 'it'}"
+    return plugins, answering, Finding(True, said)
 
 
 def _limits(settings: Settings) -> tuple[Limit, ...]:
@@ -270,8 +239,8 @@ def _show(output: Output, found: Diagnosis) -> None:
             for each in allocators
         ],
     )
-    subject = f"{found.answering} answers" if found.answering else "No plugin answers"
-    output.print(f"{subject}: {found.allocation.detail}\n")
+    subject = found.answering or ("A plugin" if found.allocation.works else "No plugin")
+    output.print(f"{subject} answers: {found.allocation.detail}\n")
     hosts = [
         {"host": host.name, "version": host.version, "works": host.works, "because": host.reason}
         for host in found.hosts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import click
@@ -112,15 +112,12 @@ def _document(source: Source, verdicts: dict[str, Verdict]) -> dict[str, Any]:
         "byte_size": len(source.data),
         "saved": _saved(source),
         "wasi": source.module is not None and source.uses_wasi,
-        "functions": {
-            name: None if signature is None else asdict(signature)
-            for name, signature in source.functions.items()
-        },
+        "functions": source.functions,
         "imports": [
             {"name": str(each.name), "kind": each.kind.name.lower()} for each in source.imports
         ],
-        "irreversible": [asdict(site) for site in sites],
-        "hosts": {kind: asdict(verdict) for kind, verdict in verdicts.items()},
+        "irreversible": list(sites),
+        "hosts": verdicts,
     }
 
 

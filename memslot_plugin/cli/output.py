@@ -6,7 +6,6 @@ standard output is empty.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import sys
@@ -15,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn, TextIO
 
 import click
+import msgspec
 from rich import box
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn
@@ -131,15 +131,7 @@ def show_printed(output: Output, printed: bytes) -> None:
 
 def write_json(document: Mapping[str, Any]) -> None:
     """Write the one document of a command."""
-    click.echo(json.dumps(document, indent=2, default=_plain))
-
-
-def _plain(value: object) -> object:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return dict(value)
-    raise TypeError(f"{value!r} has no place in a JSON document")
+    click.echo(json.dumps(msgspec.to_builtins(document, enc_hook=dict), indent=2))
 
 
 def _cell(value: object) -> str | Text:
@@ -157,13 +149,6 @@ def byte_size(value: float | None) -> str:
         value /= 1024
         units.pop()
     return f"{value:.0f} {units[-1]}" if value == int(value) else f"{value:.1f} {units[-1]}"
-
-
-def times(ratio: float | None) -> str:
-    """Write a ratio for people: "6.1x"; a dash for None."""
-    if ratio is None:
-        return "-"
-    return f"{ratio:,.0f}x" if ratio >= 100 else f"{ratio:.2g}x" if ratio < 10 else f"{ratio:.3g}x"
 
 
 def duration(microseconds: float) -> str:

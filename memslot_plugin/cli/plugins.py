@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import click
 
 from memslot_plugin.cli.options import json_option, settings_options
@@ -23,7 +21,7 @@ def plugins(*, settings: Settings, as_json: bool) -> None:
     """
     found = load_plugins(settings).describe()
     if as_json:
-        write_json({"plugins": [{**asdict(info), "hooks": dict(info.hooks)} for info in found]})
+        write_json({"plugins": found})
         return
     rows = [
         {

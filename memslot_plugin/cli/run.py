@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import click
 
+from memslot_plugin.bench.results import times
 from memslot_plugin.bench.runner import Bench
 from memslot_plugin.cli.compare import REQUESTS, SECONDS, Comparison, compare
 from memslot_plugin.cli.interrupt import interruptible
@@ -29,7 +29,6 @@ from memslot_plugin.cli.output import (
     duration,
     progress,
     show_printed,
-    times,
     write_json,
 )
 from memslot_plugin.cli.source import choose_invocation, prepare_source, read_source
@@ -139,8 +138,6 @@ def conclusion(found: Comparison) -> str:
 
 def document(found: Comparison) -> dict[str, Any]:
     """Return the comparison for scripts."""
-    sides = {key: asdict(side) for key, side in found.sides.items()}
-    spreads = {key: asdict(spread) for key, spread in found.times.items()}
     return {
         "guest": found.source.name,
         "invoke": found.invocation.function,
@@ -155,11 +152,11 @@ def document(found: Comparison) -> dict[str, Any]:
         "same_result": found.same_result,
         "differences": list(found.differences),
         "alone": None,
-        **sides,
+        **found.sides,
         "ratio": found.ratios.get("memslot"),
         "reset_ratio": found.ratios.get("reset"),
-        "ratio_spread": spreads.get("memslot"),
-        "reset_ratio_spread": spreads.get("reset"),
+        "ratio_spread": found.times.get("memslot"),
+        "reset_ratio_spread": found.times.get("reset"),
         "notes": list(found.notes),
         "conclusion": conclusion(found),
     }

@@ -111,8 +111,8 @@ def test_claim_holds_up_to_its_limit() -> None:
 
 
 def test_numbers_are_written_for_people() -> None:
-    shown = [r.times(number) for number in (0.9, 1.066, 12.34, 1234)]
-    assert shown == ["0.90x", "1.07x", "12.3x", "1,234x"]
+    shown = [r.times(number) for number in (None, 0.9, 1.066, 12.34, 1234)]
+    assert shown == ["-", "0.90x", "1.07x", "12.3x", "1,234x"]
     assert r.claimed(r.Claim("", 0, 0, kind="nanoseconds"), 371.0) == "0.37 us"
     assert r.claimed(r.Claim("", 0, 0, kind="count"), 2.004) == "2"
 
