@@ -64,8 +64,7 @@ def hold(
             served += 1
             if served == first:
                 bytes_before, mappings_before = _footprint()
-            doubled = most_bytes < math.inf and served.bit_count() == 1
-            if doubled and private_bytes() - bytes_before > most_bytes:
+            elif served.bit_count() == 1 and private_bytes() - bytes_before > most_bytes:
                 break
         further = served - first
         if further < 1:

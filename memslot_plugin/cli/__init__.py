@@ -1,4 +1,4 @@
-"""The command line: `memslot`, one file per command."""
+"""The command line `memslot`, one file per command."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ __all__ = ["main"]
 
 _EPILOG = f"""\b
 Examples:
-  memslot run                        what it is about, on a bundled guest
-  memslot run guest.wasm --json      the same for yours, for scripts
+  memslot run                        compare with the runtime alone, on a bundled guest
+  memslot run guest.wasm --json      compare on a guest of yours, for scripts
   memslot snapshot guest.wasm --init boot -o guest.memslot
-                                     initialise it once; run and inspect take the result
-  memslot inspect guest.wasm         what becomes of it, and why
-  memslot doctor                     what this machine supports
-  memslot bench --quick              what resets and requests cost on it
+                                     initialise a guest once; run and inspect take the result
+  memslot inspect guest.wasm         show how a guest is rewritten and reset, and why
+  memslot doctor                     show what this machine supports
+  memslot bench --quick              measure resets and requests on this machine
 
 {EXIT_CODES}
 """
@@ -45,7 +45,7 @@ class Commands(click.Group):
     """Commands whose expected errors are one sentence and an exit code; any other is a bug and shows its traceback."""
 
     def invoke(self, ctx: click.Context) -> None:
-        """Run the command; its exit code is what it returns."""
+        """Run the command, and exit with the code that it returns."""
         try:
             code = super().invoke(ctx)
             if sys.stdout is not None:
@@ -66,7 +66,7 @@ class Commands(click.Group):
 @click.group(cls=Commands, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(memslot_plugin.__version__, prog_name="memslot")
 def main() -> None:
-    """Fresh WebAssembly instances in microseconds: pooled, copy-on-write linear memories."""
+    """Serve fresh WebAssembly instances in microseconds, from pooled, copy-on-write linear memories."""
     show_warnings()
 
 

@@ -23,6 +23,7 @@ from memslot_plugin.bench import (
     baseline,
     cycle,
     grids,
+    live,
     plot,
     report,
     request,
@@ -348,6 +349,24 @@ def test_real_guest_that_fails_is_an_error() -> None:
 def test_rounds_end_when_the_time_is_over_and_not_before_the_fewest() -> None:
     samples = Bench().rounds({"a": lambda: 1.0, "b": lambda: 2.0}, seconds=0, fewest=3)
     assert samples == {"a": [1.0] * 3, "b": [2.0] * 3}
+
+
+def test_hold_ends_all_instances_and_holds_as_many_as_there_can_be() -> None:
+    ended: list[object] = []
+    assert live.hold(object, id, ended.append, 3).instances == len(ended) == 3
+    assert live.hold(object, id, ended.append, 1).bytes is None  # nothing to divide by
+    assert live.hold(object, id, ended.append, 9, most_bytes=-1 << 40).instances == 2
+    few = [object(), object()]
+
+    def begin() -> object:
+        if not few:
+            raise MemslotError("full")
+        return few.pop()
+
+    assert live.hold(begin, id, ended.append, 9).instances == 2
+    assert len(ended) == 8
+    with pytest.raises(MemslotError, match="full"):
+        live.hold(begin, id, ended.append, 9)
 
 
 def test_run_stops_where_check_raises() -> None:
