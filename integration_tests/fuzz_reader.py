@@ -2,9 +2,9 @@
 
 usage: python -m integration_tests.fuzz_reader [CORPUS] [-max_total_time=SECONDS] [-runs=N] [...]
 
-takes libFuzzer's options; atheris has builds for CPython 3.11 and later (pip install 'memslot[dev]').  For hours, give
-it a folder for what it finds worth keeping: python -m integration_tests.fuzz_reader corpus -max_total_time=36000.
-What must hold is what `memslot_plugin/tests/test_fuzz.py` says; an input for which it does not is written to a file.
+takes libFuzzer's options; atheris has builds for CPython 3.11 and later (pip install 'memslot[dev]'). For hours, give
+it a folder for the inputs that it keeps: python -m integration_tests.fuzz_reader corpus -max_total_time=36000.
+The checks are those of `memslot_plugin/tests/test_fuzz.py`; an input that fails them is written to a file.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def watch(watched: ModuleType) -> None:
 
 
 def change(data: bytes, most: int, seed: int) -> bytes:
-    """One more input: a known module or this one, with something wrong in it."""
+    """Return one more input: a known module or this one, damaged."""
     rng = random.Random(seed)
     start = rng.choice(SEEDS) if rng.random() < 0.05 or len(data) < 16 else data
     return mutations.mutated(rng, start)[:most]

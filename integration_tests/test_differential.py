@@ -1,4 +1,4 @@
-"""Modules that nobody thought of compute under memslot what they compute natively, over every cell of the matrix."""
+"""Generated modules compute under memslot what they compute natively, over every cell of the matrix."""
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ def globals_stay(monkeypatch: pytest.MonkeyPatch, host: memslot.Host) -> None:
 
 
 def tables_stay(monkeypatch: pytest.MonkeyPatch, host: memslot.Host) -> None:
-    """Nothing that code does counts as irreversible."""
+    """Let no instruction count as irreversible."""
     monkeypatch.setattr(analysis, "_IRREVERSIBLE", {})
 
 
 def data_is_cut(monkeypatch: pytest.MonkeyPatch, host: memslot.Host) -> None:
-    """An image lacks the last byte of each segment."""
+    """Cut the last byte of each segment from the images."""
     right = guests.Segment
     monkeypatch.setattr(guests, "Segment", lambda offset, data: right(offset, data[:-1]))
 
@@ -142,7 +142,7 @@ WANTED = [
     *(f"instruction={name!r}" for name in ("table.set", "table.grow", "table.fill", "table.copy")),
     *(f"instruction={name!r}" for name in ("table.init", "elem.drop", "data.drop", "memory.init")),
     *("instruction='memory.grow'", "instruction='global.set'", "in_place=True", "in_place=False"),
-    *("memories=()", "Memory(index=0", "Memory(index=1", "Memory(index=2", "memory64=True"),
+    *("memories=[]", "Memory(index=0", "Memory(index=1", "Memory(index=2", "memory64=True"),
     *("minimum_pages=0", "maximum_pages=None", "start=None", "start=1", "memory=None"),
     *(f"value=ValueType(name='{kind}'" for kind in ("i32", "i64", "f32", "f64", "v128")),
     *("value=ValueType(name='(ref null func)'", "value=ValueType(name='(ref null extern)'"),
@@ -153,7 +153,7 @@ WANTED = [
 
 
 def test_generated_modules_have_everything_that_they_should() -> None:
-    """Each kind of thing that the generator promises occurs among some hundreds of modules."""
+    """Find every promised kind of item among some hundreds of modules."""
     found: Counter[str] = Counter()
     for seed in range(400):
         binary = generate(seed, FEATURES["wasmtime"]).binary

@@ -1,4 +1,4 @@
-"""The walk over code, compiled with sanitizers and fed with code that has something wrong in it."""
+"""The walk over code, compiled with sanitizers and fed with damaged code."""
 
 from __future__ import annotations
 

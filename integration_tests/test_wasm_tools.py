@@ -1,4 +1,4 @@
-"""Against wasm-tools, the Bytecode Alliance's own: its counts are our decoder's, and its modules compute the same."""
+"""Comparison with wasm-tools of the Bytecode Alliance: the counts of instructions, and the results of its modules."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def run(*arguments: str, **options: Any) -> bytes:
 
 
 def smith(seed: int, folder: Path, *, gc: bool) -> bytes:
-    """The module that wasm-smith makes of this seed; with objects of the GC proposal one may take seconds to start."""
+    """Return the module that wasm-smith makes of this seed; objects of the GC proposal may take seconds to start."""
     path = folder / "smith.wasm"
     options = [*SHAPE.split(), f"--gc-enabled={str(gc).lower()}", f"--output={path}"]
     run("smith", *options, input=random.Random(seed).randbytes(4000))
@@ -119,7 +119,7 @@ def test_modules_of_wasm_smith_do_what_they_do_natively(
 
 
 def smithed(seed: int, folder: Path) -> Given:
-    """A module with calls of every export of numbers, with a few arguments."""
+    """Return a module with calls of every export that takes and returns numbers."""
     binary, rng, calls = smith(seed, folder, gc=False), random.Random(seed), []
     for each in wasmtime.Module(wasmtime.Engine(), binary).exports:
         if isinstance(each.type, wasmtime.FuncType):

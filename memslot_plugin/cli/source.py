@@ -49,9 +49,9 @@ class Source:
         return self.saved is not None and self.saved.about.is_snapshot
 
     @property
-    def imports(self) -> tuple[wasm.Import, ...]:
+    def imports(self) -> list[wasm.Import]:
         """Imports of the module, none if it is not understood."""
-        return () if self.module is None else self.module.imports
+        return [] if self.module is None else self.module.imports
 
     @property
     def uses_wasi(self) -> bool:

@@ -132,22 +132,22 @@ def plan(source: bytes, target: Target) -> Plan:
     memories, contents = _plan_memories(module, native, target)
     code = analysis.analyse(module)
     changing = analysis.changing_globals(module, code)
-    exports: tuple[wasm.Export, ...] = ()
+    exports: dict[int, str] = {}
     import_name = None
     if native is None:
         if target.export_state:
-            exports = wasm.state_exports(module, globals_=changing)
+            exports = wasm.state_exports(module, changing)
         if target.import_memory and any(memory.imported is None for memory in module.memories):
             import_name = _free_name(module)
-    memory_types = {} if native is None else target.lowered_memories(module)
-    table_types = target.lowered_tables(module)
+    lowered_memories = {} if native is None else target.lowered_memories(module)
+    lowered_tables = target.lowered_tables(module)
     rewritten = wasm.rewrite(
         module,
         emptied=[each.index for each in module.data_segments if each.memory in contents],
         named_segments=code.named_segments,
         import_memory=import_name,
-        memory_types=memory_types,
-        table_types=table_types,
+        memory_types=lowered_memories,
+        table_types=lowered_tables,
         exports=exports,
     )
     return Plan(
@@ -161,8 +161,10 @@ def plan(source: bytes, target: Target) -> Plan:
         import_name,
         structure=module,
         code=code,
-        saved_globals=_saved_globals(module, changing, exports),
-        maximums_lowered=bool(memory_types or table_types),
+        saved_globals=tuple(
+            _saved_global(module.globals[index], exports.get(index)) for index in changing
+        ),
+        maximums_lowered=bool(lowered_memories or lowered_tables),
     )
 
 
@@ -194,11 +196,9 @@ def snapshot(
         else memory
         for memory in plan.memories
     )
-    exports = [
-        wasm.Export(each.export_name, wasm.ExternKind.GLOBAL, each.index)
-        for each in plan.saved_globals
-        if each.export_name is not None
-    ]
+    exports = {
+        each.index: each.export_name for each in plan.saved_globals if each.export_name is not None
+    }
     rewritten = wasm.rewrite(
         module,
         emptied=[each.index for each in module.data_segments if each.memory in contents],
@@ -396,16 +396,9 @@ def _verdict(
     return replace(verdict, in_place=not reasons, reasons=tuple(reasons))
 
 
-def _saved_globals(
-    module: wasm.Module, changing: tuple[int, ...], exports: tuple[wasm.Export, ...]
-) -> tuple[SavedGlobal, ...]:
-    names = {export.index: export.name for export in exports}
-    saved = []
-    for index in changing:
-        kind, initializer = module.globals[index].type.value, module.globals[index].initializer
-        initial = None if initializer is None else wasm.constant_bits(kind, initializer)
-        saved.append(SavedGlobal(index, kind.name, names.get(index), initial))
-    return tuple(saved)
+def _saved_global(found: wasm.Global, export_name: str | None) -> SavedGlobal:
+    assert found.initializer is not None
+    return SavedGlobal(found.index, found.type.value.name, export_name, found.initializer.value)
 
 
 def _free_name(module: wasm.Module) -> wasm.ImportName:

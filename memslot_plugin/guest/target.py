@@ -24,8 +24,8 @@ class Target:
     - `builds_images`: false if no plugin builds images.
     - `most_globals`: a guest with more globals to restore gets a new instance at each reset; None for
       no limit.
-    - `limits_growth`: true if the runtime applies the limits for tables and for memories without a slot
-      itself, but for shared memories. Otherwise the maximums in the module are lowered.
+    - `limits_growth`: true if the runtime itself limits the growth of tables and of memories without a
+      slot, except shared memories. Whatever it does not limit gets a lower maximum in the module.
     """
 
     settings: Settings

@@ -1,6 +1,6 @@
-"""WebAssembly's binary format, written: the bytes of which test modules are made.
+"""A writer of WebAssembly's binary format for test modules.
 
-Apart from `memslot_plugin.wasm` on purpose: a mistake there would otherwise be the same one here.
+It shares no code with `memslot_plugin.wasm`, because tests would then not see a mistake in it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ END = b"\x0b"
 
 
 def unsigned(value: int, length: int = 0) -> bytes:
-    """An unsigned LEB128 integer, in `length` bytes if that is more than it needs."""
+    """Return an unsigned LEB128 integer, padded to `length` bytes."""
     out = bytearray()
     while value >= 0x80:
         out.append(value & 0x7F | 0x80)
@@ -32,22 +32,22 @@ def signed(value: int) -> bytes:
 
 
 def sized(content: bytes) -> bytes:
-    """Bytes behind their number."""
+    """Return the content behind its number of bytes."""
     return unsigned(len(content)) + content
 
 
 def name(text: str) -> bytes:
-    """A string behind its length."""
+    """Return a string behind its length."""
     return sized(text.encode())
 
 
 def vector(*entries: bytes) -> bytes:
-    """Entries behind their number."""
+    """Return the entries behind their number."""
     return unsigned(len(entries)) + b"".join(entries)
 
 
 def section(number: int, payload: bytes, length: int = 0) -> bytes:
-    """A section; `length` bytes are taken to write its size."""
+    """Return a section whose size is padded to `length` bytes."""
     return bytes([number]) + unsigned(len(payload), length) + payload
 
 

@@ -1,7 +1,7 @@
 """Modules with something wrong in them: bytes changed, added, lost and cut, mostly where a reader comes to see it.
 
-A change inside a section is followed by the right size of the section, more often than not: a wrong one is noticed at
-once and by everybody, and hides what else is wrong.
+A change inside a section mostly gets the right section size too. Every reader notices a wrong size at once, and then
+looks no further.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ ODD = b"\x00\x01\x02\x03\x04\x0b\x23\x40\x41\x6f\x70\x7f\x80\xd0\xd2\xfb\xfc\xfd
 
 
 def mutated(rng: random.Random, module: bytes) -> bytes:
-    """The module after one to three changes."""
+    """Return the module after one to three changes."""
     changed = module
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         changed = rng.choice((*(_in_a_section,) * 8, change_bytes, _cut))(rng, changed)
@@ -23,7 +23,7 @@ def mutated(rng: random.Random, module: bytes) -> bytes:
 
 
 def sections(module: bytes) -> list[tuple[int, bytes]]:
-    """The number and the contents of each section, as far as they can be told apart."""
+    """Return number and contents of each section, up to the first that cannot be read."""
     found, at = [], len(HEADER)
     while at < len(module):
         number, at = module[at], at + 1
@@ -38,7 +38,7 @@ def sections(module: bytes) -> list[tuple[int, bytes]]:
 
 
 def change_bytes(rng: random.Random, data: bytes) -> bytes:
-    """One thing happens to some bytes of these."""
+    """Return the bytes after one change."""
     at, length = rng.randrange(len(data) + 1), rng.choice((1, 1, 1, 2, 5, 20))
     end = min(at + length, len(data))
     what = rng.choice(("set", "flip", "insert", "delete", "repeat", "longer", "cut"))

@@ -1,4 +1,4 @@
-"""The walk over code: every instruction, exact counts, hostile bytes; and what the verdict says."""
+"""The walk over code (every instruction, exact counts, hostile bytes), and the verdict about it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PREFIXES = {0xFB: 0x20, 0xFC: 0x20, 0xFD: 0x120, 0xFE: 0x60}
 
 @pytest.fixture(scope="module")
 def engine() -> Any:
-    """An engine for all that wasmtime can be told to run, but stack switching, which is not provable."""
+    """Return an engine with every proposal of wasmtime except stack switching, which the walk does not understand."""
     config = wasmtime.Config()
     for name in dir(wasmtime.Config):
         skipped = ("component", "deterministic", "stack_switching")
@@ -66,7 +66,7 @@ def code_section(source: bytes) -> wasm.Section:
 
 
 def with_code(source: bytes, code: bytes) -> bytes:
-    """The module with other contents of its code section."""
+    """Return the module with other contents of its code section."""
     found = code_section(source)
     return source[: found.start] + section(SectionId.CODE, code) + source[found.end :]
 
@@ -78,7 +78,7 @@ def bodies_of(source: bytes) -> list[bytes]:
 
 
 def minimal(*bodies: bytes) -> bytes:
-    """Functions without parameters with these bodies, and a thing of each kind that code names."""
+    """Return a module of functions with these bodies, and one item of each kind that code can name."""
     sections = [
         (1, b"\x01\x60\x00\x00"),
         (3, unsigned(len(bodies)) + bytes(len(bodies))),
@@ -98,7 +98,7 @@ def minimal(*bodies: bytes) -> bytes:
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """An instruction, or several, as they stand in a body."""
+    """One or more instructions as a body encodes them."""
 
     text: str
     data: bytes
@@ -121,7 +121,7 @@ IMPORTED = 1
 
 
 def opcodes(encoded: Encoded) -> set[str]:
-    """The opcodes in it, in hexadecimal, what follows a prefix as four digits."""
+    """Return the opcodes in hexadecimal, with four digits behind a prefix."""
     if encoded.text in HEXADECIMAL:
         found = HEXADECIMAL[encoded.text].split()
         return {each if len(each) == 2 else each[:2] + each[2:].zfill(4) for each in found}
@@ -132,14 +132,14 @@ def opcodes(encoded: Encoded) -> set[str]:
 
 
 def sought(text: str) -> list[str]:
-    """The instruction as the report names it, if the walk looks for it."""
+    """Return the name of the instruction in reports if the walk looks for it."""
     name = text.split(maxsplit=1)[0]
     name = "memory.atomic.wait" if name.startswith("memory.atomic.wait") else name
     return [name] if name in tuple(Instruction) else []
 
 
 def skeleton(functions: int) -> bytes:
-    """The preamble and this many functions, whose code is to be replaced."""
+    """Return the preamble and this many functions whose code the caller replaces."""
     return assemble(f"(module {instructions.PREAMBLE} {'(func (data.drop $d)) ' * functions})")
 
 
@@ -237,7 +237,7 @@ def test_instructions_in_any_order_and_nesting_are_counted_one_by_one(
 
 
 def summed(sites: Sequence[tuple[str, int, int]]) -> tuple[int, int, int, int]:
-    """The count of sites, the count of their functions, and the place of the first."""
+    """Return the number of sites, the number of their functions, and the place of the first."""
     _, function, offset = sites[0]
     return len(sites), len({each for _, each, _ in sites}), function, offset
 
@@ -340,7 +340,7 @@ def test_block_in_a_million_blocks_is_counted(opener: str) -> None:
 
 @pytest.fixture(scope="module")
 def fault() -> Callable[[bytes], int]:
-    """The core's answer to contents of a code section, behind which the next byte ends the process."""
+    """Return a function that walks a code section in front of an unmapped page, where a read too far is fatal."""
     pages = align_up(len(CATALOGUE) + 64)
     memory = mmap.mmap(-1, pages + PAGE_SIZE)
     end = int(ffi.cast("uintptr_t", ffi.from_buffer(memory))) + pages
@@ -382,7 +382,7 @@ def test_body_that_is_cut_anywhere_is_not_understood(fault: Callable[[bytes], in
 def test_lying_count_in_a_body_is_cut_off_where_the_bytes_end(
     fault: Callable[[bytes], int], body: bytes
 ) -> None:
-    """Each round of a loop reads a byte, so that the end of the bytes ends the loop."""
+    """Each round of a loop must read a byte, so that the end of the bytes ends the loop."""
     assert fault(vector(sized(body))) == lib.MS_CODE_CUT
 
 
@@ -405,7 +405,7 @@ def test_code_that_a_runtime_accepts_is_understood(
 
 
 def test_integer_is_understood_as_long_as_a_runtime_allows(engine: Any) -> None:
-    """Among them an offset of ten bytes into a 32-bit memory, and an opcode after a prefix."""
+    """Include an offset of ten bytes into a 32-bit memory, and a long opcode behind a prefix."""
     long32, long64 = b"\x80\x80\x80\x80\x00", b"\x80" * 9 + b"\x00"
     parts = (
         *(b"\x41", long32, b"\x28\x82\x80\x80\x80\x00", long64, b"\x1a"),
@@ -424,7 +424,7 @@ def test_integer_is_understood_as_long_as_a_runtime_allows(engine: Any) -> None:
 
 
 def judge(text: str) -> tuple[wasm.Module, analysis.CodeReport, analysis.Verdict]:
-    """The module with these fields, what its code does, and how it can be reset."""
+    """Return the module with these fields, the report about its code, and its verdict."""
     module = wasm.parse(assemble(f"(module {text})"))
     report = analysis.analyse(module)
     return module, report, analysis.verdict(module, report)

@@ -27,7 +27,7 @@ GIB = 1 << 30
 
 
 def plan_of(text: str | bytes, *, image_limit: int = GIB, **options: Any) -> guest.Plan:
-    """The plan for a module, by default with images of any size and without changes beside those."""
+    """Return the plan for a module, by default with images of any size and no other changes."""
     source = bytes(wasmtime.wat2wasm(text)) if isinstance(text, str) else text
     options = {"import_memory": False, "export_state": False} | options
     return guest.plan(source, Target(Settings(image_limit=image_limit), **options))
@@ -142,6 +142,16 @@ def test_an_image_past_the_limit_is_refused_with_both_numbers() -> None:
     )
 
 
+def test_memory_without_a_plugin_for_images_keeps_its_segments() -> None:
+    plan = plan_of('(module (memory 1) (data (i32.const 8) "abc"))', builds_images=False)
+    assert plan.module is plan.source
+    assert (plan.memories[0].image, plan.contents) == (False, {})
+    assert plan.memories[0].reason == (
+        "No plugin builds images; load memfd or anonymous (settings plugins and blocked)."
+    )
+    assert not plan.verdict.in_place
+
+
 def test_memories_get_images_one_by_one() -> None:
     plan = plan_of(
         """(module (import "env" "base" (global i32)) (memory 1) (memory 2)
@@ -210,7 +220,7 @@ def test_an_offset_of_the_wrong_type_is_left_for_the_runtime_to_refuse() -> None
     )
 
 
-def test_what_is_not_understood_runs_natively_with_the_reason() -> None:
+def test_module_that_is_not_understood_runs_natively_with_the_reason() -> None:
     source = b"\0asm\x01\0\0\0\x0e\x01\x00"
     plan = plan_of(source, import_memory=True)
     assert plan.native == (
@@ -256,7 +266,7 @@ def _memory(*, pages: int = 1, count: int = 1) -> bytes:
 
 
 def _scattered(count: int) -> bytes:
-    """One memory with a byte in each 200th page of the machine's."""
+    """Return sections of one memory with a byte in each 200th page of the host."""
     offsets = (200 * P * n for n in range(count))
     data = (b"\0\x41" + signed(at) + END + unsigned(1) + b"x" for at in offsets)
     return _memory(pages=65536) + section(11, vector(*data))

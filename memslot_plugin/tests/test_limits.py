@@ -1,4 +1,4 @@
-"""Limits of what a guest can make its host keep, also where memslot leaves the guest to the runtime."""
+"""Limits on the memory that a guest can make its host keep, also for guests left to the runtime."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _runtime_is_warm(_probed: None) -> None:
 
 
 def _configure(config: Any) -> None:
-    """Turn on all that a hostile guest could ask for."""
+    """Turn on every proposal that a hostile guest could use."""
     from wasmtime import _bindings
 
     _bindings.wasmtime_config_shared_memory_set(config.ptr(), True)

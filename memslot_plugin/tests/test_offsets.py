@@ -1,4 +1,4 @@
-"""Traps and refusals name places in the module that was given, although another one was compiled."""
+"""Offsets in traps and refusals are those of the given module, although another one was compiled."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TEXT = """(module (memory (export "memory") 1) (global $g (mut i64) (i64.const 1
 
 
 def frames(error: memslot.GuestTrap) -> list[int]:
-    """Offsets in the module of the functions that were running, the innermost first, as they are printed."""
+    """Return the module offsets of the running functions as they are printed, innermost first."""
     printed = getattr(error, "message", str(error))
     found = [int(each, 16) for each in re.findall(r"0x([0-9a-f]+)", printed)]
     assert found == [each.module_offset for each in getattr(error, "frames", [])] or not hasattr(
@@ -72,9 +72,7 @@ def test_refusal_of_a_module_is_at_an_offset_of_that_module(name: str) -> None:
 
 def test_offset_outside_of_its_function_is_another_modules() -> None:
     module = wasm.parse(hosts.assemble(TEXT))
-    rewritten = wasm.rewrite(
-        module, emptied=[0, 1], exports=wasm.state_exports(module, globals_=[0])
-    )
+    rewritten = wasm.rewrite(module, emptied=[0, 1], exports=wasm.state_exports(module, [0]))
     offsets = wasm.Offsets(module, rewritten)
     inner = rewritten.rindex(b"\x20\x00\x6e") + 2
     moved = places(module.source)[0] - inner

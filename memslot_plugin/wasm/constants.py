@@ -1,4 +1,4 @@
-"""Saved values of globals as constant expressions, and constant expressions as saved values.
+"""Saved values of globals as constant expressions.
 
 A saved value is the unsigned number whose bits the global has, for every type. So an f32 is 32 bits
 and keeps the payload of a NaN; a v128 is the little-endian number of its 16 bytes. None is the null
@@ -8,7 +8,6 @@ reference. Other references cannot be saved.
 from __future__ import annotations
 
 from memslot_plugin.wasm.binary import signed_leb128
-from memslot_plugin.wasm.module import Expression
 from memslot_plugin.wasm.types import ValueType, encode_heap_type
 
 _BITS = {"i32": 32, "i64": 64, "f32": 32, "f64": 64, "v128": 128}
@@ -37,17 +36,3 @@ def encode_constant(kind: ValueType, value: int | None) -> bytes:
         return _PREFIXES[kind.name] + value.to_bytes(bits // 8, "little") + _END
     signed = value - (value >> (bits - 1) << bits)
     return (b"\x41" if bits == 32 else b"\x42") + signed_leb128(signed) + _END
-
-
-def constant_bits(kind: ValueType, expression: Expression) -> int | None:
-    """Return the bits that `expression` gives a global of type `kind`.
-
-    None if the module alone does not say them, or the value is a reference.
-    """
-    if expression.type == kind.name:
-        return expression.value
-    prefix = _PREFIXES.get(kind.name)
-    if prefix is None or not expression.encoded.startswith(prefix):
-        return None
-    value = expression.encoded[len(prefix) : -1]
-    return int.from_bytes(value, "little") if len(value) * 8 == _BITS[kind.name] else None

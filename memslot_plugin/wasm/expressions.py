@@ -1,6 +1,6 @@
 """Constant expressions: the initial values of globals and tables, and the offsets of segments.
 
-Reading finds the end of an expression, and evaluates integers as far as the module alone says them.
+Reading finds the end of an expression, and its value if the module alone says it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ _ARITHMETIC: dict[int, tuple[str, Callable[[int, int], int]]] = {
     0x7D: ("i64", int.__sub__),
     0x7E: ("i64", int.__mul__),
 }
+_FLOATS = {0x43: ("f32", 4), 0x44: ("f64", 8)}
+_V128_CONST = 12
 _GC_OPERATORS = {
     0: "struct.new",
     1: "struct.new_default",
@@ -57,6 +59,11 @@ def read_expression(reader: Reader, known: Sequence[Global]) -> Expression:
             stack.append(_Operand("i32", reader.signed(32) & 0xFFFFFFFF, None))
         elif opcode == 0x42:
             stack.append(_Operand("i64", reader.signed(64) & 0xFFFFFFFFFFFFFFFF, None))
+        elif opcode in _FLOATS:
+            kind, byte_size = _FLOATS[opcode]
+            stack.append(_Operand(kind, int.from_bytes(reader.take(byte_size), "little"), None))
+        elif opcode == 0xFD and reader.u32() == _V128_CONST:
+            stack.append(_Operand("v128", int.from_bytes(reader.take(16), "little"), None))
         elif opcode == 0x23:
             stack.append(_global(reader.u32(), known))
         elif opcode == 0xD2:
@@ -104,19 +111,10 @@ def _global(index: int, known: Sequence[Global]) -> _Operand:
 
 
 def _skip_operator(reader: Reader, opcode: int) -> str:
-    """Step over the immediates of an operator whose result is no integer; return its name."""
-    if opcode == 0x43:
-        reader.skip(4)
-        return "f32.const"
-    if opcode == 0x44:
-        reader.skip(8)
-        return "f64.const"
+    """Step over the immediates of an operator whose result is a reference; return its name."""
     if opcode == 0xD0:
         read_heap_type(reader)
         return "ref.null"
-    if opcode == 0xFD and (code := reader.u32()) == 12:
-        reader.skip(16)
-        return "v128.const"
     if opcode == 0xFB and (code := reader.u32()) in _GC_OPERATORS:
         if code < 26:
             reader.u32()

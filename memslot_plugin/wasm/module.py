@@ -7,7 +7,7 @@ the number of its declarations, not on the size of its code.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from memslot_plugin.errors import printable
@@ -72,11 +72,10 @@ class Section:
 
 @dataclass(frozen=True, slots=True)
 class Import:
-    """An import; `index` counts within its kind. `type` is a type index for functions and tags."""
+    """An import; `type` is a type index for functions and tags."""
 
     name: ImportName
     kind: ExternKind
-    index: int
     type: int | TableType | MemoryType | GlobalType
 
 
@@ -91,11 +90,11 @@ class Export:
 
 @dataclass(frozen=True, slots=True)
 class Expression:
-    """One constant expression: its bytes with the final `end`, and its integer value.
+    """One constant expression: its bytes with the final `end`, and its value.
 
-    `value` is unsigned, below 2**32 or 2**64 as `type` says. It is None if only instantiation knows it
-    or it is no integer; `reason` then completes "the offset ...". `functions` are the indices of
-    functions that the expression refers to.
+    `value` is the unsigned number whose bits a value of this `type` has. It is None for a reference and
+    if only instantiation knows it; `reason` then completes "the offset ...". `functions` are the indices
+    of functions that the expression refers to.
     """
 
     encoded: bytes
@@ -162,29 +161,27 @@ class DataSegment:
         return self.memory is not None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Module:
-    """A core module as `parse` read it; every index space counts imported items first.
+    """A core module as `parse` read it, and unchanged since; every index space counts imports first.
 
-    `data_count` is the number in the data count section, and None without that section.
+    `function_count` includes the `imported_function_count` imported functions. `data_count` is the number
+    in the data count section, and None without that section.
     """
 
     source: bytes
-    sections: tuple[Section, ...]
-    custom_names: tuple[str, ...]
-    imports: tuple[Import, ...]
-    exports: tuple[Export, ...]
-    memories: tuple[Memory, ...]
-    tables: tuple[Table, ...]
-    globals: tuple[Global, ...]
-    data_segments: tuple[DataSegment, ...]
-    type_count: int
-    function_count: int
-    imported_function_count: int
-    tag_count: int
-    element_segment_count: int
-    data_count: int | None
-    start: int | None
+    sections: list[Section] = field(default_factory=list)
+    imports: list[Import] = field(default_factory=list)
+    exports: list[Export] = field(default_factory=list)
+    memories: list[Memory] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    globals: list[Global] = field(default_factory=list)
+    data_segments: list[DataSegment] = field(default_factory=list)
+    function_count: int = 0
+    imported_function_count: int = 0
+    element_segment_count: int = 0
+    data_count: int | None = None
+    start: int | None = None
 
     def section(self, section_id: SectionId) -> Section | None:
         """Return the section with this number, or None. Do not ask for CUSTOM, which may occur often."""

@@ -45,7 +45,12 @@ def parse(data: bytes) -> Module:
     copied; the result refers to `data`.
     """
     _check_header(data)
-    return _Parser(data).run()
+    module = Module(data)
+    for section in read_sections(data):
+        module.sections.append(section)
+        _read_section(section, module)
+    _require_complete(module)
+    return module
 
 
 def read_sections(data: bytes) -> Iterator[Section]:
@@ -111,175 +116,148 @@ def _check_header(data: bytes) -> None:
         )
 
 
-class _Parser:
-    """The index spaces of a module while its sections are read.
+# The sections; each reader knows the index spaces of all sections in front of its own.
 
-    An expression may refer only to globals that are already in `globals`.
-    """
 
-    def __init__(self, data: bytes) -> None:
-        self.data = data
-        self.sections: list[Section] = []
-        self.custom_names: list[str] = []
-        self.imports: list[Import] = []
-        self.exports: list[Export] = []
-        self.memories: list[Memory] = []
-        self.tables: list[Table] = []
-        self.globals: list[Global] = []
-        self.data_segments: list[DataSegment] = []
-        self.counts = dict.fromkeys(SectionId, 0)
-        self.imported = dict.fromkeys(ExternKind, 0)
-        self.data_count: int | None = None
-        self.start: int | None = None
+def _read_section(section: Section, module: Module) -> None:
+    reader = Reader(module.source, section.payload, section.end)
+    try:
+        if section.id is SectionId.CUSTOM:
+            reader.name()
+        elif section.id is SectionId.FUNCTION:
+            module.function_count += reader.u32()
+        elif section.id is SectionId.ELEMENT:
+            module.element_segment_count = reader.u32()
+        elif section.id not in _READERS:
+            reader.u32()  # the number of its entries
+        else:
+            _READERS[section.id](reader, module)
+            if reader.left:
+                raise NotUnderstood(f"{reader.left} bytes are left after its last entry")
+    except NotUnderstood as error:
+        raise NotUnderstood(
+            f"the {_title(section.id)} section is not understood: {error.reason}"
+        ) from None
 
-    def run(self) -> Module:
-        readers: dict[SectionId, Callable[[Reader], None]] = {
-            SectionId.CUSTOM: self.read_custom,
-            SectionId.IMPORT: self.read_imports,
-            SectionId.TABLE: self.read_tables,
-            SectionId.MEMORY: self.read_memories,
-            SectionId.GLOBAL: self.read_globals,
-            SectionId.EXPORT: self.read_exports,
-            SectionId.START: self.read_start,
-            SectionId.DATA_COUNT: self.read_data_count,
-            SectionId.DATA: self.read_data,
-        }
-        for section in read_sections(self.data):
-            self.sections.append(section)
-            reader = Reader(self.data, section.payload, section.end)
-            try:
-                if section.id in readers:
-                    readers[section.id](reader)
-                    if reader.left and section.id is not SectionId.CUSTOM:
-                        raise NotUnderstood(f"{reader.left} bytes are left after its last entry")
-                else:
-                    self.counts[section.id] = reader.u32()
-            except NotUnderstood as error:
+
+def _read_imports(reader: Reader, module: Module) -> None:
+    for _ in range(reader.u32()):
+        name = ImportName(reader.name(), reader.name())
+        kind = _kind(reader)
+        imported: int | TableType | MemoryType | GlobalType
+        if kind is ExternKind.TABLE:
+            imported = read_table_limits(reader, read_reference_type(reader))
+            module.tables.append(Table(len(module.tables), imported, name))
+        elif kind is ExternKind.MEMORY:
+            imported = read_memory_type(reader)
+            module.memories.append(Memory(len(module.memories), imported, name))
+        elif kind is ExternKind.GLOBAL:
+            imported = read_global_type(reader)
+            module.globals.append(Global(len(module.globals), imported, name))
+        else:
+            if kind is ExternKind.TAG and (attribute := reader.byte()):
+                raise NotUnderstood(f"a tag has the unknown attribute {attribute}")
+            imported = reader.u32()
+            module.imported_function_count += kind is ExternKind.FUNCTION
+            module.function_count = module.imported_function_count
+        module.imports.append(Import(name, kind, imported))
+
+
+def _read_tables(reader: Reader, module: Module) -> None:
+    for _ in range(reader.u32()):
+        start = reader.position
+        filled = reader.left > 1 and module.source[start] == 0x40
+        if filled:
+            reader.skip(1)
+            if reserved := reader.byte():
+                raise NotUnderstood(f"a table has the unknown prefix 0x40 0x{reserved:02x}")
+        element = read_reference_type(reader)
+        head = reader.since(start)
+        table_type = read_table_limits(reader, element)
+        initializer = read_expression(reader, module.globals) if filled else None
+        module.tables.append(Table(len(module.tables), table_type, None, initializer, head))
+
+
+def _read_memories(reader: Reader, module: Module) -> None:
+    for _ in range(reader.u32()):
+        module.memories.append(Memory(len(module.memories), read_memory_type(reader)))
+
+
+def _read_globals(reader: Reader, module: Module) -> None:
+    for _ in range(reader.u32()):
+        start = reader.position
+        global_type = read_global_type(reader)
+        head = reader.since(start)
+        initializer = read_expression(reader, module.globals)
+        module.globals.append(Global(len(module.globals), global_type, None, initializer, head))
+
+
+def _read_exports(reader: Reader, module: Module) -> None:
+    for _ in range(reader.u32()):
+        module.exports.append(Export(reader.name(), _kind(reader), reader.u32()))
+
+
+def _read_start(reader: Reader, module: Module) -> None:
+    module.start = reader.u32()
+
+
+def _read_data_count(reader: Reader, module: Module) -> None:
+    module.data_count = reader.u32()
+
+
+def _read_data(reader: Reader, module: Module) -> None:
+    for index in range(reader.u32()):
+        start = reader.position
+        mode = reader.u32()
+        if mode > 2:
+            raise NotUnderstood(f"data segment {index} is of the unknown kind {mode}")
+        memory = (None if mode == 1 else 0) if mode < 2 else reader.u32()
+        offset = None
+        if memory is not None:
+            if memory >= len(module.memories):
                 raise NotUnderstood(
-                    f"the {_title(section.id)} section is not understood: {error.reason}"
-                ) from None
-        self.check_end()
-        return Module(
-            source=self.data,
-            sections=tuple(self.sections),
-            custom_names=tuple(self.custom_names),
-            imports=tuple(self.imports),
-            exports=tuple(self.exports),
-            memories=tuple(self.memories),
-            tables=tuple(self.tables),
-            globals=tuple(self.globals),
-            data_segments=tuple(self.data_segments),
-            type_count=self.counts[SectionId.TYPE],
-            function_count=self.imported[ExternKind.FUNCTION] + self.counts[SectionId.FUNCTION],
-            imported_function_count=self.imported[ExternKind.FUNCTION],
-            tag_count=self.imported[ExternKind.TAG] + self.counts[SectionId.TAG],
-            element_segment_count=self.counts[SectionId.ELEMENT],
-            data_count=self.data_count,
-            start=self.start,
+                    f"data segment {index} is for memory {memory} and the module has"
+                    f" {len(module.memories)}"
+                )
+            offset = read_expression(reader, module.globals)
+        head = reader.since(start)
+        data = reader.take(reader.u32())
+        module.data_segments.append(DataSegment(index, memory, offset, head, data))
+
+
+_READERS: dict[SectionId, Callable[[Reader, Module], None]] = {
+    SectionId.IMPORT: _read_imports,
+    SectionId.TABLE: _read_tables,
+    SectionId.MEMORY: _read_memories,
+    SectionId.GLOBAL: _read_globals,
+    SectionId.EXPORT: _read_exports,
+    SectionId.START: _read_start,
+    SectionId.DATA_COUNT: _read_data_count,
+    SectionId.DATA: _read_data,
+}
+
+
+def _require_complete(module: Module) -> None:
+    """Raise InvalidModule if a section is missing that an earlier section announced.
+
+    The file was then cut between two sections.
+    """
+    functions = module.function_count - module.imported_function_count
+    if functions and module.section(SectionId.CODE) is None:
+        raise InvalidModule(
+            f"the module is truncated: it declares functions ({functions}) and has no"
+            f" code section; {_ALLOWED}"
         )
-
-    def check_end(self) -> None:
-        """Raise InvalidModule if a later section that an earlier one announced is missing.
-
-        The file was then cut between two sections.
-        """
-        present = {section.id for section in self.sections}
-        functions = self.counts[SectionId.FUNCTION]
-        if functions and SectionId.CODE not in present:
-            raise InvalidModule(
-                f"the module is truncated: it declares functions ({functions}) and has no"
-                f" code section; {_ALLOWED}"
-            )
-        if self.data_count and SectionId.DATA not in present:
-            raise InvalidModule(
-                f"the module is truncated: it declares data segments ({self.data_count}) and"
-                f" has no data section; {_ALLOWED}"
-            )
-        if self.data_count is not None and self.data_count != len(self.data_segments):
-            raise NotUnderstood(
-                f"the module declares {self.data_count} data segments and has"
-                f" {len(self.data_segments)}"
-            )
-
-    def read_custom(self, reader: Reader) -> None:
-        self.custom_names.append(reader.name())
-
-    def read_imports(self, reader: Reader) -> None:
-        for _ in range(reader.u32()):
-            name = ImportName(reader.name(), reader.name())
-            kind = _kind(reader)
-            index = self.imported[kind]
-            self.imported[kind] += 1
-            imported: int | TableType | MemoryType | GlobalType
-            if kind is ExternKind.TABLE:
-                imported = read_table_limits(reader, read_reference_type(reader))
-                self.tables.append(Table(index, imported, name))
-            elif kind is ExternKind.MEMORY:
-                imported = read_memory_type(reader)
-                self.memories.append(Memory(index, imported, name))
-            elif kind is ExternKind.GLOBAL:
-                imported = read_global_type(reader)
-                self.globals.append(Global(index, imported, name))
-            else:
-                if kind is ExternKind.TAG and (attribute := reader.byte()):
-                    raise NotUnderstood(f"a tag has the unknown attribute {attribute}")
-                imported = reader.u32()
-            self.imports.append(Import(name, kind, index, imported))
-
-    def read_tables(self, reader: Reader) -> None:
-        for _ in range(reader.u32()):
-            start = reader.position
-            filled = reader.left > 1 and self.data[start] == 0x40
-            if filled:
-                reader.skip(1)
-                if reserved := reader.byte():
-                    raise NotUnderstood(f"a table has the unknown prefix 0x40 0x{reserved:02x}")
-            element = read_reference_type(reader)
-            head = reader.since(start)
-            table_type = read_table_limits(reader, element)
-            initializer = read_expression(reader, self.globals) if filled else None
-            self.tables.append(Table(len(self.tables), table_type, None, initializer, head))
-
-    def read_memories(self, reader: Reader) -> None:
-        for _ in range(reader.u32()):
-            self.memories.append(Memory(len(self.memories), read_memory_type(reader)))
-
-    def read_globals(self, reader: Reader) -> None:
-        for _ in range(reader.u32()):
-            start = reader.position
-            global_type = read_global_type(reader)
-            head = reader.since(start)
-            initializer = read_expression(reader, self.globals)
-            self.globals.append(Global(len(self.globals), global_type, None, initializer, head))
-
-    def read_exports(self, reader: Reader) -> None:
-        for _ in range(reader.u32()):
-            self.exports.append(Export(reader.name(), _kind(reader), reader.u32()))
-
-    def read_start(self, reader: Reader) -> None:
-        self.start = reader.u32()
-
-    def read_data_count(self, reader: Reader) -> None:
-        self.data_count = reader.u32()
-
-    def read_data(self, reader: Reader) -> None:
-        for index in range(reader.u32()):
-            start = reader.position
-            mode = reader.u32()
-            if mode > 2:
-                raise NotUnderstood(f"data segment {index} is of the unknown kind {mode}")
-            memory = (None if mode == 1 else 0) if mode < 2 else reader.u32()
-            offset = None
-            if memory is not None:
-                if memory >= len(self.memories):
-                    raise NotUnderstood(
-                        f"data segment {index} is for memory {memory} and the module has"
-                        f" {len(self.memories)}"
-                    )
-                offset = read_expression(reader, self.globals)
-            head = reader.since(start)
-            data = reader.take(reader.u32())
-            self.data_segments.append(DataSegment(index, memory, offset, head, data))
+    count = module.data_count
+    if count and module.section(SectionId.DATA) is None:
+        raise InvalidModule(
+            f"the module is truncated: it declares data segments ({count}) and"
+            f" has no data section; {_ALLOWED}"
+        )
+    if count is not None and count != len(module.data_segments):
+        raise NotUnderstood(
+            f"the module declares {count} data segments and has {len(module.data_segments)}"
+        )
 
 
 def _kind(reader: Reader) -> ExternKind:

@@ -15,7 +15,6 @@ from memslot_plugin.wasm.constants import encode_constant
 from memslot_plugin.wasm.module import (
     SECTION_ORDER,
     DataSegment,
-    Export,
     ExternKind,
     Global,
     ImportName,
@@ -39,7 +38,7 @@ def rewrite(
     import_memory: ImportName | None = None,
     memory_types: Mapping[int, MemoryType] | None = None,
     table_types: Mapping[int, TableType] | None = None,
-    exports: Collection[Export] = (),
+    exports: Mapping[int, str] | None = None,
     initial_values: Mapping[int, int | None] | None = None,
     drop_start: bool = False,
 ) -> bytes:
@@ -54,7 +53,7 @@ def rewrite(
     - `import_memory`: the import that replaces the single defined memory.
     - `memory_types`, `table_types`: new types of defined memories and tables, by index. Only limits
       differ from the old type, and the minimum of a memory does not shrink.
-    - `exports`: exports behind the module's own; `state_exports` finds free names.
+    - `exports`: additional exports of globals, by index; `state_exports` finds free names.
     - `initial_values`: first values of mutable globals, by index, as `encode_constant` takes them.
     - `drop_start`: no function runs at instantiation.
 
@@ -90,15 +89,15 @@ def rewrite(
     return _assemble(module, contents) if contents else module.source
 
 
-def state_exports(module: Module, *, globals_: Iterable[int] = ()) -> tuple[Export, ...]:
-    """Return exports of globals under free names such as "memslot:global:3".
+def state_exports(module: Module, globals_: Iterable[int]) -> dict[int, str]:
+    """Return free export names for globals, by index, such as "memslot:global:3".
 
     If the module has an export that begins with "memslot:", the names begin with "memslot1:", and so on.
     """
     prefixes = itertools.chain(["memslot:"], (f"memslot{n}:" for n in itertools.count(1)))
     taken = {each.name.partition(":")[0] + ":" for each in module.exports if ":" in each.name}
     free = next(prefix for prefix in prefixes if prefix not in taken)
-    return tuple(Export(f"{free}global:{index}", ExternKind.GLOBAL, index) for index in globals_)
+    return {index: f"{free}global:{index}" for index in globals_}
 
 
 # Data segments
@@ -270,25 +269,17 @@ def _elements(module: Module, functions: list[int]) -> bytes:
 # Exports, and the module as a whole
 
 
-def _exports(module: Module, added: Collection[Export]) -> bytes:
-    """Return the export section with more entries at its end."""
-    counts = {
-        ExternKind.FUNCTION: module.function_count,
-        ExternKind.TABLE: len(module.tables),
-        ExternKind.MEMORY: len(module.memories),
-        ExternKind.GLOBAL: len(module.globals),
-        ExternKind.TAG: module.tag_count,
-    }
+def _exports(module: Module, names: Mapping[int, str]) -> bytes:
+    """Return the export section with exports of globals at its end."""
     taken = {export.name for export in module.exports}
     entries = []
-    for export in added:
-        if export.name in taken:
-            raise ValueError(f'the name "{export.name}" is exported already')
-        if not 0 <= export.index < counts[export.kind]:
-            raise ValueError(f"{export.kind.name.lower()} {export.index} does not exist")
-        taken.add(export.name)
-        index = unsigned_leb128(export.index)
-        entries.append(encode_name(export.name) + bytes([export.kind]) + index)
+    for index, name in names.items():
+        if name in taken:
+            raise ValueError(f'the name "{name}" is exported already')
+        if not 0 <= index < len(module.globals):
+            raise ValueError(f"global {index} does not exist")
+        taken.add(name)
+        entries.append(encode_name(name) + bytes([ExternKind.GLOBAL]) + unsigned_leb128(index))
     return _appended(module, SectionId.EXPORT, len(module.exports), entries)
 
 
