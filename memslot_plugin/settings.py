@@ -28,20 +28,9 @@ from memslot_plugin.errors import SettingError, shown
 KIB = 1024
 MIB = 1024 * KIB
 GIB = 1024 * MIB
+TIB = 1024 * GIB
 
-_UNITS = {
-    "": 1,
-    "b": 1,
-    "kb": 1000,
-    "mb": 1000**2,
-    "gb": 1000**3,
-    "tb": 1000**4,
-    "kib": KIB,
-    "mib": MIB,
-    "gib": GIB,
-    "tib": 1024 * GIB,
-}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", re.ASCII)
+_SIZE = re.compile(r"\s*(\d+)(?:\.(\d+))?\s*(?:([kmgt])(i?)b|b?)\s*", re.ASCII | re.IGNORECASE)
 
 _NOT_OURS = ("profile", "wheel", "gate", "service_", "port")
 """Variables that begin so are for the tests of memslot, or Kubernetes sets them for a service of that name."""
@@ -67,12 +56,13 @@ def about(description: str, ge: int | None = None, le: int | None = None) -> Met
 def parse_size(text: str) -> int:
     """Return a size such as "64MiB" in bytes; raises ValueError."""
     match = _SIZE.fullmatch(text)
-    if match is None or match[2].lower() not in _UNITS:
+    if match is None:
         raise ValueError(f"{text!r} is no size")
+    whole, decimals, prefix, binary = match[1], match[2] or "", match[3], match[4]
+    unit = (1024 if binary else 1000) ** ("kmgt".index(prefix.lower()) + 1) if prefix else 1
     # Exact, where a float would make 4349.99 of "4.35kB".
-    whole, _, decimals = match[1].partition(".")
     parts: int = 10 ** len(decimals)
-    size, rest = divmod(int(whole + decimals) * _UNITS[match[2].lower()], parts)
+    size, rest = divmod(int(whole + decimals) * unit, parts)
     if rest:
         raise ValueError(f"{text!r} is no whole number of bytes")
     return size
@@ -88,83 +78,62 @@ class _Sourced(msgspec.StructMeta):
 class Settings(msgspec.Struct, metaclass=_Sourced, frozen=True, kw_only=True):
     """Every setting, frozen once made; the module's text says where values come from."""
 
-    host: Annotated[
-        str, about("the runtime: auto, wasmtime, wasmer, or one that a plugin registers")
-    ] = "auto"
+    host: Annotated[str, about("auto, wasmtime, wasmer, fake, or a plugin's own")] = "auto"
     plugins: Annotated[
-        Names | None, about("load only these plugins (names, comma-separated); none set: all")
+        Names | None, about("load only these plugins; None: all that are installed")
     ] = None
-    blocked: Annotated[
-        Names, about("plugins that are never loaded nor asked (names, comma-separated)")
-    ] = ()
+    blocked: Annotated[Names, about("plugins that are never loaded nor asked")] = ()
     slots: Annotated[
-        int,
-        about(
-            "linear memories that can live at once, the runtime's own included", ge=1, le=1_000_000
-        ),
+        int, about("memories that can live at once, the runtime's own too", ge=1, le=1_000_000)
     ] = 128
     allocation: Annotated[
         Literal["pooling", "on-demand"],
-        about("slots of one reservation, or a reservation for each memory"),
+        about("one reservation for all slots, or one for each memory"),
     ] = "pooling"
     strategy: Annotated[
         Literal["affinity", "next-available", "random"], about("which unused slot is handed out")
     ] = "affinity"
     max_unused_warm_slots: Annotated[
         int,
-        about(
-            "affinity prefers a never-used slot while fewer unused slots than this were used before",
-            ge=0,
-            le=LARGEST,
-        ),
+        about("with fewer used slots free than this, affinity takes a new one", ge=0, le=LARGEST),
     ] = 100
-    reserved: Annotated[Size, about("address space of a slot", ge=64 * KIB, le=1024 * GIB)] = (
-        4 * GIB
-    )
+    reserved: Annotated[Size, about("address space of a slot", ge=64 * KIB, le=TIB)] = 4 * GIB
     guard: Annotated[
-        Size, about("address space after a slot that always faults", ge=0, le=16 * GIB)
+        Size, about("address space after a slot, which always faults", ge=0, le=16 * GIB)
     ] = 32 * MIB
     memory_limit: Annotated[
-        Limit | None,
-        about("how far a linear memory may grow; none set: its own maximum, within reserved"),
+        Limit | None, about("most bytes of a linear memory; None: its maximum, within reserved")
     ] = None
     memories_per_instance: Annotated[Count, about("linear memories that a guest may define")] = 8
-    table_limit: Annotated[int, about("elements that a table may have", ge=0, le=2**32 - 1)] = (
-        1_000_000
-    )
+    table_limit: Annotated[int, about("most elements of a table", ge=0, le=2**32 - 1)] = 1_000_000
     tables_per_instance: Annotated[Count, about("tables that a guest may define")] = 16
     heap_limit: Annotated[
         Limit | None,
-        about(
-            "how far the heap of a garbage collector may grow; none set: as a linear memory (wasmtime)"
-        ),
+        about("most bytes of a garbage collector's heap; None: as a memory (wasmtime)"),
     ] = None
     image_limit: Annotated[
-        Limit, about("a larger image is not built; the runtime initialises that memory")
+        Limit, about("the runtime initialises a memory whose image would be larger")
     ] = GIB
     growth: Annotated[
         Literal["mprotect", "ftruncate"],
-        about("how growing makes bytes accessible; ftruncate needs bounds_checks = code"),
+        about("how memories grow; ftruncate needs bounds_checks = code"),
     ] = "mprotect"
     bounds_checks: Annotated[
         Literal["guard", "code"],
-        about("compiled code relies on guard pages, or compares each address (wasmtime)"),
+        about("compiled code relies on guard pages or checks addresses (wasmtime)"),
     ] = "guard"
     memfd: Annotated[Switch, about("sealed memfd images")] = "auto"
     reset: Annotated[
         Literal["auto", "madvise", "pagemap", "copy"], about("how memory is made pristine")
     ] = "auto"
     keep_resident: Annotated[
-        Limit,
-        about(
-            "private bytes of a slot, and of a heap, that may stay after a reset, beside a copied image"
-        ),
+        Limit, about("private bytes of a slot or heap that a reset may keep, beside a copied image")
     ] = 16 * MIB
     audit: Annotated[
         float, about("share of resets after which every byte is compared", ge=0, le=1)
     ] = 0.0
     ready_instances: Annotated[
-        Count, about("instances of a guest that stay ready for its next lease, each in a slot")
+        Count, about("instances of a guest that wait for its next lease, each in a slot")
     ] = 16
     wait_timeout: Annotated[
         float, about("seconds to wait for a slot when all are in use", ge=0, le=86_400)
