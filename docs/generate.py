@@ -1,11 +1,10 @@
-"""Prints what comes from the code and from stored runs: writes it, or checks with --check.
+"""Write the pages that are printed from the code and from stored runs, or check them with --check.
 
     docs/hooks.md                      from the hook specifications
     docs/settings.md                   from the struct Settings
     README.md, section "benchmark"     from docs/benchmark.json, a stored `memslot bench --json`
 
---check also looks whether each test that a page names is there.  Exit status 0 when everything is current (or was
-written), 1 when --check found something stale.
+--check also fails if a page names a test that does not exist.  The exit status is 1 if --check fails, else 0.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pages(root: Path) -> dict[Path, str]:
-    """Every page with what it should say."""
+    """Return the text that each page should have."""
     readme, stored = root / "README.md", root / "docs" / "benchmark.json"
     run = Run.read(json.loads(stored.read_text(encoding="utf-8")))
     return {
@@ -59,7 +58,7 @@ def settings_page() -> str:
 
 
 def missing_tests(root: Path) -> list[str]:
-    """The tests that a page names and that are not there."""
+    """Return a line for each test that a page names and that does not exist."""
     there = {path.name for path in root.glob("*/**/test_*.py")}
     named = {
         (page.name, test)

@@ -1,7 +1,7 @@
-"""How to test a plugin of your own without any runtime: `FakeHost` leases, grows and resets as every host does.
+"""Test a plugin of your own without a runtime: `FakeHost` leases, grows and resets memories as every host does.
 
-A guest of the fake host is a real module, whose data and limits count, and its functions are Python: each is called
-with the live instance, which reads, writes and grows its memory, and traps outside of it.
+A guest of the fake host is a real module with its data and limits.  Its functions are Python: each is called with the
+live instance, which reads, writes and grows the memory, and traps outside of it.
 
     python -m pytest examples/test_your_plugin.py
 """
@@ -25,7 +25,7 @@ MODULE = bytes.fromhex(
 
 
 class Meter:
-    """The plugin to be tested: how many bytes each tenant made dirty, and nobody gets more than two pages."""
+    """The plugin to be tested: counts the dirty bytes of each tenant, and limits memories to two pages."""
 
     def __init__(self) -> None:
         self.dirty: Counter[str] = Counter()
@@ -40,7 +40,7 @@ class Meter:
 
 
 def shout(live, times):
-    """What the guest does when it is called: a function of Python on the guest's memory."""
+    """Run when the guest is called: a function of Python on the guest's memory."""
     live.write(0, 8, b"HELLO" * times)
     return len(live.read(0, 8, 5 * times))
 

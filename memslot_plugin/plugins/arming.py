@@ -149,18 +149,19 @@ def _deciding(
         name, answer = first_name, first(*args)
         if isinstance(answer, expected):  # nearly always: the fast path
             return answer
-        for name, call in others if answer is None else ():  # noqa: B007 - the error names it
-            answer = call(*args)
-            if answer is not None:
-                break
         if answer is None:
-            return silence(args)
-        if not isinstance(answer, expected):
-            raise PluginError(
-                f"plugin {name} answered {hook} with {answer!r};"
-                f" allowed are {expected.__name__} and None"
-            )
-        return answer
+            for name, call in others:  # noqa: B007 - the error names it
+                answer = call(*args)
+                if answer is not None:
+                    break
+            else:
+                return silence(args)
+        if isinstance(answer, expected):
+            return answer
+        raise PluginError(
+            f"plugin {name} answered {hook} with {answer!r};"
+            f" allowed are {expected.__name__} and None"
+        )
 
     return ask
 

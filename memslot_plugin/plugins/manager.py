@@ -102,7 +102,15 @@ class Plugins:
         self._watch_failures: Counter[tuple[str, str]] = Counter()
         if entry_points:
             installed = _installed(tuple(sys.path))
-            self._check_names(only, {*built_in, *(info.name for _, info in installed)})
+            known = sorted({*built_in, *(info.name for _, info in installed)})
+            for name in self._blocked.difference(known):
+                _log.warning("blocked plugin %r is not installed%s", name, nearest(name, known))
+            for name in only or ():
+                if name not in known:
+                    raise SettingError(
+                        f"plugins: no plugin {name!r} is installed{nearest(name, known)};"
+                        f" installed are: {listed(known)}"
+                    )
             for entry, info in installed:
                 self._load(entry, info, selected=only is None or info.name in only)
         for name, plugin in reversed(list(built_in.items())):  # the first is asked first
@@ -296,17 +304,6 @@ class Plugins:
         return answers
 
     # -- loading
-
-    def _check_names(self, only: Sequence[str] | None, known: set[str]) -> None:
-        """Raise SettingError for an unknown name in `only`; warn of one in the blocked names."""
-        for name in only or ():
-            if name not in known:
-                raise SettingError(
-                    f"plugins: no plugin {name!r} is installed{nearest(name, sorted(known))};"
-                    f" installed are: {listed(sorted(known))}"
-                )
-        for name in sorted(self._blocked - known):
-            _log.warning("blocked plugin %r is not installed%s", name, nearest(name, sorted(known)))
 
     def _load(
         self, entry: importlib.metadata.EntryPoint, info: PluginInfo, *, selected: bool
