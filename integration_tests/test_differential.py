@@ -15,8 +15,8 @@ import pytest
 
 import memslot_plugin as memslot
 from memslot_plugin import wasm
-from memslot_plugin.guest import analysis
 from memslot_plugin.guest import plan as guests
+from memslot_plugin.guest import verdict
 from memslot_plugin.guest.target import Target
 from memslot_plugin.settings import Settings
 from memslot_plugin.tests.profiles import examples
@@ -64,7 +64,7 @@ def globals_stay(monkeypatch: pytest.MonkeyPatch, host: memslot.Host) -> None:
 
 def tables_stay(monkeypatch: pytest.MonkeyPatch, host: memslot.Host) -> None:
     """Let no instruction count as irreversible."""
-    monkeypatch.setattr(analysis, "_IRREVERSIBLE", {})
+    monkeypatch.setattr(verdict, "IRREVERSIBLE", {})
 
 
 def data_is_cut(monkeypatch: pytest.MonkeyPatch, host: memslot.Host) -> None:

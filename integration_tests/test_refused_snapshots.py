@@ -13,6 +13,7 @@ import memslot_plugin as memslot
 from memslot_hooks import hookimpl
 from memslot_plugin import wasm
 from memslot_plugin.guest import analysis
+from memslot_plugin.guest.verdict import uncaptured_state
 from memslot_plugin.tests.hosts import elsewhere
 
 from . import cells, toy
@@ -39,7 +40,7 @@ def test_snapshot_without_a_dropped_element_segment_that_is_still_used_is_refuse
     module = wasm.parse(toy.assemble(ELEMENTS_DROPPED))
     report = analysis.analyse(module)
     alone = replace(report, occurrences=())
-    reason = analysis.reason_against_snapshots(module, alone, native_exposed=False)
+    reason = uncaptured_state(module, alone, native_exposed=False)
     assert reason == f"Element {DROPPED} use the guest without a snapshot."
 
 

@@ -45,7 +45,7 @@ _HOMES = {
     "SharedGuest": "files.share",
     "CodeReport": "guest.analysis",
     "Occurrence": "guest.analysis",
-    "Verdict": "guest.analysis",
+    "Verdict": "guest.verdict",
     "GuestReport": "guest.report",
     "MemoryReport": "guest.plan",
     "SavedGlobal": "guest.plan",

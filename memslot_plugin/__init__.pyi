@@ -29,11 +29,11 @@ from memslot_plugin.errors import WrongThread as WrongThread
 from memslot_plugin.files.share import SharedGuest as SharedGuest
 from memslot_plugin.guest.analysis import CodeReport as CodeReport
 from memslot_plugin.guest.analysis import Occurrence as Occurrence
-from memslot_plugin.guest.analysis import Verdict as Verdict
 from memslot_plugin.guest.plan import MemoryReport as MemoryReport
 from memslot_plugin.guest.plan import SavedGlobal as SavedGlobal
 from memslot_plugin.guest.plan import SegmentReport as SegmentReport
 from memslot_plugin.guest.report import GuestReport as GuestReport
+from memslot_plugin.guest.verdict import Verdict as Verdict
 from memslot_plugin.hosts import FakeHost as FakeHost
 from memslot_plugin.hosts import Folder as Folder
 from memslot_plugin.hosts import Guest as Guest

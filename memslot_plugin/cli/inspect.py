@@ -19,6 +19,7 @@ from memslot_plugin.guest.analysis import find_sites
 from memslot_plugin.guest.portable import saved_plan
 from memslot_plugin.guest.report import GuestReport, report_on
 from memslot_plugin.guest.target import MOST_GLOBALS, Target
+from memslot_plugin.guest.verdict import IRREVERSIBLE
 from memslot_plugin.hosts.saved import contents_in
 from memslot_plugin.memory.image import extents_of
 from memslot_plugin.settings import Settings
@@ -106,7 +107,7 @@ def _layout(memory: int, content: InitialContent) -> ImageLayout:
 
 
 def _document(source: Source, verdicts: dict[str, Verdict]) -> dict[str, Any]:
-    sites = () if source.module is None else find_sites(source.module)
+    sites = () if source.module is None else find_sites(source.module, IRREVERSIBLE)
     return {
         "guest": source.name,
         "byte_size": len(source.data),

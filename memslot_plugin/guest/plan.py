@@ -15,10 +15,10 @@ from typing import Literal
 
 from memslot_hooks.types import InitialContent, Segment
 from memslot_plugin import wasm
-from memslot_plugin.guest import analysis
-from memslot_plugin.guest.analysis import CodeReport, Verdict
+from memslot_plugin.guest.analysis import CodeReport, analyse
 from memslot_plugin.guest.reasons import imageless_reason, native_reason
 from memslot_plugin.guest.target import Target
+from memslot_plugin.guest.verdict import Verdict, changing_globals, judge, uncaptured_state
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +130,8 @@ def plan(source: bytes, target: Target) -> Plan:
         return Plan(source, source, sentence, Verdict(in_place=False, reasons=(sentence,)), target)
     native = native_reason(module, import_memory=target.import_memory)
     memories, contents = _plan_memories(module, native, target)
-    code = analysis.analyse(module)
-    changing = analysis.changing_globals(module, code)
+    code = analyse(module)
+    changing = changing_globals(module, code)
     exports: dict[int, str] = {}
     import_name = None
     if native is None:
@@ -274,7 +274,7 @@ def reason_against_snapshots(plan: Plan, *, native_exposed: bool) -> str | None:
     module, code = plan.structure, plan.code
     if plan.native is not None or module is None or code is None:
         return f"the module is left to the runtime. {plan.native}"
-    return analysis.reason_against_snapshots(module, code, native_exposed=native_exposed)
+    return uncaptured_state(module, code, native_exposed=native_exposed)
 
 
 def reason_too_large(plan: Plan) -> str | None:
@@ -377,7 +377,7 @@ def _verdict(
     start_dropped: bool = False,
 ) -> Verdict:
     """Return the verdict about the code, with the reasons that memories and the host add."""
-    verdict = analysis.verdict(module, code, start_dropped=start_dropped)
+    verdict = judge(module, code, start_dropped=start_dropped)
     if native is not None:
         reasons = [native]
     else:
@@ -387,7 +387,7 @@ def _verdict(
             if memory.imported is None and not memory.image and memory.data_bytes
         ]
     reasons += verdict.reasons
-    count = len(analysis.changing_globals(module, code))
+    count = len(changing_globals(module, code))
     if target.most_globals is not None and count > target.most_globals:
         reasons.append(
             f"Restoring {count} globals takes longer than a new instance, as it does beyond"

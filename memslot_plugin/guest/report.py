@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from memslot_plugin import wasm
-from memslot_plugin.guest.analysis import CodeReport, Verdict
+from memslot_plugin.guest.analysis import CodeReport
 from memslot_plugin.guest.plan import MemoryReport, Plan, SavedGlobal, SegmentReport
+from memslot_plugin.guest.verdict import Verdict
 
 
 @dataclass(frozen=True, slots=True)

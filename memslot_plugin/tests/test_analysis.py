@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from memslot_plugin import wasm
 from memslot_plugin._core import PAGE_SIZE, align_up, ffi, lib
 from memslot_plugin.guest import analysis
+from memslot_plugin.guest import verdict as verdicts
 from memslot_plugin.guest.analysis import Instruction
 from memslot_plugin.tests import instructions
 from memslot_plugin.tests.encode import HEADER, section, sized, unsigned, vector
@@ -160,7 +161,7 @@ def test_every_instruction_of_the_catalogue_is_stepped_over_exactly(engine: Any)
         assert report.instructions == encoded.count + 3, encoded
         found = [dataclasses.astuple(each) for each in report.occurrences]
         assert found == [(name, *where) for name in sought(encoded.text)], encoded
-        verdict = analysis.verdict(wasm.parse(source), report)
+        verdict = verdicts.judge(wasm.parse(source), report)
         costs = [name for name in sought(encoded.text) if name not in REVERSIBLE]
         said = [f"The code has {name} in function 1, at byte 0x{where[-1]:x}" for name in costs]
         assert [reason.split(";")[0] for reason in verdict.reasons] == said, encoded
@@ -265,9 +266,9 @@ def test_index_is_reported_by_what_happens_to_it() -> None:
     json.dumps(dataclasses.asdict(report))
 
 
-def test_sites_by_default_are_those_that_cost_a_reset_in_place() -> None:
+def test_sites_of_irreversible_instructions_are_found_in_order() -> None:
     source = assemble(MARKING)
-    sites = analysis.find_sites(wasm.parse(source))
+    sites = analysis.find_sites(wasm.parse(source), verdicts.IRREVERSIBLE)
     assert [(site.instruction, site.function) for site in sites] == [
         *(("memory.init", 2), ("data.drop", 2), ("table.init", 3), ("elem.drop", 3)),
         *(("table.copy", 4), ("data.drop", 4)),
@@ -279,7 +280,7 @@ def test_sites_by_default_are_those_that_cost_a_reset_in_place() -> None:
 def test_module_without_code_has_an_empty_report() -> None:
     report = report_of("(module (memory 1))")
     assert (report.bodies, report.instructions, report.not_understood) == (0, 0, None)
-    assert analysis.find_sites(wasm.parse(HEADER)) == ()
+    assert analysis.find_sites(wasm.parse(HEADER), verdicts.IRREVERSIBLE) == ()
 
 
 # Bytes that are no code
@@ -423,11 +424,11 @@ def test_integer_is_understood_as_long_as_a_runtime_allows(engine: Any) -> None:
 # The verdict
 
 
-def judge(text: str) -> tuple[wasm.Module, analysis.CodeReport, analysis.Verdict]:
+def judge(text: str) -> tuple[wasm.Module, analysis.CodeReport, verdicts.Verdict]:
     """Return the module with these fields, the report about its code, and its verdict."""
     module = wasm.parse(assemble(f"(module {text})"))
     report = analysis.analyse(module)
-    return module, report, analysis.verdict(module, report)
+    return module, report, verdicts.judge(module, report)
 
 
 TABLE = "(table 1 funcref)"
@@ -473,7 +474,7 @@ def test_state_that_a_reset_in_place_could_miss_is_a_reason(text: str, reason: s
     (said,) = verdict.reasons
     assert reason in said
     assert said.endswith(".")
-    captured = analysis.reason_against_snapshots(module, report, native_exposed=False)
+    captured = verdicts.uncaptured_state(module, report, native_exposed=False)
     if any(word in said for word in CAPTURED):
         assert captured is None
     else:
@@ -536,7 +537,7 @@ def test_global_changes_if_code_assigns_to_it_or_the_embedder_can() -> None:
            (func unreachable global.set 0 unreachable global.set $a unreachable global.set $b)"""
     )
     assert report.globals_set == (0, 1, 2)
-    assert analysis.changing_globals(module, report) == (1, 2, 5)
+    assert verdicts.changing_globals(module, report) == (1, 2, 5)
     assert verdict.vector_globals == (2,)
     unclear = dataclasses.replace(report, not_understood="The code is odd.", globals_set=())
-    assert analysis.changing_globals(module, unclear) == (1, 2, 3, 5)
+    assert verdicts.changing_globals(module, unclear) == (1, 2, 3, 5)

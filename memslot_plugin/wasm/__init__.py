@@ -6,7 +6,7 @@ Nothing here maps memory, knows a runtime or walks code.
 from __future__ import annotations
 
 from memslot_plugin.wasm.binary import NotUnderstood
-from memslot_plugin.wasm.constants import encode_constant
+from memslot_plugin.wasm.expressions import encode_constant
 from memslot_plugin.wasm.functions import FunctionType, exported_functions
 from memslot_plugin.wasm.module import (
     DataSegment,

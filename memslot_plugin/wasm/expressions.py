@@ -1,26 +1,33 @@
 """Constant expressions: the initial values of globals and tables, and the offsets of segments.
 
-Reading finds the end of an expression, and its value if the module alone says it.
+Reading finds the end of an expression, and its value if the module alone says it. A value is the
+unsigned number whose bits it has, for every type: an f32 is 32 bits and keeps the payload of a NaN, a
+v128 is the little-endian number of its 16 bytes. None is the null reference when it is written, and an
+unknown value when it was read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from memslot_plugin.wasm.binary import NotUnderstood, Reader
+from memslot_plugin.wasm.binary import NotUnderstood, Reader, signed_leb128
 from memslot_plugin.wasm.module import Expression, Global
-from memslot_plugin.wasm.types import read_heap_type
+from memslot_plugin.wasm.types import ValueType, encode_heap_type, read_heap_type
 
-
-@dataclass(frozen=True, slots=True)
-class _Operand:
-    type: str | None
-    value: int | None
-    reason: str | None
-
-
-_BITS = {"i32": 32, "i64": 64}
+_BITS = {"i32": 32, "i64": 64, "f32": 32, "f64": 64, "v128": 128}
+_END = 0x0B
+_I32_CONST, _I64_CONST, _F32_CONST, _F64_CONST = 0x41, 0x42, 0x43, 0x44
+_GLOBAL_GET, _REF_NULL, _REF_FUNC = 0x23, 0xD0, 0xD2
+_GC, _VECTOR = 0xFB, 0xFD
+"""Prefixes of two-part operators."""
+_V128_CONST = 12
+_FIXED = {
+    "f32": bytes([_F32_CONST]),
+    "f64": bytes([_F64_CONST]),
+    "v128": bytes([_VECTOR, _V128_CONST]),
+}
+"""Opcodes of constants whose immediates have a fixed size."""
 _ARITHMETIC: dict[int, tuple[str, Callable[[int, int], int]]] = {
     0x6A: ("i32", int.__add__),
     0x6B: ("i32", int.__sub__),
@@ -29,8 +36,6 @@ _ARITHMETIC: dict[int, tuple[str, Callable[[int, int], int]]] = {
     0x7D: ("i64", int.__sub__),
     0x7E: ("i64", int.__mul__),
 }
-_FLOATS = {0x43: ("f32", 4), 0x44: ("f64", 8)}
-_V128_CONST = 12
 _GC_OPERATORS = {
     0: "struct.new",
     1: "struct.new_default",
@@ -42,7 +47,16 @@ _GC_OPERATORS = {
     28: "ref.i31",
 }
 
-_INVALID = _Operand(None, None, "is not a valid constant expression")
+
+class _Operand(NamedTuple):
+    """A value on the stack of an expression, or the reason why it is unknown."""
+
+    type: str | None = None
+    value: int | None = None
+    reason: str | None = None
+
+
+_INVALID = _Operand(reason="is not a valid constant expression")
 
 
 def read_expression(reader: Reader, known: Sequence[Global]) -> Expression:
@@ -50,37 +64,50 @@ def read_expression(reader: Reader, known: Sequence[Global]) -> Expression:
     start = reader.position
     stack: list[_Operand] = []
     functions: list[int] = []
-    while (opcode := reader.byte()) != 0x0B:
+    while (opcode := reader.byte()) != _END:
         if opcode in _ARITHMETIC:
             right = stack.pop() if stack else _INVALID
             left = stack.pop() if stack else _INVALID
             stack.append(_calculate(opcode, left, right))
-        elif opcode == 0x41:
-            stack.append(_Operand("i32", reader.signed(32) & 0xFFFFFFFF, None))
-        elif opcode == 0x42:
-            stack.append(_Operand("i64", reader.signed(64) & 0xFFFFFFFFFFFFFFFF, None))
-        elif opcode in _FLOATS:
-            kind, byte_size = _FLOATS[opcode]
-            stack.append(_Operand(kind, int.from_bytes(reader.take(byte_size), "little"), None))
-        elif opcode == 0xFD and reader.u32() == _V128_CONST:
-            stack.append(_Operand("v128", int.from_bytes(reader.take(16), "little"), None))
-        elif opcode == 0x23:
+        elif opcode == _GLOBAL_GET:
             stack.append(_global(reader.u32(), known))
-        elif opcode == 0xD2:
+        elif opcode == _REF_FUNC:
             functions.append(reader.u32())
-            stack.append(_Operand(None, None, "is made by ref.func"))
+            stack.append(_Operand(reason="is made by ref.func"))
         else:
-            stack.append(_Operand(None, None, f"is made by {_skip_operator(reader, opcode)}"))
+            stack.append(_read_constant(reader, opcode))
     result = stack[0] if len(stack) == 1 else _only_reason(stack)
-    return Expression(
-        reader.since(start), result.type, result.value, result.reason, tuple(functions)
-    )
+    return Expression(reader.since(start), *result, tuple(functions))
+
+
+def _read_constant(reader: Reader, opcode: int) -> _Operand:
+    """Read the immediates of a constant, or step over those of an operator that makes a reference."""
+    if opcode == _I32_CONST:
+        return _Operand("i32", reader.signed(32) & 0xFFFFFFFF)
+    if opcode == _I64_CONST:
+        return _Operand("i64", reader.signed(64) & 0xFFFFFFFFFFFFFFFF)
+    if opcode == _F32_CONST:
+        return _Operand("f32", int.from_bytes(reader.take(4), "little"))
+    if opcode == _F64_CONST:
+        return _Operand("f64", int.from_bytes(reader.take(8), "little"))
+    if opcode == _VECTOR and reader.u32() == _V128_CONST:
+        return _Operand("v128", int.from_bytes(reader.take(16), "little"))
+    if opcode == _REF_NULL:
+        read_heap_type(reader)
+        return _Operand(reason="is made by ref.null")
+    if opcode == _GC and (code := reader.u32()) in _GC_OPERATORS:
+        if code < 26:
+            reader.u32()
+        if code == 8:
+            reader.u32()
+        return _Operand(reason=f"is made by {_GC_OPERATORS[code]}")
+    raise NotUnderstood(f"a constant expression has the unknown operator 0x{opcode:02x}")
 
 
 def _only_reason(stack: list[_Operand]) -> _Operand:
     """Return the last reason on a stack whose operators were partly skipped."""
     reasons = [operand.reason for operand in stack if operand.reason]
-    return _Operand(None, None, reasons[-1]) if reasons else _INVALID
+    return _Operand(reason=reasons[-1]) if reasons else _INVALID
 
 
 def _calculate(opcode: int, left: _Operand, right: _Operand) -> _Operand:
@@ -92,33 +119,44 @@ def _calculate(opcode: int, left: _Operand, right: _Operand) -> _Operand:
             return _INVALID
     assert left.value is not None
     assert right.value is not None
-    return _Operand(kind, operation(left.value, right.value) % (1 << _BITS[kind]), None)
+    return _Operand(kind, operation(left.value, right.value) % (1 << _BITS[kind]))
 
 
 def _global(index: int, known: Sequence[Global]) -> _Operand:
     if index >= len(known):
-        return _Operand(None, None, f"is global {index}, which does not exist at this point")
+        return _Operand(reason=f"is global {index}, which does not exist at this point")
     initializer, kind = known[index].initializer, known[index].type
     if initializer is None:
-        return _Operand(None, None, f"is global {index}, which is imported")
+        return _Operand(reason=f"is global {index}, which is imported")
     if kind.mutable:
-        return _Operand(None, None, f"is global {index}, which is mutable")
+        return _Operand(reason=f"is global {index}, which is mutable")
     if initializer.value is None:
-        return _Operand(None, None, f"is global {index}, whose value is known only when it runs")
+        return _Operand(reason=f"is global {index}, whose value is known only when it runs")
     if initializer.type != kind.value.name:
         return _INVALID
-    return _Operand(initializer.type, initializer.value, None)
+    return _Operand(initializer.type, initializer.value)
 
 
-def _skip_operator(reader: Reader, opcode: int) -> str:
-    """Step over the immediates of an operator whose result is a reference; return its name."""
-    if opcode == 0xD0:
-        read_heap_type(reader)
-        return "ref.null"
-    if opcode == 0xFB and (code := reader.u32()) in _GC_OPERATORS:
-        if code < 26:
-            reader.u32()
-        if code == 8:
-            reader.u32()
-        return _GC_OPERATORS[code]
-    raise NotUnderstood(f"a constant expression has the unknown operator 0x{opcode:02x}")
+def encode_constant(kind: ValueType, value: int | None) -> bytes:
+    """Return the constant expression, with its `end`, whose result has the bits `value`.
+
+    Raises ValueError if the type has no such value: too many bits, a number for a reference, or
+    None for a number.
+    """
+    if kind.is_reference:
+        if value is not None or not kind.is_nullable:
+            raise ValueError(
+                f"a global of type {kind.name} can only be saved if it may be null and is"
+            )
+        heap_type = encode_heap_type(kind.name[len("(ref null ") : -1])
+        return bytes([_REF_NULL]) + heap_type + bytes([_END])
+    bits = _BITS[kind.name]
+    if value is None or not 0 <= value < 1 << bits:
+        raise ValueError(
+            f"a global of type {kind.name} is saved as {bits} bits, and not as {value}"
+        )
+    if kind.name in _FIXED:
+        return _FIXED[kind.name] + value.to_bytes(bits // 8, "little") + bytes([_END])
+    opcode = _I32_CONST if bits == 32 else _I64_CONST
+    signed = value - (value >> (bits - 1) << bits)
+    return bytes([opcode]) + signed_leb128(signed) + bytes([_END])

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from memslot_plugin.wasm.binary import NotUnderstood, Reader, encode_name, unsigned_leb128
-from memslot_plugin.wasm.constants import encode_constant
+from memslot_plugin.wasm.expressions import encode_constant
 from memslot_plugin.wasm.module import (
     SECTION_ORDER,
     DataSegment,
