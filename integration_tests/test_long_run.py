@@ -8,7 +8,6 @@ from collections.abc import Callable
 import pytest
 
 import memslot_plugin as memslot
-from memslot_plugin.memory.reset import ORDINARY
 from memslot_plugin.settings import MIB
 from memslot_plugin.tests.leaks import Footprint, count_objects
 from memslot_plugin.tests.profiles import LONG, examples
@@ -57,7 +56,6 @@ def test_long_run_leaves_the_process_as_it_was(
     with plain_cell.serving(slots=2, audit=0.0) as host:
         guests = [host.prepare(toy.A), host.prepare(toy.B)]
         serve(guests, WARM_UP)
-        ORDINARY.clear()  # one result per duration that was ever seen
         before, objects, blocks = Footprint.now(), count_objects(), sys.getallocatedblocks()
         serve(guests, times)
         after = Footprint.now()
@@ -66,7 +64,6 @@ def test_long_run_leaves_the_process_as_it_was(
         note("resident bytes more", after.resident - before.resident)
         if LONG:
             assert after.resident <= before.resident + 2 * MIB
-            ORDINARY.clear()
             assert sys.getallocatedblocks() <= blocks + 8_000
         statistics = host.statistics()
         (pool,) = statistics.pools

@@ -155,5 +155,11 @@ def finish(given: Any) -> None:
         KEPT.clear()
 
 
+OPENING = (
+    *("prepare", "prepare with init", "close a guest", "open a host", "close a host"),
+    *("snapshot", "fork", "close a fork"),
+)
+"""Verbs that an interrupt may leave half done: a host, guest, image or descriptor may stay open then."""
+
 COMPILE = ("close a fork", "snapshot", "fork", "prepare", "prepare with init", "close a guest")
 """Verbs that compile a module, which wasmer keeps for as long as its store lives."""

@@ -70,7 +70,7 @@ _HOMES = {
     "Probe": "memory.probe",
     "probe": "memory.probe",
     "Slot": "memory.slot",
-    "State": "memory.slot",
+    "State": "memory.region",
     "PluginInfo": "plugins",
     "Plugins": "plugins",
     "Settings": "settings",

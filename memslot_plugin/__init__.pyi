@@ -53,8 +53,8 @@ from memslot_plugin.memory.pool import Pool as Pool
 from memslot_plugin.memory.probe import Finding as Finding
 from memslot_plugin.memory.probe import Probe as Probe
 from memslot_plugin.memory.probe import probe as probe
+from memslot_plugin.memory.region import State as State
 from memslot_plugin.memory.slot import Slot as Slot
-from memslot_plugin.memory.slot import State as State
 from memslot_plugin.plugins import PluginInfo as PluginInfo
 from memslot_plugin.plugins import Plugins as Plugins
 from memslot_plugin.settings import Settings as Settings

@@ -10,7 +10,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NoReturn
 
 from memslot_hooks import hookimpl
-from memslot_hooks.types import Answer, LinearMemory, MemoryRequest, PoolStatistics, ResetResult
+from memslot_hooks.types import (
+    Answer,
+    Extent,
+    LinearMemory,
+    MemoryRequest,
+    PoolStatistics,
+    ResetResult,
+)
 from memslot_plugin.errors import MemoryTooLarge, SystemCallError, Unsupported, UsedAfterClose
 from memslot_plugin.memory import image as images
 from memslot_plugin.memory import layers
@@ -245,13 +252,13 @@ class MemfdAllocator(PoolAllocator):
     def memslot_build_image(self, content: InitialContent) -> Image | None:
         if self.pool is None:
             return None
-        pieces = [
-            images.Piece(each.offset, len(each.data), each.backing, each.file_offset)
+        extents = [
+            Extent(each.offset, len(each.data), each.file_offset, each.backing)
             for each in content.segments
             if isinstance(each.backing, Mapped)
         ]
-        if pieces and len(pieces) == len(content.segments):
-            return images.MemfdImage.of_pieces(content.name, pieces)
+        if extents and len(extents) == len(content.segments):
+            return images.MemfdImage.of_extents(content.name, extents)
         return self._layered(content) or images.MemfdImage(content.name, content)
 
     def _answers(self) -> Answer:

@@ -57,14 +57,15 @@ class InitialContent:
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """`length` bytes at `offset` of the linear memory and at `file_offset` of the image.
+    """`length` bytes at `offset` of a linear memory, stored at `file_offset` of `backing`; all page multiples.
 
-    All three are multiples of the page size.
+    `backing` is None before an image is built, or if the plugin does not tell.
     """
 
     offset: int
     length: int
     file_offset: int
+    backing: Any = field(default=None, compare=False, repr=False)
 
 
 @runtime_checkable

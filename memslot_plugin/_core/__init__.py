@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 from memslot_plugin._core import _lib as _lib  # tells mypy that this is a module
-from memslot_plugin._core import _watched as _watched
+from memslot_plugin._core import _region as _region
 from memslot_plugin._core.limits import system_call_error
 
-if TYPE_CHECKING:
-    from memslot_hooks.types import ResetResult
+_log = logging.getLogger("memslot.core")
 
 ffi: Any = _lib.ffi
 lib: Any = _lib.lib
-Watched = _watched.Watched
-"""The base class of a slot (watched.c)."""
-read = _watched.read
+FastRegion = _region.Region
+"""The base class of a region (region.c)."""
+read = _region.read
 """Copy bytes of a wasmtime memory within one entry; returns them, or the flag (`enum ms_wt_flag`) that refused."""
 
 PAGE_SIZE: int = lib.ms_page_size()
@@ -63,15 +64,27 @@ def inject(call: str, *, skip: int = 0, error: int) -> None:
     check(lib.ms_inject(CALLS.index(call), skip, error), "ms_inject")
 
 
-def install_resets(
-    dirty: object, clean: object, unknown: object, results: Mapping[int, ResetResult]
-) -> None:
-    """Tell `Watched` the states of a slot, and the result of a reset for each answer of ms_reset_fast."""
+def install_fast_path(dirty: object, clean: object, result_type: type) -> None:
+    """Tell `FastRegion` two states of a slot and the type of a reset's result."""
     reset, copy = (
         int(ffi.cast("uintptr_t", ffi.addressof(lib, name)))
         for name in ("ms_reset_fast", "ms_wt_copy")
     )
-    _watched.install(reset, copy, dirty, clean, unknown, results)
+    _region.install(reset, copy, dirty, clean, result_type)
+
+
+leaks: Counter[str] = Counter()
+"""Ranges and descriptors that the kernel refused to take back."""
+
+
+def leak(result: int, what: str) -> None:
+    """Log and count what stays mapped or open if `result` is a negated errno; nothing is tried again.
+
+    No tenant can reach it: an address range is inaccessible or pristine, and a descriptor is ours.
+    """
+    if result < 0:
+        leaks[what] += 1
+        _log.error("leaked %s: %s", what, os.strerror(-result))
 
 
 _after_fork: list[Callable[[], None]] = []

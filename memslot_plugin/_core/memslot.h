@@ -188,13 +188,16 @@ int ms_reset_copy(const ms_memory *memory, size_t keep_pages, ms_reset_report *r
  * dropped, or -errno. `pagemap` is an open /proc/self/pagemap. */
 int64_t ms_reset_pagemap(int pagemap, const ms_memory *memory, size_t keep_pages, ms_reset_report *report);
 
-/* The answer of ms_reset_fast, plus errno if the reset failed, for a reset that Python has to look at. */
-static const int64_t MS_SLOW = 4611686018427387904; /* 2**62 */
+/* Answers about the fast path; Python passes MS_NOT_TRIED on where there was no reset yet. */
+enum ms_reset_answer {
+    MS_FAST,      /* reset, and within the limits */
+    MS_SLOW,      /* reset, and Python has to look at the report */
+    MS_NOT_TRIED,
+};
 
 /* Resets as ms_reset_pagemap does, with ms_pagemap() and the slot's limits, comparing only each `compare_every`-th time.
- * Within the limits the answer says everything: pages restored in bits 32 to 61, and the duration in units of 32 ns below.
- * Otherwise the answer is MS_SLOW or more, and the report has the rest. */
-int64_t ms_reset_fast(ms_slot *slot);
+ * Returns MS_FAST, MS_SLOW, or -errno. */
+int ms_reset_fast(ms_slot *slot);
 /* Returns by how many nanoseconds the scans took longer than the private pages explain. */
 int64_t ms_unexplained_ns(const ms_reset_report *report, const ms_reset_limits *limits);
 

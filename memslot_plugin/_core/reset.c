@@ -361,19 +361,19 @@ int ms_reset_copy(const ms_memory *memory, size_t keep_pages, ms_reset_report *r
     return failed;
 }
 
-static int64_t reset_by_scan(int pagemap, const ms_memory *memory, size_t keep_pages, int compare, int split,
+static int reset_by_scan(int pagemap, const ms_memory *memory, size_t keep_pages, int compare, int split,
                              ms_reset_report *report, void (*before_long)(void))
 {
     search s = {.pagemap = pagemap, .base = memory->base, .image_end = image_end(memory), .keep_pages = keep_pages,
                 .compare = compare, .restores = 1, .walk = {memory, 0}, .report = report, .before_long = before_long};
     s.mapped_end = memory->copied ? 0 : s.image_end;
-    int failed = search_all(&s, memory->accessible, split);
-    return failed ? failed : (int64_t)(report->dirty_pages + report->dropped_pages);
+    return search_all(&s, memory->accessible, split);
 }
 
 int64_t ms_reset_pagemap(int pagemap, const ms_memory *memory, size_t keep_pages, ms_reset_report *report)
 {
-    return reset_by_scan(pagemap, memory, keep_pages, 1, 0, report, NULL);
+    int failed = reset_by_scan(pagemap, memory, keep_pages, 1, 0, report, NULL);
+    return failed ? failed : (int64_t)(report->dirty_pages + report->dropped_pages);
 }
 
 int64_t ms_unexplained_ns(const ms_reset_report *report, const ms_reset_limits *limits)
@@ -384,21 +384,20 @@ int64_t ms_unexplained_ns(const ms_reset_report *report, const ms_reset_limits *
     return (int64_t)report->scan_nanoseconds - (int64_t)(explained / 1000);
 }
 
-int64_t ms_reset_fast(ms_slot *slot)
+int ms_reset_fast(ms_slot *slot)
 {
     const ms_reset_limits *limits = slot->limits;
     ms_reset_report *report = &slot->report;
     int pagemap = ms_pagemap();
     if (pagemap < 0)
-        return MS_SLOW - pagemap;
+        return pagemap;
     int split = report->anonymous_pages >= WORTH_A_SCAN; /* as the latest reset found */
     int compare = limits->compare_every && slot->resets_since_compare + 1 >= limits->compare_every;
-    int64_t pages = reset_by_scan(pagemap, &slot->memory, limits->keep_pages, compare, split, report, slot->before_long);
+    int failed = reset_by_scan(pagemap, &slot->memory, limits->keep_pages, compare, split, report, slot->before_long);
     slot->resets_since_compare = compare ? 0 : slot->resets_since_compare + 1;
-    if (pages < 0)
-        return MS_SLOW - pages;
-    uint64_t ticks = report->nanoseconds / 32;
+    if (failed)
+        return failed;
     int within = report->private_pages - report->dirty_pages < limits->idle_pages && report->dropped_pages == 0 &&
-                 ms_unexplained_ns(report, limits) < limits->unexplained_ns && ticks <= UINT32_MAX && pages < 1 << 30;
-    return within ? pages << 32 | (int64_t)ticks : MS_SLOW;
+                 ms_unexplained_ns(report, limits) < limits->unexplained_ns;
+    return within ? MS_FAST : MS_SLOW;
 }

@@ -12,8 +12,9 @@ from memslot_plugin.bench.runner import CLOCK
 from memslot_plugin.memory.image import MemfdImage
 from memslot_plugin.memory.pool import Pool
 from memslot_plugin.memory.probe import pagemap_descriptor
+from memslot_plugin.memory.region import State
 from memslot_plugin.memory.reset import Reset, choose
-from memslot_plugin.memory.slot import Slot, State
+from memslot_plugin.memory.slot import Slot
 from memslot_plugin.settings import MIB, fields
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import reduction
 from typing import Any
 
+from memslot_hooks.types import Extent
 from memslot_plugin._core import lib
 from memslot_plugin.bench import guests
 from memslot_plugin.bench.baseline import chosen
@@ -25,7 +26,7 @@ from memslot_plugin.bench.runner import CLOCK, Bench, Subject
 from memslot_plugin.errors import MemslotError
 from memslot_plugin.hosts import Guest, open_host
 from memslot_plugin.memory.backing import Memfd
-from memslot_plugin.memory.image import MemfdImage, Piece
+from memslot_plugin.memory.image import MemfdImage
 from memslot_plugin.settings import MIB
 
 NAME = "scaling"
@@ -166,8 +167,8 @@ class _Passed:
 
 
 def _received(passed: Any) -> _Passed:
-    piece = Piece(0, GUEST, Memfd("received", passed.detach(), GUEST), 0)
-    return _Passed(MemfdImage.of_pieces("received", [piece]))
+    extent = Extent(0, GUEST, 0, Memfd("received", passed.detach(), GUEST))
+    return _Passed(MemfdImage.of_extents("received", [extent]))
 
 
 def _processes(image: MemfdImage, method: str) -> Work:

@@ -30,7 +30,7 @@ from memslot_plugin.errors import MemslotError
 from memslot_plugin.hosts import available_hosts, open_host
 from memslot_plugin.hosts.builtin import load_plugins
 from memslot_plugin.hosts.versions import installed_version
-from memslot_plugin.memory.pool import MAPPINGS_PER_SLOT
+from memslot_plugin.memory.inventory import MAPPINGS_PER_SLOT
 from memslot_plugin.memory.probe import Finding, Probe, probe
 from memslot_plugin.plugins import Plugins
 from memslot_plugin.settings import Settings

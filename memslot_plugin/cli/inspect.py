@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from memslot_hooks.types import Extent, InitialContent
+from memslot_hooks.types import InitialContent
 from memslot_plugin._core import PAGE_SIZE
 from memslot_plugin.cli.options import json_option, key_option, settings_options
 from memslot_plugin.cli.output import Output, byte_size, console, write_json
@@ -32,6 +32,15 @@ SHOWN = 20
 
 
 @dataclass(frozen=True, slots=True)
+class Stored:
+    """`length` bytes at `offset` of a memory, which the image stores at `file_offset`."""
+
+    offset: int
+    length: int
+    file_offset: int
+
+
+@dataclass(frozen=True, slots=True)
 class ImageLayout:
     """The image of one memory: the range that it spans, and the extents in it."""
 
@@ -39,7 +48,7 @@ class ImageLayout:
     start: int
     end: int
     stored_bytes: int
-    extents: tuple[Extent, ...]
+    extents: tuple[Stored, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +112,8 @@ def _layout(memory: int, content: InitialContent) -> ImageLayout:
     extents = extents_of(content)
     start = extents[0].offset if extents else 0
     end = extents[-1].offset + extents[-1].length if extents else 0
-    return ImageLayout(memory, start, end, sum(extent.length for extent in extents), extents)
+    stored = tuple(Stored(each.offset, each.length, each.file_offset) for each in extents)
+    return ImageLayout(memory, start, end, sum(each.length for each in stored), stored)
 
 
 def _document(source: Source, verdicts: dict[str, Verdict]) -> dict[str, Any]:

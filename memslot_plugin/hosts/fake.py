@@ -7,6 +7,7 @@ same hooks as anywhere, and every access from a function goes through the bounds
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Collection, Mapping
 from threading import get_ident
 from typing import Any, Literal
@@ -46,7 +47,8 @@ class FakeHost(Host):
             assert isinstance(live, FakeLive)
             if (live.held or live.running) and live.thread != get_ident():
                 self._unlist(live)
-                live.held, live.running, live.ended = 0, 0, True
+                live.held, live.ended = 0, True
+                live.entries.clear()
 
     def _assemble(self, text: str) -> bytes:
         raise InvalidModule("the fake host has no assembler; give it the bytes of a module")
@@ -65,6 +67,10 @@ class FakeHost(Host):
         return FakeLive(self, guest, memories)
 
 
+class _Entry:
+    """One call that runs: gone with its frame, also if an exception comes before the call's last line."""
+
+
 class FakeLive(Live):
     """A live fake instance, and what its functions get: `read`, `write` and `grow` on its own
     memories.
@@ -76,6 +82,12 @@ class FakeLive(Live):
         self.memories = memories
         self.thread = 0
         """The thread that was inside last."""
+        self.entries: weakref.WeakSet[_Entry] = weakref.WeakSet()
+
+    @property
+    def running(self) -> int:  # type: ignore[override]
+        """The number of calls that run."""
+        return len(self.entries)
 
     def hold(self, generation: int, key: int, *, alone: bool = False) -> None:
         self.thread = get_ident()
@@ -110,14 +122,15 @@ class FakeLive(Live):
             ) from None
 
         def call(generation: int, *arguments: Any) -> Any:
-            inside = False
+            entry = _Entry()
+            self.entries.add(entry)
+            self.thread = get_ident()
             try:
-                self.thread, self.running, inside = get_ident(), self.running + 1, True
                 if generation != self.admits or self.ended:
                     self.refuse(generation)
                 return implementation(self, *arguments)
             finally:
-                self.running -= inside
+                self.entries.discard(entry)
 
         return call
 

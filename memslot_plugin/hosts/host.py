@@ -634,6 +634,7 @@ class Host(abc.ABC):
             )
         for live in self._listed():
             self._end_or_log(live)
+        self._end_dropped()  # a collection since may have cleared the references that were listed
         for guest in self._guests.listed():
             guest.close()
         self._closed = True

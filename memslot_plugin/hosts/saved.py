@@ -39,7 +39,14 @@ from memslot_plugin.files.share import SharedGuest
 from memslot_plugin.guest import plan as guests
 from memslot_plugin.guest import portable
 from memslot_plugin.memory import image as images
-from memslot_plugin.memory.backing import Backing, File, Held, Holder, new_memfd, why_it_may_change
+from memslot_plugin.memory.backing import (
+    Backing,
+    File,
+    HeapBacking,
+    Holder,
+    new_memfd,
+    why_it_may_change,
+)
 
 if TYPE_CHECKING:
     from memslot_plugin.hosts.guest import Guest
@@ -122,13 +129,13 @@ def _packed(image: images.Image, pieces: list[memoryview]) -> list[Stored]:
     """The extents one after the other, behind what is in `pieces` already; neighbours become one."""
     stored: list[Stored] = []
     at = sum(map(len, pieces))
-    for offset, length, backing, file_offset in image.pieces:
-        if stored and stored[-1].offset + stored[-1].length == offset:
-            stored[-1] = stored[-1]._replace(length=stored[-1].length + length)
+    for each in image.extents:
+        if stored and stored[-1].offset + stored[-1].length == each.offset:
+            stored[-1] = stored[-1]._replace(length=stored[-1].length + each.length)
         else:
-            stored.append(Stored(offset, length, 0, at))
-        pieces.append(backing.view(file_offset, length))
-        at += length
+            stored.append(Stored(each.offset, each.length, 0, at))
+        pieces.append(each.backing.view(each.file_offset, each.length))
+        at += each.length
     return stored
 
 
@@ -174,7 +181,7 @@ def share(guest: Guest) -> SharedGuest:
             files: dict[Backing, int] = {}
             stored: dict[int, list[Stored]] = {}
             for index, image in found.items():
-                if all(backing.fd >= 0 for backing in image.backings):
+                if all(each.backing.fd >= 0 for each in image.extents):
                     stored[index] = _in_files(image, files)
                 else:
                     stored[index] = _packed(image, pieces)
@@ -195,8 +202,13 @@ def share(guest: Guest) -> SharedGuest:
 def _in_files(image: images.Image, files: dict[Backing, int]) -> list[Stored]:
     """The pieces of an image whose files are passed on; new ones are numbered in `files`."""
     return [
-        Stored(offset, length, files.setdefault(backing, len(files) + 1), file_offset)
-        for offset, length, backing, file_offset in image.pieces
+        Stored(
+            each.offset,
+            each.length,
+            files.setdefault(each.backing, len(files) + 1),
+            each.file_offset,
+        )
+        for each in image.extents
     ]
 
 
@@ -271,7 +283,7 @@ def _received(fd: int, label: str, byte_size: int) -> tuple[Backing, str | None]
         if isinstance(error, SystemCallError):
             raise
         raise system_call_error(error.errno or 0, f"attaching {label}") from None
-    return Held(byte_size, container.copied(fd, label, byte_size)), why
+    return HeapBacking(byte_size, container.copied(fd, label, byte_size)), why
 
 
 # Loading
@@ -331,9 +343,7 @@ def _record(
     trusted: bool,
 ) -> None:
     """Note how the guest came out of a file, or several."""
-    ours = {
-        backing for image in guest.images.values() for backing in getattr(image, "backings", ())
-    }
+    ours = {each.backing for image in guest.images.values() for each in image.extents}
     if why_copied is None and ours.isdisjoint(files.values()):
         mapped = any(found.images.values())
         why_copied = "the plugin copies images" if mapped else "there is nothing to map"

@@ -1,12 +1,11 @@
-"""When a slot's kept pages have become too dear: rent or buy, for pages.
+"""The decision when a slot's kept pages have become too dear: rent or buy, for pages.
 
 A reset by pagemap keeps private pages resident, so that the next request does not fault them in
-again.  Keeping has a rent: each later reset scans and compares every kept page, also those that
-nobody touches any more, and scans pages that were only read. Dropping them all has a price: the
-drop itself, and the faults of the pages that are needed again.  As in the ski-rental problem
-(Karlin, Manasse, Rudolph, Sleator 1988), whoever pays rent until it equals the price pays at most
-twice what somebody who knows the future pays.  Nothing here touches memory: numbers in, a decision
-out.
+again.  Keeping has a rent: each later reset scans and compares every kept page, also those that are
+not touched any more, and scans pages that were only read. Dropping them all has a price: the drop
+itself, and the faults of the pages that are needed again.  As in the ski-rental problem (Karlin,
+Manasse, Rudolph, Sleator 1988), paying rent until it equals the price costs at most twice the
+cheaper choice.  Nothing here touches memory: numbers in, a decision out.
 """
 
 from __future__ import annotations
@@ -16,35 +15,36 @@ from typing import TYPE_CHECKING
 from memslot_plugin._core import ffi
 
 if TYPE_CHECKING:
-    from memslot_plugin.memory.probe import Prices
+    from memslot_plugin.memory.prices import Prices
 
 FEW_PAGES = 16
 """Fewer idle pages than this are never worth a decision."""
 
 FORGET = 0.99
-"""What a lesson about needed pages keeps of their number per reset, so that it is checked again after
-a hundred or more.
-"""
+"""The part of a lesson's number of needed pages that each reset keeps: after a hundred or more it is checked again."""
 
 MARGIN = 1.25
-"""How much more than a lesson showed is still taken for needed: requests differ a little."""
+"""The factor on a lesson's pages up to which pages count as needed: requests differ a little."""
 
 FEW_OF_PRIVATE = 1 / 8
-"""Nor are read pages that are fewer than this part of the private ones: the duration of a scan is known no better."""
+"""Read pages below this share of the private ones are ignored; scan times are not precise enough to see them."""
 
 COMPARE_EVERY = 7
-"""While nothing is idle, how often that is looked at again: putting a page back blindly costs less than comparing it.
+"""Resets per comparison while no page is idle: restoring a page blindly costs less than comparing it.
+
 Odd, so that a workload of two alternating requests shows both.
 """
 
 LESSONS = 2
-"""Resets after a flush whose read pages are taken for what the guest really needs.  Of the pages that were written
-and are as they were, those of the first reset alone: later ones add what only that request wrote.
+"""Resets after a flush whose read pages count as needed.
+
+Of the pages that were written and are as they were, only those of the first such reset count: later ones add what
+only their own request wrote.
 """
 
 
 class History:
-    """What one slot's resets have shown; `observe` is called after each reset by pagemap that was no ordinary one."""
+    """The resets of one region so far; `observe` is called after each reset by pagemap on the slow path."""
 
     __slots__ = (
         "_floor",
@@ -67,12 +67,10 @@ class History:
                 "compare_every": 1,
                 "scan_price": int(1000 * prices.scan),
                 "file_page_price": int(1000 * prices.scan_page),
-                "anonymous_page_price": int(1000 * prices.scan_plain_page),
+                "anonymous_page_price": int(1000 * prices.scan_anonymous_page),
             },
         )
-        """What the core takes for an ordinary reset, which need not be observed: one of which no rent
-        is due.
-        """
+        """The limits within which the core need not ask: no rent is due."""
         self._forget()
 
     def _forget(self) -> None:
@@ -85,13 +83,14 @@ class History:
         self._lessons = 0
 
     def observe(self, private: int, dirty: int, unexplained_ns: int) -> str:
-        """Note a reset that kept `private` pages, of which `dirty` had been written; the reason for
-        a flush now, or "".
+        """Note a reset that kept `private` pages, of which `dirty` had been written.
 
-        Pages that were only read are not listed by the scan, but they slow it down: how much longer
-        it took than its private pages explain tells how many there are.  A page that each request
-        writes and leaves as it was, a count that goes up and down again, looks idle; a flush shows
-        that it is needed.
+        Return the reason to flush the region now, or "".
+
+        Pages that were only read are not listed by the scan, but they slow it down: the time that
+        private pages do not explain, `unexplained_ns`, tells how many there are.  A page that each
+        request writes and leaves as it was, such as a count that goes up and down again, looks idle; a
+        flush shows that it is needed.
         """
         prices = self._prices
         idle = private - dirty

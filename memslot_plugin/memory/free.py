@@ -1,10 +1,10 @@
-"""Idle slots, and which of them is handed out next."""
+"""The free list: clean slots without a lease, and the choice of the one that is handed out next."""
 
 from __future__ import annotations
 
 import collections
 import random
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,11 +13,12 @@ if TYPE_CHECKING:
 STRATEGIES = ("affinity", "next-available", "random")
 
 
-class Shelf:
-    """Idle slots of one shape, and which of them comes next.
+class FreeList:
+    """Slots of one shape; iterated from the next to go to the most recently used one.
 
-    Each idle slot is in `_order` (least recently used first); `_by_affinity` finds the most
-    recently returned one of a guest. All operations are O(1) except the random pick and the purge.
+    Each operation is O(1), but a random choice and an iteration.  Not safe for threads: the pool's
+    lock protects it.  An exception between two lines leaves a free slot in one of the two containers,
+    from which it is handed out like any other.
     """
 
     def __init__(self, strategy: str, max_unused_warm: int) -> None:
@@ -25,35 +26,42 @@ class Shelf:
         self._max_unused_warm = max_unused_warm
         self._order: collections.OrderedDict[Slot, None] = collections.OrderedDict()
         self._by_affinity: dict[Hashable, dict[Slot, None]] = {}
+        """The slots of `_order` by the guest that used them last, its latest one last."""
 
     def __len__(self) -> int:
         return len(self._order)
 
-    def listed(self) -> list[Slot]:
-        """Every slot on the shelf, the next to go first."""
-        return list(self._order)
+    def __iter__(self) -> Iterator[Slot]:
+        return iter(list(self._order))
 
     def put(self, slot: Slot, *, next_to_go: bool = False) -> None:
-        """Lay a slot on the shelf, as the most recently used one or as the next to go."""
+        """Add a slot as the most recently used one, or as the next to go."""
+        self._by_affinity.setdefault(slot.affinity, {})[slot] = None
         self._order[slot] = None
         if next_to_go:
             self._order.move_to_end(slot, last=False)
-        own = self._by_affinity.get(slot.affinity)
-        if own is None:
-            own = self._by_affinity[slot.affinity] = {}
-        own[slot] = None
 
-    def choose(self, affinity: Hashable, can_create: Callable[[], bool]) -> Slot | None:
-        """The slot that the strategy would hand out next, or None for "make a new one"; it stays on the shelf."""
+    def take(self, affinity: Hashable, *, room: bool) -> Slot | None:
+        """Remove and return the slot that the strategy hands out next, or None for "make a new one".
+
+        `room` is true if a new one can be made.
+        """
+        slot = self._choose(affinity, room)
+        if slot is not None:
+            self.discard(slot)
+        return slot
+
+    def _choose(self, affinity: Hashable, room: bool) -> Slot | None:
         if self._strategy == "affinity":
-            own = self._by_affinity.get(affinity)
-            if own:
-                return next(reversed(own))
-            oldest = self.oldest()
-            purged = oldest is not None and oldest.affinity is None  # as good as a new one
-            if not purged and len(self._order) < self._max_unused_warm and can_create():
+            slot = self.latest(affinity) or self.oldest()
+            if (
+                room
+                and slot is not None
+                and slot.affinity not in (affinity, None)  # a purged slot is as good as a new one
+                and len(self._order) < self._max_unused_warm
+            ):
                 return None
-            return oldest
+            return slot
         if not self._order:
             return None
         if self._strategy == "random":
@@ -61,27 +69,20 @@ class Shelf:
         return next(reversed(self._order))
 
     def latest(self, affinity: Hashable) -> Slot | None:
-        """The slot on the shelf that was last used with this affinity."""
+        """Return the slot that was used last by the guest of this affinity, or None."""
         own = self._by_affinity.get(affinity)
         return next(reversed(own)) if own else None
 
     def oldest(self) -> Slot | None:
-        """The least recently used slot on the shelf."""
+        """Return the least recently used slot, or None."""
         return next(iter(self._order)) if self._order else None
 
     def discard(self, slot: Slot) -> None:
-        """Take this slot off the shelf, also one that stands there by half or not at all."""
-        self._order.pop(slot, None)
+        """Remove a slot; nothing happens if it is not here."""
+        # From its guest's slots first: left there alone by an exception, it would be handed out while it is leased.
         own = self._by_affinity.get(slot.affinity)
         if own is not None:
             own.pop(slot, None)
             if not own:
                 del self._by_affinity[slot.affinity]
-
-    def tidy(self) -> None:
-        """After whoever was changing the shelf is gone: no slot stands there by half."""
-        slots = self.listed()
-        self._order.clear()
-        self._by_affinity.clear()
-        for slot in slots:
-            self.put(slot)
+        self._order.pop(slot, None)

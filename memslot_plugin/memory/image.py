@@ -9,60 +9,44 @@ An image is compared by identity, never by its descriptor's number, which the ke
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from memslot_hooks.types import Extent, InitialContent, Segment
 from memslot_plugin._core import PAGE_SIZE, align_up, ffi, lib
-from memslot_plugin.errors import SystemCallError, UsedAfterClose
-from memslot_plugin.memory.backing import Backing, Held, Memfd, new_bytes
+from memslot_plugin.errors import UsedAfterClose
+from memslot_plugin.memory.backing import Backing, HeapBacking, Memfd, new_bytes
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 MIN_GAP = 16 * PAGE_SIZE
-"""Interior zero runs shorter than this stay in the file: each further extent costs a mapping (VMA)
-per slot.
-"""
-
-_CHUNK = 1 << 20
-"""Bytes that are looked at together for pages that are not zero."""
+"""Interior zero runs shorter than this stay in the file: each further extent costs a mapping (VMA) per slot."""
 
 MAX_EXTENTS = 16
-"""With more runs than this the gaps are widened until they fit: a slot may not eat the process's
-map count.
-"""
+"""With more runs than this the gaps are widened until they fit: a slot may not eat the process's map count."""
 
-
-class Piece(NamedTuple):
-    """`length` bytes at `offset` of a linear memory, which are those at `file_offset` of the backing."""
-
-    offset: int
-    length: int
-    backing: Backing
-    file_offset: int
+_CHUNK = 1 << 20
+"""Bytes that are searched together for pages that are not zero."""
 
 
 class Image:
-    """The initial contents of one linear memory: page-aligned extents over zeros (abstract; see the
-    two kinds).
+    """The initial contents of one linear memory: page-aligned extents over zeros (abstract; see the two kinds).
 
-    `byte_size` is where the last extent ends (0 for an image of only zeros, which is still an
-    image), `extents` are in ascending order and do not overlap, and `backings` are what each of them
-    lies in.  `inherited_bytes` of them lie in what another image brought, on which this one is
-    layered.  A closed image cannot be laid again; what it holds is given back when the last slot
-    that it lies in has let go of it, because a reset still needs it until then.
+    `byte_size` is where the last extent ends (0 for an image of only zeros, which is still an image),
+    `extents` are in ascending order and do not overlap.  `inherited_bytes` of them lie in backings of
+    another image, on which this one is layered.  A closed image cannot be mapped again; its bytes are
+    given back when the last slot that has it mapped releases it, because a reset still needs them until then.
     """
 
     kind = "abstract"
     copied: ClassVar[bool] = False
-    """Whether the extents are copied onto a slot and not mapped."""
+    """True if the extents are copied onto a slot and not mapped."""
 
     __slots__ = (
         "__weakref__",
-        "_held",
-        "_holders",
-        "backings",
+        "_backings",
+        "_slots",
         "c_count",
         "c_extents",
         "closed",
@@ -74,59 +58,56 @@ class Image:
     def __init__(self, name: str, content: InitialContent | bytearray | bytes | memoryview) -> None:
         self.name = name
         runs, extents = _laid_out(content)
-        pieces: list[Piece] = []
         if extents:
             backing = self._store(_packed(runs, extents))
-            pieces = [
-                Piece(each.offset, each.length, backing, each.file_offset) for each in extents
-            ]
-        self._compose(pieces, ())
+            extents = tuple(replace(extent, backing=backing) for extent in extents)
+        self._compose(extents, ())
 
     @classmethod
-    def of_pieces(
-        cls, name: str, pieces: Sequence[Piece], inherited: Collection[Backing] = ()
+    def of_extents(
+        cls, name: str, extents: Sequence[Extent], inherited: Collection[Backing] = ()
     ) -> Self:
-        """An image of pieces in ascending order; `inherited` are the backings that are not its own."""
+        """Make an image of extents in ascending order, with backings; `inherited` are those of another image."""
         image = cls.__new__(cls)
         image.name = name
-        image._compose(pieces, inherited)  # noqa: SLF001 - of our own class
+        image._compose(extents, inherited)  # noqa: SLF001 - of our own class
         return image
 
     @classmethod
     def layered(
-        cls, name: str, kept: Sequence[Piece], own: Sequence[tuple[int, bytes | memoryview]]
+        cls, name: str, kept: Sequence[Extent], own: Sequence[tuple[int, bytes | memoryview]]
     ) -> Self:
-        """An image of what it inherits, and of bytes of its own at their offsets, whole pages but for the
-        end of the last; none of all these overlap.
+        """Make an image of another one's extents and of bytes of its own at their offsets.
+
+        Own bytes are whole pages but for the end of the last; none of all these overlap.
         """
         image = cls.__new__(cls)
         image.name = name
-        pieces, packed, at = list(kept), [], 0
+        extents, packed, at = list(kept), [], 0
         for _, data in own:
             packed.append((at, memoryview(data)))
             at += align_up(len(data))
         if packed:
             backing = image._store(packed)  # noqa: SLF001 - of our own class
             for (offset, data), (file_offset, _) in zip(own, packed, strict=True):
-                pieces.append(Piece(offset, align_up(len(data)), backing, file_offset))
-        image._compose(sorted(pieces), {piece.backing for piece in kept})  # noqa: SLF001 - as above
+                extents.append(Extent(offset, align_up(len(data)), file_offset, backing))
+        extents.sort(key=lambda extent: extent.offset)
+        image._compose(extents, {extent.backing for extent in kept})  # noqa: SLF001 - as above
         return image
 
-    def _compose(self, pieces: Sequence[Piece], inherited: Collection[Backing]) -> None:
-        pieces = _merged(pieces)
-        self.extents = tuple(Extent(each.offset, each.length, each.file_offset) for each in pieces)
-        self.backings = tuple(each.backing for each in pieces)
-        self.inherited_bytes = sum(each.length for each in pieces if each.backing in inherited)
-        self.c_extents: Any = ffi.new("ms_extent[]", max(len(pieces), 1))
-        self.c_count = len(pieces)
-        for c_extent, each in zip(self.c_extents, pieces, strict=False):
+    def _compose(self, extents: Sequence[Extent], inherited: Collection[Backing]) -> None:
+        self.extents = tuple(_merged(extents))
+        self.inherited_bytes = sum(each.length for each in extents if each.backing in inherited)
+        self.c_count = len(self.extents)
+        self.c_extents: Any = ffi.new("ms_extent[]", max(self.c_count, 1))
+        for c_extent, each in zip(self.c_extents, self.extents, strict=False):
             c_extent.offset, c_extent.length = each.offset, each.length
             c_extent.file_offset, c_extent.fd = each.file_offset, each.backing.fd
             c_extent.bytes = ffi.cast("uint8_t *", each.backing.address + each.file_offset)
         self.closed = False
-        self._holders: set[int] = set()
-        self._held = list(dict.fromkeys(self.backings))
-        for backing in self._held:
+        self._slots: set[int] = set()
+        self._backings = list(dict.fromkeys(each.backing for each in self.extents))
+        for backing in self._backings:
             backing.acquire(self)
 
     def _store(self, pieces: list[tuple[int, memoryview]]) -> Backing:
@@ -135,64 +116,45 @@ class Image:
 
     @property
     def byte_size(self) -> int:
-        """Where the last extent ends, in bytes; 0 for an image of only zeros."""
+        """The end of the last extent, in bytes; 0 for an image of only zeros."""
         return self.extents[-1].offset + self.extents[-1].length if self.extents else 0
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes that the image itself holds: without the zeros around and between its extents, and
-        without what it inherits.
-        """
+        """Bytes that the image itself stores: without zeros around its extents, and without what it inherits."""
         return sum(extent.length for extent in self.extents) - self.inherited_bytes
 
-    @property
-    def pieces(self) -> tuple[Piece, ...]:
-        """The extents with their backings."""
-        return tuple(
-            Piece(extent.offset, extent.length, backing, extent.file_offset)
-            for extent, backing in zip(self.extents, self.backings, strict=True)
-        )
-
-    def lay(self, base: int) -> int:
+    def map(self, base: int) -> int:
         """Put the extents onto the zeros at `base`; 0 or -errno."""
         raise NotImplementedError
 
-    def lift(self, base: int) -> int:
-        """Map zeros over the extents' ranges at `base`; 0 or -errno."""
-        # Also over a copied image: where MADV_DONTNEED is ignored, the next guest would see its bytes.
+    def unmap(self, base: int) -> int:
+        """Map zeros over the extents' ranges at `base`; 0 or -errno.
+
+        A copied image's, too: if MADV_DONTNEED is ignored (old user-mode qemu), dropping them would leave its bytes
+        to the next guest.
+        """
         return lib.ms_zero_extents(base, self.c_extents, self.c_count) if self.c_count else 0
 
-    def acquire(self, holder: object) -> None:
-        """A slot says that this image lies in it."""
-        self._holders.add(id(holder))
+    def acquire(self, slot: object) -> None:
+        """Note that a slot has this image mapped."""
+        self._slots.add(id(slot))
 
-    def release(self, holder: object) -> None:
-        """A slot says that this image no longer lies in it."""
-        self._holders.discard(id(holder))
-        if self.closed and not self._holders:
+    def release(self, slot: object) -> None:
+        """Note that a slot does not have this image mapped any more."""
+        self._slots.discard(id(slot))
+        if self.closed and not self._slots:
             self._free()
 
     def close(self) -> None:
-        """Give back what the image holds, now or when the last slot lets go of it; twice is a
-        no-op.
-        """
+        """Give the bytes back, now or when the last slot releases the image."""
         self.closed = True
-        if not self._holders:
+        if not self._slots:
             self._free()
 
     def _free(self) -> None:
-        """Let go of every backing, also when one of them cannot be given back; twice is a no-op."""
-        failure: SystemCallError | None = None
-        for backing in tuple(self._held):
-            try:
-                backing.release(self)
-            except SystemCallError as error:
-                failure = failure or error  # closing again tries again
-            else:
-                with suppress(ValueError):  # another slot let go at once, on another thread
-                    self._held.remove(backing)
-        if failure is not None:
-            raise failure
+        for backing in self._backings:
+            backing.release(self)
 
     def require_open(self) -> None:
         """Raise UsedAfterClose if the image was closed."""
@@ -212,8 +174,7 @@ class Image:
 class MemfdImage(Image):
     """An image in a sealed memfd (memfd_create(2), Linux >= 3.17), or in a file that it was loaded from.
 
-    One descriptor and one read-only mapping per image, none per slot.  The view is what a reset
-    copies back from.
+    One descriptor and one read-only mapping per image, none per slot.  A reset copies back from that mapping.
     """
 
     kind = "memfd"
@@ -225,14 +186,13 @@ class MemfdImage(Image):
 
     @property
     def fd(self) -> int:
-        """The descriptor of the first extent, or -1 for an image of only zeros."""
+        """The descriptor of the first extent, or -1 for an image of only zeros; raises UsedAfterClose."""
         self.require_open()
-        return self.backings[0].fd if self.backings else -1
+        return self.extents[0].backing.fd if self.extents else -1
 
-    def lay(self, base: int) -> int:
+    def map(self, base: int) -> int:
         """Map the extents copy-on-write; 0 or -errno."""
-        failed: int = lib.ms_map_extents(base, self.c_extents, self.c_count)
-        return failed
+        return int(lib.ms_map_extents(base, self.c_extents, self.c_count))
 
 
 class BytesImage(Image):
@@ -244,36 +204,34 @@ class BytesImage(Image):
     __slots__ = ()
 
     def _store(self, pieces: list[tuple[int, memoryview]]) -> Backing:
-        return Held(_end(pieces), pieces)
+        return HeapBacking(_end(pieces), pieces)
 
-    def lay(self, base: int) -> int:
+    def map(self, base: int) -> int:
         """Copy the extents; 0."""
         lib.ms_copy_extents(base, self.c_extents, self.c_count)
         return 0
 
 
 def _end(pieces: list[tuple[int, memoryview]]) -> int:
-    """Where the last piece ends, in whole pages."""
+    """Return the end of the last piece, in whole pages."""
     offset, piece = pieces[-1]
     return align_up(offset + len(piece))
 
 
-def _merged(pieces: Sequence[Piece]) -> list[Piece]:
-    """The same with neighbours that are neighbours in their backing, too, as one: the kernel makes one
-    mapping of them.
-    """
-    merged: list[Piece] = []
-    for piece in pieces:
+def _merged(extents: Sequence[Extent]) -> list[Extent]:
+    """Join neighbours that are neighbours in their backing, too: the kernel makes one mapping (VMA) of them."""
+    merged: list[Extent] = []
+    for extent in extents:
         last = merged[-1] if merged else None
         if (
             last is not None
-            and last.backing is piece.backing
-            and last.offset + last.length == piece.offset
-            and last.file_offset + last.length == piece.file_offset
+            and last.backing is extent.backing
+            and last.offset + last.length == extent.offset
+            and last.file_offset + last.length == extent.file_offset
         ):
-            merged[-1] = last._replace(length=last.length + piece.length)
+            merged[-1] = replace(last, length=last.length + extent.length)
         else:
-            merged.append(piece)
+            merged.append(extent)
     return merged
 
 
@@ -282,14 +240,14 @@ _Runs = list[tuple[int, memoryview]]
 
 
 def extents_of(content: InitialContent | bytearray | bytes | memoryview) -> tuple[Extent, ...]:
-    """The extents that an image of this content has."""
+    """Return the extents that an image of this content has; their backing is None."""
     return _laid_out(content)[1]
 
 
 def span_of(content: InitialContent) -> int:
-    """Bytes from the first page that is not zero to the end of the last, which an image of this content spans.
+    """Return the bytes from the first page that is not zero to the end of the last, as an image spans them.
 
-    The segments begin with pages, in ascending order.  No more is read than the zeros outside of the span.
+    The segments are in ascending order and begin with pages.  Only the zeros outside of the span are read.
     """
     chunks = [
         (segment.offset + at, segment.data, at)
@@ -308,7 +266,7 @@ def span_of(content: InitialContent) -> int:
 
 
 def joined(runs: Sequence[tuple[int, int]], gap: int) -> list[tuple[int, int]]:
-    """Join the runs (start, end), which are in ascending order, that are closer than `gap`."""
+    """Join those of the ascending runs (start, end) that are closer than `gap`."""
     found: list[tuple[int, int]] = []
     for start, end in runs:
         if found and start - found[-1][1] < gap:
@@ -319,7 +277,7 @@ def joined(runs: Sequence[tuple[int, int]], gap: int) -> list[tuple[int, int]]:
 
 
 def few(runs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Join runs, which are in ascending order, until there are at most MAX_EXTENTS."""
+    """Join ascending runs (start, end) until there are at most MAX_EXTENTS."""
     gap = MIN_GAP
     found = joined(runs, gap)
     while len(found) > MAX_EXTENTS:
@@ -331,7 +289,7 @@ def few(runs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 def _laid_out(
     content: InitialContent | bytearray | bytes | memoryview,
 ) -> tuple[_Runs, tuple[Extent, ...]]:
-    """The pages that are not zero, and the extents that hold them with some zeros between."""
+    """Return the runs of pages that are not zero, and the extents that store them with some zeros between."""
     if isinstance(content, (bytes, bytearray, memoryview)):
         content = InitialContent(len(content), (Segment(0, memoryview(content).cast("B")),))
     runs = [
@@ -347,7 +305,7 @@ def _laid_out(
 
 
 def _packed(runs: _Runs, extents: Sequence[Extent]) -> _Runs:
-    """The runs at the offsets where their extents are in the backing."""
+    """Move the runs to the offsets that their extents have in the backing."""
     packed, places = [], iter(extents)
     extent = next(places)
     for at, data in runs:
@@ -358,7 +316,7 @@ def _packed(runs: _Runs, extents: Sequence[Extent]) -> _Runs:
 
 
 def flat_runs(content: InitialContent) -> _Runs:
-    """The pages that segments reach, later segments over earlier ones; pages between are in none.
+    """Return runs of the pages that segments reach, later segments over earlier ones.
 
     A run that is one segment from the beginning of a page on is not copied.
     """
@@ -387,7 +345,7 @@ def flat_runs(content: InitialContent) -> _Runs:
 
 
 def find_extents(content: bytearray | bytes | memoryview) -> tuple[Extent, ...]:
-    """The page-aligned runs of `content` that are not zero.
+    """Return the page-aligned runs of `content` that are not zero.
 
     Runs with fewer than MIN_GAP zero bytes between them are joined, and more are joined if they
     would be more than MAX_EXTENTS.

@@ -1,10 +1,10 @@
-"""Layers: an image that stores only what differs from another one, and has the rest where that has it.
+"""Layers: an image that stores only what differs from its parent, and refers to the parent's bytes for the rest.
 
     parent    |  extent A        |  zeros  |  extent B     |
     changed        |xxxx|                  |xxxx|
     child     |  A |own | A      |  zeros  |own | B        |
 
-The child keeps the parent's backings, not the parent: it is a complete image of its own, and a child
+The child acquires the parent's backings, not the parent: it is a complete image of its own, and a child
 of it refers to those same backings again, so that layers never become a chain.
 """
 
@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from memslot_plugin.memory.image import MAX_EXTENTS, MIN_GAP, Image, Piece, find_extents, joined
+from memslot_hooks.types import Extent
+from memslot_plugin.memory.image import MAX_EXTENTS, MIN_GAP, Image, find_extents, joined
 
 Runs = list[tuple[int, int]]
 """(start, end), in ascending order, apart from each other."""
@@ -21,17 +22,16 @@ Runs = list[tuple[int, int]]
 def layered(
     name: str, parent: Image, content: bytes | memoryview, changes: Iterable[tuple[int, int]]
 ) -> Image | None:
-    """An image of `content`, which is `parent` but for the `changes`, (offset, length) in ascending
-    order; of the same kind.  None where it would have too many extents, so that a flat one is better.
+    """Return an image of `content`, which equals `parent` but for the `changes`, (offset, length) in ascending order.
 
-    The parent has to be held by somebody until this returns.
+    Return None if it would have too many extents, so that a flat image is better.  The parent must stay open meanwhile.
     """
     changed = [(offset, offset + length) for offset, length in changes]
     own: Runs = []
     for start, end in changed:
         for extent in find_extents(content[start:end]):
             own.append((start + extent.offset, start + extent.offset + extent.length))
-    kept = list(_without(parent.pieces, changed))
+    kept = list(_without(parent.extents, changed))
     own = joined(own, 1)  # what was changed and what was grown may touch
     gap = MIN_GAP
     while len(kept) + len(own) > MAX_EXTENTS:
@@ -43,17 +43,23 @@ def layered(
     return type(parent).layered(name, kept, [(start, content[start:end]) for start, end in own])
 
 
-def _without(pieces: Iterable[Piece], runs: Runs) -> Iterator[Piece]:
-    """What is left of the pieces outside of the runs."""
-    for offset, length, backing, file_offset in pieces:
-        at, end = offset, offset + length
+def _without(extents: Iterable[Extent], runs: Runs) -> Iterator[Extent]:
+    """Yield what is left of the extents outside of the runs."""
+    for extent in extents:
+        at, end = extent.offset, extent.offset + extent.length
+
+        def part(start: int, stop: int, extent: Extent = extent) -> Extent:
+            return Extent(
+                start, stop - start, extent.file_offset + start - extent.offset, extent.backing
+            )
+
         for start, stop in runs:
             if stop <= at or start >= end:
                 continue
             if start > at:
-                yield Piece(at, start - at, backing, file_offset + at - offset)
+                yield part(at, start)
             at = stop
             if at >= end:
                 break
         if at < end:
-            yield Piece(at, end - at, backing, file_offset + at - offset)
+            yield part(at, end)

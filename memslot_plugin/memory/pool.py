@@ -1,39 +1,31 @@
-"""The pool: one reservation for all its slots, and the policy by which they are handed out.
+"""The pool: leases of slots, safe for threads, finalizers and signal handlers.
 
-    reservation   | guard | slot 0: reserved bytes | guard | slot 1 ... | guard |
+A garbage collection or a signal may come while a thread has the pool's lock, and run a finalizer or a
+handler there.  So a release never takes the lock: it resets the slot and puts its lease into a queue,
+from which the lock's next owner, or a lease that waits, takes it.  A call that needs the lock while its
+own thread has it raises InUse.
 
-Strategies: `affinity` gives a guest the slot that it used last (nothing to map then), else a
-never-used slot while fewer than `max_unused_warm_slots` slots of its shape are idle, whoever had
-them, else the least recently used one; `next-available` gives the most recently returned slot,
-`random` any.
-A pool knows no hosts: a runtime that insists on its own mappings passes a way to make them, and the
-pool keeps, counts and hands out those like its own.
-
-A garbage collection or a signal may come while a thread holds the pool's lock, and run a finalizer or
-a handler there.  So no release takes the lock: it resets the slot and puts the lease on a list, which
-the lock's next holder deals with.  What needs the lock looks whether its own thread has it already,
-and then does without (`statistics`, `purge`) or raises InUse.
+A pool knows no hosts: a runtime that insists on its own mappings passes a way to make them, and the pool
+keeps, counts and hands out those like its own.
 """
 
 from __future__ import annotations
 
-import collections
+import functools
 import logging
+import queue
 import random
 import threading
 import time
 import weakref
-from collections.abc import Callable, Hashable, Iterable
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections import Counter
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Any
 
 from memslot_hooks.types import RETIRED, HostMapping, PoolStatistics, ResetResult
-from memslot_plugin._core import after_fork, align_up, catch_up, ffi, lib
-from memslot_plugin._core.limits import system_call_error
-from memslot_plugin._core.proc import map_count, max_map_count
+from memslot_plugin._core import after_fork, catch_up
 from memslot_plugin.errors import (
     InUse,
-    InvariantBroken,
     MemslotError,
     PoolExhausted,
     PoolTimeout,
@@ -41,8 +33,11 @@ from memslot_plugin.errors import (
     SlotError,
     UsedAfterClose,
 )
-from memslot_plugin.memory.free import STRATEGIES, Shelf
-from memslot_plugin.memory.slot import CLEAN, DIRTY, GROWTHS, Slot, State
+from memslot_plugin.memory.extension import ExtensionSlot
+from memslot_plugin.memory.free import STRATEGIES, FreeList
+from memslot_plugin.memory.inventory import OWN, Inventory, destroy_or_log
+from memslot_plugin.memory.region import CLEAN, DIRTY, UNKNOWN
+from memslot_plugin.memory.slot import Slot
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -52,61 +47,32 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("memslot.pool")
 
-MAPPINGS_PER_SLOT = 3
-"""Guard and tail, image, zeros above it: what one slot costs of vm.max_map_count, with an image of
-one extent.
-"""
-
-_OWN = object()
-"""The shape of slots in ranges of ours; others have the shape of their runtime's mapping."""
-
-_RETIRED = ResetResult(None, 0, RETIRED)
-
-POLL_SECONDS = 0.05
-"""Time after which a waiting lease looks for slots that the garbage collector brought back, which wakes no waiter."""
+GROWTHS: dict[str, type[Slot]] = {"mprotect": Slot, "ftruncate": ExtensionSlot}
 
 
-class Claim(weakref.ref[object]):
-    """One lease of one slot, by somebody who holds it.
+class SlotLease(weakref.ref[object]):
+    """One lease of one slot.  When its holder is collected, C code alone puts the lease into the pool's queue."""
 
-    When the holder goes without having given the slot back, the claim is put on the pool's list of
-    those that came back by C code alone: no Python runs there, which a lock could stop or a signal
-    cut short.
-    """
+    __slots__ = ("pool", "slot", "unreleased")
 
-    __slots__ = ("complete", "slot", "thread")
-
-    complete: bool
-    """True once the lease was made whole: the slot is on no shelf, and its place is not an unused one."""
-    slot: Slot | None
-    thread: int
-
-
-class Reservation:
-    """The address range of a pool's slots; unmapped when neither the pool nor one of them needs it any more."""
-
-    __slots__ = ("base", "length")
-
-    def __init__(self) -> None:
-        self.base = ffi.new("uintptr_t *")
-        self.length = 0
-
-    def unmap(self) -> int:
-        """Unmap it, if that has not been done; return an errno, negative, or 0."""
-        return int(lib.ms_unmap_held(self.base, self.length))
-
-    def __del__(self) -> None:
-        if hasattr(self, "length"):  # it may have been cut short before
-            lib.ms_unmap_held(self.base, self.length)
+    pool: Pool
+    slot: Slot
+    unreleased: list[None]
+    """Holds one item until the first release, which pops it: one C call, so only one of two threads gets it."""
 
 
 class Pool:
     """Slots and the policy by which they are handed out; safe for threads.
 
-    `slots` bounds how many memories live at once.  `reserved` and `guard` are bytes per slot,
-    rounded up to host pages. `allocation` is "pooling" (one reservation, made at the first lease)
-    or "on-demand" (each slot over a reservation of its own, unmapped at release).  `reset` is one
-    of `memslot_plugin.memory.reset`'s.  Close it, or use it in a with statement.
+    `slots` bounds how many memories live at once.  `reserved` and `guard` are bytes per slot, rounded
+    up to host pages.  `allocation`: "pooling" (one reservation, made at the first lease) or "on-demand"
+    (each slot over a reservation of its own, unmapped at release).  `reset` is a strategy of
+    `memory.reset`.  `strategy`: "affinity" gives a guest the slot that it used last (nothing to map
+    then), else a never-used slot while fewer than `max_unused_warm_slots` are free, else the least
+    recently used one; "next-available" the most recently released one; "random" any.  `audit` is the
+    share of resets after which all bytes are compared with the image.
+
+    Raises SettingError.  Close the pool, or use it in a with statement.
     """
 
     def __init__(
@@ -123,65 +89,47 @@ class Pool:
         audit: float = 0.0,
         name: str = "memfd",
     ) -> None:
-        if slots < 1:
-            raise SettingError(f"slots must be at least 1, not {slots}")
-        if strategy not in STRATEGIES:
-            raise SettingError(f"strategy must be one of {', '.join(STRATEGIES)}, not {strategy!r}")
-        if allocation not in ("pooling", "on-demand"):
-            raise SettingError(f"allocation must be pooling or on-demand, not {allocation!r}")
-        if growth not in GROWTHS:
-            raise SettingError(f"growth must be one of {', '.join(GROWTHS)}, not {growth!r}")
-        if (
-            reserved < 1 or guard < 0
-        ):  # with a stride shorter than a slot, tenants would share bytes
-            raise SettingError(
-                f"reserved must be at least 1 and guard at least 0 bytes, not {reserved} and {guard}"
-            )
-        if not 0 <= audit <= 1:
-            raise SettingError(f"audit must be from 0 to 1, not {audit}")
-        if max_unused_warm_slots is not None and max_unused_warm_slots < 0:
-            raise SettingError(
-                f"max_unused_warm_slots must be at least 0, not {max_unused_warm_slots}"
-            )
+        for allowed, option, rule in (
+            (slots >= 1, slots, "slots must be at least 1"),
+            (strategy in STRATEGIES, strategy, f"strategy must be one of {', '.join(STRATEGIES)}"),
+            (
+                allocation in ("pooling", "on-demand"),
+                allocation,
+                "allocation must be pooling or on-demand",
+            ),
+            (growth in GROWTHS, growth, f"growth must be one of {', '.join(GROWTHS)}"),
+            # With a stride shorter than a slot, tenants would share bytes.
+            (reserved >= 1, reserved, "reserved must be at least 1 byte"),
+            (guard >= 0, guard, "guard must be at least 0 bytes"),
+            (0 <= audit <= 1, audit, "audit must be from 0 to 1"),
+            (
+                (max_unused_warm_slots or 0) >= 0,
+                max_unused_warm_slots,
+                "max_unused_warm_slots must be at least 0",
+            ),
+        ):
+            if not allowed:
+                raise SettingError(f"{rule}, not {option!r}")
         self.name = name
-        self.limit = slots
-        self.reserved = align_up(reserved)
-        self.guard = align_up(guard)
-        self.allocation = allocation
-        self.growth = growth
-        self._reset = reset
-        self._audit = audit
-        self._strategy = strategy
-        self._max_unused_warm = slots if max_unused_warm_slots is None else max_unused_warm_slots
-        # A slot is always in one of these, and while it goes from one to another in both: an exception
-        # may come at any line, and whoever finds the slot then puts it where it belongs.
-        self._leased: dict[Slot, Claim] = {}
-        self._returning: dict[Slot, object] = {}
-        """Leased slots that a release has begun with, each with an object of the one that came first."""
-        self._shelves: dict[Hashable, Shelf] = {}
-        self._lost: list[Slot] = []
-        """Those that have to be destroyed, and could not be so far."""
-        self._came_back: collections.deque[Claim | Image] = collections.deque()
-        """Leases that have ended, and images to be purged, for the lock's next holder."""
-        self._reservation = Reservation()
-        self._unused_places: list[int] = []
-        self._laid_out = False
-        self._adopted: set[Slot] = set()
-        self._orphans: list[Claim] = []
-        """In a child of a fork, leases by threads that stayed behind: they end at the latest with the pool."""
-        self._waiting: collections.deque[Any] = collections.deque()
-        """A lock per waiting lease; who gives a slot back releases one."""
+        self.limit, self.reserved, self.guard, self.growth = slots, reserved, guard, growth
+        self._on_demand = allocation == "on-demand"
+        new_list = functools.partial(
+            FreeList, strategy, slots if max_unused_warm_slots is None else max_unused_warm_slots
+        )
+        self._reset, self._audit = reset, audit
+        self._inventory = Inventory(
+            GROWTHS[growth], new_list, slots, reserved, guard, on_demand=self._on_demand
+        )
+        # SimpleQueue.put is reentrant, so that finalizers and signal handlers may call it anywhere.
+        self._returned: queue.SimpleQueue[SlotLease | Image | None] = queue.SimpleQueue()
+        """Leases that have ended, images to purge, and None to wake a lease that waits."""
+        self._waiting = 0
+        self._lock: Any = threading.RLock()
         self._closed = False
-        self._counts: collections.Counter[str] = collections.Counter()
-        # Counters of their own: of each lease and reset, and a Counter costs twice as much to look into.
-        self._hits = self._remaps = 0
-        self._how: collections.defaultdict[str, int] = collections.defaultdict(int)
-        self._parting = 0
-        """The thread that puts it in order in a child of a fork."""
-        self._make_lock()
+        self._counts: Counter[str] = Counter()
         _POOLS.add(self)
 
-    # -- leasing
+    # -- leases
 
     def lease(
         self,
@@ -195,53 +143,72 @@ class Pool:
         shape: Hashable = None,
         holder: object = None,
     ) -> Slot:
-        """A slot with `image` laid and `byte_size` bytes accessible, dirty from now on and the
-        caller's until `release`.
+        """Lease a slot with `image` mapped and `byte_size` bytes accessible; it is dirty from now on.
 
-        `timeout` (seconds, 0 for none) is how long to wait for one.  The slot also comes back when
-        `holder` goes, if one is given and it was not released before.  Raises PoolExhausted,
-        PoolTimeout, MemoryTooLarge, SystemCallError, UsedAfterClose, and InUse in a finalizer or a
-        signal handler that interrupts the pool; whatever it raises, nothing stays leased.
+        `timeout` is how many seconds to wait for one, 0 for none.  The lease ends with `release`, or
+        when `holder` is collected.  Raises PoolExhausted, PoolTimeout, MemoryTooLarge, SystemCallError,
+        UsedAfterClose, and InUse in a finalizer or a signal handler that interrupts the pool; then
+        nothing stays leased.
         """
-        catch_up()
-        if self._inside():
-            self._refuse_inside("lease")
-        deadline = time.monotonic() + timeout if timeout > 0 else 0.0
-        key: Hashable = _OWN if map_host_memory is None else shape
-        claim = Claim(self if holder is None else holder, self._came_back.append)
-        claim.complete, claim.slot, claim.thread = False, None, threading.get_ident()
+        lease = SlotLease(self if holder is None else holder, self._returned.put)
+        lease.pool, lease.unreleased = self, [None]
+        if map_host_memory is None:
+            shape = OWN
+        self._require_outside("lease")
         try:
-            while True:
-                with self._lock:
-                    if self._closed:
-                        self._require_open()
-                    if self._came_back:
-                        slot = self._hand_on(claim, affinity)
-                        if slot is not None:
-                            break
-                        self._take_back()
-                    slot = self._pick(claim, key, affinity, byte_size, map_host_memory)
-                    if slot is not None:
-                        break
-                    turn = self._line_up(deadline, timeout)
-                try:
-                    if not self._came_back:  # what has come since may not have seen this turn
-                        turn.acquire(timeout=min(max(deadline - time.monotonic(), 0), POLL_SECONDS))
-                finally:
-                    with suppress(ValueError):  # whoever released it took it out
-                        self._waiting.remove(turn)
-            remapped = slot.instantiate(image, byte_size, maximum=maximum)
-            slot.affinity = affinity
-            claim.complete = True
-            if remapped:
-                self._remaps += 1
-            else:
-                self._hits += 1
-        except BaseException:
             with self._lock:
-                self._put_away(claim)
+                slot = self._take(lease, shape, affinity, byte_size, map_host_memory)
+            if slot is None:
+                slot = self._wait(lease, timeout, shape, affinity, byte_size, map_host_memory)
+            if slot.instantiate(image, byte_size, maximum=maximum):
+                slot.remaps += 1
+            else:
+                slot.hits += 1
+            slot.affinity = affinity
+        except BaseException:
+            # A traceback may keep the holder alive for long.
+            self._returned.put(lease)
             raise
         return slot
+
+    def _take(self, lease: SlotLease, *wanted: Any) -> Slot | None:
+        """Under the lock: give the lease a slot from the inventory; None if every slot is held."""
+        if self._closed:
+            raise UsedAfterClose("the pool was closed; make a new one")
+        if not self._returned.empty():
+            self._drain()
+        slot = self._inventory.take(*wanted)
+        if slot is not None:
+            lease.slot, slot.lease = slot, lease
+        return slot
+
+    def _wait(self, lease: SlotLease, timeout: float, *wanted: Any) -> Slot:
+        """Wait until a slot comes back; raises PoolTimeout, or PoolExhausted at once if `timeout` is not positive."""
+        deadline = time.monotonic() + timeout
+        while (left := deadline - time.monotonic()) > 0:
+            self._waiting += 1
+            try:
+                returned = self._returned.get(timeout=left)
+            except queue.Empty:
+                break
+            finally:
+                self._waiting -= 1
+            with self._lock:
+                self._settle(returned)
+                slot = self._take(lease, *wanted)
+            if slot is not None:
+                return slot
+        self._counts["exhausted"] += 1
+        advice = "release instances, raise the setting slots, or set wait_timeout to wait for one"
+        raised, state = PoolExhausted, "are in use"
+        if timeout > 0:
+            raised, state = PoolTimeout, f"stayed in use for {timeout:g} s"
+            advice = "release instances or raise the setting slots or wait_timeout"
+        raise raised(
+            f"all {self.limit} slots of the pool {state}; {advice}",
+            limit=self.limit,
+            in_use=self.statistics().in_use,
+        )
 
     def warm(
         self,
@@ -254,545 +221,197 @@ class Pool:
         map_host_memory: Callable[[], HostMapping] | None = None,
         shape: Hashable = None,
     ) -> int:
-        """Make up to `count` unused slots ready for a guest before its requests come; how many
-        there are now.
+        """Make up to `count` free slots ready for a guest before its requests come; return how many are.
 
-        Each gets the image laid, and the pages that the guest usually writes made private ahead of
-        their faults: those that a slot it used last has kept resident.  Slots in use are left
-        alone, and fewer than `count` unused ones is no error; on demand there are none at all.
-        Raises SystemCallError, and InUse as `lease` does.
+        Each gets the image mapped, and the pages that the guest usually writes made private ahead of
+        their faults: those that the slot it used last has kept resident.  Slots in use are left alone;
+        on demand there are no free ones.  Raises SystemCallError, and InUse as `lease` does.
         """
-        if self._inside():
-            self._refuse_inside("warm slots")
-        if self.allocation != "pooling":
-            return 0  # no slot outlives its memory
-        catch_up()
-        key: Hashable = _OWN if map_host_memory is None else shape
-        ready = 0
+        if self._on_demand:
+            return 0
+        self._require_outside("warm slots")
+        if map_host_memory is None:
+            shape = OWN
+        leases: list[SlotLease] = []
         with self._lock:
-            self._require_open()
-            self._take_back()
-            shelf = self._shelves.get(key)
-            model = None if shelf is None else shelf.latest(affinity)
+            self._drain()
+            model = self._inventory.latest(shape, affinity)
             usual = None if model is None else model.private_runs()
             try:
-                while ready < count:
-                    claim = Claim(self, self._came_back.append)
-                    claim.complete, claim.slot, claim.thread = False, None, threading.get_ident()
-                    self._came_back.append(claim)  # dealt with below, under the same lock
-                    slot = self._pick(claim, key, affinity, byte_size, map_host_memory)
+                while len(leases) < count:
+                    lease = SlotLease(self)
+                    slot = self._take(lease, shape, affinity, byte_size, map_host_memory)
                     if slot is None:
                         break
+                    leases.append(lease)
                     slot.instantiate(image, byte_size, maximum=maximum)
                     slot.affinity = affinity
-                    if usual is not None:
-                        slot.populate(usual)
-                    slot.state = State.CLEAN  # nobody has run in it
-                    ready += 1
+                    slot.populate(usual or [])
+                    slot.state = CLEAN  # no guest has run in it
             finally:
-                self._take_back()
-        return ready
+                for lease in leases:
+                    self._settle(lease)
+        return len(leases)
+
+    # -- resets and releases
+
+    def bound_reset(self, slot: Slot) -> Callable[[], object]:
+        """Return the reset of a leased slot as a call without arguments, the cheapest that there is."""
+        if self._audit:
+            return functools.partial(self.reset, slot)
+        return functools.partial(slot.reset_in_lease, self._reset)
 
     def reset(self, slot: Slot) -> ResetResult:
-        """Make a leased slot pristine; it stays leased, and is dirty again as soon as its guest may
-        run.
+        """Make a leased slot pristine; it stays leased, and dirty, because its guest may write at once.
 
-        Raises SystemCallError or SlotError; the slot is then unknown and `release` will retire it.
+        Raises SystemCallError or SlotError; the slot is unknown then, and `release` will destroy it.
         """
-        if slot not in self._leased or (self._returning and slot in self._returning):
-            raise SlotError(
-                "this slot is not leased from this pool: it was released before, or belongs elsewhere"
-            )
+        self._require_lease(slot)
         result = self._reset_slot(slot)
         slot.state = DIRTY
         return result
 
     def release(self, slot: Slot, *, retire: bool = False) -> ResetResult:
-        """Take a leased slot back, pristine; `retire` destroys it instead (its memory grew where it
-        cannot shrink).
+        """End the lease of a slot and reset it; `retire` destroys it instead.
 
         Raises SlotError if it is not leased (released twice).  If the reset fails the slot is
-        destroyed, never handed out again, and SystemCallError is raised.  A slot whose `reset` has
-        failed already is destroyed without a further word.  May be called anywhere, also in a
-        finalizer and in a signal handler.
+        destroyed, never handed out again, and SystemCallError is raised.  A slot whose `reset` failed
+        before is destroyed without an error.  May be called anywhere, also in a finalizer and in a
+        signal handler.
         """
-        # A child of a fork may do this first: no lock is taken, and a reset asks for its own process's pages.
-        claim, first, result = self._leased.get(slot), object(), _RETIRED
-        # While there is a holder, the claim cannot come back by itself, and two would reset the slot.
-        holder = None if claim is None else claim()
-        if claim is None or holder is None or self._returning.setdefault(slot, first) is not first:
-            raise SlotError(
-                "this slot is not leased from this pool: it was released before, or belongs elsewhere"
-            )
+        lease = self._require_lease(slot)
         try:
-            if retire or not self._may_be_kept(slot):
-                self._destroy(slot)
+            lease.unreleased.pop()
+        except IndexError:  # another thread was first
+            raise _not_leased() from None
+        result = ResetResult(None, 0, RETIRED)
+        try:
+            if retire or self._on_demand or slot.state is UNKNOWN:
+                destroy_or_log(slot)
             else:
                 result = self._reset_slot(slot)
-                if slot.image is not None and slot.image.closed:
-                    self._purge_slot(slot)
-        except BaseException:
-            self._destroy(slot)
+        except MemslotError:
+            destroy_or_log(slot)
             raise
         finally:
-            self._came_back.append(claim)
-            if self._waiting:
-                self._wake_one()
+            # Without this line, after an interrupt, the lease ends with its holder.
+            self._returned.put(lease)
         return result
 
-    def _may_be_kept(self, slot: Slot) -> bool:
-        return self.allocation == "pooling" and slot.state is not State.UNKNOWN
+    def _require_lease(self, slot: Slot) -> SlotLease:
+        """Return the lease of a slot of this pool; raises SlotError if it has ended."""
+        lease: SlotLease | None = slot.lease
+        if lease is None or lease.pool is not self or not lease.unreleased or lease() is None:
+            raise _not_leased()
+        return lease
 
     def _reset_slot(self, slot: Slot) -> ResetResult:
-        """From dirty to clean, counted, and audited at the rate that was set.
-
-        Raises SystemCallError or, where an audit finds a difference, InvariantBroken; the slot is
-        unknown then.
-        """
-        try:
-            result = slot.reset(self._reset)
-            if self._audit and random.random() < self._audit:  # noqa: S311  # a sample, no secret
-                self._counts["audits"] += 1
-                slot.audit()
-        except MemslotError:
-            self._counts["failed_resets"] += 1
-            raise
-        _, _, strategy, reason = result
-        self._how[f"{strategy}: {reason}" if reason else strategy] += 1
+        """Reset a slot from dirty to clean, and audit it at the rate that was set."""
+        result: ResetResult = slot.reset(self._reset)
+        if self._audit and random.random() < self._audit:  # noqa: S311  # a sample, no secret
+            self._counts["audits"] += 1
+            slot.audit()
         return result
 
-    def _take_back(self) -> None:
-        """Under the lock: deal with what came back without it."""
-        while self._came_back:
-            given = self._came_back[0]  # which stays there until it has been dealt with
-            if isinstance(given, Claim):
-                self._put_away(given)
-            else:
-                self._purge(given)
-            self._came_back.popleft()
+    # -- the lock, and what came back without it
 
-    def _put_away(self, claim: Claim) -> None:
-        """Under the lock: end a lease; its slot becomes idle, or is destroyed."""
-        slot = getattr(claim, "slot", None)  # it may have been cut short before it had one
-        if slot is None or self._leased.get(slot) is not claim:
+    def _require_outside(self, what: str) -> None:
+        """Raise InUse if this thread has the lock: a finalizer or a signal handler has interrupted it there."""
+        catch_up()
+        if self._lock._is_owned():  # noqa: SLF001  # as threading.Condition uses it
+            raise InUse(
+                f"cannot {what} here: this finalizer or signal handler came while its own thread was changing the"
+                " pool; do it after the finalizer or handler has returned"
+            )
+
+    def _drain(self) -> None:
+        """Under the lock: settle what came back."""
+        while not self._returned.empty():
+            try:
+                self._settle(self._returned.get_nowait())
+            except queue.Empty:  # a lease that waits was faster
+                break
+        if self._waiting and next(self._inventory.free(), None) is not None:
+            self._returned.put(None)
+
+    def _settle(self, returned: SlotLease | Image | None) -> None:
+        """Under the lock: end a lease, or purge an image; None is a wake-up alone."""
+        if not isinstance(returned, SlotLease):
+            if returned is not None:
+                self._inventory.purge(returned)
             return
-        if not claim.complete:
-            # An interrupt in _pick may have left it on its shelf, or a new slot's place among the unused ones: it would
-            # be given to two.
-            self._take_off(slot)
-            with suppress(ValueError):
-                self._unused_places.remove(slot.base)
-        if slot.state is DIRTY and self.allocation == "pooling":  # a finalizer brought it
-            self._reset_or_log(slot)
-        if slot.state is CLEAN and self.allocation == "pooling":
-            self._shelve(slot)
-        else:
-            self._retire(slot)
-        self._returning.pop(slot, None)
-        del self._leased[slot]
-        if self._waiting:
-            self._wake_one()
-
-    def _reset_or_log(self, slot: Slot) -> None:
-        """Reset a slot that was dropped: only the log and the statistics can be told of a failure."""
-        try:
-            self._reset_slot(slot)
-        except MemslotError as error:
-            # As text: a handler that keeps records would keep the traceback, and with it the slot's memory.
-            _log.error(
-                "a slot that was dropped could not be reset and is destroyed: %s", str(error)
-            )
-
-    def _hand_on(self, claim: Claim, affinity: Hashable) -> Slot | None:
-        """Under the lock: the one slot that came back, if its guest wants it again: any strategy but the random one
-        would put it away and choose it.  None for that way.
-        """
-        came_back = self._came_back
-        ended = came_back[0]  # twice, if the holder went after the release
-        if type(ended) is not Claim or came_back[-1] is not ended or len(came_back) > 2:
-            return None
-        slot: Slot | None = getattr(ended, "slot", None)
-        if (
-            slot is None
-            or not ended.complete
-            or slot.affinity != affinity
-            or slot.state is not CLEAN
-            or self.allocation != "pooling"
-            or self._strategy == "random"
-            or self._leased.get(slot) is not ended
-            or self._waiting
-        ):
-            return None
-        claim.slot = slot
-        self._leased[slot] = claim
-        self._returning.pop(slot, None)
-        came_back.popleft()
-        if came_back and came_back[0] is ended:
-            came_back.popleft()
-        return slot
-
-    def _pick(
-        self,
-        claim: Claim,
-        key: Hashable,
-        affinity: Hashable,
-        byte_size: int,
-        map_host_memory: Callable[[], HostMapping] | None,
-    ) -> Slot | None:
-        """Under the lock: an idle slot, or a new one, leased from now on; None if every slot is in use."""
-        if self._lost:
-            self._retire_again()
-        in_use = len(self._leased)
-        if in_use >= (self.limit - self._lost_places() if self._lost else self.limit):
-            return None
-        shelf = self._shelves.get(key)
-        if shelf is not None:
-            can_create = self._can_make if map_host_memory is None else self._can_adopt
-            slot = shelf.choose(affinity, can_create)
-            if slot is not None:
-                claim.slot = slot  # as _hand_out does, without the call: this is in the path of every instance
-                self._leased[slot] = claim
-                shelf.discard(slot)
-                return slot
-        if map_host_memory is not None:
-            slot = self._adopt(map_host_memory)
-            self._hand_out(slot, claim)
-            self._adopted.add(slot)
-        elif self.allocation == "on-demand":
-            slot = Slot.create(self.reserved, byte_size, guard=self.guard, growth=self.growth)
-            self._hand_out(slot, claim)
-        else:
-            self._reserve()
-            slot = Slot(self._unused_places[-1], self.reserved, growth=self.growth)
-            slot.within = self._reservation
-            self._hand_out(slot, claim)
-            self._unused_places.remove(slot.base)
-        self._counts["created"] += 1
-        return slot
-
-    def _can_adopt(self) -> bool:
-        return len(self._adopted) < self.limit
-
-    def _can_make(self) -> bool:
-        if self.allocation == "on-demand":
-            return True
-        self._reserve()
-        return bool(self._unused_places)
-
-    def _hand_out(self, slot: Slot, claim: Claim) -> None:
-        claim.slot = slot
-        self._leased[slot] = claim
-
-    def _adopt(self, map_host_memory: Callable[[], HostMapping]) -> Slot:
-        """A slot over a range that the runtime makes; an idle one of another shape makes room where
-        the limit is reached.
-        """
-        if len(self._adopted) >= self.limit:
-            for key, shelf in self._shelves.items():
-                if key is not _OWN and (idle := shelf.oldest()) is not None:
-                    self._retire(idle)
-                    if not shelf:
-                        del self._shelves[key]
-                    break
-        mapping = map_host_memory()
-        return Slot(
-            mapping.base, mapping.reserved, mapping.accessible, mapping=mapping, growth=self.growth
-        )
-
-    def _line_up(self, deadline: float, timeout: float) -> Any:
-        """Under the lock: what will be released when a slot comes back; or say why there is none."""
-        limit, in_use = self.limit - self._lost_places(), self._in_use()
-        if not deadline:
-            self._counts["exhausted"] += 1
-            raise PoolExhausted(
-                f"all {limit} slots of the pool are in use; release instances, raise the setting slots,"
-                " or set wait_timeout to wait for one",
-                limit=limit,
-                in_use=in_use,
-            )
-        left = deadline - time.monotonic()
-        if left <= 0:
-            self._counts["exhausted"] += 1
-            raise PoolTimeout(
-                f"all {limit} slots of the pool stayed in use for {timeout:g} s; release instances or raise the"
-                " setting slots or wait_timeout",
-                limit=limit,
-                in_use=in_use,
-            )
-        turn = threading.Lock()
-        turn.acquire()  # by whoever waits, and nobody else has it yet
-        self._waiting.append(turn)
-        return turn
-
-    def _wake_one(self) -> None:
-        if self._waiting:
-            with suppress(IndexError):  # whoever waited has just given up
-                self._waiting.popleft().release()
-
-    def _shelve(self, slot: Slot) -> None:
-        """Under the lock: a clean slot becomes idle; the image of a closed guest is not kept in
-        it.
-        """
-        outdated = slot.image is not None and slot.image.closed
-        if outdated:
-            self._purge_slot(slot)
-            if slot.state is not CLEAN:
-                self._retire(slot)
-                return
-        key: Hashable = _OWN if slot.mapping is None else slot.mapping.shape
-        shelf = self._shelves.get(key)
-        if shelf is None:
-            shelf = self._shelves[key] = Shelf(self._strategy, self._max_unused_warm)
-        shelf.put(slot, next_to_go=outdated)
-
-    def _purge_slot(self, slot: Slot) -> None:
-        """Take the image out of a slot that is on no shelf; the slot is unknown if that fails."""
-        try:
-            slot.purge()
-        except MemslotError:
-            self._counts["failed_resets"] += 1
-        else:
-            slot.affinity = None
-            self._counts["purged"] += 1
-
-    def _retire(self, slot: Slot) -> None:
-        """Under the lock: destroy a slot, from wherever it is; its place in the reservation is used
-        again once it is covered.
-        """
-        if slot not in self._lost:
-            self._lost.append(slot)  # until it is destroyed, also if something comes in between
-            self._counts["destroyed"] += 1
-        self._take_off(slot)
-        self._adopted.discard(slot)
-        self._destroy(slot)
-        self._account_for(slot)
-
-    def _destroy(self, slot: Slot) -> None:
-        """Destroy a slot that is on no shelf, or log why that is impossible for now."""
-        try:
-            slot.destroy()
-        except MemslotError as error:
-            _log.error("a slot could not be destroyed, which is tried again later: %s", str(error))
-
-    def _retire_again(self) -> None:
-        """Under the lock: try once more to destroy what could not be destroyed."""
-        for slot in list(self._lost):
-            self._take_off(slot)
-            self._adopted.discard(slot)
-            with suppress(MemslotError):  # as it was told before
-                slot.destroy()
-            self._account_for(slot)
-
-    def _account_for(self, slot: Slot) -> None:
-        """Under the lock: a destroyed slot's place can be used again; with one that is not goes a slot of the limit."""
-        if slot.state is State.DESTROYED:
-            if self._in_reservation(slot) and slot.base not in self._unused_places:
-                self._unused_places.append(slot.base)
-            self._lost.remove(slot)
-
-    def _take_off(self, slot: Slot) -> None:
-        """Under the lock: off the shelf that it is on."""
-        key: Hashable = _OWN if slot.mapping is None else slot.mapping.shape
-        shelf = self._shelves.get(key)
-        if shelf is not None:
-            shelf.discard(slot)
-
-    def _in_reservation(self, slot: Slot) -> bool:
-        return slot.mapping is None and self.allocation == "pooling"
-
-    def _idle(self) -> list[Slot]:
-        """Under the lock: every slot that nobody has leased."""
-        return [slot for shelf in self._shelves.values() for slot in shelf.listed()]
-
-    def _in_use(self) -> int:
-        return len(self._leased)
-
-    def _lost_places(self) -> int:
-        return sum(1 for slot in self._lost if self._in_reservation(slot))
-
-    # -- the reservation
-
-    def _reserve(self) -> None:
-        """Under the lock: make the one reservation, at the first lease that needs it."""
-        if self._laid_out:
+        slot = getattr(returned, "slot", None)  # an exception may have come before it had one
+        if slot is None or slot.lease is not returned:  # or the slot is another lease's by now
             return
-        allowed, used = max_map_count(), map_count()
-        if (
-            allowed is not None
-            and used is not None
-            and used + self.limit * MAPPINGS_PER_SLOT > allowed
-        ):
-            possible = max(allowed - used, 0) // MAPPINGS_PER_SLOT
-            raise SettingError(
-                f"slots = {self.limit} needs about {self.limit * MAPPINGS_PER_SLOT} mappings, but"
-                f" vm.max_map_count is {allowed} with {used} in use; allowed here: at most {possible} slots"
-            )
-        stride = self.reserved + self.guard
-        length = self._reservation.length = self.guard + self.limit * stride
-        base = self._reservation.base
-        failed = 0 if base[0] else lib.ms_reserve(length, base)
-        if failed:
-            raise system_call_error(
-                -failed,
-                f"reserving {length} bytes of address space for {self.limit} slots of {self.reserved} bytes and"
-                f" {self.guard} bytes of guard (fewer slots or a smaller reserved need less)",
-            )
-        self._unused_places = self._places()
-        self._laid_out = True
-
-    def _places(self) -> list[int]:
-        """The base of every slot in the reservation, the first one last."""
-        first, stride = self._reservation.base[0] + self.guard, self.reserved + self.guard
-        return [first + place * stride for place in reversed(range(self.limit))]
-
-    # -- upkeep
+        if slot.state is DIRTY and not self._on_demand:  # the holder went without a release
+            try:
+                self._reset_slot(slot)
+            except MemslotError as error:
+                _log.error("a slot that was dropped could not be reset: %s", str(error))
+        self._inventory.put_away(slot)
 
     def purge(self, image: Image) -> int:
-        """Take `image` out of every unused slot, so that closing its guest gives its memory back;
-        how many slots held it.
+        """Take `image` out of every free slot, so that closing its guest gives its memory back; return how many had it.
 
-        Slots that are still leased give it up when they come back, if the image is closed by then.
+        Leased slots give it up when they come back, if the image is closed by then.
         """
         catch_up()
-        if self._inside():
-            self._came_back.append(image)
+        if self._lock._is_owned():  # noqa: SLF001  # the lock's owner does it
+            self._returned.put(image)
             return 0
         with self._lock:
-            before = self._counts["purged"]
-            self._take_back()
-            self._purge(image)
-            return self._counts["purged"] - before
+            before = self._inventory.purged
+            self._drain()
+            self._inventory.purge(image)
+            return self._inventory.purged - before
 
-    def _purge(self, image: Image) -> None:
-        """Under the lock: take `image` out of every idle slot."""
-        for shelf in self._shelves.values():
-            for slot in shelf.listed():
-                if slot.image is image:
-                    try:
-                        shelf.discard(slot)
-                        self._purge_slot(slot)
-                    except BaseException:
-                        self._retire(slot)
-                        raise
-                    if slot.state is CLEAN:
-                        shelf.put(slot, next_to_go=True)
-                    else:
-                        self._retire(slot)
+    # -- the whole
 
     def statistics(self) -> PoolStatistics:
-        """The pool's counters, read at once; in a finalizer or a signal handler that interrupts the
-        pool, as they are in the middle of that.
-        """
+        """Return the counters; in a finalizer or handler that interrupts the pool, as they are at that moment."""
         catch_up()
-        outside = not self._inside()
-        with self._lock:
-            if self._came_back and outside and not self._closed:
-                self._take_back()
-            idle = self._idle()
-            count, hits, remaps = self._counts, self._hits, self._remaps
-            return PoolStatistics(
-                plugin=self.name,
-                limit=self.limit - self._lost_places(),
-                in_use=self._in_use(),
-                idle=len(idle),
-                warm=sum(1 for slot in idle if slot.image is not None),
-                created=count["created"],
-                destroyed=count["destroyed"],
-                leases=hits + remaps,
-                affinity_hits=hits,
-                remaps=remaps,
-                resets=sum(self._how.values()),
-                failed_resets=count["failed_resets"],
-                exhausted=count["exhausted"],
-                purged=count["purged"],
-                audits=count["audits"],
-                resets_by=dict(self._how),
-            )
-
-    def check(self) -> None:
-        """Check every slot's invariant, and that no slot and no place is lost or held twice; raises
-        InvariantBroken.  Nobody else may use a leased slot meanwhile: it might grow while it is looked at.
-        """
-        if self._inside():
-            self._refuse_inside("check the pool")
-        with self._lock:
-            self._take_back()
-            idle = self._idle()
-            for slot in (*idle, *self._leased):
-                slot.check()
-            for slot in idle:
-                if slot.state is not State.CLEAN:
-                    raise InvariantBroken(f"an idle slot is {slot.state.value}")
-            if self._laid_out and not self._closed:
-                held = (*idle, *self._leased, *self._lost)
-                places = self._unused_places + self._bases(held)
-                if len(set(places)) != len(places) or len(places) != self.limit:
-                    raise InvariantBroken(
-                        f"{len(places)} places are accounted for, but the pool has {self.limit}"
-                    )
-
-    def close(self) -> None:
-        """Destroy every slot and unmap the reservation; twice is a no-op.
-
-        Raises InUse while slots are leased, and SystemCallError after giving back everything else;
-        closing again then tries again.
-        """
-        catch_up()
-        if self._inside():
-            self._refuse_inside("close the pool")
-        with self._lock:
-            if not self._closed:
-                self._came_back.extend(self._orphans)
-                self._take_back()
-                if self._in_use():
-                    raise InUse(
-                        f"the pool has {self._in_use()} leased slots; release them before closing it"
-                    )
-                self._closed = True
-            failures: list[MemslotError] = []
-            for shelf in self._shelves.values():
-                self._lost += shelf.listed()
-            self._shelves.clear()
-            for slot in self._lost:
-                try:
-                    if self._in_reservation(slot):
-                        slot.forget()  # one munmap below unmaps them all
-                    else:
-                        slot.destroy()
-                except MemslotError as error:
-                    failures.append(error)
-            self._forget_destroyed()
-            failed = self._reservation.unmap()
-            if failed:
-                failures.append(system_call_error(-failed, "unmapping the pool's reservation"))
-            if failures:
-                raise failures[0]
-
-    # Comprehensions stand in functions of their own: from Python 3.12 on an exception that comes while one runs within
-    # a with block, a KeyboardInterrupt, keeps the lock.
-
-    def _forget_destroyed(self) -> None:
-        self._lost = [slot for slot in self._lost if slot.state is not State.DESTROYED]
-
-    def _bases(self, slots: Iterable[Slot]) -> list[int]:
-        """The places in the reservation that these have."""
-        return [slot.base for slot in slots if self._in_reservation(slot)]
-
-    def _make_lock(self) -> None:
-        lock: Any = threading.RLock()
-        self._lock = lock
-        self._inside: Callable[[], bool] = lock._is_owned  # noqa: SLF001  # as threading.Condition uses it
-        """True on a thread that has the lock: a finalizer or a signal handler asks."""
-
-    def _refuse_inside(self, what: str) -> NoReturn:
-        raise InUse(
-            f"cannot {what} here: this finalizer or signal handler came while its own thread was changing the pool;"
-            " do it after the finalizer or handler has returned"
+        if not self._lock._is_owned():  # noqa: SLF001
+            with self._lock:
+                self._drain()
+        slots = list(self._inventory.slots())
+        idle = [slot for slot in slots if slot.lease is None]
+        count = self._inventory.counts() + self._counts
+        resets_by = {key[1:]: number for key, number in count.items() if key[0] == "*"}
+        names = ("created", "destroyed", "remaps", "failed_resets", "exhausted", "purged", "audits")
+        return PoolStatistics(
+            plugin=self.name,
+            limit=self.limit,
+            in_use=len(slots) - len(idle),
+            idle=len(idle),
+            warm=sum(slot.image is not None for slot in idle),
+            leases=count["hits"] + count["remaps"],
+            affinity_hits=count["hits"],
+            resets=sum(resets_by.values()),
+            resets_by=resets_by,
+            **{name: count[name] for name in names},
         )
 
-    def _require_open(self) -> None:
-        if self._closed:
-            raise UsedAfterClose("the pool was closed; make a new one")
+    def check(self) -> None:
+        """Check every slot's invariant, and that each place has one owner; raises InvariantBroken.
+
+        No thread may use a leased slot meanwhile: it might grow while it is compared.
+        """
+        self._require_outside("check the pool")
+        with self._lock:
+            self._drain()
+            self._inventory.reclaim()
+            self._inventory.check()
+
+    def close(self) -> None:
+        """Destroy every slot and unmap the reservation.  Raises InUse while slots are leased."""
+        self._require_outside("close the pool")
+        with self._lock:
+            self._drain()
+            self._inventory.reclaim()
+            if in_use := self.statistics().in_use:
+                raise InUse(f"the pool has {in_use} leased slots; release them before closing it")
+            self._closed = True
+            self._inventory.destroy()
 
     def __enter__(self) -> Self:
         return self
@@ -801,56 +420,20 @@ class Pool:
         self.close()
 
     def after_fork(self) -> None:
-        """In a child: locks may be held by threads that do not exist here; what is leased goes on
-        as a private copy.
-        """
-        if self._parting == threading.get_ident():
-            return  # a signal handler or a finalizer interrupts this, and has had the child catch up
-        self._parting = threading.get_ident()
-        try:
-            self._make_lock()
-            with self._lock:
-                self._part()
-        finally:
-            self._parting = 0
-
-    def _part(self) -> None:
-        """Under the lock, so that what comes in between leases nothing meanwhile."""
-        self._waiting.clear()
-        self._finish_for_others()
-        for shelf in self._shelves.values():
-            for slot in shelf.listed():
-                try:
-                    slot.part()
-                except MemslotError as error:
-                    _log.error("a slot could not be parted from the parent's: %s", str(error))
-                    shelf.discard(slot)
-                    self._retire(slot)
-        ours = threading.get_ident()
-        self._orphans = [claim for claim in self._leased.values() if claim.thread != ours]
-        for slot in self._leased:
+        """In a child: leased slots go on as private copies; the lock's owner may be a thread that is not here."""
+        self._lock = threading.RLock()
+        self._waiting = 0
+        for slot in self._inventory.slots():
             try:
-                slot.part()
+                slot.privatise()
             except MemslotError as error:
-                _log.error("a leased slot could not be parted from the parent's: %s", str(error))
+                _log.error("a slot could not be made private after a fork: %s", str(error))
 
-    def _finish_for_others(self) -> None:
-        """Whoever was in the middle of something does not exist here: each slot is where it belongs again."""
-        for shelf in self._shelves.values():
-            shelf.tidy()
-        for slot in self._leased:
-            self._take_off(slot)
-        ended = {id(given) for given in list(self._came_back)}
-        for slot in list(self._returning):
-            if id(self._leased.get(slot)) not in ended:
-                self._leased.pop(slot, None)
-                self._retire(slot)
-                del self._returning[slot]
-        self._retire_again()
-        if self._laid_out:
-            idle = self._idle()
-            held = {slot.base for slot in (*idle, *self._leased, *self._lost)}
-            self._unused_places = [place for place in self._places() if place not in held]
+
+def _not_leased() -> SlotError:
+    return SlotError(
+        "this slot is not leased from this pool: it was released before, or belongs elsewhere"
+    )
 
 
 _POOLS: weakref.WeakSet[Pool] = weakref.WeakSet()

@@ -1,6 +1,4 @@
-"""What this kernel really does, and what it costs: found out by trying, not from version
-numbers.
-"""
+"""The system calls that really work here, found out by trying and not from version numbers."""
 
 from __future__ import annotations
 
@@ -9,12 +7,11 @@ import errno
 import functools
 import os
 import resource
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from memslot_plugin._core import PAGE_SIZE, after_fork, check, ffi, lib
+from memslot_plugin._core import PAGE_SIZE, after_fork, check, ffi, leak, lib
 from memslot_plugin._core.proc import map_count, max_map_count
 from memslot_plugin.errors import SystemCallError
 from memslot_plugin.memory.image import BytesImage, MemfdImage
@@ -29,7 +26,7 @@ PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was tried: whether it works here, and what was seen."""
+    """The outcome of one trial: `works` is true if it did, and `detail` tells what was seen."""
 
     works: bool
     detail: str
@@ -37,9 +34,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What this process can do here, found out by trying; limits are as they were at that moment,
-    None if unknown.
-    """
+    """What works for this process; limits are as they were at that moment, None if unknown."""
 
     page_size: int
     memfd: Finding
@@ -54,9 +49,9 @@ class Probe:
 
 @functools.cache
 def probe() -> Probe:
-    """Try, once per process and again after a fork, what memslot builds on; see `Probe`.
+    """Try what memslot builds on, once per process and again after a fork.
 
-    Raises SystemCallError where a limit of the moment (descriptors, memory) keeps it from finding out; the next
+    Raises SystemCallError if a limit of the moment (descriptors, memory) prevents a trial; the next
     call tries again.
     """
     memfd, seals, dontneed = _probe_memfd()
@@ -78,32 +73,18 @@ def _soft_limit(which: int) -> int | None:
     return None if soft == resource.RLIM_INFINITY else soft
 
 
-_left: list[tuple[int, int]] = []
-"""Ranges that could not be unmapped after a trial (address, bytes): the next trial tries again."""
-
-
 @contextmanager
-def _range(pages: int, what_for: str) -> Iterator[int]:
-    """The address of so many pages of zeros, for a trial."""
-    for _ in range(len(_left)):
-        address, length = _left.pop()
-        _unmap(address, length, "unmapping pages of an earlier trial")
+def trial_range(pages: int, purpose: str) -> Iterator[int]:
+    """Map so many pages of zeros for a trial, and yield their address."""
     length = pages * PAGE_SIZE
     base = ffi.new("uintptr_t *")
-    check(lib.ms_reserve(length, base), f"reserving {pages} pages {what_for}")
+    check(lib.ms_reserve(length, base), f"reserving {pages} pages {purpose}")
     address = base[0]
     try:
-        check(lib.ms_zero(address, length), f"mapping {pages} pages {what_for}")
+        check(lib.ms_zero(address, length), f"mapping {pages} pages {purpose}")
         yield address
     finally:
-        _unmap(address, length, f"unmapping {pages} pages {what_for}")
-
-
-def _unmap(address: int, length: int, what: str) -> None:
-    failed = lib.ms_unmap(address, length)
-    if failed:
-        _left.append((address, length))
-        check(failed, what)
+        leak(lib.ms_unmap(address, length), f"{pages} pages {purpose}")
 
 
 def _probe_memfd() -> tuple[Finding, Finding, Finding]:
@@ -131,10 +112,10 @@ def _probe_memfd() -> tuple[Finding, Finding, Finding]:
 
 
 def _probe_dontneed(image: MemfdImage | None, content: bytes) -> Finding:
-    """Write to a private mapping of the image, or to zeros where there can be none, drop it, look."""
-    with _range(1, "for the probe") as address:
+    """Write to a private mapping of the image, or to zeros without one; drop the page and look."""
+    with trial_range(1, "for the probe") as address:
         if image is not None:
-            check(image.lay(address), "mapping the probe's image")
+            check(image.map(address), "mapping the probe's image")
         ctypes.memset(address, 0x11, PAGE_SIZE)
         refused = lib.ms_discard(address, PAGE_SIZE)
         seen = ctypes.string_at(address, PAGE_SIZE)
@@ -148,8 +129,9 @@ def _probe_dontneed(image: MemfdImage | None, content: bytes) -> Finding:
 
 
 def _probe_pagemap(with_image: bool) -> Finding:
-    """Read and write pages, half of them of an image where there can be one, and ask the kernel which are private;
-    again when they may have been swapped out.
+    """Read and write pages, half of them of an image if possible, and ask the kernel which are private.
+
+    Ask again when the pages may have been swapped out.
     """
     try:
         pagemap = pagemap_descriptor()
@@ -160,8 +142,8 @@ def _probe_pagemap(with_image: bool) -> Finding:
         return Finding(False, f"{error.strerror}{why if error.errno == errno.EACCES else ''}")
     content = b"\x5a" * (2 * PAGE_SIZE)
     image = MemfdImage("probe", content) if with_image else BytesImage("probe", b"")
-    with image, _range(4, "for the probe") as address:
-        check(image.lay(address), "mapping the probe's image")
+    with image, trial_range(4, "for the probe") as address:
+        check(image.map(address), "mapping the probe's image")
         for page in (0, 2):
             ctypes.string_at(address + page * PAGE_SIZE, PAGE_SIZE)
         written = [1, 3]
@@ -183,7 +165,7 @@ def _probe_pagemap(with_image: bool) -> Finding:
 
 
 def _private_pages(pagemap: int, address: int, pages: int) -> tuple[list[int], int]:
-    """The numbers of the private ones among so many pages, and an errno or 0."""
+    """Return the numbers of the private ones among so many pages, and an errno or 0."""
     runs, report = ffi.new("ms_extent[]", pages), ffi.new("ms_reset_report *")
     memory = ffi.new("ms_memory *", {"base": address, "accessible": pages * PAGE_SIZE})
     failed = lib.ms_list_private(pagemap, memory, runs, pages, report)
@@ -196,120 +178,10 @@ def _private_pages(pagemap: int, address: int, pages: int) -> tuple[list[int], i
 
 
 def pagemap_descriptor() -> int:
-    """A descriptor of this process's /proc/self/pagemap; raises SystemCallError."""
+    """Return a descriptor of this process's /proc/self/pagemap; raises SystemCallError."""
     descriptor = int(lib.ms_pagemap())
     check(descriptor, "opening /proc/self/pagemap")
     return descriptor
 
 
 after_fork(probe.cache_clear)
-
-
-@dataclass(frozen=True, slots=True)
-class Prices:
-    """What the kernel's work costs here, in nanoseconds: per page, and per scan of an empty
-    range.  `scan_plain_page` is where no file is mapped.
-    """
-
-    scan: float
-    scan_page: float
-    scan_plain_page: float
-    compare_page: float
-    drop_page: float
-    write_fault: float
-    read_fault_page: float
-
-
-@functools.cache
-def prices() -> Prices:
-    """Measure, once per process (a few ms), what a reset's choices cost; the least of each time in five
-    rounds.
-    """
-    pages = 256
-    report = ffi.new("ms_reset_report *")
-    length = pages * PAGE_SIZE
-    found = probe()
-    # Where no image can be mapped, memory is zeros at first, and that is what is measured.
-    image = (
-        MemfdImage("prices", b"\x5a" * length)
-        if found.memfd.works and found.seals.works
-        else BytesImage("prices", b"")
-    )
-    with image, _range(pages, "to measure prices") as address:
-        check(image.lay(address), "mapping an image to measure prices")
-        memory = ffi.new(
-            "ms_memory *",
-            {
-                "base": address,
-                "accessible": length,
-                "extents": image.c_extents,
-                "count": image.c_count,
-            },
-        )
-        pagemap = pagemap_descriptor()
-
-        def reset() -> None:
-            check(lib.ms_reset_pagemap(pagemap, memory, pages, report), "PAGEMAP_SCAN")
-
-        def drop() -> None:
-            check(lib.ms_discard(address, length), "MADV_DONTNEED")
-
-        rounds = []
-        for _ in range(5):
-            drop()
-            empty_drop = _nanoseconds(drop)
-            reset()
-            reset()  # the first after a drop finds cold page tables
-            empty_scan = report.scan_nanoseconds
-            reads = _nanoseconds(lambda: ctypes.string_at(address, length))
-            again = _nanoseconds(lambda: ctypes.string_at(address, length))
-            drop()
-            writes = _nanoseconds(lambda: ctypes.memset(address, 1, length))
-            rewrites = _nanoseconds(lambda: ctypes.memset(address, 2, length))
-            reset()
-            reset()  # every page is private and equal to the image now: scan and comparison alone
-            scan, everything = report.scan_nanoseconds, report.nanoseconds
-            memory.count = 0
-            reset()  # as if no file were mapped
-            memory.count = image.c_count
-            unmapped = report.scan_nanoseconds
-            compared = everything - scan
-            dropped = _nanoseconds(drop)
-            rounds.append(
-                (
-                    empty_scan,
-                    scan,
-                    unmapped,
-                    compared,
-                    empty_drop,
-                    dropped,
-                    rewrites,
-                    writes,
-                    again,
-                    reads,
-                )
-            )
-
-    # The best of each time before anything is subtracted: a disturbance makes a time longer, and a difference of two
-    # shorter too.
-    best = [min(column) for column in zip(*rounds, strict=True)]
-    empty_scan, scan, unmapped, compared, empty_drop, dropped, rewrites, writes, again, reads = best
-
-    def per_page(whole: int, empty: int) -> float:
-        return max(whole - empty, 1) / pages
-
-    return Prices(
-        float(empty_scan),
-        per_page(scan, empty_scan),
-        per_page(unmapped, empty_scan),
-        per_page(compared, 0),
-        per_page(dropped, empty_drop),
-        per_page(writes, rewrites),
-        per_page(reads, again),
-    )
-
-
-def _nanoseconds(call: Callable[[], object]) -> int:
-    started = time.perf_counter_ns()
-    call()
-    return time.perf_counter_ns() - started

@@ -43,6 +43,9 @@ MADE_AGAIN = {
 }
 """Failures after which the same call is made again, so that no error is raised."""
 
+LEAKING = ("munmap", "close")
+"""Calls that give something back: what the kernel refuses to take is logged, counted and leaked."""
+
 DONE_WITHOUT = ("madvise", "open", "pagemap_scan")
 """Calls that some of their callers do without: a reset is done by another one then, and its reason names the call."""
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from memslot_plugin.memory.adaptive import COMPARE_EVERY, FEW_PAGES, LESSONS, History
-from memslot_plugin.memory.probe import Prices
+from memslot_plugin.memory.prices import Prices
 
 PRICES = Prices(
     scan=1000.0,
     scan_page=25.0,
-    scan_plain_page=10.0,
+    scan_anonymous_page=10.0,
     compare_page=50.0,
     drop_page=100.0,
     write_fault=2000.0,

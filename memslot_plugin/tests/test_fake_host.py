@@ -103,21 +103,6 @@ def test_handle_that_was_cut_short_before_it_had_an_instance_ends_in_silence() -
     Instance.__new__(Instance).__del__()
 
 
-def test_guest_whose_image_could_not_be_unmapped_is_closed_again(
-    inject: Any, resources: Any
-) -> None:
-    before = resources()
-    with serving("fake", settings=memslot.Settings(plugins=["memfd"])) as host:
-        guest = hosts.prepare(host)
-        inject("munmap", error=12)
-        with pytest.raises(memslot.SystemCallError, match="unmapping the image of"):
-            guest.close()
-        assert guest.closed
-        for _ in range(2):
-            guest.close()
-            assert resources().image_mappings == before.image_mappings
-
-
 def test_guest_that_another_thread_prepares_while_guests_are_looked_at_is_no_error() -> None:
     class Prepares(list[Any]):
         def __len__(self) -> int:

@@ -366,16 +366,14 @@ def test_dropped_instance_whose_release_fails_is_no_error_of_the_next_caller(
 
 @on_deciding_hosts
 @pytest.mark.parametrize("forced", [False, True])
-def test_closing_again_gives_back_what_could_not_be_unmapped(
-    name: str, no_leaks: None, inject: Any, forced: bool
+def test_close_that_cannot_unmap_the_pool_closes_the_host_and_leaks_address_space(
+    name: str, inject: Any, caplog: pytest.LogCaptureFixture, forced: bool
 ) -> None:
     host = hosts.opened(name)
     with hosts.prepare(host) as guest:
         guest.instantiate().close()
     inject("munmap", error=12)
-    with pytest.raises(memslot.SystemCallError, match="unmapping the pool's reservation"):
-        host.close(force=forced)
+    host.close(force=forced)
+    assert "bytes of address space: Cannot allocate memory" in caplog.text
     with pytest.raises(memslot.UsedAfterClose):
         hosts.prepare(host)
-    host.close(force=forced)
-    host.close()

@@ -26,7 +26,7 @@ from memslot_plugin import BytesImage, Image, MemfdImage, Slot, UsedAfterClose, 
 from memslot_plugin._core import PAGE_SIZE as P
 from memslot_plugin._core import lib
 from memslot_plugin.memory import image as images
-from memslot_plugin.memory.backing import Held, Memfd
+from memslot_plugin.memory.backing import HeapBacking, Memfd
 from memslot_plugin.memory.reset import madvise
 from memslot_plugin.tests.profiles import examples
 from memslot_plugin.tests.slots import content, sparse, use
@@ -153,7 +153,7 @@ def test_copied_image_needs_no_call_to_build_and_no_madvise_to_lift(slot: Slot, 
     assert made == {}
     slot.instantiate(image, P)
     with calls() as made:
-        assert image.lift(slot.base) == 0
+        assert image.unmap(slot.base) == 0
     assert "madvise" not in made
     assert content(slot) == bytes(P)
 
@@ -289,7 +289,7 @@ COPIES: dict[str, Callable[[], object]] = {
     "segments": lambda: images.flat_runs(
         InitialContent(2**30, (Segment(1, LARGE), Segment(2, b"y")))
     ),
-    "ordinary memory": lambda: Held(len(LARGE), [(0, memoryview(LARGE))]),
+    "ordinary memory": lambda: HeapBacking(len(LARGE), [(0, memoryview(LARGE))]),
     "memfd": lambda: Memfd.of_pieces("large", len(LARGE), [(0, memoryview(LARGE))]),
 }
 

@@ -14,11 +14,12 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from memslot_hooks.types import Extent
 from memslot_plugin import BytesImage, Image, MemfdImage, Slot
 from memslot_plugin._core import PAGE_SIZE as P
 from memslot_plugin._core import ffi
 from memslot_plugin.memory import layers
-from memslot_plugin.memory.image import MAX_EXTENTS, MIN_GAP, Piece
+from memslot_plugin.memory.image import MAX_EXTENTS, MIN_GAP
 from memslot_plugin.memory.probe import probe
 from memslot_plugin.memory.reset import choose
 from memslot_plugin.tests.profiles import examples
@@ -115,10 +116,10 @@ def test_the_parents_file_goes_with_the_last_image_that_has_extents_in_it(resour
 
 def test_pieces_that_touch_in_memory_and_in_their_file_are_one_extent() -> None:
     with MemfdImage("first", b"x" * 8 * P) as first:
-        backing = first.backings[0]
+        backing = first.extents[0].backing
         places = [(0, 2, 0), (2, 1, 2), (3, 1, 0)]  # pages: offset, length, offset in the file
-        pieces = [Piece(at * P, n * P, backing, there * P) for at, n, there in places]
-        image = MemfdImage.of_pieces("made", pieces)
+        extents = [Extent(at * P, n * P, there * P, backing) for at, n, there in places]
+        image = MemfdImage.of_extents("made", extents)
         assert extents_of(image) == [(0, 3), (3, 1)]
         assert bytes_of(image) == b"x" * 4 * P + bytes((PAGES - 4) * P)
         image.close()
@@ -148,7 +149,7 @@ def test_changes_are_the_same_with_and_without_the_kernels_list(
     if not works:
         broken = type(probe().pagemap)(False, "told so")
         changed = dataclasses.replace(probe(), pagemap=broken)
-        monkeypatch.setattr("memslot_plugin.memory.slot.probe", lambda: changed)
+        monkeypatch.setattr("memslot_plugin.memory.region.probe", lambda: changed)
     with kind("parent", b"p" * 100 * P) as parent, Live(parent) as live:
         for page in (3, 5, 60, 150, 255):
             live.write(page * P + page, b"x")

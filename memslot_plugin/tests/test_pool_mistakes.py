@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 import memslot_plugin as memslot
-from memslot_plugin import Image, Pool, Slot, State
+from memslot_plugin import Image, Pool, Slot
 from memslot_plugin._core import PAGE_SIZE as P
-from memslot_plugin.memory.pool import Claim
+from memslot_plugin.memory.inventory import Inventory
+from memslot_plugin.memory.pool import SlotLease
 from memslot_plugin.tests.faults import fail_next_reset
 from memslot_plugin.tests.slots import RESERVED as SLOT
 from memslot_plugin.tests.slots import Holder, content, cycle, fill
@@ -60,12 +61,13 @@ def test_lease_interrupted_with_a_new_slot_gives_no_place_to_two(
     make_pool: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pool = make_pool(2)
+    take = pool._inventory.take
 
-    def interrupted(slot: Slot, claim: Claim) -> None:
-        Pool._hand_out(pool, slot, claim)
+    def interrupted(*wanted: Any) -> None:
+        take(*wanted)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pool, "_hand_out", interrupted)
+    monkeypatch.setattr(pool._inventory, "take", interrupted)
     with pytest.raises(KeyboardInterrupt):
         lease(pool)
     monkeypatch.undo()
@@ -98,19 +100,17 @@ def test_purge_interrupted_retires_the_slot(
     def interrupted(slot: Slot) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pool, "_purge_slot", interrupted)
+    monkeypatch.setattr(Slot, "purge", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pool.purge(image)
-    assert (pool.statistics().destroyed, pool.statistics().warm) == (1, 0)
+    monkeypatch.undo()
     pool.check()
+    assert (pool.statistics().idle, pool.statistics().in_use) == (1, 0)
+    cycle(pool, "b")
 
 
 @pytest.mark.parametrize("event", ["release", "retire", "take back", "abandon", "close"])
-def test_waiting_lease_is_woken_by_another_thread(
-    pool: Pool, event: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if event not in ("abandon", "close"):  # which it finds by looking again
-        monkeypatch.setattr("memslot_plugin.memory.pool.POLL_SECONDS", 60)
+def test_waiting_lease_is_woken_by_another_thread(pool: Pool, event: str) -> None:
     holders = [Holder()]
     slot = lease(pool, holder=holders[0])
 
@@ -124,8 +124,7 @@ def test_waiting_lease_is_woken_by_another_thread(
             pool.statistics()
         elif event == "close":
             with pool._lock:  # no other lease may come between release and close
-                del pool._leased[slot]
-                pool._retire(slot)
+                pool.release(slot)
                 pool._closed = True
         else:
             pool.release(slot, retire=event == "retire")
@@ -162,13 +161,14 @@ def test_slot_given_back_is_not_taken_from_its_next_owner(pool: Pool, released: 
     pool.release(again)
 
 
-def test_claim_that_was_cut_short_before_it_had_a_slot_is_dropped(pool: Pool) -> None:
+def test_lease_that_was_cut_short_before_it_had_a_slot_is_dropped(pool: Pool) -> None:
     holder = Holder()
-    claim = Claim(holder, pool._came_back.append)
+    lease = SlotLease(holder, pool._returned.put)
     del holder
-    assert list(pool._came_back) == [claim]
+    assert pool._returned.qsize() == 1
+    del lease
     cycle(pool, "a")
-    assert not pool._came_back
+    assert pool._returned.empty()
 
 
 def test_pool_that_a_finalizer_interrupts_takes_a_slot_back_and_refuses_what_would_wait(
@@ -194,28 +194,6 @@ def test_pool_that_a_finalizer_interrupts_takes_a_slot_back_and_refuses_what_wou
     now = pool.statistics()
     assert (now.in_use, now.idle, now.purged, now.warm) == (0, 2, 2, 0)
     pool.check()
-
-
-def test_pool_that_is_interrupted_after_a_fork_gives_no_place_to_two(
-    make_pool: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pool = make_pool(2)
-    pool.release(lease(pool))
-    places = pool._places
-
-    def interrupted() -> list[int]:
-        pool.after_fork()  # which a handler that leases has called first
-        with pytest.raises(memslot.InUse, match="while its own thread was changing the pool"):
-            lease(pool, "handler")
-        return places()
-
-    monkeypatch.setattr(pool, "_places", interrupted)
-    pool.after_fork()
-    pool.check()
-    slots = [lease(pool), lease(pool)]
-    assert slots[0].base != slots[1].base
-    for slot in slots:
-        pool.release(slot)
 
 
 def test_slot_is_released_once_and_to_its_own_pool(make_pool: Make) -> None:
@@ -258,7 +236,7 @@ def test_pool_with_leases_stays_open_and_a_closed_one_leases_nothing(
         ({"audit": 1.5}, "audit must be from 0 to 1, not 1.5"),
         ({"audit": math.nan}, "audit must be from 0 to 1, not nan"),
         ({"max_unused_warm_slots": -1}, "max_unused_warm_slots must be at least 0, not -1"),
-        ({"guard": -RESERVED}, "guard at least 0"),
+        ({"guard": -RESERVED}, "guard must be at least 0 bytes"),
     ],
 )
 def test_invalid_pool_is_refused(make_pool: Make, changes: dict[str, Any], sentence: str) -> None:
@@ -274,22 +252,20 @@ def test_more_slots_than_the_map_count_allows_are_refused(make_pool: Make, calls
     assert made == {}
 
 
-def test_check_finds_places_with_two_owners_or_none_and_unknown_slots(make_pool: Make) -> None:
+def test_check_finds_places_with_two_owners_and_lost_ones_come_back(make_pool: Make) -> None:
     pool = make_pool(2)
     slot = lease(pool)
-    pool._unused_places.append(slot.base)
-    with pytest.raises(memslot.InvariantBroken, match="places are accounted for"):
+    inventory: Inventory = pool._inventory
+    inventory._make_free(slot)
+    with pytest.raises(memslot.InvariantBroken, match="place 0 of a pool has 2 owners"):
         pool.check()
-    pool._unused_places[:] = []
-    with pytest.raises(
-        memslot.InvariantBroken, match="1 places are accounted for, but the pool has 2"
-    ):
-        pool.check()
-    pool._unused_places.append(slot.base + RESERVED + P)
+    (free,) = inventory._free.values()
+    free.discard(slot)
+    fill(slot)
+    slot.lease = None  # as if an exception had come in the middle: neither free nor held
+    slots = [lease(pool, guest) for guest in "bc"]
+    assert [content(each) for each in slots] == [bytes(P)] * 2
+    assert slot not in slots
+    for each in slots:
+        pool.release(each)
     pool.check()
-    pool.release(slot)
-    pool.check()
-    slot.state = State.UNKNOWN
-    with pytest.raises(memslot.InvariantBroken, match="an idle slot is unknown"):
-        pool.check()
-    slot.state = State.CLEAN

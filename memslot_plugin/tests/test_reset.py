@@ -23,6 +23,7 @@ from memslot_plugin.tests.slots import fill, needs_pagemap, use
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
+pricing: Any = importlib.import_module("memslot_plugin.memory.prices")
 probing = importlib.import_module("memslot_plugin.memory.probe")  # the package exports its function
 
 
@@ -125,8 +126,8 @@ def test_prices_ignore_a_measurement_that_was_disturbed(
         place = next(calls)
         return TIMES[place % 6] + 4_000_000 * (place == 2 * 6 + disturbed)
 
-    monkeypatch.setattr(probing, "_nanoseconds", measured)
-    found = probing.prices.__wrapped__()
+    monkeypatch.setattr(pricing, "_nanoseconds", measured)
+    found = pricing.prices.__wrapped__()
     assert (found.drop_page, found.write_fault, found.read_fault_page) == (1000, 2000, 500)
     assert next(calls) == 5 * 6
 

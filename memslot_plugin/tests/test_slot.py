@@ -19,6 +19,7 @@ from memslot_plugin._core import PAGE_SIZE as P
 from memslot_plugin._core import ffi, lib
 from memslot_plugin._core.proc import mappings
 from memslot_plugin.errors import MemoryTooLarge, SlotError, Unsupported, UsedAfterClose
+from memslot_plugin.memory.extension import ExtensionSlot
 from memslot_plugin.memory.probe import pagemap_descriptor
 from memslot_plugin.memory.reset import choose, madvise
 from memslot_plugin.tests.slots import RESERVED, content, expected, needs_pagemap, use
@@ -36,7 +37,7 @@ COSTS: dict[str, tuple[Step, int, int, int]] = {
     "07 another image": (lambda slot, _, other: slot.instantiate(other, 50 * P), 2, 1, 0),
     "07 another, smaller": (lambda slot, _, other: slot.instantiate(other, 5 * P), 2, 1, 1),
     "07 no image": (lambda slot, *_: slot.instantiate(None, 50 * P), 2, 0, 0),
-    "11 destroyed twice": (lambda slot, *_: (slot.destroy(), slot.destroy()), 1, 0, 0),
+    "11 destroyed": (lambda slot, *_: slot.destroy(), 1, 0, 0),
 }
 """Steps from a clean slot with an image of two extents of 50 pages: the numbers of mmap calls, of further ones unless
 images are copied, and of mprotect calls. That no image stays behind where there is none is CVE-2022-39393.
@@ -99,7 +100,7 @@ def test_08_growing_is_one_mprotect_of_the_new_bytes_and_09_only_it_is_reset_by_
 def test_10_growth_by_ftruncate_maps_once_and_grows_by_ftruncate_to_the_maximum(
     reservation: int, make_image: MakeImage, reset: Any, calls: Any, maximum: int
 ) -> None:
-    slot, image = Slot(reservation, RESERVED, growth="ftruncate"), make_image((1, b"x" * P))
+    slot, image = ExtensionSlot(reservation, RESERVED), make_image((1, b"x" * P))
     slot.instantiate(image, 4 * P, maximum=maximum * P)
     for _ in range(2):
         for pages in (5, 20, 40) if maximum == 40 else ():
@@ -108,7 +109,7 @@ def test_10_growth_by_ftruncate_maps_once_and_grows_by_ftruncate_to_the_maximum(
             assert made == {"ftruncate": 1}
             slot.check()
             # MFD_NOEXEC_SEAL was asked for, which sysctl vm.memfd_noexec=2 demands.
-            assert not os.fstat(slot._extension_fd).st_mode & 0o111
+            assert not os.fstat(slot.fd).st_mode & 0o111
         with pytest.raises(MemoryTooLarge):
             slot.grow((maximum + 1) * P)
         with calls() as made:
@@ -123,9 +124,9 @@ def test_10_access_past_the_end_of_an_extension_is_a_sigbus(child: Any) -> None:
     child(
         """
 import ctypes, os, signal
-from memslot_plugin import Slot
+from memslot_plugin.memory.extension import ExtensionSlot
 from memslot_plugin._core import PAGE_SIZE as P
-slot = Slot.create(64 * P, growth="ftruncate")
+slot = ExtensionSlot.create(64 * P)
 slot.instantiate(None, P, maximum=32 * P)
 slot.grow(2 * P)
 def touch(page):
@@ -175,12 +176,13 @@ def test_kernel_sees_exactly_the_counted_calls_in_their_ranges(tmp_path: Path) -
 import ctypes
 from memslot_plugin import MemfdImage, Pool, Slot, _core
 from memslot_plugin._core import PAGE_SIZE as P, ffi, lib
+from memslot_plugin.memory.extension import ExtensionSlot
 from memslot_plugin.memory.reset import madvise
 base = ffi.new("uintptr_t *")
 lib.ms_reserve(192 * P, base)
 one, other = MemfdImage("one", b"1" * 2 * P), MemfdImage("other", bytes(20 * P) + b"2")
 slot = Slot(base[0] + 64 * P, 64 * P)
-extending = Slot(base[0] + 128 * P, 64 * P, growth="ftruncate")
+extending = ExtensionSlot(base[0] + 128 * P, 64 * P)
 def use(slot):
     ctypes.memset(slot.base, 7, slot.accessible)
     slot.reset(madvise)
@@ -201,7 +203,7 @@ image = MemfdImage("m", b"x" * P)
 with Pool(slots=2, reserved=64 * P, guard=P, reset=madvise) as pool:
     leased = pool.lease(image, 4 * P, affinity=1)
     ranges = [(leased.base - 128 * P, leased.base + 128 * P),
-              (image.backings[0].address, image.backings[0].address + P)]
+              (image.extents[0].backing.address, image.extents[0].backing.address + P)]
     leased.grow(8 * P)
     pool.release(leased)
     pool.release(pool.lease(None, 2 * P, affinity=2))
@@ -249,13 +251,12 @@ print([slot.base, P, {name: n - before[name] for name, n in _core.counters().ite
     [
         (lambda: Slot(P, RESERVED + 1), "multiples of the host page"),
         (lambda: Slot(P, RESERVED, RESERVED + P), "accessible <= reserved"),
-        (lambda: Slot(P, RESERVED, growth="magic"), "not 'magic'"),
         (lambda: Slot.create(RESERVED, -P), f"byte_size -{P}"),
         (lambda: Slot.create(-P), f"reserved -{P}"),
         (lambda: Slot.create(RESERVED, guard=-P), f"guard -{P}"),
         (lambda: Slot.create(P, 2 * P), f"{2 * P} bytes does not fit a slot of {P} bytes"),
         (
-            lambda: Slot(64 * P, RESERVED, mapping=object(), growth="ftruncate"),  # type: ignore[arg-type]
+            lambda: ExtensionSlot(64 * P, RESERVED, mapping=object()),
             "the runtime owns the mapping",
         ),
     ],

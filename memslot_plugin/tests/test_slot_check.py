@@ -14,6 +14,7 @@ import pytest
 from memslot_plugin import BytesImage, InvariantBroken, MemfdImage, Pool, Slot, State
 from memslot_plugin._core import PAGE_SIZE as P
 from memslot_plugin._core import catch_up, lib
+from memslot_plugin.memory.extension import ExtensionSlot
 from memslot_plugin.memory.probe import pagemap_descriptor, probe
 from memslot_plugin.memory.reset import choose
 from memslot_plugin.tests.slots import (
@@ -122,15 +123,15 @@ def test_check_finds_a_written_byte_of_a_clean_slot_only(kind: Any) -> None:
 @pytest.mark.parametrize(
     "tamper",
     [
-        lambda s: lib.ms_resize(s._extension_fd, 30 * P),
+        lambda s: lib.ms_resize(s.fd, 30 * P),
         lambda s: lib.ms_zero(s.base + 8 * P, 56 * P),
         lambda s: lib.ms_cover(s.base + 20 * P, P),
-        lambda s: lib.ms_map_extension(s.base + 9 * P, 55 * P, s._extension_fd),
+        lambda s: lib.ms_map_extension(s.base + 9 * P, 55 * P, s.fd),
     ],
     ids=["longer", "private", "covered", "moved"],
 )
 def test_check_finds_an_extension_that_is_not_as_recorded(tamper: Callable[[Slot], Any]) -> None:
-    slot = Slot.create(RESERVED, growth="ftruncate")
+    slot = ExtensionSlot.create(RESERVED)
     slot.instantiate(None, 8 * P)
     slot.grow(9 * P)
     slot.check()

@@ -21,7 +21,7 @@ from memslot_plugin.errors import SlotError
 from memslot_plugin.memory import reset as resets
 from memslot_plugin.memory.adaptive import COMPARE_EVERY
 from memslot_plugin.memory.probe import probe
-from memslot_plugin.memory.slot import State
+from memslot_plugin.memory.region import Region, State
 from memslot_plugin.tests.slots import needs_pagemap
 
 pytestmark = [
@@ -119,20 +119,20 @@ def test_unexplained_time_of_a_scan_excludes_private_pages(split_scan: int, expl
 
 def test_core_asks_python_only_if_it_has_to(slot: Slot, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    ours = Slot._reset
+    ours = Slot._slow_reset
 
-    def counted(self: Slot, strategy: resets.Reset) -> Any:
+    def counted(self: Slot, strategy: resets.Reset, answer: int) -> Any:
         asked.append(strategy)
-        return ours(self, strategy)
+        return ours(self, strategy, answer)
 
-    monkeypatch.setattr(Slot, "_reset", counted)
+    monkeypatch.setattr(Slot, "_slow_reset", counted)
     first, second = (resets.choose("pagemap", 1 << 30) for _ in range(2))
     for _ in range(3):
         once(slot, first, 1)
     assert asked == [first]
     once(slot, second, 1)
     assert asked == [first, second]
-    slot.watcher = None
+    slot.strategy = None
     once(slot, second, 1)
     assert asked == [first, second, second]
     slot.reset(second)
@@ -146,9 +146,11 @@ def test_core_asks_python_only_if_it_has_to(slot: Slot, monkeypatch: pytest.Monk
 
 def test_exception_while_a_reset_is_settled_leaves_the_slot_unknown(slot: Slot) -> None:
     class Wrong(resets.Pagemap):
-        def settle(self, slot: Slot, answer: int) -> Any:
-            assert slot.state is State.UNKNOWN
-            raise KeyboardInterrupt
+        def slow_path(self, region: Region, answer: int) -> Any:
+            assert region.state is State.UNKNOWN
+            if answer == lib.MS_SLOW:
+                raise KeyboardInterrupt
+            return super().slow_path(region, answer)
 
     reset = Wrong(8 * P)
     once(slot, reset, 1)
@@ -161,7 +163,7 @@ def test_exception_while_a_reset_is_settled_leaves_the_slot_unknown(slot: Slot) 
 def test_cycle_through_a_slot_is_collected() -> None:
     slot = Slot.create(MEMORY * P)
     slot.destroy()
-    slot.watcher = type("Cycle", (), {"slot": slot})()
+    slot.strategy = type("Cycle", (), {"slot": slot})()
     gone = weakref.ref(slot)
     del slot
     gc.collect()

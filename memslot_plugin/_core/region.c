@@ -1,0 +1,262 @@
+/* The base of memslot_plugin.memory.region.Region: a ms_slot inside of a Python object, and the fast path of its reset.
+ *
+ * A module of its own, because cffi's takes no Python objects.  It makes no system call itself: Python passes it the address of
+ * ms_reset_fast, so that the gate that counts system calls exists once in the process. */
+#include <Python.h>
+#include <structmember.h>
+#include <unistd.h>
+
+#include "wasmtime_bridge.h"
+
+/* Keep the GIL if this slot's previous reset took less: handing it over takes longer than that.  ms_reset_fast calls
+ * `before_long` and so releases it all the same once it has found many pages. */
+enum { BRIEF_NANOSECONDS = 5000 };
+
+/* Set by `install`, once per process. */
+static int (*reset_fast)(ms_slot *slot);
+static unsigned (*copy)(ms_wt_cell *cell, uint64_t generation, uintptr_t to, const char *from, size_t length);
+static PyObject *dirty, *clean, *result_type, *slow_reset, *new, *pagemap, *no_reason;
+static size_t page;
+
+typedef struct {
+    PyObject_HEAD
+    PyObject *state;
+    PyObject *strategy;
+    Py_ssize_t initial;
+    unsigned long long fast_resets;
+    ms_slot core;
+} Region;
+
+static void put(PyObject **place, PyObject *value)
+{
+    PyObject *before = *place;
+    Py_INCREF(value);
+    *place = value; /* before the decrement, which may run a finalizer that looks here */
+    Py_XDECREF(before);
+}
+
+static _Thread_local PyThreadState *released;
+
+static void release_gil(void)
+{
+    released = PyEval_SaveThread();
+}
+
+/* Run the core's reset; other threads run meanwhile if it takes long. */
+static int run_fast(ms_slot *slot)
+{
+    if (slot->report.nanoseconds < BRIEF_NANOSECONDS)
+        slot->before_long = release_gil;
+    else
+        release_gil();
+    int answer = reset_fast(slot);
+    slot->before_long = NULL;
+    if (released) {
+        PyEval_RestoreThread(released);
+        released = NULL;
+    }
+    return answer;
+}
+
+/* Reset by the fast path if Python need not be asked, else by Slot._slow_reset, whose result is returned.  Py_None stands for
+ * "done on the fast path", NULL for an exception. */
+static PyObject *reset_either_way(Region *self, PyObject *strategy)
+{
+    int answer = MS_NOT_TRIED;
+    /* A grown memory must shrink, which is Python's; a reset of what is not dirty is refused there. */
+    if (self->state == dirty && self->strategy == strategy && self->core.memory.accessible == (size_t)self->initial)
+        answer = run_fast(&self->core);
+    if (answer == MS_FAST) {
+        self->fast_resets++;
+        Py_RETURN_NONE;
+    }
+    PyObject *number = PyLong_FromLong(answer);
+    PyObject *result = number ? PyObject_CallMethodObjArgs((PyObject *)self, slow_reset, strategy, number, NULL) : NULL;
+    Py_XDECREF(number);
+    return result;
+}
+
+static PyObject *reset(PyObject *object, PyObject *strategy)
+{
+    Region *self = (Region *)object;
+    PyObject *result = reset_either_way(self, strategy);
+    if (result != Py_None)
+        return result;
+    Py_DECREF(result);
+    put(&self->state, clean);
+    const ms_reset_report *report = &self->core.report;
+    PyObject *fields = Py_BuildValue("nKOO", (Py_ssize_t)(report->dirty_pages * page),
+                                     (unsigned long long)report->nanoseconds, pagemap, no_reason);
+    result = fields ? PyObject_CallMethodObjArgs((PyObject *)&PyTuple_Type, new, result_type, fields, NULL) : NULL;
+    Py_XDECREF(fields);
+    return result;
+}
+
+static PyObject *reset_in_lease(PyObject *object, PyObject *strategy)
+{
+    Region *self = (Region *)object;
+    PyObject *result = reset_either_way(self, strategy);
+    if (!result || result == Py_None) /* the fast path leaves the state dirty, as the lease goes on */
+        return result;
+    Py_DECREF(result);
+    put(&self->state, dirty);
+    Py_RETURN_NONE;
+}
+
+static PyObject *install(PyObject *module, PyObject *arguments)
+{
+    (void)module;
+    unsigned long long reset_address, copy_address;
+    PyObject *given[3];
+    if (!PyArg_ParseTuple(arguments, "KKOOO:install", &reset_address, &copy_address, &given[0], &given[1], &given[2]))
+        return NULL;
+    reset_fast = (int (*)(ms_slot *))(uintptr_t)reset_address;
+    copy = (unsigned (*)(ms_wt_cell *, uint64_t, uintptr_t, const char *, size_t))(uintptr_t)copy_address;
+    put(&dirty, given[0]);
+    put(&clean, given[1]);
+    put(&result_type, given[2]);
+    Py_RETURN_NONE;
+}
+
+/* A shorter copy takes less time than handing the GIL over. */
+enum { SHORT_COPY = 1 << 16 };
+
+static PyObject *read_bytes(PyObject *module, PyObject *arguments)
+{
+    (void)module;
+    unsigned long long cell, generation, from;
+    Py_ssize_t length;
+    if (!PyArg_ParseTuple(arguments, "KKKn:read", &cell, &generation, &from, &length))
+        return NULL;
+    PyObject *bytes = PyBytes_FromStringAndSize(NULL, length);
+    if (!bytes)
+        return NULL;
+    uintptr_t to = (uintptr_t)PyBytes_AsString(bytes);
+    PyThreadState *thread = length < SHORT_COPY ? NULL : PyEval_SaveThread();
+    unsigned refused =
+        copy((ms_wt_cell *)(uintptr_t)cell, generation, to, (const char *)(uintptr_t)from, (size_t)length);
+    if (thread)
+        PyEval_RestoreThread(thread);
+    if (!refused)
+        return bytes;
+    Py_DECREF(bytes);
+    return PyLong_FromUnsignedLong(refused);
+}
+
+static PyObject *address(PyObject *object, void *closure)
+{
+    (void)closure;
+    return PyLong_FromVoidPtr(&((Region *)object)->core);
+}
+
+static int traverse(PyObject *object, visitproc visit, void *arg)
+{
+    Region *self = (Region *)object;
+    Py_VISIT(Py_TYPE(object));
+    Py_VISIT(self->state);
+    Py_VISIT(self->strategy);
+    return 0;
+}
+
+static int clear(PyObject *object)
+{
+    Region *self = (Region *)object;
+    Py_CLEAR(self->state);
+    Py_CLEAR(self->strategy);
+    return 0;
+}
+
+static void dealloc(PyObject *object)
+{
+    PyTypeObject *type = Py_TYPE(object);
+    PyObject_GC_UnTrack(object);
+    clear(object);
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(object);
+    Py_DECREF(type);
+}
+
+static PyMemberDef members[] = {
+    {"state", T_OBJECT_EX, offsetof(Region, state), 0, PyDoc_STR("The slot's state: all that is known of its bytes.")},
+    {"strategy", T_OBJECT, offsetof(Region, strategy), 0,
+     PyDoc_STR("The strategy whose limits the core has, so that it may reset this slot alone, or None.")},
+    {"base", T_ULONGLONG, offsetof(Region, core.memory.base), 0, PyDoc_STR("The first address.")},
+    {"accessible", T_PYSSIZET, offsetof(Region, core.memory.accessible), 0,
+     PyDoc_STR("Bytes from base on that are readable and writable.")},
+    {"initial", T_PYSSIZET, offsetof(Region, initial), 0, PyDoc_STR("Bytes that are accessible after a reset.")},
+    {"fast_resets", T_ULONGLONG, offsetof(Region, fast_resets), 0, PyDoc_STR("Resets on the fast path so far.")},
+    {0},
+};
+
+static PyGetSetDef properties[] = {
+    {"address", address, NULL, PyDoc_STR("The address of the region's ms_slot."), NULL},
+    {0},
+};
+
+static PyMethodDef methods[] = {
+    {"reset", reset, METH_O,
+     PyDoc_STR("reset($self, strategy, /)\n--\n\n"
+               "Reset a dirty slot to clean, at its initial size; return a ResetResult.\n\n"
+               "Only bytes `[0, accessible)` are touched, and mprotect(2) is called only if the memory had grown.\n"
+               "Raises SlotError if the slot is not dirty, or if a runtime grew its own mapping, which cannot\n"
+               "shrink; SystemCallError, after which the slot is unknown.")},
+    {"reset_in_lease", reset_in_lease, METH_O,
+     PyDoc_STR("reset_in_lease($self, strategy, /)\n--\n\n"
+               "Reset a dirty slot whose lease goes on: it stays dirty, because its guest may write at once.\n\n"
+               "Raises what `reset` raises.")},
+    {0},
+};
+
+static PyType_Slot slots[] = {
+    {Py_tp_doc, PyDoc_STR("The part of a region that is written in C.")},
+    {Py_tp_traverse, traverse},
+    {Py_tp_clear, clear},
+    {Py_tp_dealloc, dealloc},
+    {Py_tp_members, members},
+    {Py_tp_getset, properties},
+    {Py_tp_methods, methods},
+    {0},
+};
+
+static PyType_Spec spec = {
+    .name = "memslot_plugin._core._region.Region",
+    .basicsize = sizeof(Region),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
+    .slots = slots,
+};
+
+static PyMethodDef functions[] = {
+    {"install", install, METH_VARARGS,
+     PyDoc_STR("install($module, reset_fast, copy, dirty, clean, result_type, /)\n--\n\n"
+               "Set the addresses of ms_reset_fast and ms_wt_copy, two states of a slot, and ResetResult.")},
+    {"read", read_bytes, METH_VARARGS,
+     PyDoc_STR("read($module, cell, generation, address, length, /)\n--\n\n"
+               "Copy bytes of an instance's memory, or return the flag with which ms_wt_copy refused.")},
+    {0},
+};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "memslot_plugin._core._region",
+    .m_doc = PyDoc_STR("The fast path of a slot's reset."),
+    .m_size = -1,
+    .m_methods = functions,
+};
+
+PyMODINIT_FUNC PyInit__region(void)
+{
+    page = (size_t)sysconf(_SC_PAGESIZE);
+    PyObject *module = PyModule_Create(&definition);
+    PyObject *type = PyType_FromSpec(&spec);
+    slow_reset = PyUnicode_InternFromString("_slow_reset");
+    new = PyUnicode_InternFromString("__new__");
+    pagemap = PyUnicode_InternFromString("pagemap");
+    no_reason = PyUnicode_InternFromString("");
+    if (!module || !type || !slow_reset || !new || !pagemap || !no_reason ||
+        PyModule_AddObjectRef(module, "Region", type)) {
+        Py_XDECREF(type);
+        Py_XDECREF(module);
+        return NULL;
+    }
+    Py_DECREF(type);
+    return module;
+}

@@ -1,0 +1,244 @@
+"""The inventory of a pool: its slots by place, the free ones among them, and where they are made.
+
+    reservation   | guard | place 0: reserved bytes | guard | place 1 ... | guard |
+
+On demand each slot has a reservation of its own, and a runtime's range is where the runtime made it; such
+a slot takes a place, too, because the number of places bounds how many memories live at once.
+
+The truth is on the slots.  A slot is *free* (on a free list), *held* (it has a lease whose holder lives), or
+neither, because an exception came in between: `reclaim` finds those.  Nothing here is safe for threads: the
+pool's lock protects it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
+
+from memslot_hooks.types import HostMapping
+from memslot_plugin._core import align_up
+from memslot_plugin._core.proc import map_count, max_map_count
+from memslot_plugin.errors import InvariantBroken, MemslotError, SettingError
+from memslot_plugin.memory.free import FreeList
+from memslot_plugin.memory.image import Image
+from memslot_plugin.memory.region import CLEAN, DESTROYED, Reservation
+from memslot_plugin.memory.slot import Slot
+
+_log = logging.getLogger("memslot.pool")
+
+MAPPINGS_PER_SLOT = 3
+"""Mappings (VMAs) of one slot with an image of one extent: guard and tail, image, zeros above it."""
+
+OWN = object()
+"""The shape of slots in ranges of ours; a runtime's ranges have the shape that the runtime names."""
+
+
+class Inventory:
+    """The slots of one pool.  `limit` is the number of places; `reserved` and `guard` are bytes per slot."""
+
+    def __init__(
+        self,
+        kind: type[Slot],
+        new_list: Callable[[], FreeList],
+        limit: int,
+        reserved: int,
+        guard: int,
+        *,
+        on_demand: bool,
+    ) -> None:
+        self._kind = kind
+        self._new_list = new_list
+        self._limit = limit
+        self._reserved = align_up(reserved)
+        self._guard = align_up(guard)
+        self._on_demand = on_demand
+        self._reservation: Reservation | None = None
+        self._places: list[Slot | None] = []
+        """As far as places were used; None for one that is vacant."""
+        self._vacant: list[int] = []
+        self._free: dict[Hashable, FreeList] = {}
+        """By shape."""
+        self._past: Counter[str] = Counter()
+        """Slots made and destroyed, and the counters of those that are gone."""
+        self.purged = 0
+        """Slots that gave their image up."""
+
+    # -- from free to held, and back
+
+    def take(
+        self,
+        shape: Hashable,
+        affinity: Hashable,
+        byte_size: int,
+        map_host_memory: Callable[[], HostMapping] | None,
+    ) -> Slot | None:
+        """Take a slot off its free list, or make one; None if every slot is held.
+
+        Raises SystemCallError, SettingError, and what `map_host_memory` raises.
+        """
+        free = self._free.get(shape)
+        room = bool(self._vacant) or len(self._places) < self._limit
+        slot = None if free is None else free.take(affinity, room=room)
+        if slot is None and (room or self._make_room(shape)):
+            slot = self._create(byte_size, map_host_memory)
+        return slot
+
+    def _make_room(self, shape: Hashable) -> bool:
+        """Find lost slots, else destroy the oldest free one of another shape; true if a place is vacant now."""
+        self.reclaim()
+        for other, free in list(self._free.items()):
+            if not self._vacant and other != shape and (oldest := free.oldest()) is not None:
+                free.discard(oldest)
+                self._retire(oldest)
+        return bool(self._vacant)
+
+    def _create(self, byte_size: int, map_host_memory: Callable[[], HostMapping] | None) -> Slot:
+        # The place is taken before the slot is made: after an exception in between, reclaim finds it without a slot.
+        if self._vacant:
+            place = self._vacant.pop()
+        else:
+            place = len(self._places)
+            self._places.append(None)
+        try:
+            if map_host_memory is not None:
+                mapping = map_host_memory()
+                slot = self._kind(
+                    mapping.base, mapping.reserved, mapping.accessible, mapping=mapping
+                )
+            elif self._on_demand:
+                slot = self._kind.create(self._reserved, byte_size, guard=self._guard)
+            else:
+                within = self._reservation = self._reservation or self._reserve()
+                base = within.base + self._guard + place * (self._reserved + self._guard)
+                slot = self._kind(base, self._reserved, within=within)
+        except Exception:
+            self._vacant.append(place)
+            raise
+        slot.place = place
+        self._places[place] = slot
+        self._past["created"] += 1
+        return slot
+
+    def _reserve(self) -> Reservation:
+        """Make the one reservation, at the first lease that needs it."""
+        allowed, used = max_map_count(), map_count()
+        needed = self._limit * MAPPINGS_PER_SLOT
+        if allowed is not None and used is not None and used + needed > allowed:
+            raise SettingError(
+                f"slots = {self._limit} needs about {needed} mappings, but vm.max_map_count is {allowed} with"
+                f" {used} in use; allowed here: at most {max(allowed - used, 0) // MAPPINGS_PER_SLOT} slots"
+            )
+        return Reservation(
+            self._guard + self._limit * (self._reserved + self._guard),
+            f"{self._limit} slots of {self._reserved} bytes and {self._guard} bytes of guard (fewer slots or a"
+            " smaller reserved need less)",
+        )
+
+    def put_away(self, slot: Slot) -> None:
+        """Free a slot whose lease has ended, if it is clean; else destroy it, so that its bytes are gone."""
+        slot.lease = None
+        if slot.image is not None and slot.image.closed and slot.state is CLEAN:
+            self._purge(slot)
+        if slot.state is CLEAN and not self._on_demand:
+            self._make_free(slot)
+        else:
+            self._retire(slot)
+
+    def _make_free(self, slot: Slot) -> None:
+        shape: Hashable = OWN if slot.mapping is None else slot.mapping.shape
+        if shape not in self._free:
+            self._free[shape] = self._new_list()
+        self._free[shape].put(slot, next_to_go=slot.affinity is None)
+
+    def _retire(self, slot: Slot) -> None:
+        """Destroy a slot that is on no free list."""
+        destroy_or_log(slot)
+        if slot.state is DESTROYED or slot.mapping is not None or self._on_demand:
+            self._past.update(slot.counts())
+            self._past["destroyed"] += 1
+            self._places[slot.place] = None
+            self._vacant.append(slot.place)
+        else:  # its range could not be covered: its next use tries that again, or fails
+            slot.affinity = None
+            self._make_free(slot)
+
+    def reclaim(self) -> None:
+        """Find the slots and places that an exception left neither free nor held."""
+        self._vacant = [place for place, slot in enumerate(self._places) if slot is None]
+        free = set(self.free())
+        for slot in self.slots():
+            if slot not in free and (slot.lease is None or slot.lease() is None):
+                self.put_away(slot)
+
+    # -- looking
+
+    def slots(self) -> Iterator[Slot]:
+        """Yield every slot; safe for threads."""
+        return (slot for slot in list(self._places) if slot is not None)
+
+    def free(self) -> Iterator[Slot]:
+        """Yield every free slot."""
+        return (slot for free in self._free.values() for slot in free)
+
+    def latest(self, shape: Hashable, affinity: Hashable) -> Slot | None:
+        """Return the free slot that the guest of this affinity used last, or None."""
+        return self._free[shape].latest(affinity) if shape in self._free else None
+
+    def counts(self) -> Counter[str]:
+        """Return the counters of all slots together, those that are gone included; safe for threads."""
+        total = self._past + Counter(purged=self.purged)
+        for slot in self.slots():
+            total.update(slot.counts())
+        return total
+
+    def check(self) -> None:
+        """Check every slot's invariant, and that each place has one owner; raises InvariantBroken."""
+        free = list(self.free())
+        for place, slot in enumerate(self._places):
+            owners = self._vacant.count(place)
+            if slot is not None:
+                slot.check()
+                owners += free.count(slot) + (slot.lease is not None)
+            if owners != 1:
+                raise InvariantBroken(f"place {place} of a pool has {owners} owners, not 1: {slot}")
+
+    # -- images, and the end
+
+    def purge(self, image: Image) -> None:
+        """Take `image` out of every free slot."""
+        having = [slot for slot in self.free() if slot.image is image]
+        for slot in having:
+            for free in self._free.values():
+                free.discard(slot)
+            self._purge(slot)
+            self.put_away(slot)
+
+    def _purge(self, slot: Slot) -> None:
+        """Take the image out of a slot that is on no free list; the slot is unknown if that fails."""
+        slot.affinity = None
+        try:
+            slot.purge()
+        except MemslotError:
+            slot.failed_resets += 1
+        else:
+            self.purged += 1
+
+    def destroy(self) -> None:
+        """Destroy every slot, and unmap the reservation."""
+        self._free.clear()
+        for slot in self.slots():
+            if slot.within is self._reservation and slot.mapping is None:
+                slot.forget()  # one munmap unmaps all of these
+            self._retire(slot)
+        if self._reservation is not None:
+            self._reservation.unmap()
+
+
+def destroy_or_log(slot: Slot) -> None:
+    """Destroy a slot; if that fails it is unknown, and mapped over at its next use."""
+    try:
+        slot.destroy()
+    except MemslotError as error:
+        # As text: a log handler that keeps records would keep the traceback, and with it the slot's memory.
+        _log.error("a slot could not be destroyed: %s", str(error))
