@@ -50,7 +50,8 @@ class Footprint:
             descriptors=Counter(_of_each("fd", lambda link: str(link.readlink()))),
             image_mappings=sum("/memfd:memslot" in line for line in maps),
             mappings=len(maps),
-            reserved=sum(length for length in _reserved(maps) if length >= SMALLEST),
+            # The guard page of a stack may lie beside a reservation, and the kernel lists them as one.
+            reserved=sum(length - length % SMALLEST for length in _reserved(maps)),
             threads=sum(name != OF_THE_RUNTIME for name in threads),
             resident=int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_SIZE,
         )
