@@ -130,15 +130,6 @@ int ms_unmap(uintptr_t base, size_t length)
     return GATE(MS_MUNMAP, munmap((void *)base, length)) ? -errno : 0;
 }
 
-int ms_unmap_held(uintptr_t *base, size_t length)
-{
-    uintptr_t held = __atomic_exchange_n(base, 0, __ATOMIC_SEQ_CST);
-    int failed = held ? ms_unmap(held, length) : 0;
-    if (failed)
-        *base = held;
-    return failed;
-}
-
 int ms_cover(uintptr_t base, size_t length)
 {
     return map_over(base, length, PROT_NONE, OVER_ANONYMOUS, -1, 0);
@@ -239,12 +230,6 @@ int ms_close(int fd)
      * second close would hit another thread's file. */
     int told = ms_refused(MS_CLOSE) ? errno : 0;
     return close(fd) ? -errno : -told;
-}
-
-int ms_close_held(int *fd)
-{
-    int held = __atomic_exchange_n(fd, -1, __ATOMIC_SEQ_CST);
-    return held < 0 ? 0 : ms_close(held);
 }
 
 int ms_view(int fd, size_t length, uintptr_t *address)

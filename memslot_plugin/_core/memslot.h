@@ -115,9 +115,6 @@ int ms_pagemap(void);
 /* Reserves address space that faults on access and counts towards no overcommit limit. */
 int ms_reserve(size_t length, uintptr_t *base);
 int ms_unmap(uintptr_t base, size_t length);
-/* Unmaps what `base` holds and sets it to 0; sets it back if the kernel refuses. Does nothing for 0. The exchange is
- * atomic, so that a range is never unmapped twice: the second time it could be another thread's. */
-int ms_unmap_held(uintptr_t *base, size_t length);
 /* Maps faulting anonymous memory over the range. Its bytes are gone, its addresses stay taken. */
 int ms_cover(uintptr_t base, size_t length);
 /* Maps readable and writable zeros over the range. */
@@ -143,8 +140,6 @@ int ms_seals(int fd, int *seals);
 int ms_resize(int fd, size_t length);
 /* Closes a descriptor, which is closed even if the result is an error. */
 int ms_close(int fd);
-/* Closes what `fd` holds and sets it to -1. Does nothing below 0. */
-int ms_close_held(int *fd);
 /* Maps the file's first `length` bytes read-only, anywhere. */
 int ms_view(int fd, size_t length, uintptr_t *address);
 /* Finds the runs of pages that are not all zero. Runs with fewer than `min_gap` zero bytes between them become one.

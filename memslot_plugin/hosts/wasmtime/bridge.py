@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from memslot_hooks.types import LinearMemory
-from memslot_plugin._core import ffi, lib
+from memslot_plugin._core import ffi, leaks, lib
 from memslot_plugin.errors import HostUnavailable
 
 try:
@@ -293,6 +293,7 @@ def drop_functions() -> None:
         for identity in identities[0:count]:
             FUNCTIONS.pop(identity, None)
     if leaked := lib.ms_wt_leaked_heaps():
+        leaks["heap of wasmtime's garbage collector"] += leaked
         _log.error(
             "%d heaps of wasmtime's garbage collector could not be unmapped; their address space is lost until this"
             " process ends",
