@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import os
 import resource
 import statistics
@@ -20,12 +21,13 @@ from typing import Any, NamedTuple
 
 from memslot_plugin.bench.baseline import RUNTIMES, Baseline
 from memslot_plugin.bench.live import hold
-from memslot_plugin.bench.results import Row, Spread
+from memslot_plugin.bench.results import Row
 from memslot_plugin.bench.runner import CLOCK, Bench, Subject
 from memslot_plugin.cli.output import sentence
 from memslot_plugin.cli.source import Invocation, Source
 from memslot_plugin.errors import GuestExit, GuestTrap
 from memslot_plugin.hosts import Guest, Host, Instance, Lease, Wasi
+from memslot_plugin.hosts.versions import installed_version
 from memslot_plugin.settings import MIB
 
 REQUESTS = 1000
@@ -40,9 +42,6 @@ MOST_HELD_BYTES = 256 * MIB
 """Bounds of the live instances that are held to see what each costs."""
 
 LARGEST_COMPARED_MEMORY = 256 * MIB
-
-KEYS = ("memslot", "reset", "alone")
-"""The sides, as scripts see them."""
 
 Result = tuple[str, ...]
 """The values that the calls returned, as Python writes them, so that NaN equals NaN and 0.0 is not -0.0."""
@@ -73,35 +72,6 @@ class Measured:
     live_instances: int
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """The result of `memslot run`.
-
-    `sides` are memslot, reset, and alone if there is a baseline.  `ratios` are the costs of the latter over those of
-    memslot and reset, None where nothing can be divided; `times` are the ratios of time with their quartiles.
-    """
-
-    source: Source
-    invocation: Invocation
-    host: Host
-    plugin: str | None
-    requests: int
-    outcome: Outcome
-    sides: dict[str, Measured]
-    ratios: dict[str, dict[str, float | None]]
-    times: dict[str, Spread]
-    differences: tuple[str, ...]
-    unstable: tuple[str, ...]
-    notes: tuple[str, ...]
-
-    @property
-    def same_result(self) -> bool | None:
-        """True if both sides returned the same, None if that cannot be known."""
-        if self.differences:
-            return False
-        return None if "alone" not in self.sides or "result" in self.unstable else True
-
-
 def compare(
     host: Host,
     guest: Guest,
@@ -111,8 +81,12 @@ def compare(
     wasi: Wasi | None,
     requests: int | None,
     bench: Bench,
-) -> Comparison | str:
-    """Run all sides; return a sentence instead of numbers if the guest traps or exits with an error."""
+) -> dict[str, Any] | str:
+    """Run all sides; return the comparison, or a sentence if the guest traps or exits with an error.
+
+    `ratio` and `reset_ratio` are the costs of the runtime alone over those of memslot and reset, by the name of the
+    cost; None stands where nothing can be divided.  The ratios of time are taken block by block.
+    """
     notes = list(_notes(guest))
     sides = _memslot_sides(guest, source, invocation)
     if source.saved is not None:
@@ -152,28 +126,33 @@ def compare(
     measure(sides, requests, reference.result, bench)
     if not all(side.same for side in sides):
         differing.add("result")
-    measured = {key: side.measured() for key, side in zip(KEYS, sides, strict=False)}
-    times = {
-        key: Row.compare({}, side.medians, "alone", alone[0].medians, gain=True).ratio
-        for key, side in zip(KEYS, sides[:2] if alone else (), strict=False)
+    differences = sorted(differing - unstable)
+    same = None if not alone or "result" in unstable else True
+    document: dict[str, Any] = {
+        "guest": source.name,
+        "invoke": invocation.function,
+        "arguments": list(invocation.program_arguments or invocation.arguments),
+        "host": host.name,
+        "host_version": installed_version(host.name),
+        "plugin": next((pool.plugin for pool in host.statistics().pools if pool.leases), None),
+        "slots": host.settings.slots,
+        "requests": requests,
+        "result": [_number(value) for value in outcomes[0].result],
+        "output": outcomes[0].output.decode(errors="replace"),
+        "same_result": False if differences else same,
+        "differences": differences,
+        "memslot": new.measured(),
+        "reset": reset.measured(),
+        "alone": alone[0].measured() if alone else None,
+        "notes": notes,
     }
-    return Comparison(
-        source=source,
-        invocation=invocation,
-        host=host,
-        plugin=next((pool.plugin for pool in host.statistics().pools if pool.leases), None),
-        requests=requests,
-        outcome=outcomes[0],
-        sides=measured,
-        ratios={
-            key: {**_ratios(measured[key], measured["alone"]), "median_us": time.median}
-            for key, time in times.items()
-        },
-        times=times,
-        differences=tuple(sorted(differing - unstable)),
-        unstable=tuple(sorted(unstable)),
-        notes=tuple(notes),
-    )
+    for key, side in (("ratio", new), ("reset_ratio", reset)):
+        document[key] = document[f"{key}_spread"] = None
+        if alone:
+            time = Row.compare({}, side.medians, "alone", alone[0].medians, gain=True).ratio
+            ratios = _ratios(side.measured(), alone[0].measured())
+            document |= {key: {**ratios, "median_us": time.median}, f"{key}_spread": time}
+    return document
 
 
 def measure(sides: list[Side], requests: int, expected: Result, bench: Bench) -> None:
@@ -382,6 +361,14 @@ def written_values(value: Any) -> Result:
     if value is None:
         return ()
     return tuple(repr(each) for each in (value if isinstance(value, (list, tuple)) else [value]))
+
+
+def _number(text: str) -> int | float | str:
+    """Return a value as JSON has it; NaN and the infinities, which it has not, as text."""
+    try:
+        return int(text)
+    except ValueError:
+        return float(text) if math.isfinite(float(text)) else text
 
 
 def _notes(guest: Guest) -> Iterator[str]:

@@ -116,17 +116,15 @@ def progress(file: TextIO | None = None) -> Iterator[Callable[[str], None]]:
 
 
 SHOWN_OUTPUT = 2000
-"""Bytes of what a guest printed that people see; JSON has them all."""
+"""Characters of what a guest printed that people see; JSON has them all."""
 
 
-def show_printed(output: Output, printed: bytes) -> None:
-    """Show the first bytes of what a guest printed."""
+def show_printed(output: Output, printed: str) -> None:
+    """Show the beginning of what a guest printed."""
     if printed:
-        more = len(printed) - SHOWN_OUTPUT
-        text = printed[:SHOWN_OUTPUT].decode(errors="replace").rstrip()
-        output.print(
-            f"The guest printed:\n{text}" + (f"\n... and {more} bytes more" if more > 0 else "")
-        )
+        output.print(f"The guest printed:\n{printed[:SHOWN_OUTPUT].rstrip()}")
+    if len(printed) > SHOWN_OUTPUT:
+        output.print(f"... and {len(printed) - SHOWN_OUTPUT} characters more")
 
 
 def write_json(document: Mapping[str, Any]) -> None:

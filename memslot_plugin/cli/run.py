@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import platform
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +10,7 @@ import click
 
 from memslot_plugin.bench.results import times
 from memslot_plugin.bench.runner import Bench
-from memslot_plugin.cli.compare import REQUESTS, SECONDS, Comparison, compare
+from memslot_plugin.cli.compare import REQUESTS, SECONDS, compare
 from memslot_plugin.cli.interrupt import interruptible
 from memslot_plugin.cli.options import (
     host_option,
@@ -33,7 +32,6 @@ from memslot_plugin.cli.output import (
 )
 from memslot_plugin.cli.source import choose_invocation, prepare_source, read_source
 from memslot_plugin.hosts import open_host
-from memslot_plugin.hosts.versions import installed_version
 from memslot_plugin.settings import Settings
 
 
@@ -102,27 +100,28 @@ def run(
     if isinstance(found, str):
         complain(found)
         return FAILED
+    found["conclusion"] = conclusion(found)
     if as_json:
-        write_json(document(found))
+        write_json(found)
     else:
         show(console(), found)
-    return FAILED if found.differences else 0
+    return FAILED if found["differences"] else 0
 
 
-def conclusion(found: Comparison) -> str:
+def conclusion(found: dict[str, Any]) -> str:
     """Return the result in one sentence for a newcomer."""
-    new, reset = (duration(found.sides[key].median_us) for key in ("memslot", "reset"))
-    if "alone" not in found.sides:
+    new, reset = (duration(found[key].median_us) for key in ("memslot", "reset"))
+    if found["alone"] is None:
         return f"A request takes {new} with a fresh instance through memslot, and {reset} on one that is reset."
-    alone, name = duration(found.sides["alone"].median_us), f"{found.host.name} alone"
-    faster, reset_faster = found.times["memslot"].median, found.times["reset"].median
+    alone, name = duration(found["alone"].median_us), f"{found['host']} alone"
+    faster, reset_faster = found["ratio"]["median_us"], found["reset_ratio"]["median_us"]
     said = f"A request with a fresh, isolated instance takes {new} through memslot"
     if faster >= 1.1:
         said += f" instead of {alone} on {name}, {faster:.3g} times faster"
     else:
         gain = ", about the same" if faster > 0.9 else ": this guest gains no time"
         said += f" and {alone} on {name}{gain}"
-    memory = found.ratios["memslot"]["private_bytes_per_instance"]
+    memory = found["ratio"]["private_bytes_per_instance"]
     if memory is not None and memory >= 1.1:
         said += f", with {memory:.3g} times less private memory for each live instance"
     if reset_faster >= 1.1:
@@ -130,44 +129,10 @@ def conclusion(found: Comparison) -> str:
             f"; on one that is reset after each request it takes {reset}, {reset_faster:.3g}"
             " times faster"
         )
-    if found.differences:
-        differing = " and ".join(found.differences)
+    if found["differences"]:
+        differing = " and ".join(found["differences"])
         return f"{said}, but the {differing} differ: do not trust these numbers."
-    return f"{said}{', and every answer was the same' if found.same_result else ''}."
-
-
-def document(found: Comparison) -> dict[str, Any]:
-    """Return the comparison for scripts."""
-    return {
-        "guest": found.source.name,
-        "invoke": found.invocation.function,
-        "arguments": list(found.invocation.program_arguments or found.invocation.arguments),
-        "host": found.host.name,
-        "host_version": installed_version(found.host.name),
-        "plugin": found.plugin,
-        "slots": found.host.settings.slots,
-        "requests": found.requests,
-        "result": [_number(value) for value in found.outcome.result],
-        "output": found.outcome.output.decode(errors="replace"),
-        "same_result": found.same_result,
-        "differences": list(found.differences),
-        "alone": None,
-        **found.sides,
-        "ratio": found.ratios.get("memslot"),
-        "reset_ratio": found.ratios.get("reset"),
-        "ratio_spread": found.times.get("memslot"),
-        "reset_ratio_spread": found.times.get("reset"),
-        "notes": list(found.notes),
-        "conclusion": conclusion(found),
-    }
-
-
-def _number(text: str) -> int | float | str:
-    """Return a value as JSON has it; NaN and the infinities, which it has not, as text."""
-    try:
-        return int(text)
-    except ValueError:
-        return float(text) if math.isfinite(float(text)) else text
+    return f"{said}{', and every answer was the same' if found['same_result'] else ''}."
 
 
 ROWS: dict[str, tuple[str, Callable[[Any], str]]] = {
@@ -178,30 +143,35 @@ ROWS: dict[str, tuple[str, Callable[[Any], str]]] = {
 }
 
 
-def show(output: Output, found: Comparison) -> None:
+def show(output: Output, found: dict[str, Any]) -> None:
     """Print the comparison for people."""
-    host = found.host.name
-    answered = f" -> {', '.join(found.outcome.result)}" if found.outcome.result else ""
+    call = f"{found['invoke']}({', '.join(map(str, found['arguments']))})"
+    if found["result"]:
+        call += f" -> {', '.join(map(str, found['result']))}"
     title = (
-        f"{found.source.name}: {found.invocation}{answered}, {found.requests} requests on each side"
-        f" ({host} {installed_version(host) or ''}, CPython {platform.python_version()})"
+        f"{found['guest']}: {call}, {found['requests']} requests on each side"
+        f" ({found['host']} {found['host_version'] or ''}, CPython {platform.python_version()})"
     )
     rows = []
     for name, (label, shown) in ROWS.items():
         row = {"": label}
-        if "alone" in found.sides:
-            row[f"{host} alone"] = shown(getattr(found.sides["alone"], name))
-        for key, column in (("memslot", "memslot"), ("reset", "memslot, reset")):
-            row[column] = shown(getattr(found.sides[key], name))
-            if key in found.ratios:
-                row["less" if key == "memslot" else "less "] = times(found.ratios[key][name])
+        if found["alone"] is not None:
+            row[f"{found['host']} alone"] = shown(getattr(found["alone"], name))
+        row["memslot"] = shown(getattr(found["memslot"], name))
+        if found["ratio"] is not None:
+            row["less"] = times(found["ratio"][name])
+        row["memslot, reset"] = shown(getattr(found["reset"], name))
+        if found["reset_ratio"] is not None:
+            row["less "] = times(found["reset_ratio"][name])
         rows.append(row)
     output.show_table(title, rows)
-    for key, spread in found.times.items():
-        output.print(
-            f"Half of the rounds were {times(spread.low)} to {times(spread.high)} faster ({key})."
+    if found["alone"] is not None:
+        new, reset = (
+            f"{times(each.low)} to {times(each.high)}"
+            for each in (found["ratio_spread"], found["reset_ratio_spread"])
         )
-    show_printed(output, found.outcome.output)
-    for note in found.notes:
+        output.print(f"Half of the rounds were {new} faster, and {reset} on reset instances.")
+    show_printed(output, found["output"])
+    for note in found["notes"]:
         output.print(f"Note: {note}")
-    output.print(conclusion(found))
+    output.print(found["conclusion"])

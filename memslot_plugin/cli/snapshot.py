@@ -156,7 +156,7 @@ def _show(output: Output, document: dict[str, Any]) -> None:
         output.print(
             f"called {each['function']}({', '.join(map(str, each['arguments']))}){answered}"
         )
-    show_printed(output, document["output"].encode())
+    show_printed(output, document["output"])
     for image in document["images"]:
         output.print(
             f"memory {image['memory']}: {byte_size(image['memory_bytes'])},"
