@@ -138,7 +138,7 @@ def test_process_that_gives_up_root_drops_pages_and_says_so(plain_cell: Cell, fo
             dropped = now.resets_by.get("madvise: PAGEMAP_SCAN: Permission denied", 0)
             assert dropped == (now.resets - before.resets if forked else 0)
             if forked:
-                found = diagnose(plain_cell.settings()).probe.pagemap
+                found = diagnose(plain_cell.settings())["probe"].pagemap
                 assert not found.works
                 assert found.detail.startswith("opening /proc/self/pagemap: Permission denied")
 

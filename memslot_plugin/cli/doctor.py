@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
-from dataclasses import dataclass
 from typing import Any
 
 import click
-import msgspec
 
 from memslot_hooks.types import Answer
 from memslot_plugin import __version__
@@ -31,74 +29,20 @@ from memslot_plugin.hosts import available_hosts, open_host
 from memslot_plugin.hosts.builtin import load_plugins
 from memslot_plugin.hosts.versions import installed_version
 from memslot_plugin.memory.inventory import MAPPINGS_PER_SLOT
-from memslot_plugin.memory.probe import Finding, Probe, probe
+from memslot_plugin.memory.probe import Finding, probe
 from memslot_plugin.plugins import Plugins
 from memslot_plugin.settings import Settings
 
 LIBRARIES = ("wasmtime", "wasmer", "wasmer_compiler_cranelift", "pluggy", "cffi", "msgspec")
 
+CONCLUSIONS = {
+    OK: "memslot works here.",
+    NO_RUNTIME: "memslot has no runtime here: install memslot[wasmtime], or memslot[wasmer] on CPython 3.10.",
+    FAILED: "memslot does not work here; what says no above is why.",
+}
+
 EXAMPLE_ANSWER = 34
 """The answer of `demo` in a fresh instance of the bundled guest."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limit:
-    """A limit of this process: its value (None: unlimited or unknown), what the settings need of it, and its knob."""
-
-    name: str
-    value: int | None
-    needed: int | None
-    knob: str
-
-    @property
-    def enough(self) -> bool:
-        """True if the settings fit."""
-        return self.value is None or self.needed is None or self.needed <= self.value
-
-
-@dataclass(frozen=True, slots=True)
-class HostState:
-    """A host by name: the version of its runtime, and true in `works` if it served a request just now."""
-
-    name: str
-    installed: bool
-    version: str | None
-    works: bool
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Diagnosis:
-    """The findings; `answering` is the plugin that handed out a memory when it was asked for one."""
-
-    versions: dict[str, str | None]
-    machine: dict[str, str]
-    probe: Probe
-    limits: tuple[Limit, ...]
-    settings: Settings
-    plugins: tuple[Answer, ...]
-    answering: str | None
-    allocation: Finding
-    skipped_plugins: dict[str, str]
-    hosts: tuple[HostState, ...]
-
-    @property
-    def exit_code(self) -> int:
-        """OK if a runtime and an allocator work."""
-        runtimes = [host for host in self.hosts if host.name != "fake"]
-        if not any(host.installed for host in runtimes):
-            return NO_RUNTIME
-        return OK if self.allocation.works and any(host.works for host in runtimes) else FAILED
-
-    def document(self) -> dict[str, Any]:
-        """Return the findings for scripts."""
-        return {
-            "works": self.exit_code == OK,
-            **msgspec.to_builtins(self),
-            "limits": [
-                {**msgspec.to_builtins(limit), "enough": limit.enough} for limit in self.limits
-            ],
-        }
 
 
 @click.command()
@@ -110,38 +54,49 @@ def doctor(*, settings: Settings, as_json: bool) -> int:
     The exit code is 0 if a runtime and an allocator work, 3 if no runtime is installed, else 1.
     """
     found = diagnose(settings)
+    code = OK if found["works"] else FAILED
+    if not any(host["installed"] for host in found["hosts"] if host["name"] != "fake"):
+        code = NO_RUNTIME
     if as_json:
-        write_json(found.document())
+        write_json(found)
     else:
         _show(console(), found)
-    return found.exit_code
+        console().print(CONCLUSIONS[code])
+    return code
 
 
-def diagnose(settings: Settings) -> Diagnosis:
-    """Try everything under these settings."""
+def diagnose(settings: Settings) -> dict[str, Any]:
+    """Try everything under these settings.
+
+    `answering` is the plugin that handed out a memory when it was asked for one.
+    """
     plugins, answering, allocation = _try_allocation(settings)
-    hosts = available_hosts(settings).items()
+    hosts = [
+        _try_host(name, reason, settings) for name, reason in available_hosts(settings).items()
+    ]
     uname = os.uname()
-    return Diagnosis(
-        versions={
+    return {
+        "works": allocation.works
+        and any(each["works"] for each in hosts if each["name"] != "fake"),
+        "versions": {
             "memslot": __version__,
             **{name: installed_version(name) for name in LIBRARIES},
         },
-        machine={
+        "machine": {
             "python": f"{platform.python_implementation()} {platform.python_version()}",
             "kernel": f"{uname.sysname} {uname.release}",
             "architecture": uname.machine,
             "processors": str(os.cpu_count() or "unknown"),
         },
-        probe=probe(),
-        limits=_limits(settings),
-        settings=settings,
-        plugins=tuple(plugins.answers()),
-        answering=answering,
-        allocation=allocation,
-        skipped_plugins=dict(plugins.failed),
-        hosts=tuple(_try_host(name, reason, settings) for name, reason in hosts),
-    )
+        "probe": probe(),
+        "limits": _limits(settings),
+        "settings": settings,
+        "plugins": plugins.answers(),
+        "answering": answering,
+        "allocation": allocation,
+        "skipped_plugins": dict(plugins.failed),
+        "hosts": hosts,
+    }
 
 
 def _try_allocation(settings: Settings) -> tuple[Plugins, str | None, Finding]:
@@ -171,85 +126,101 @@ def _try_allocation(settings: Settings) -> tuple[Plugins, str | None, Finding]:
     return plugins, answering, Finding(True, said)
 
 
-def _limits(settings: Settings) -> tuple[Limit, ...]:
+def _limits(settings: Settings) -> list[dict[str, Any]]:
+    """Return limits of this process: value (None: unlimited or unknown), what the settings need, and the knob."""
     in_use = map_count()
     mappings = None if in_use is None else in_use + settings.slots * MAPPINGS_PER_SLOT
     slots = settings.slots if settings.allocation == "pooling" else 1
     address_space = settings.guard + slots * (settings.reserved + settings.guard)
-    return (
-        Limit("memory mappings", max_map_count(), mappings, "sysctl vm.max_map_count"),
-        Limit("address space", probe().address_space, address_space, "ulimit -v"),
-        Limit("file descriptors", probe().descriptors, None, "ulimit -n"),
-    )
-
-
-def _try_host(name: str, reason: str | None, settings: Settings) -> HostState:
-    if reason is not None:
-        return HostState(name, False, None, False, reason)
-    if name == "fake":
-        return HostState(name, True, None, True, "runs Python functions, for tests")
-    try:
-        with open_host(name, settings=settings) as host:
-            guest = host.prepare(EXAMPLE_MODULE.read_bytes(), name=EXAMPLE)
-            with guest.instantiate() as instance:
-                answer = instance.call("demo")
-        works = answer == EXAMPLE_ANSWER
-        said = (
-            "ran a guest" if works else f"a guest answered {answer!r} instead of {EXAMPLE_ANSWER}"
+    return [
+        {
+            "name": name,
+            "value": value,
+            "needed": needed,
+            "knob": knob,
+            "enough": value is None or needed is None or needed <= value,
+        }
+        for name, value, needed, knob in (
+            ("memory mappings", max_map_count(), mappings, "sysctl vm.max_map_count"),
+            ("address space", probe().address_space, address_space, "ulimit -v"),
+            ("file descriptors", probe().descriptors, None, "ulimit -n"),
         )
-    except MemslotError as error:
-        works, said = False, sentence(error)
-    return HostState(name, True, installed_version(name), works, said)
+    ]
 
 
-def _show(output: Output, found: Diagnosis) -> None:
-    versions = [f"{name} {version}" for name, version in found.versions.items() if version]
+def _try_host(name: str, reason: str | None, settings: Settings) -> dict[str, Any]:
+    """Serve a request of the example on a host; `reason` tells why it cannot be imported, if it cannot."""
+    works, said = False, reason
+    if reason is None and name == "fake":
+        works, said = True, "runs Python functions, for tests"
+    elif reason is None:
+        try:
+            with open_host(name, settings=settings) as host:
+                guest = host.prepare(EXAMPLE_MODULE.read_bytes(), name=EXAMPLE)
+                with guest.instantiate() as instance:
+                    answer = instance.call("demo")
+            works = answer == EXAMPLE_ANSWER
+            said = "ran a guest" if works else f"a guest answered {answer!r}, not {EXAMPLE_ANSWER}"
+        except MemslotError as error:
+            said = sentence(error)
+    version = installed_version(name) if reason is None else None
+    return {
+        "name": name,
+        "installed": reason is None,
+        "version": version,
+        "works": works,
+        "reason": said,
+    }
+
+
+def _show(output: Output, found: dict[str, Any]) -> None:
+    versions = [f"{name} {version}" for name, version in found["versions"].items() if version]
     output.print(", ".join(versions))
-    output.print(f"{', '.join(found.machine.values())} processors, pages of {PAGE_SIZE} bytes\n")
+    machine = ", ".join(found["machine"].values())
+    output.print(f"{machine} processors, pages of {PAGE_SIZE} bytes\n")
     kernel = {
-        "memfd_create": found.probe.memfd,
-        "sealing": found.probe.seals,
-        "MADV_DONTNEED": found.probe.dontneed,
-        "PAGEMAP_SCAN": found.probe.pagemap,
+        "memfd_create": found["probe"].memfd,
+        "sealing": found["probe"].seals,
+        "MADV_DONTNEED": found["probe"].dontneed,
+        "PAGEMAP_SCAN": found["probe"].pagemap,
     }
     output.show_table(
         "What the kernel does (tried)",
         [{"": name, "works": each.works, "seen": each.detail} for name, each in kernel.items()],
     )
     limits = []
-    for limit in found.limits:
-        written = byte_size if limit.name == "address space" else str
+    for limit in found["limits"]:
+        written = byte_size if limit["name"] == "address space" else "{:,}".format
+        value, needed = limit["value"], limit["needed"]
         limits.append(
             {
-                "": limit.name,
-                "value": "unlimited" if limit.value is None else written(limit.value),
-                "these settings need": None if limit.needed is None else written(limit.needed),
-                "enough": limit.enough,
-                "knob": limit.knob,
+                "": limit["name"],
+                "value": "unlimited" if value is None else written(value),
+                "these settings need": None if needed is None else written(needed),
+                "enough": limit["enough"],
+                "knob": limit["knob"],
             }
         )
     output.show_table("Limits", limits)
-    allocators = [*found.plugins]
-    for name, reason in found.skipped_plugins.items():
-        allocators.append(Answer(name, answers=False, reason=f"skipped: {reason}"))
-    output.show_table(
-        "Allocators",
-        [
-            {"plugin": each.plugin, "answers": each.answers, "because": each.reason}
-            for each in allocators
-        ],
-    )
-    subject = found.answering or ("A plugin" if found.allocation.works else "No plugin")
-    output.print(f"{subject} answers: {found.allocation.detail}\n")
+    skipped = found["skipped_plugins"].items()
+    allocators = [
+        *found["plugins"],
+        *(Answer(name, answers=False, reason=f"skipped: {reason}") for name, reason in skipped),
+    ]
+    rows = [
+        {"plugin": each.plugin, "answers": each.answers, "because": each.reason}
+        for each in allocators
+    ]
+    output.show_table("Allocators", rows)
+    subject = found["answering"] or ("A plugin" if found["allocation"].works else "No plugin")
+    output.print(f"{subject} answers: {found['allocation'].detail}\n")
     hosts = [
-        {"host": host.name, "version": host.version, "works": host.works, "because": host.reason}
-        for host in found.hosts
+        {
+            "host": host["name"],
+            "version": host["version"],
+            "works": host["works"],
+            "because": host["reason"],
+        }
+        for host in found["hosts"]
     ]
     output.show_table("Hosts", hosts)
-    output.print(
-        {
-            OK: "memslot works here.",
-            NO_RUNTIME: "memslot has no runtime here: install memslot[wasmtime], or memslot[wasmer] on CPython 3.10.",
-            FAILED: "memslot does not work here; what says no above is why.",
-        }[found.exit_code]
-    )
