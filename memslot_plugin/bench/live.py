@@ -10,6 +10,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 from memslot_plugin._core.proc import map_count, private_bytes
@@ -37,7 +38,7 @@ class Held(NamedTuple):
 def hold(
     begin: Callable[[], Any],
     request: Callable[[Any], object],
-    end: Callable[[Any], None],
+    end: Callable[[Any], object],
     most: int,
     *,
     first: int = 1,
@@ -85,23 +86,18 @@ def _footprint() -> tuple[int, int]:
 def main(host: str, side: str, count: int) -> Held:
     """Hold so many instances of a guest of 4 MiB; `side` is memslot or alone."""
     module, most = guests.writer(DATA), FIRST + count
-    if side == "alone":
-        runtime = RUNTIMES[host](module)
-        return hold(
-            runtime.instantiate,
-            lambda instance: runtime.call(instance, FUNCTION),
-            lambda _: None,
-            most,
-            first=FIRST,
-        )
-    with open_host(host, slots=most) as opened, opened.prepare(module) as guest:
-        return hold(
-            guest.instantiate,
-            lambda instance: instance.call(FUNCTION),
-            Instance.close,
-            most,
-            first=FIRST,
-        )
+    begin: Any
+    call: Any
+    end: Any
+    with ExitStack() as stack:
+        if side == "alone":
+            runtime = RUNTIMES[host](module)
+            begin, call, end = runtime.instantiate, runtime.call, id
+        else:
+            opened = stack.enter_context(open_host(host, slots=most))
+            guest = stack.enter_context(opened.prepare(module))
+            begin, call, end = guest.instantiate, Instance.call, Instance.close
+        return hold(begin, lambda instance: call(instance, FUNCTION), end, most, first=FIRST)
 
 
 if __name__ == "__main__":

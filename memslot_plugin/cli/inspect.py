@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -17,7 +17,7 @@ from memslot_plugin.errors import Unsupported, printable
 from memslot_plugin.guest import plan as guests
 from memslot_plugin.guest.analysis import find_sites
 from memslot_plugin.guest.portable import saved_plan
-from memslot_plugin.guest.report import GuestReport, report_on
+from memslot_plugin.guest.report import report_on
 from memslot_plugin.guest.target import MOST_GLOBALS, Target
 from memslot_plugin.guest.verdict import IRREVERSIBLE
 from memslot_plugin.hosts.saved import contents_in
@@ -29,35 +29,6 @@ KINDS = {"wasmtime": False, "wasmer": True}
 
 SHOWN = 20
 """Rows after which a table for people stops; JSON has them all."""
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """`length` bytes at `offset` of a memory, which the image stores at `file_offset`."""
-
-    offset: int
-    length: int
-    file_offset: int
-
-
-@dataclass(frozen=True, slots=True)
-class ImageLayout:
-    """The image of one memory: the range that it spans, and the extents in it."""
-
-    memory: int
-    start: int
-    end: int
-    stored_bytes: int
-    extents: tuple[Stored, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """The guest that one kind of host makes of a module; `refused` is the reason if the settings do not allow it."""
-
-    report: GuestReport
-    images: tuple[ImageLayout, ...]
-    refused: str | None
 
 
 @click.command()
@@ -81,7 +52,11 @@ def inspect(*, file: str | None, key: bytes | None, settings: Settings, as_json:
         _show(console(), source, verdicts)
 
 
-def _judge(source: Source, settings: Settings, import_memory: bool) -> Verdict:
+def _judge(source: Source, settings: Settings, import_memory: bool) -> dict[str, Any]:
+    """Return the guest that one kind of host makes of a module.
+
+    `report` is the host's, `images` are those of memories; `refused` is the reason if the settings do not allow it.
+    """
     saved = source.saved
     target = Target(
         settings,
@@ -103,20 +78,30 @@ def _judge(source: Source, settings: Settings, import_memory: bool) -> Verdict:
         except Unsupported as error:
             plan = guests.plan(source.data, target)
             plan = replace(plan, native=f"It cannot be loaded there: {error}")
-    images = tuple(_layout(index, content) for index, content in plan.contents.items())
     too_large = guests.reason_too_large(plan)
-    return Verdict(report_on(plan), images, None if too_large is None else f"It {too_large}.")
+    return {
+        "report": report_on(plan),
+        "images": [_image(index, content) for index, content in plan.contents.items()],
+        "refused": None if too_large is None else f"It {too_large}.",
+    }
 
 
-def _layout(memory: int, content: InitialContent) -> ImageLayout:
+def _image(memory: int, content: InitialContent) -> dict[str, Any]:
+    """Return the range that an image spans, and the extents in it."""
     extents = extents_of(content)
-    start = extents[0].offset if extents else 0
-    end = extents[-1].offset + extents[-1].length if extents else 0
-    stored = tuple(Stored(each.offset, each.length, each.file_offset) for each in extents)
-    return ImageLayout(memory, start, end, sum(each.length for each in stored), stored)
+    return {
+        "memory": memory,
+        "start": extents[0].offset if extents else 0,
+        "end": extents[-1].offset + extents[-1].length if extents else 0,
+        "stored_bytes": sum(each.length for each in extents),
+        "extents": [
+            {"offset": each.offset, "length": each.length, "file_offset": each.file_offset}
+            for each in extents
+        ],
+    }
 
 
-def _document(source: Source, verdicts: dict[str, Verdict]) -> dict[str, Any]:
+def _document(source: Source, verdicts: dict[str, dict[str, Any]]) -> dict[str, Any]:
     sites = () if source.module is None else find_sites(source.module, IRREVERSIBLE)
     return {
         "guest": source.name,
@@ -151,7 +136,7 @@ def _saved(source: Source) -> dict[str, Any] | None:
     }
 
 
-def _show(output: Output, source: Source, verdicts: dict[str, Verdict]) -> None:
+def _show(output: Output, source: Source, verdicts: dict[str, dict[str, Any]]) -> None:
     output.print(f"{source.name}: {byte_size(len(source.data))}", style="bold")
     _show_saved(output, _saved(source))
     if source.module is not None:
@@ -162,7 +147,7 @@ def _show(output: Output, source: Source, verdicts: dict[str, Verdict]) -> None:
     first, *others = verdicts.values()
     if all(each == first for each in others):
         verdicts = {" or ".join(verdicts): first}
-    shared = all(each.report.memories == first.report.memories for each in others)
+    shared = all(each["report"].memories == first["report"].memories for each in others)
     if shared:
         _show_memories(output, first)
     for kind, verdict in verdicts.items():
@@ -192,7 +177,7 @@ def _some(words: Sequence[str]) -> str:
     )
 
 
-def _show_memories(output: Output, verdict: Verdict) -> None:
+def _show_memories(output: Output, verdict: dict[str, Any]) -> None:
     output.print()
     memories = [
         {
@@ -204,7 +189,7 @@ def _show_memories(output: Output, verdict: Verdict) -> None:
             "image": memory.image,
             "addresses": "64 bits" if memory.memory64 else "32 bits",
         }
-        for memory in verdict.report.memories
+        for memory in verdict["report"].memories
     ]
     output.show_table("Memories", memories)
     segments = [
@@ -214,30 +199,30 @@ def _show_memories(output: Output, verdict: Verdict) -> None:
             "at": None if segment.offset is None else f"{segment.offset:#x}",
             "bytes": segment.byte_size,
         }
-        for segment in verdict.report.segments
+        for segment in verdict["report"].segments
     ]
     output.show_table("Data segments", segments, most=SHOWN)
-    for image in verdict.images:
-        title = f"Image of memory {image.memory}: "
-        if not image.extents:
+    for image in verdict["images"]:
+        title = f"Image of memory {image['memory']}: "
+        if not image["extents"]:
             output.print(f"{title}only zeros, nothing is mapped", style="bold")
-        stored, span = byte_size(image.stored_bytes), byte_size(image.end - image.start)
+        stored, span = byte_size(image["stored_bytes"]), byte_size(image["end"] - image["start"])
         extents = [
             {
-                "at": f"{each.offset:#x}",
-                "bytes": each.length,
-                "in the file at": f"{each.file_offset:#x}",
+                "at": f"{each['offset']:#x}",
+                "bytes": each["length"],
+                "in the file at": f"{each['file_offset']:#x}",
             }
-            for each in image.extents
+            for each in image["extents"]
         ]
         output.show_table(f"{title}{stored} stored, which span {span}", extents, most=SHOWN)
 
 
-def _show_plan(output: Output, verdict: Verdict) -> None:
+def _show_plan(output: Output, verdict: dict[str, Any]) -> None:
     """Show how the module is rewritten and its instances are reset, with the reasons."""
-    report = verdict.report
-    if verdict.refused is not None:
-        output.print(f"  cannot be prepared: {verdict.refused}")
+    report = verdict["report"]
+    if verdict["refused"] is not None:
+        output.print(f"  cannot be prepared: {verdict['refused']}")
     if report.native is not None:
         output.print(f"  left to the runtime as it is: {report.native}")
     else:
