@@ -16,9 +16,8 @@ from memslot_plugin.cli.output import (
     FAILED,
     OK,
     Output,
-    console,
     progress,
-    write_json,
+    report,
 )
 from memslot_plugin.errors import SettingError
 
@@ -87,10 +86,7 @@ def bench(
         found = families.run(asked, only)
     if picture is not None:
         plot.draw(found, picture)
-    if as_json:
-        write_json(found.document())
-    else:
-        show(console(), found)
+    report(found.document(), lambda output, _: show(output, found), as_json)
     holds = bool(found.claims) and all(claim.holds for claim in found.claims)
     return FAILED if check and not holds else OK
 

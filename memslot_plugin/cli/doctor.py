@@ -20,8 +20,8 @@ from memslot_plugin.cli.output import (
     Output,
     byte_size,
     console,
+    report,
     sentence,
-    write_json,
 )
 from memslot_plugin.cli.source import EXAMPLE, EXAMPLE_MODULE
 from memslot_plugin.errors import MemslotError
@@ -57,10 +57,8 @@ def doctor(*, settings: Settings, as_json: bool) -> int:
     code = OK if found["works"] else FAILED
     if not any(host["installed"] for host in found["hosts"] if host["name"] != "fake"):
         code = NO_RUNTIME
-    if as_json:
-        write_json(found)
-    else:
-        _show(console(), found)
+    report(found, _show, as_json)
+    if not as_json:
         console().print(CONCLUSIONS[code])
     return code
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +10,9 @@ import click
 from memslot_hooks.types import InitialContent
 from memslot_plugin._core import PAGE_SIZE
 from memslot_plugin.cli.options import json_option, key_option, settings_options
-from memslot_plugin.cli.output import Output, byte_size, console, write_json
+from memslot_plugin.cli.output import Output, byte_size, report, some
 from memslot_plugin.cli.source import Source, read_source
-from memslot_plugin.errors import Unsupported, printable
+from memslot_plugin.errors import Unsupported
 from memslot_plugin.guest import plan as guests
 from memslot_plugin.guest.analysis import find_sites
 from memslot_plugin.guest.portable import saved_plan
@@ -46,10 +45,20 @@ def inspect(*, file: str | None, key: bytes | None, settings: Settings, as_json:
     verdicts = {
         kind: _judge(source, settings, import_memory) for kind, import_memory in KINDS.items()
     }
-    if as_json:
-        write_json(_document(source, verdicts))
-    else:
-        _show(console(), source, verdicts)
+    sites = () if source.module is None else find_sites(source.module, IRREVERSIBLE)
+    document = {
+        "guest": source.name,
+        "byte_size": len(source.data),
+        "saved": _saved(source),
+        "wasi": source.module is not None and source.uses_wasi,
+        "functions": source.functions,
+        "imports": [
+            {"name": str(each.name), "kind": each.kind.name.lower()} for each in source.imports
+        ],
+        "irreversible": list(sites),
+        "hosts": verdicts,
+    }
+    report(document, _show, as_json)
 
 
 def _judge(source: Source, settings: Settings, import_memory: bool) -> dict[str, Any]:
@@ -101,22 +110,6 @@ def _image(memory: int, content: InitialContent) -> dict[str, Any]:
     }
 
 
-def _document(source: Source, verdicts: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    sites = () if source.module is None else find_sites(source.module, IRREVERSIBLE)
-    return {
-        "guest": source.name,
-        "byte_size": len(source.data),
-        "saved": _saved(source),
-        "wasi": source.module is not None and source.uses_wasi,
-        "functions": source.functions,
-        "imports": [
-            {"name": str(each.name), "kind": each.kind.name.lower()} for each in source.imports
-        ],
-        "irreversible": list(sites),
-        "hosts": verdicts,
-    }
-
-
 def _saved(source: Source) -> dict[str, Any] | None:
     """Return what the file of a saved guest holds beside the module."""
     saved = source.saved
@@ -136,14 +129,15 @@ def _saved(source: Source) -> dict[str, Any] | None:
     }
 
 
-def _show(output: Output, source: Source, verdicts: dict[str, dict[str, Any]]) -> None:
-    output.print(f"{source.name}: {byte_size(len(source.data))}", style="bold")
-    _show_saved(output, _saved(source))
-    if source.module is not None:
-        functions = [f"{name}{signature or ''}" for name, signature in source.functions.items()]
-        output.print(f"functions: {_some(functions)}")
-    if source.imports:
-        output.print(f"imports: {_some([str(each.name) for each in source.imports])}")
+def _show(output: Output, document: dict[str, Any]) -> None:
+    output.print(f"{document['guest']}: {byte_size(document['byte_size'])}", style="bold")
+    _show_saved(output, document["saved"])
+    functions = [f"{name}{signature or ''}" for name, signature in document["functions"].items()]
+    if functions:
+        output.print(f"functions: {some(functions)}")
+    if document["imports"]:
+        output.print(f"imports: {some([each['name'] for each in document['imports']])}")
+    verdicts = document["hosts"]
     first, *others = verdicts.values()
     if all(each == first for each in others):
         verdicts = {" or ".join(verdicts): first}
@@ -168,13 +162,6 @@ def _show_saved(output: Output, saved: dict[str, Any] | None) -> None:
         output.print(f"machine code: {byte_size(length)} for {key}")
     if saved["reseed"] is not None:
         output.print(f"each instance calls {saved['reseed']} when it starts")
-
-
-def _some(words: Sequence[str]) -> str:
-    more = len(words) - SHOWN
-    return ("; ".join(map(printable, words[:SHOWN])) or "none") + (
-        f"; and {more} more" if more > 0 else ""
-    )
 
 
 def _show_memories(output: Output, verdict: dict[str, Any]) -> None:

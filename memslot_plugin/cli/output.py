@@ -127,9 +127,21 @@ def show_printed(output: Output, printed: str) -> None:
         output.print(f"... and {len(printed) - SHOWN_OUTPUT} characters more")
 
 
-def write_json(document: Mapping[str, Any]) -> None:
-    """Write the one document of a command."""
-    click.echo(json.dumps(msgspec.to_builtins(document, enc_hook=dict), indent=2))
+def report(
+    document: dict[str, Any], show: Callable[[Output, dict[str, Any]], None], as_json: bool
+) -> None:
+    """Write the one JSON document of a command, or show it to people."""
+    if as_json:
+        click.echo(json.dumps(msgspec.to_builtins(document, enc_hook=dict), indent=2))
+    else:
+        show(console(), document)
+
+
+def some(words: Sequence[str], most: int = 20) -> str:
+    """Return the first words as a list, and the number of the others."""
+    more = len(words) - most
+    listed = "; ".join(map(printable, words[:most])) or "none"
+    return f"{listed}; and {more} more" if more > 0 else listed
 
 
 def _cell(value: object) -> str | Text:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from memslot_plugin.cli.options import json_option, settings_options
-from memslot_plugin.cli.output import console, write_json
+from memslot_plugin.cli.output import Output, report
 from memslot_plugin.hosts.builtin import load_plugins
 from memslot_plugin.plugins import PluginInfo
 from memslot_plugin.settings import Settings
@@ -20,9 +22,10 @@ def plugins(*, settings: Settings, as_json: bool) -> None:
     The number after a hook is the place at which the plugin is asked; 1 is first.
     """
     found = load_plugins(settings).describe()
-    if as_json:
-        write_json({"plugins": found})
-        return
+    report({"plugins": found}, _show, as_json)
+
+
+def _show(output: Output, document: dict[str, Any]) -> None:
     rows = [
         {
             "name": info.name,
@@ -30,9 +33,9 @@ def plugins(*, settings: Settings, as_json: bool) -> None:
             "from": _origin(info),
             "hooks and places": info.reason or _hooks(info),
         }
-        for info in found
+        for info in document["plugins"]
     ]
-    console().show_table("Plugins", rows)
+    output.show_table("Plugins", rows)
 
 
 def _origin(info: PluginInfo) -> str:

@@ -24,11 +24,10 @@ from memslot_plugin.cli.output import (
     Output,
     byte_size,
     complain,
-    console,
     duration,
     progress,
+    report,
     show_printed,
-    write_json,
 )
 from memslot_plugin.cli.source import choose_invocation, prepare_source, read_source
 from memslot_plugin.hosts import open_host
@@ -101,10 +100,7 @@ def run(
         complain(found)
         return FAILED
     found["conclusion"] = conclusion(found)
-    if as_json:
-        write_json(found)
-    else:
-        show(console(), found)
+    report(found, show, as_json)
     return FAILED if found["differences"] else 0
 
 

@@ -18,10 +18,9 @@ from memslot_plugin.cli.options import (
 from memslot_plugin.cli.output import (
     Output,
     byte_size,
-    console,
     progress,
+    report,
     show_printed,
-    write_json,
 )
 from memslot_plugin.cli.source import (
     INITIALIZE,
@@ -124,10 +123,7 @@ def snapshot(
             "reset_in_place": taken.report.verdict.in_place,
             "notes": [str(each.message) for each in warned],
         }
-    if as_json:
-        write_json(document)
-    else:
-        _show(console(), document)
+    report(document, _show, as_json)
 
 
 def _calls(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from memslot_plugin import wasm
 from memslot_plugin.bench import baseline
+from memslot_plugin.cli.output import some
 from memslot_plugin.errors import ArgumentError, ExportNotFound, InvalidModule, LinkError
 from memslot_plugin.files import container
 from memslot_plugin.files.container import Container
@@ -195,10 +196,7 @@ def _default(source: Source) -> str:
 
 
 def _listed(source: Source) -> str:
-    """Name the first functions with their types."""
-    shown = [f"{name}{signature or ''}" for name, signature in list(source.functions.items())[:20]]
-    more = len(source.functions) - len(shown)
-    return ("; ".join(shown) or "no function") + (f"; and {more} more" if more > 0 else "")
+    return some([f"{name}{signature or ''}" for name, signature in source.functions.items()])
 
 
 def parse_arguments(name: str, signature: FunctionType | None, words: Sequence[str]) -> Arguments:
