@@ -1,4 +1,4 @@
-"""The adversary that draws public calls at random finds nothing, and finds each fault that is put back."""
+"""Run the adversary that draws public calls: it finds no fault, and finds each fault that is put back."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from . import children, misuse_mutants
+from . import children
 from .cells import REAL_HOSTS
 from .children import ROOT
+from .misuse import mutants
 
 LIMIT = 120
-"""Seconds after which an adversary hangs and says where."""
+"""Seconds after which an adversary counts as hanging and prints its stacks."""
 
 
-def adversary(tmp_path: Path, host: str, **told: object) -> tuple[int, str]:
-    """Its status, and what it says; a child that it leaves behind holds no pipe of ours."""
+def adversary(tmp_path: Path, host: str, **options: object) -> tuple[int, str]:
+    """Return the exit status and the output of an adversary."""
     command = [sys.executable, "-m", "integration_tests.misuse", host]
-    command += [f"--{name}={each}" for name, each in told.items()]
-    said = tmp_path / "said"
+    command += [f"--{name}={each}" for name, each in options.items()]
+    said = tmp_path / "said"  # a file: a child left behind would keep a pipe open
     inherited = {name: each for name, each in os.environ.items() if not name.startswith("MEMSLOT_")}
     with said.open("w") as output:
         done = subprocess.run(
@@ -37,7 +38,7 @@ def adversary(tmp_path: Path, host: str, **told: object) -> tuple[int, str]:
 
 
 def finds_nothing(tmp_path: Path, host: str, seed: int, rounds: int, threads: int = 1) -> None:
-    """An adversary comes to its end."""
+    """Fail unless an adversary comes to its end."""
     status, said = adversary(
         tmp_path, host, seed=seed, rounds=rounds, threads=threads, seconds=LIMIT
     )
@@ -49,7 +50,7 @@ HOSTS = children.hosts(REAL_HOSTS)
 
 @pytest.mark.parametrize(("seed", "threads"), [(3, 1), (4, 3)])
 @pytest.mark.parametrize("host", HOSTS)
-def test_adversary_finds_nothing_in_a_moment(
+def test_adversary_in_a_short_run_finds_no_fault(
     host: str, seed: int, threads: int, tmp_path: Path
 ) -> None:
     finds_nothing(tmp_path, host, seed, 60, threads)
@@ -59,7 +60,7 @@ def test_adversary_finds_nothing_in_a_moment(
 @pytest.mark.parametrize("threads", [1, 2, 4])
 @pytest.mark.parametrize("seed", range(100, 110))
 @pytest.mark.parametrize("host", HOSTS)
-def test_adversary_finds_nothing_at_length(
+def test_adversary_in_a_long_run_finds_no_fault(
     host: str, seed: int, threads: int, tmp_path: Path
 ) -> None:
     finds_nothing(tmp_path, host, seed, 3000, threads)
@@ -69,20 +70,28 @@ MUTANTS = [
     pytest.param(host, name, seed, marks=host_.marks, id=f"{host}-{name}")
     for host_ in HOSTS
     for host in map(str, host_.values)
-    for name, mutant in misuse_mutants.MUTANTS.items()
+    for name, mutant in mutants.MUTANTS.items()
     if (seed := mutant.seeds.get(host)) is not None
 ]
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(("host", "name", "seed"), MUTANTS)
-def test_adversary_finds_a_fault_that_is_put_back(
+def test_adversary_with_a_fault_put_back_finds_it(
     host: str, name: str, seed: int, tmp_path: Path
 ) -> None:
-    mutant = misuse_mutants.MUTANTS[name]
-    told = {"seed": seed, "rounds": 400, "threads": mutant.threads, "seconds": 20, "mutant": name}
-    for _ in range(1 if mutant.threads == 1 else 10):  # threads take turns as they like
-        status, said = adversary(tmp_path, host, **told)
+    mutant = mutants.MUTANTS[name]
+    options = {
+        "seed": seed,
+        "rounds": 400,
+        "threads": mutant.threads,
+        "seconds": 20,
+        "mutant": name,
+    }
+    for _ in range(
+        1 if mutant.threads == 1 else 10
+    ):  # which thread runs when is not drawn by the seed
+        status, said = adversary(tmp_path, host, **options)
         if status:
             break
     assert status != 0

@@ -1,4 +1,4 @@
-"""Faults of the kinds that the adversary looks for, each put back by a patch, with the seed that finds it."""
+"""Faults that the adversary looks for. A patch puts each back, and a seed finds it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from memslot_plugin.hosts.memory import Memory
 
 @dataclass(frozen=True)
 class Mutant:
-    """A fault; `seeds` has the one that finds it for each host on which it can be, and `says` is in its report."""
+    """A fault. `seeds` has the seed that finds it on each host that can have it; `says` is in the report."""
 
     put_back: Callable[[], None]
     says: str
@@ -29,7 +29,7 @@ class Mutant:
 
 
 def _every_live() -> list[type[Live]]:
-    """The classes of live instances whose hosts are open."""
+    """Return the classes of live instances of all imported hosts."""
     return Live.__subclasses__()
 
 
