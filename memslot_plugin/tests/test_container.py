@@ -11,8 +11,7 @@ import stat
 import struct
 import tempfile
 import tracemalloc
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +34,16 @@ from memslot_plugin.files import container
 from memslot_plugin.files.container import MOST_METADATA, About, Container, Contents, Stored
 from memslot_plugin.guest.plan import SegmentReport
 from memslot_plugin.tests.profiles import FACTOR, LONG, examples
+from memslot_plugin.tests.saved import (
+    ABOUT,
+    SEGMENT,
+    memfd,
+    read_bytes,
+    with_metadata,
+    with_right_digest,
+)
 
 KEY = b"k" * 32
-SEGMENT = {"index": 0, "mode": "active", "memory": 0, "offset": 0, "byte_size": 1, "in_image": True}
-ABOUT: dict[str, Any] = {"writer": "w", "name": "x", "snapshot": True, "reseed": None}
-ABOUT |= {"source_bytes": 1, "segments": [SEGMENT], "changes": []}
-
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
@@ -73,36 +76,6 @@ def written(tmp_path: Path) -> Path:
     path = tmp_path / "toy.memslot"
     assert container.write(path, contents()) == path.stat().st_size
     return path
-
-
-@contextmanager
-def memfd(data: bytes = b"") -> Iterator[int]:
-    fd = os.memfd_create("it")
-    try:
-        os.write(fd, data)
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def read_bytes(data: bytes, **options: Any) -> Container:
-    with memfd(data) as fd:
-        return container.read(fd, "it", **options)
-
-
-def with_right_digest(data: bytes) -> bytes:
-    """Return the file with its digest made anew, as an attacker would write it."""
-    plain = data[:80] + bytes(32) + data[112:]
-    return data[:80] + hashlib.sha256(plain).digest() + data[112:]
-
-
-def with_metadata(metadata: bytes, body: bytes = b"", extents: bytes = b"") -> bytes:
-    used = 112 + len(metadata) + len(body)
-    head = align_up(used)
-    start = struct.pack(
-        "<8sIIQQQQ32s", b"\x93memslot", 1, 0, P, head + len(extents), head, len(metadata), b""
-    )
-    return with_right_digest(start + bytes(32) + metadata + body + bytes(head - used) + extents)
 
 
 # What is written comes back

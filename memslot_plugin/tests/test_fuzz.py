@@ -21,11 +21,11 @@ from memslot_plugin.guest import plan as guest
 from memslot_plugin.guest.target import Target
 from memslot_plugin.settings import Settings
 from memslot_plugin.tests import instructions
-from memslot_plugin.tests.encode import HEADER
+from memslot_plugin.tests.encode import EVERYTHING, HEADER
 from memslot_plugin.tests.mutations import mutated
 from memslot_plugin.tests.profiles import examples
 from memslot_plugin.tests.test_analysis import assemble, is_valid
-from memslot_plugin.tests.test_wasm import EVERYTHING, calls_of
+from memslot_plugin.tests.test_wasm import calls_of
 
 wasmtime = pytest.importorskip("wasmtime", reason="wasmtime, which assembles and validates")
 

@@ -13,46 +13,27 @@ from hypothesis import strategies as st
 
 from memslot_plugin import wasm
 from memslot_plugin.errors import InvalidModule
-from memslot_plugin.tests.encode import END, custom, name, section, signed, sized, unsigned, vector
-from memslot_plugin.wasm import ImportName, NotUnderstood, SectionId
+from memslot_plugin.tests.encode import (
+    END,
+    EVERYTHING,
+    FIRST,
+    HEADER,
+    MEMORY,
+    TYPE,
+    active,
+    build,
+    i32,
+    i64,
+    imported_global,
+    name,
+    signed,
+    sized,
+    unsigned,
+    vector,
+)
+from memslot_plugin.wasm import NotUnderstood, SectionId
 from memslot_plugin.wasm.binary import Reader, unsigned_leb128
 from memslot_plugin.wasm.types import MemoryType, read_memory_type
-
-HEADER, I32, I64 = b"\0asm\1\0\0\0", b"\x7f", b"\x7e"
-MEMORY = (5, b"\x01\x00\x01")  # one memory of at least one page
-TYPE = b"\x01\x60\x00\x00"  # a type section's contents: no parameters and no results
-
-
-def i32(value: int) -> bytes:
-    return b"\x41" + signed(value)
-
-
-def i64(value: int) -> bytes:
-    return b"\x42" + signed(value)
-
-
-def build(*sections: tuple[int, bytes] | bytes) -> bytes:
-    return HEADER + b"".join(s if isinstance(s, bytes) else section(*s) for s in sections)
-
-
-def active(offset: bytes, data: bytes, memory: int = 0) -> bytes:
-    head = b"\x00" if memory == 0 else b"\x02" + unsigned(memory)
-    return head + offset + END + sized(data)
-
-
-def passive(data: bytes) -> bytes:
-    return b"\x01" + sized(data)
-
-
-FIRST = active(i32(8), b"first")
-
-
-def with_data(*segments: bytes) -> bytes:
-    return build(MEMORY, (11, vector(*segments)))
-
-
-def imported_global(value_type: bytes = I32) -> bytes:
-    return name("env") + name("base") + b"\x03" + value_type + b"\x00"
 
 
 def calls_of(action: Callable[[], object]) -> int:
@@ -69,32 +50,6 @@ def calls_of(action: Callable[[], object]) -> int:
     finally:
         sys.setprofile(before)
     return calls["call"] + calls["c_call"]
-
-
-IMPORTS = (
-    name("env") + name("f") + b"\x00\x00",
-    name("env") + name("t") + b"\x01\x70\x00\x01",
-    imported_global(),
-    name("env") + name("e") + b"\x04\x00\x00",
-)
-EVERYTHING = build(
-    custom("first", b"\x01\x02"),
-    (1, TYPE),
-    custom("between"),
-    (2, vector(*IMPORTS)),
-    (3, vector(b"\x00")),
-    (4, vector(b"\x70\x01\x01\x02", b"\x40\x00\x63\x70\x00\x01\xd0\x70\x0b")),
-    MEMORY,
-    (13, vector(b"\x00\x00")),
-    (6, vector(b"\x7f\x01" + i32(-1) + END, b"\x7b\x00\xfd\x0c" + bytes(16) + END)),
-    (7, vector(name("memory") + b"\x02\x00", name("run") + b"\x00\x01")),
-    (8, b"\x01"),
-    (9, vector(b"\x00\x41\x00\x0b\x01\x00")),
-    (12, b"\x02"),
-    (10, vector(b"\x02\x00\x0b")),
-    (11, vector(active(i32(8), b"hello"), passive(b"later"))),
-    custom("name", b"\x00\x02\x01m"),
-)
 
 
 # What is no module at all
@@ -334,160 +289,6 @@ def test_offset_has_a_value_or_says_why_it_is_not_constant(
     value, reason = (None, expected) if isinstance(expected, str) else (expected, None)
     found = read_offset(offset)
     assert (found.value, found.reason, found.encoded) == (value, reason, offset + END)
-
-
-# Rewriting
-
-
-def test_module_with_nothing_to_rewrite_stays_the_same_object() -> None:
-    assert wasm.rewrite(wasm.parse(EVERYTHING)) is EVERYTHING
-    empty = with_data(active(i32(3), b""))
-    assert wasm.rewrite(wasm.parse(empty), emptied=[0]) is empty
-    single = build(MEMORY)
-    assert wasm.rewrite(wasm.parse(single), memory_types={0: MemoryType(1, None)}) is single
-
-
-EMPTIED = {"emptied": [0]}
-UNNAMED: dict[str, Any] = {"emptied": [0], "named_segments": 0}
-IMPORTED = {"import_memory": ImportName("h", "m")}
-BASES = (2, vector(imported_global(), imported_global(I64)))
-TWO = (5, vector(b"\x00\x01", b"\x04\x01"))
-BOUNDED = (5, vector(b"\x01\x01\x02"))
-ODD = b"\x03\x81\x80\x00\x00"  # an empty function section whose size takes three bytes
-SECOND, THIRD = passive(b"second"), active(i32(-1), b"")
-FOURTH, FIFTH = active(b"\x41\x80\x00", b"more than needed"), active(i32(9), b"not emptied")
-EMPTY_FIRST, EMPTY_FOURTH = active(i32(8), b""), active(b"\x41\x80\x00", b"")
-
-
-def counted(*segments: bytes) -> bytes:
-    return build(MEMORY, section(12, unsigned(len(segments))), (11, vector(*segments)))
-
-
-def pages(index: int, minimum: int, maximum: int | None = None) -> dict[str, Any]:
-    return {"memory_types": {index: MemoryType(minimum, maximum)}}
-
-
-FEW = wasm.TableType(wasm.ValueType("(ref null func)"), 1, 7, table64=False)
-
-
-def imported(limits: bytes) -> tuple[int, bytes]:
-    """Return an import section that imports one memory."""
-    return 2, vector(b"\x01h\x01m\x02" + limits)
-
-
-REWRITINGS: dict[str, tuple[bytes, dict[str, Any], bytes]] = {
-    "emptied segment keeps its place": (
-        EVERYTHING,
-        EMPTIED,
-        EVERYTHING.replace(b"\x05hello", b"\x00").replace(b"\x0b\x12\x02", b"\x0b\x0d\x02"),
-    ),
-    "emptied segment whose offset is not constant goes to zero": (
-        build(BASES, TWO, (11, vector(active(b"\x23\x00", b"a"), active(b"\x23\x01", b"", 1)))),
-        {"emptied": [0, 1]},
-        build(BASES, TWO, (11, vector(active(i32(0), b""), active(i64(0), b"", 1)))),
-    ),
-    **{
-        f"segments that code may name stay: {named}": (
-            counted(FIRST, SECOND, THIRD, FOURTH, FIFTH),
-            {"emptied": [0, 2, 3], "named_segments": named},
-            counted(*rest),
-        )
-        for named, rest in (
-            (0, [SECOND, FIFTH]),
-            (1, [EMPTY_FIRST, SECOND, FIFTH]),
-            (3, [EMPTY_FIRST, SECOND, THIRD, FIFTH]),
-            (None, [EMPTY_FIRST, SECOND, THIRD, EMPTY_FOURTH, FIFTH]),
-        )
-    },
-    "only segment is left out": (with_data(active(i32(3), b"")), UNNAMED, with_data()),
-    **{
-        f"segment that a runtime may refuse stays, with {what}": (
-            with_data(head + sized(b"data")),
-            UNNAMED,
-            with_data(head + sized(b"")),
-        )
-        for what, head in (
-            ("an offset of another type", b"\x00" + i64(8) + END),
-            ("a sum", b"\x00" + i32(8) + i32(1) + b"\x6a" + END),
-            ("a memory index that need not be written", b"\x02\x00" + i32(8) + END),
-        )
-    },
-    "memory becomes the last import": (
-        EVERYTHING,
-        IMPORTED,
-        EVERYTHING.replace(section(*MEMORY), b"").replace(
-            section(2, vector(*IMPORTS)),
-            section(2, vector(*IMPORTS, b"\x01h\x01m\x02\x00\x01")),
-        ),
-    ),
-    **{
-        f"import section is made {where}": (
-            build(*before, *after, BOUNDED),
-            IMPORTED,
-            build(*before, imported(b"\x01\x01\x02"), *after),
-        )
-        for where, before, after in (
-            ("alone", [], []),
-            ("behind the types", [section(1, TYPE), custom("a")], []),
-            ("before functions", [custom("a")], [section(3, b"\x00"), custom("b")]),
-        )
-    },
-    "size that was written in an unusual way stays so": (
-        build(ODD, MEMORY, (11, vector(FIRST))),
-        EMPTIED,
-        build(ODD, MEMORY, (11, vector(EMPTY_FIRST))),
-    ),
-    "minimum is raised and takes more bytes": (
-        build((5, vector(b"\x01\x01\x04", b"\x05\x01\xc9\x01"))),
-        {"memory_types": {1: MemoryType(200, 201, memory64=True)}},
-        build((5, vector(b"\x01\x01\x04", b"\x05\xc8\x01\xc9\x01"))),
-    ),
-    "maximum of a memory is lowered": (
-        build((5, vector(b"\x00\x01", b"\x01\x01\xc9\x01"))),
-        {"memory_types": {0: MemoryType(1, 7), 1: MemoryType(1, 9)}},
-        build((5, vector(b"\x01\x01\x07", b"\x01\x01\x09"))),
-    ),
-    "maximum of a table is lowered, and its element type and initial value stay": (
-        build((4, vector(b"\x70\x01\x01\x02", b"\x40\x00\x63\x70\x00\x01\xd0\x70\x0b"))),
-        {"table_types": {1: FEW}},
-        build((4, vector(b"\x70\x01\x01\x02", b"\x40\x00\x63\x70\x01\x01\x07\xd0\x70\x0b"))),
-    ),
-    "page size stays spelt out": (
-        build((5, b"\x01\x08\x01\x10")),
-        IMPORTED,
-        build(imported(b"\x08\x01\x10")),
-    ),
-}
-
-
-@pytest.mark.parametrize(("before", "options", "after"), REWRITINGS.values(), ids=REWRITINGS)
-def test_module_is_rewritten_exactly(before: bytes, options: dict[str, Any], after: bytes) -> None:
-    assert wasm.rewrite(wasm.parse(before), **options) == after
-
-
-@pytest.mark.parametrize(
-    ("before", "options", "sentence"),
-    [
-        (build(), IMPORTED, "has 0 memories and only a single one can become an import"),
-        (build(TWO), IMPORTED, "has 2 memories and only a single one can become an import"),
-        (build(imported(b"\x00\x01")), IMPORTED, r"already an import, h\.m"),
-        (build(imported(b"\x00\x01")), pages(0, 2), "memory 0 is not one that the module defines"),
-        (EVERYTHING, pages(1, 1), "memory 1 is not one that the module defines"),
-        (EVERYTHING, pages(0, 0), "allowed are 1 to any number"),
-        (build(BOUNDED), pages(0, 3, 2), "allowed are 1 to 2"),
-        (EVERYTHING, {"table_types": {0: FEW}}, "table 0 is not one that the module defines"),
-        (EVERYTHING, {"table_types": {3: FEW}}, "table 3 is not one that the module defines"),
-        (EVERYTHING, {"emptied": [2]}, "data segment 2 does not exist"),
-        (EVERYTHING, {"emptied": [-1]}, "data segment -1 does not exist"),
-        (EVERYTHING, {"emptied": [1]}, "data segment 1 is passive"),
-    ],
-)
-def test_rewriting_that_cannot_be_is_refused(
-    before: bytes, options: dict[str, Any], sentence: str
-) -> None:
-    expected = NotUnderstood if options is IMPORTED else ValueError
-    with pytest.raises(expected, match=sentence):
-        wasm.rewrite(wasm.parse(before), **options)
 
 
 def test_exported_functions_imported_and_defined_have_their_types():
