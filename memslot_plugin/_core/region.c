@@ -15,7 +15,7 @@ enum { BRIEF_NANOSECONDS = 5000 };
 /* Set by `install`, once per process. */
 static int (*reset_fast)(ms_slot *slot);
 static unsigned (*copy)(ms_wt_cell *cell, uint64_t generation, uintptr_t to, const char *from, size_t length);
-static PyObject *dirty, *clean, *result_type, *slow_reset, *new, *pagemap, *no_reason;
+static PyObject *dirty, *clean, *result_type, *slow_reset, *pagemap, *no_reason;
 static size_t page;
 
 typedef struct {
@@ -84,11 +84,22 @@ static PyObject *reset(PyObject *object, PyObject *strategy)
         return result;
     Py_DECREF(result);
     put(&self->state, clean);
-    const ms_reset_report *report = &self->core.report;
-    PyObject *fields = Py_BuildValue("nKOO", (Py_ssize_t)(report->dirty_pages * page),
-                                     (unsigned long long)report->nanoseconds, pagemap, no_reason);
-    result = fields ? PyObject_CallMethodObjArgs((PyObject *)&PyTuple_Type, new, result_type, fields, NULL) : NULL;
-    Py_XDECREF(fields);
+    /* ResetResult is a tuple of four; its own constructor costs more than the rest of this function. */
+    result = PyType_GenericAlloc((PyTypeObject *)result_type, 4);
+    PyObject *dirty_bytes = PyLong_FromSize_t(self->core.report.dirty_pages * page);
+    PyObject *nanoseconds = PyLong_FromUnsignedLongLong(self->core.report.nanoseconds);
+    if (!result || !dirty_bytes || !nanoseconds) {
+        Py_XDECREF(result);
+        Py_XDECREF(dirty_bytes);
+        Py_XDECREF(nanoseconds);
+        return NULL;
+    }
+    Py_INCREF(pagemap);
+    Py_INCREF(no_reason);
+    PyTuple_SetItem(result, 0, dirty_bytes);
+    PyTuple_SetItem(result, 1, nanoseconds);
+    PyTuple_SetItem(result, 2, pagemap);
+    PyTuple_SetItem(result, 3, no_reason);
     return result;
 }
 
@@ -248,10 +259,9 @@ PyMODINIT_FUNC PyInit__region(void)
     PyObject *module = PyModule_Create(&definition);
     PyObject *type = PyType_FromSpec(&spec);
     slow_reset = PyUnicode_InternFromString("_slow_reset");
-    new = PyUnicode_InternFromString("__new__");
     pagemap = PyUnicode_InternFromString("pagemap");
     no_reason = PyUnicode_InternFromString("");
-    if (!module || !type || !slow_reset || !new || !pagemap || !no_reason ||
+    if (!module || !type || !slow_reset || !pagemap || !no_reason ||
         PyModule_AddObjectRef(module, "Region", type)) {
         Py_XDECREF(type);
         Py_XDECREF(module);

@@ -50,6 +50,9 @@ _log = logging.getLogger("memslot.pool")
 GROWTHS: dict[str, type[Slot]] = {"mprotect": Slot, "ftruncate": ExtensionSlot}
 
 
+_RETIRED = ResetResult(None, 0, RETIRED)
+
+
 class SlotLease(weakref.ref[object]):
     """One lease of one slot.  When its holder is collected, C code alone puts the lease into the pool's queue."""
 
@@ -112,7 +115,7 @@ class Pool:
                 raise SettingError(f"{rule}, not {option!r}")
         self.name = name
         self.limit, self.reserved, self.guard, self.growth = slots, reserved, guard, growth
-        self._on_demand = allocation == "on-demand"
+        self._on_demand, self._random = allocation == "on-demand", strategy == "random"
         new_list = functools.partial(
             FreeList, strategy, slots if max_unused_warm_slots is None else max_unused_warm_slots
         )
@@ -175,12 +178,36 @@ class Pool:
         """Under the lock: give the lease a slot from the inventory; None if every slot is held."""
         if self._closed:
             raise UsedAfterClose("the pool was closed; make a new one")
+        slot = None
         if not self._returned.empty():
-            self._drain()
-        slot = self._inventory.take(*wanted)
+            slot = self._hand_on(wanted[1]) or self._drain()
+        slot = slot or self._inventory.take(*wanted)
         if slot is not None:
             lease.slot, slot.lease = slot, lease
         return slot
+
+    def _hand_on(self, affinity: Hashable) -> Slot | None:
+        """Under the lock: return the one slot that came back if its guest wants it again, past the free list.
+
+        Every strategy but the random one would put it there and take it.
+        """
+        if self._returned.qsize() != 1 or self._waiting or self._random:
+            return None
+        try:
+            returned = self._returned.get_nowait()
+        except queue.Empty:  # a lease that waits was faster
+            return None
+        slot: Slot | None = getattr(returned, "slot", None)
+        if (
+            slot is not None
+            and slot.lease is returned
+            and slot.affinity == affinity
+            and slot.state is CLEAN
+            and (slot.image is None or not slot.image.closed)
+        ):
+            return slot
+        self._returned.put(returned)
+        return None
 
     def _wait(self, lease: SlotLease, timeout: float, *wanted: Any) -> Slot:
         """Wait until a slot comes back; raises PoolTimeout, or PoolExhausted at once if `timeout` is not positive."""
@@ -284,7 +311,7 @@ class Pool:
             lease.unreleased.pop()
         except IndexError:  # another thread was first
             raise _not_leased() from None
-        result = ResetResult(None, 0, RETIRED)
+        result = _RETIRED
         try:
             if retire or self._on_demand or slot.state is UNKNOWN:
                 destroy_or_log(slot)
