@@ -180,34 +180,44 @@ class Pool:
             raise UsedAfterClose("the pool was closed; make a new one")
         slot = None
         if not self._returned.empty():
-            slot = self._hand_on(wanted[1]) or self._drain()
+            slot = self._hand_on(wanted[1])
         slot = slot or self._inventory.take(*wanted)
         if slot is not None:
             lease.slot, slot.lease = slot, lease
         return slot
 
     def _hand_on(self, affinity: Hashable) -> Slot | None:
-        """Under the lock: return the one slot that came back if its guest wants it again, past the free list.
+        """Under the lock: settle what came back; but return a slot that came alone if its guest wants it again.
 
-        Every strategy but the random one would put it there and take it.
+        Every strategy except the random one would put it on the free list and take it from there.
         """
-        if self._returned.qsize() != 1 or self._waiting or self._random:
-            return None
-        try:
-            returned = self._returned.get_nowait()
-        except queue.Empty:  # a lease that waits was faster
-            return None
+        returned = other = self._next()
+        while other is returned is not None:  # a lease comes twice if its holder is collected after the release
+            other = self._next()
         slot: Slot | None = getattr(returned, "slot", None)
         if (
             slot is not None
+            and other is None
             and slot.lease is returned
             and slot.affinity == affinity
             and slot.state is CLEAN
             and (slot.image is None or not slot.image.closed)
+            and not (self._waiting or self._random)
         ):
             return slot
-        self._returned.put(returned)
+        self._settle(returned)
+        self._settle(other)
+        self._drain()
         return None
+
+    def _next(self) -> SlotLease | Image | None:
+        """Take the next of what came back; None if there is none."""
+        if self._returned.empty():
+            return None
+        try:
+            return self._returned.get_nowait()
+        except queue.Empty:  # a lease that waits was faster
+            return None
 
     def _wait(self, lease: SlotLease, timeout: float, *wanted: Any) -> Slot:
         """Wait until a slot comes back; raises PoolTimeout, or PoolExhausted at once if `timeout` is not positive."""
@@ -354,10 +364,7 @@ class Pool:
     def _drain(self) -> None:
         """Under the lock: settle what came back."""
         while not self._returned.empty():
-            try:
-                self._settle(self._returned.get_nowait())
-            except queue.Empty:  # a lease that waits was faster
-                break
+            self._settle(self._next())
         if self._waiting and next(self._inventory.free(), None) is not None:
             self._returned.put(None)
 
