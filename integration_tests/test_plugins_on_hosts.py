@@ -72,3 +72,50 @@ def test_failure_of_an_owner_reaches_the_caller_and_costs_no_slot(
         guest.instantiate()
     cells.check(host, in_use=0)
     host.plugins.unregister("broken")
+
+
+class Resets:
+    """Three plugins that hear of resets, each of another kind."""
+
+    def __init__(self) -> None:
+        self.heard = 0
+
+    @hookimpl(wrapper=True)
+    def wraps(self, memory: Any) -> Any:
+        self.heard += 1
+        return (yield)
+
+    @hookimpl(tryfirst=True)
+    def is_asked_first(self, memory: Any) -> None:
+        self.heard += 1
+
+    @hookimpl
+    def watches(self, memory: Any, result: Any) -> None:
+        self.heard += 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "hook"),
+    [("wraps", "reset_memory"), ("is_asked_first", "reset_memory"), ("watches", "memory_reset")],
+)
+def test_plugin_that_comes_and_goes_hears_the_resets_between(
+    host: memslot.Host, kind: str, hook: str
+) -> None:
+    """Resets are bound at the lease, and bound anew when a plugin comes or goes."""
+    resets = Resets()
+    plugin = SimpleNamespace(**{f"memslot_{hook}": getattr(resets, kind)})
+
+    def reset_twice() -> int:
+        before = resets.heard
+        for _ in range(2):
+            instance.call("fill", 0, PAGE, 0xEE)
+            instance.reset()
+            assert instance.memory.read(0, 2 * PAGE) == toy.pristine(toy.A)
+        return resets.heard - before
+
+    with host.prepare(toy.A).instantiate() as instance:
+        assert reset_twice() == 0
+        host.plugins.register(plugin, name="plugin")
+        assert reset_twice() == 2
+        host.plugins.unregister("plugin")
+        assert reset_twice() == 0

@@ -45,6 +45,7 @@ class SlotMemory(LinearMemory):
         self.owner = owner
         self.mapping = None
         self.exposed = False
+        self.reset = None
         self.slot: Slot | None = None
 
     def record_growth(self, byte_size: int) -> None:
@@ -59,6 +60,8 @@ class PoolAllocator:
     """What both allocators share: a pool per host, and the hooks in terms of it."""
 
     name = "abstract"
+    resets_own_memories_only = True
+    """Tells the arming that `memslot_reset_memory` answers None for every memory of another owner."""
 
     def __init__(self) -> None:
         self.pool: Pool | None = None
@@ -126,7 +129,7 @@ class PoolAllocator:
         if memory.owner is not self or self.pool is None or not isinstance(memory, SlotMemory):
             return None
         slot = memory.slot or self._released(memory)
-        memory.slot = None
+        memory.slot = memory.reset = None  # bound to a slot that another tenant may lease next
         # Compare memory.byte_size too: recording a growth in the slot may have failed.
         # A runtime's own objects reach its mapping for as long as they live, so an exposed one has no other tenant.
         retire = slot.mapping is not None and (
@@ -158,6 +161,7 @@ class PoolAllocator:
             holder=memory,
         )
         memory.base, memory.mapping = slot.base, slot.mapping
+        memory.reset = self.pool.bound_reset(slot)
         return memory
 
     def _warm(self, request: MemoryRequest, image: images.Image | None, count: int) -> int | None:

@@ -137,11 +137,22 @@ class LinearMemory:
     """A leased linear memory: `byte_size` accessible bytes at `base`, until it is released.
 
     Plugins may subclass it.  `owner` is for the plugin that made the memory, to recognise it as its
-    own.  `exposed` is true once the embedder has objects of the runtime's own that may reach the
+    own.  `reset`, which the owner may set, resets the memory like `memslot_reset_memory`: a host binds it
+    at the lease, and calls it instead of the hook while no other plugin is asked first, wraps the hook or
+    watches resets.  `exposed` is true once the embedder has objects of the runtime's own that may reach the
     memory after its release; its `mapping` must not be leased again then.
     """
 
-    __slots__ = ("__weakref__", "base", "byte_size", "exposed", "mapping", "owner", "request")
+    __slots__ = (
+        "__weakref__",
+        "base",
+        "byte_size",
+        "exposed",
+        "mapping",
+        "owner",
+        "request",
+        "reset",
+    )
 
     def __init__(
         self,
@@ -158,6 +169,7 @@ class LinearMemory:
         self.owner = owner
         self.mapping = mapping
         self.exposed = False
+        self.reset: Callable[[], object] | None = None
 
     def record_growth(self, byte_size: int) -> None:
         """Record a growth that the runtime has made by itself; a plugin may override this."""

@@ -472,13 +472,11 @@ class Host(abc.ABC):
             self._release([memory])
             return self._lease([memory.request])[0]
         try:
-            result = armed.reset_memory(memory)
+            armed.reset_and_notify(memory)
         except BaseException:
             with suppress(MemslotError):  # the plugin says once more what is being raised already
                 self._release([memory])
             raise
-        if armed.memory_reset is not None:
-            armed.memory_reset(memory, result)
         return memory
 
     def _grow(self, memory: LinearMemory, byte_size: int) -> bool:
@@ -546,6 +544,7 @@ class Host(abc.ABC):
 
     def _list(self, live: Live) -> None:
         """A live instance has its handle."""
+        live.bind_resets(self._armed)
         self._live[id(live)] = weakref.ref(live), live.memories
         live.dropped, live.open = self._dropped, True
         self._begun.pop(id(live), None)

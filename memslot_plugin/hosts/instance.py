@@ -257,11 +257,10 @@ class Instance:
             if not live.can_restore():
                 live.let_go(key)
                 return False
-            told = armed.memory_reset
-            for memory in live.memories:
-                result = armed.reset_memory(memory)
-                if told is not None:
-                    told(memory, result)
+            if live.bound_to is not armed.epoch:
+                live.bind_resets(armed)
+            for reset in live.resets:
+                reset()
             live.restore(next_generation)
         except BaseException:
             if not live.let_go(key) and not held:

@@ -23,6 +23,7 @@ from memslot_plugin.hosts.wasi import Wasi
 if TYPE_CHECKING:
     from memslot_hooks.types import LinearMemory
     from memslot_plugin.hosts.guest import Guest
+    from memslot_plugin.plugins.arming import Armed
 
 # Looked up once: a request reads and writes as often as it calls.
 _BYTES = ffi.typeof("char *")
@@ -99,6 +100,15 @@ class Live(abc.ABC):
     """The key of `hold`, until `restore` or `let_go`: a signal's handler or a finalizer cannot end it meanwhile."""
     admits: int = 1
     """The lease whose handles may enter: `generation`, or 0 while the instance is held."""
+
+    resets: tuple[Callable[[], object], ...] = ()
+    """The resets of `memories`, bound at the lease."""
+    bound_to: object = None
+    """The epoch of the plugins that `resets` are bound to."""
+
+    def bind_resets(self, armed: Armed) -> None:
+        """Bind the resets of the memories to the plugins that there are now."""
+        self.resets, self.bound_to = tuple(map(armed.bound_reset, self.memories)), armed.epoch
 
     def __del__(self) -> None:
         # The handle's finalizer says so too, and earlier; but it is Python, and a signal may cut it short.

@@ -192,7 +192,9 @@ class Pool:
         Every strategy except the random one would put it on the free list and take it from there.
         """
         returned = other = self._next()
-        while other is returned is not None:  # a lease comes twice if its holder is collected after the release
+        while (
+            other is returned is not None
+        ):  # a lease comes twice if its holder is collected after the release
             other = self._next()
         slot: Slot | None = getattr(returned, "slot", None)
         if (

@@ -7,8 +7,8 @@ So an armed hook calls the implementations directly, and pluggy's caller only if
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from operator import itemgetter
 from typing import Any, get_args, get_type_hints
 
@@ -43,7 +43,11 @@ class Armed:
     `instance_restored`, which raises it.
     """
 
-    __slots__ = tuple(name.removeprefix("memslot_") for name in (*DECIDING, *WATCHING))
+    __slots__ = (
+        *(name.removeprefix("memslot_") for name in (*DECIDING, *WATCHING)),
+        "direct_resets",
+        "epoch",
+    )
 
     build_image: Callable[[InitialContent], Image | None]
     create_memory: Callable[[MemoryRequest], LinearMemory]
@@ -57,6 +61,22 @@ class Armed:
     memory_grown: Callable[[LinearMemory, int], None] | None
     memory_reset: Callable[[LinearMemory, ResetResult], None] | None
     instance_restored: Callable[[Any], None] | None
+    direct_resets: tuple[object, ...]
+    """Plugins whose memories are reset by `LinearMemory.reset`, because the hook would only ask them."""
+    epoch: object
+    """Another object after each plugin that comes or goes; compare it to keep what was bound."""
+
+    def bound_reset(self, memory: LinearMemory) -> Callable[[], object]:
+        """Return the call that resets a leased memory and notifies watchers, valid for this `epoch`."""
+        if memory.reset is not None and any(memory.owner is each for each in self.direct_resets):
+            return memory.reset
+        return partial(self.reset_and_notify, memory)
+
+    def reset_and_notify(self, memory: LinearMemory) -> None:
+        """Reset a leased memory through the hook, and notify watchers."""
+        result = self.reset_memory(memory)
+        if self.memory_reset is not None:
+            self.memory_reset(memory, result)
 
 
 def arm(
@@ -75,6 +95,19 @@ def arm(
     for hook in WATCHING:
         on_error = None if hook in RAISING else watcher_failed
         setattr(armed, hook.removeprefix("memslot_"), _watching(manager, hook, on_error))
+    armed.direct_resets = () if armed.memory_reset else tuple(_asked_alone(manager))
+    armed.epoch = object()
+
+
+def _asked_alone(manager: pluggy.PluginManager) -> Iterator[object]:
+    """Yield the plugins whose own memories no other plugin is asked about in `memslot_reset_memory`."""
+    impls = implementations(manager, "memslot_reset_memory")
+    if any(impl.wrapper or impl.hookwrapper for impl in impls):
+        return
+    for impl in impls:
+        yield impl.plugin
+        if not getattr(impl.plugin, "resets_own_memories_only", False):
+            return  # it might answer for the memories of those that are asked later
 
 
 @cache

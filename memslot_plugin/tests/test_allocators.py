@@ -72,8 +72,12 @@ def test_memory_lives_through_its_hooks(make: Make) -> None:
     assert image.kind == ("memfd" if isinstance(allocator, MemfdAllocator) else "bytes")
     memory = created(allocator, request_for(image))
     plain = LinearMemory(memory.request, memory.base, 2 * PAGE, owner=allocator)
-    fields = [name for name in LinearMemory.__slots__ if name != "__weakref__"]
+    fields = [name for name in LinearMemory.__slots__ if name not in ("__weakref__", "reset")]
     assert [getattr(memory, each) for each in fields] == [getattr(plain, each) for each in fields]
+    assert bytes_of(memory) == PRISTINE
+    ctypes.memset(memory.base, 7, PAGE)
+    assert memory.reset is not None
+    memory.reset()
     assert bytes_of(memory) == PRISTINE
     assert allocator.memslot_grow_memory(memory, 3 * PAGE) is True
     assert memory.byte_size == 3 * PAGE
