@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 import time
 import warnings
@@ -181,8 +182,11 @@ def _processes(image: MemfdImage, method: str) -> Work:
         with warnings.catch_warnings():
             # From 3.12 on Python warns where other threads exist; this child takes no lock that they could hold.
             warnings.simplefilter("ignore", DeprecationWarning)
+            # Children inherit the mask: Ctrl-C is for the parent, which ends the run after this round.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
             for child in children:
                 child.start()
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for child in children:
             child.join()
             if child.exitcode:

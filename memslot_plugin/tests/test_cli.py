@@ -7,8 +7,10 @@ import io
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -502,6 +504,22 @@ def test_ctrl_c_ends_endless_requests_and_an_endless_call(host, file, tmp_path):
     words = (file, "--host", host, "--requests", 100_000_000, "--json")
     said = done(*words, program=("-c", INTERRUPT), cwd=tmp_path)
     assert said == (130, "", "memslot: interrupted\n")
+
+
+@pytest.mark.skipif(not hosts.INSTALLED, reason="no runtime is installed")
+@pytest.mark.parametrize("family", ["density", pytest.param("scaling", marks=pytest.mark.gate)])
+def test_ctrl_c_ends_a_benchmark_that_waits_for_processes_of_its_own(family):
+    command = [sys.executable, "-m", "memslot_plugin", "bench", "--quick", "--only", family]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, text=True
+    ) as running:
+        children = Path(f"/proc/{running.pid}/task/{running.pid}/children")
+        while running.poll() is None and not children.read_text():
+            time.sleep(0.01)
+        time.sleep(0.1)  # the child imports memslot
+        os.killpg(running.pid, signal.SIGINT)
+        said = running.communicate(timeout=60)
+    assert (running.returncode, *said) == (130, "", "memslot: interrupted\n")
 
 
 @pytest.mark.parametrize(
