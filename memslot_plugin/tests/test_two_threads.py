@@ -53,7 +53,7 @@ class Library:
 
 def closing_by(monkeypatch: pytest.MonkeyPatch, close: Callable[[Callable[[], int]], int]) -> None:
     """From now on the host closes cells by this."""
-    module: Any = importlib.import_module("memslot_plugin.hosts.wasmtime.runtime")
+    module: Any = importlib.import_module("memslot_plugin.hosts.wasmtime.creator")
     monkeypatch.setattr(module, "lib", Library(module.lib, close))
 
 
@@ -266,7 +266,7 @@ def test_instance_that_a_call_ended_is_kept_by_nothing(
         before(instance._now, "dispose", call)
         instance.close()
         monkeypatch.undo()
-        assert host._ending == {}
+        assert host._creator._ending == {}
 
 
 @pytest.mark.parametrize("name", DECIDING)
@@ -341,13 +341,13 @@ class Interrupts(dict[int, Any]):
         return found
 
 
-@pytest.mark.parametrize("taken_from", ["_retained", "_groups", "_cells"])
+@pytest.mark.parametrize("taken_from", ["_ending", "_groups", "_cells"])
 @pytest.mark.parametrize("name", [WASMTIME])
 def test_close_that_is_interrupted_is_finished_by_the_next_call(name: str, taken_from: str) -> None:
     with hosts.serving(name, slots=1) as host, hosts.prepare(host) as guest:
         instance = guest.instantiate()
-        before = getattr(host, taken_from)
-        setattr(host, taken_from, Interrupts(before))
+        before = getattr(host._creator, taken_from)
+        setattr(host._creator, taken_from, Interrupts(before))
         with pytest.raises(KeyboardInterrupt):
             instance.close()
         host.statistics()

@@ -47,8 +47,8 @@ def host() -> Iterator[WasmtimeHost]:
     with hosts.serving("wasmtime", slots=8) as host:
         yield host
         assert in_use(host) == 0
-        assert not host._groups
-        assert not host._retained
+        assert not host._creator._groups
+        assert not host._creator._retained
 
 
 @pytest.fixture
@@ -295,7 +295,7 @@ def test_own_store_may_end_in_a_collection_on_another_thread(host: WasmtimeHost)
     try:
         for _ in range(4):
             make()
-        assert len(host._retained) == 4
+        assert len(host._creator._retained) == 4
         hosts.elsewhere(gc.collect)
     finally:
         gc.enable()
@@ -400,14 +400,13 @@ print(kept[0].call("next"))
 def test_interrupt_between_instance_and_globals_gives_the_slot_back(
     host: WasmtimeHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
+    library = mock.Mock(wraps=lib)
+    library.ms_wt_globals_write.side_effect = KeyboardInterrupt
     with host.prepare(ECHO).instantiate() as instance:
         instance.set_global("count", 6)
         taken = instance.snapshot()
     with monkeypatch.context() as patch:
-        patch.setattr(wasmtime_live, "_restore", interrupted)
+        patch.setattr("memslot_plugin.hosts.wasmtime.live.lib", library)
         with pytest.raises(KeyboardInterrupt):
             taken.instantiate()
     assert in_use(host) == 0
@@ -422,7 +421,7 @@ def test_interrupt_while_an_instance_ends_gives_the_slot_back(
     library = mock.Mock(wraps=lib)
     library.ms_wt_close.side_effect = KeyboardInterrupt
     with monkeypatch.context() as patch:
-        patch.setattr("memslot_plugin.hosts.wasmtime.runtime.lib", library)
+        patch.setattr("memslot_plugin.hosts.wasmtime.creator.lib", library)
         with pytest.raises(KeyboardInterrupt):
             instance.close()
     host.statistics()

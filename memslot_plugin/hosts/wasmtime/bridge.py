@@ -157,17 +157,17 @@ def taken(number: int) -> BaseException:
 
 
 class Memories(Protocol):
-    """What the bridge asks of a host."""
+    """A creator as the bridge sees it."""
 
     def granted(self, token: int, index: int, byte_size: int) -> bool:
-        """Whether the index-th memory of that group may have `byte_size` bytes."""
+        """Grow the index-th memory of that group to `byte_size` bytes; false if that is refused."""
 
     def leased(self, minimum: int, maximum: int) -> tuple[int, LinearMemory]:
-        """A memory for an instance that is not ours, and its token; sizes are bytes."""
+        """Lease a memory for an instance that is not ours, and return its token too; sizes are bytes."""
 
 
-HOSTS: weakref.WeakValueDictionary[int, Memories] = weakref.WeakValueDictionary()
-"""Who answers for a creator, by the creator's identity."""
+CREATORS: weakref.WeakValueDictionary[int, Memories] = weakref.WeakValueDictionary()
+"""The creators of open hosts, by identity."""
 
 
 def _refused(_: type, error: BaseException, __: object) -> int:
@@ -178,7 +178,7 @@ def _refused(_: type, error: BaseException, __: object) -> int:
 @ffi.def_extern(error=0, onerror=_refused)  # type: ignore[untyped-decorator]
 def ms_wt_python_grow(creator: int, token: int, index: int, byte_size: int) -> int:
     try:
-        return int(HOSTS[creator].granted(token, index, byte_size))
+        return int(CREATORS[creator].granted(token, index, byte_size))
     except BaseException as error:  # noqa: BLE001 - it is raised where the call into wasmtime was made
         if lib.ms_wt_first_deferred():
             return -keep(error)
@@ -206,7 +206,7 @@ def ms_wt_python_lease(  # noqa: PLR0917 - C calls it
     room: int,
 ) -> int:
     try:
-        token[0], memory = HOSTS[creator].leased(minimum, maximum)
+        token[0], memory = CREATORS[creator].leased(minimum, maximum)
         base[0], capacity[0] = memory.base, memory.request.reserved
     except BaseException as error:  # noqa: BLE001 - it becomes an error of wasmtime's, which is what its caller knows
         said = (

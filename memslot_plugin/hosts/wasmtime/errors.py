@@ -34,6 +34,10 @@ PYTHON_EXCEPTION = "python exception"
 """The message of an error that stands for an exception in a host function of wasmtime-py's own."""
 
 
+NATIVE_ERRORS = (wasmtime.WasmtimeError, wasmtime.Trap, wasmtime.ExitTrap)
+"""The errors of wasmtime-py's own."""
+
+
 class _Native:
     """The common part of the errors below: `native` is wasmtime's, or None in a copy."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 from memslot_hooks.types import LinearMemory
 from memslot_plugin._core import ffi, lib, read
@@ -16,20 +16,25 @@ from memslot_plugin.errors import (
     ArgumentError,
     ExportNotFound,
     GrowthRefused,
+    InUse,
     SnapshotRefused,
     UsedAfterClose,
     shown,
 )
-from memslot_plugin.hosts.live import HOLDS, Binding, Live, ended, require_within
+from memslot_plugin.hosts.live import Binding, Live, ended, require_within
 from memslot_plugin.hosts.wasmtime.bridge import address_of, wasmtime, wasmtime_ffi
-from memslot_plugin.hosts.wasmtime.errors import Outcome, one_sentence, refusal, translated
+from memslot_plugin.hosts.wasmtime.creator import Creator
+from memslot_plugin.hosts.wasmtime.errors import (
+    NATIVE_ERRORS,
+    Outcome,
+    one_sentence,
+    refusal,
+    translated,
+)
 from memslot_plugin.hosts.wasmtime.link import Compiled, Link
 from memslot_plugin.hosts.wasmtime.store import BorrowedStore, LentStore
 from memslot_plugin.hosts.wasmtime.values import KIND_NAMES, PACKING, V128, Signature, fitted
 from memslot_plugin.hosts.wasmtime.wasi import Environment, Streams
-
-if TYPE_CHECKING:
-    from memslot_plugin.hosts.wasmtime.runtime import WasmtimeHost
 
 _VALUES = (struct.Struct("<i"), struct.Struct("<q"), struct.Struct("<f"), struct.Struct("<d"))
 """How a global's 16 bytes begin, by kind."""
@@ -68,20 +73,21 @@ class WasmtimeLive(Live):
 
     def __init__(
         self,
-        host: WasmtimeHost,
+        creator: Creator,
         compiled: Compiled,
         memories: tuple[LinearMemory, ...],
         binding: Binding,
-        token: int,
+        configure_store: Callable[[wasmtime.Store], None] | None,
     ) -> None:
         self.memories = memories
         self.streams: Streams | None = None
         self.environment: Environment | None = None
         self.cell = ffi.new(_CELL)
-        self.token = token
+        self.token = creator.begin(self.cell, memories)
         self.link: Link | None = None
         """The link of its imports, which it may call for as long as it lives."""
-        self._host = host
+        self._creator = creator
+        self._configure_store = configure_store
         self._compiled = compiled
         self._binding = binding
         self._functions: dict[str, Callable[..., Any]] = {}
@@ -102,7 +108,7 @@ class WasmtimeLive(Live):
     def settle_outcome(self, outcome: Outcome, *, starting: bool = False) -> None:
         """End the instance if that was asked for meanwhile, and raise what is to be raised."""
         if outcome.flags & lib.MS_WT_CLOSING:
-            self._host.finish(self)
+            self.finish()
         if outcome.flags & lib.MS_WT_OUTGROWN:
             self.outgrown = True
         error = outcome.exception(
@@ -130,27 +136,19 @@ class WasmtimeLive(Live):
 
     def entered(self, generation: int, action: Callable[[], Any]) -> Any:
         """Do with wasmtime-py what `action` does, within an entry; 0 is the host's own generation."""
-        # What our own entries raise within this one is raised already, and what wasmtime-py raises is translated.
         self.require_store()
         entry = ffi.new(_ENTRY)
-        failure: BaseException | None = None
-        result = None
         try:
             refused = lib.ms_wt_enter(self.cell, generation, entry)
             if refused:
                 self.settle(refused)
-            result = action()
-        except BaseException as error:  # noqa: BLE001 - raised below, once we have left
-            failure = error
-        left = lib.ms_wt_leave(self.cell, entry)
-        if left:
-            self.settle(left)
-        if failure is not None:
-            try:
-                raise translated(failure, self._compiled.guest_name, self._compiled.offsets)
-            finally:
-                del failure  # as in settle_outcome
-        return result
+            return action()
+        except NATIVE_ERRORS as error:
+            raise translated(error, self._compiled.guest_name, self._compiled.offsets) from None
+        finally:
+            left = lib.ms_wt_leave(self.cell, entry)
+            if left:
+                self.settle(left)
 
     def _guarded(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """For a store of the embedder's: it may have been closed since."""
@@ -234,14 +232,17 @@ class WasmtimeLive(Live):
         if refused:
             outcome = Outcome(refused)  # first of all, because it frees what the C half holds
             if self.cell.depth and generation == self.generation:
-                self._host._require_idle(self)
+                raise InUse(
+                    f"the instance of {self.guest_name} cannot be closed, reset or captured while a call of it runs, by"
+                    " its host functions or another thread; let the call return first"
+                )
             self.settle_outcome(outcome)
 
     def wake(self) -> None:
         if self.environment is not None:
             self.environment.require_workers()
-        if self._host._configure_store is not None:
-            self._host._configure_store(self.store())
+        if self._configure_store is not None:
+            self._configure_store(self.store())
 
     def restore(self, generation: int) -> None:
         self.wake()
@@ -256,15 +257,11 @@ class WasmtimeLive(Live):
 
     def set_globals(self) -> None:
         """Every saved global gets its initial value."""
-        key = next(HOLDS)
-        try:
-            self.hold(self.generation, key)
-            outcome = _restore(self.cell, self.generation, self._saved, self._saved_count)
-            if outcome:
-                self.settle(outcome)
-        except BaseException:
-            self.let_go(key)
-            raise
+        if self._saved is None:
+            self._copy_globals()
+        outcome = lib.ms_wt_globals_write(self.cell, 0, self._saved, self._saved_count)
+        if outcome:
+            self.settle(outcome)
 
     def let_go(self, key: int) -> bool:
         outcome = ffi.new("uintptr_t *")
@@ -430,7 +427,7 @@ class WasmtimeLive(Live):
             found = Outcome(outcome)
             if isinstance(found.native, wasmtime.WasmtimeError) and found.deferred is None:
                 if found.flags & lib.MS_WT_CLOSING:
-                    self._host.finish(self)
+                    self.finish()
                 raise GrowthRefused(
                     f"{what} may not grow by {pages} pages: {one_sentence(str(found.native))}"
                 )
@@ -503,8 +500,12 @@ class WasmtimeLive(Live):
             inside += borrowed.running()
         return inside
 
+    def finish(self) -> None:
+        """End the instance, and release its memories once wasmtime does not use them any more."""
+        self._creator.finish(self)
+
     def dispose(self, generation: int | None = None) -> bool | None:
-        return self._host.finish(self, release=False, generation=generation)
+        return self._creator.finish(self, release=False, generation=generation)
 
     def forget_views(self) -> None:
         """The store is going: what wasmtime-py has of it raises from now on."""

@@ -9,25 +9,19 @@ second engine, configured as wasmtime's defaults are.
 
 from __future__ import annotations
 
-import collections
-import itertools
 import logging
 import os
 import platform
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, cast
+from typing import cast
 
 from memslot_hooks.types import LinearMemory, MemoryRequest
-from memslot_plugin._core import after_fork, catch_up, ffi, lib
+from memslot_plugin._core import after_fork, catch_up, lib
 from memslot_plugin._core.limits import errno_in_text
 from memslot_plugin.errors import (
-    InUse,
     InvalidModule,
     LinkError,
-    MemoryTooLarge,
-    MemslotError,
     Unsupported,
     UsedAfterClose,
     cause_of,
@@ -39,9 +33,15 @@ from memslot_plugin.hosts.host import Host, HostStatistics
 from memslot_plugin.hosts.live import Binding, Live
 from memslot_plugin.hosts.versions import installed_version
 from memslot_plugin.hosts.wasi import Wasi
-from memslot_plugin.hosts.wasmtime.bridge import HOSTS, address_of, bind, drop_functions, wasmtime
+from memslot_plugin.hosts.wasmtime.bridge import (
+    CREATORS,
+    address_of,
+    bind,
+    drop_functions,
+    wasmtime,
+)
+from memslot_plugin.hosts.wasmtime.creator import Creator, Leases
 from memslot_plugin.hosts.wasmtime.errors import (
-    Outcome,
     WasmtimeExit,
     WasmtimeFailure,
     WasmtimeTrap,
@@ -57,9 +57,6 @@ __all__ = ["NativeInstance", "WasmtimeExit", "WasmtimeFailure", "WasmtimeHost", 
 
 _log = logging.getLogger("memslot.wasmtime")
 
-_identities = itertools.count(1)
-_tokens = itertools.count(1)
-
 ONE_MEMORY = b"\0asm\1\0\0\0\5\3\1\0\1"
 """A module that defines one memory of one page and nothing else."""
 
@@ -73,22 +70,6 @@ def _after_fork() -> None:
 
 
 after_fork(_after_fork)
-
-
-class Cells(dict[int, Any]):
-    """The cells of a host's instances that have not ended, by token.
-
-    A host that is dropped is collected together with its instances, and nothing else ends their stores then.
-    """
-
-    def __del__(
-        self,
-        close: Callable[[Any, int], int] = lib.ms_wt_close,
-        ending: Callable[[], bool] = sys.is_finalizing,
-    ) -> None:
-        # Not at the interpreter's end: wasmtime would call wasmtime-py's finalizers of externrefs, which are gone.
-        for cell in () if ending() else list(self.values()):
-            close(cell, 0)
 
 
 class WasmtimeHost(Host):
@@ -117,21 +98,9 @@ class WasmtimeHost(Host):
         self._configure = configure
         self._configure_store = configure_store
         self._engine: wasmtime.Engine | None = None
-        self._creator: Any = None
-        self._identity = next(_identities)
         self._process = os.getpid()
-        self._groups: dict[int, tuple[LinearMemory, ...]] = {}
-        """The leased memories of each instance, by token: for growth."""
-        self._retained: dict[int, tuple[LinearMemory, ...]] = {}
-        """Those that nobody but wasmtime uses: released when their finalizers have run."""
-        self._finished: collections.deque[int] = collections.deque()
-        """The tokens of those whose finalizers have run."""
-        self._ending: dict[int, WasmtimeLive] = {}
-        """Instances with memories that end when a call on another thread returns, by token."""
         self._shims: dict[tuple[bool, str], Shim] = {}
         """By true for the native engine, and text."""
-        self._cells = Cells()
-        self._probing = False
         super().__init__(settings, plugins=plugins)
 
     # -- engines -----------------------------------------------------------------------------------------------------
@@ -162,25 +131,15 @@ class WasmtimeHost(Host):
         bind()
         settings = self.settings
         self.checks_bounds_in_code = settings.bounds_checks == "code"
-        creator = ffi.gc(
-            lib.ms_wt_creator_new(
-                self._identity, settings.largest_heap, settings.keep_resident, settings.slots
-            ),
-            lib.ms_wt_creator_release,
+        self._creator = Creator(
+            settings, self.name, Leases(self._lease, super()._release, self._grow)
         )
-        if creator == ffi.NULL:
-            raise MemoryError("no memory is left for a host")
-        self._creator = creator
-        self._engine = wasmtime.Engine(self._engine_config())
-        # Stores on it, the embedder's too, have memories of ours, which are unmapped when the host is collected.
-        self._engine.host = self  # type: ignore[attr-defined]
-        HOSTS[self._identity] = self
+        self._engine = engine = wasmtime.Engine(self._engine_config())
+        # Stores on it, also the embedder's, have memories of ours, which are unmapped when the creator is collected.
+        engine.creator = self._creator  # type: ignore[attr-defined]
         if self._configure is not None:
-            try:
-                self._require_creator()
-            except BaseException:
-                self._close_runtime()
-                raise
+            _require_creator(engine)
+        CREATORS[self._creator.identity] = self._creator
 
     def _engine_config(self) -> wasmtime.Config:
         """What the engine of our guests is made from."""
@@ -195,7 +154,7 @@ class WasmtimeHost(Host):
         config.signals_based_traps = not self.checks_bounds_in_code
         if _FORKED:
             config.parallel_compilation = False
-        lib.ms_wt_creator_install(self._creator, address_of(config.ptr()))
+        lib.ms_wt_creator_install(self._creator.raw, address_of(config.ptr()))
         return config
 
     def _native_config(self) -> wasmtime.Config:
@@ -207,34 +166,11 @@ class WasmtimeHost(Host):
             config.parallel_compilation = False
         return config
 
-    def _require_creator(self) -> None:
-        """Refuse a configuration under which wasmtime makes memories of its own."""
-        prepared = wasmtime.Linker(self.engine).instantiate_pre(
-            wasmtime.Module(self.engine, ONE_MEMORY)
-        )
-        guest, cell = ffi.new("ms_wt_guest *"), ffi.new("ms_wt_cell *")
-        guest.engine, guest.prepared = address_of(self.engine.ptr()), address_of(prepared.ptr())
-        guest.most_bytes = guest.most_elements = guest.most_tables = guest.most_memories = -1
-        self._probing = True
-        try:
-            outcome = lib.ms_wt_start(cell, guest, 0, [])
-        finally:
-            self._probing = False
-            lib.ms_wt_close(cell, 0)
-        if outcome:
-            Outcome(outcome)  # frees it
-            return  # the creator was asked, and refused
-        raise Unsupported(
-            "the configuration has a pool of wasmtime's own, which memslot takes the place of and cannot"
-            " be combined with; leave the allocation strategy alone, and use memslot's settings"
-        )
-
     def _close_runtime(self) -> None:
         self._engine = None
         self.__dict__.pop("_native_engine", None)
         self._shims.clear()
-        self._creator = None  # the engine may need it for longer than we do
-        HOSTS.pop(self._identity, None)
+        CREATORS.pop(self._creator.identity, None)
         drop_functions()
 
     # -- guests ------------------------------------------------------------------------------------------------------
@@ -336,18 +272,13 @@ class WasmtimeHost(Host):
         if binding.store is None and binding.imports is guest.binding.imports:
             link = compiled.default
             if link is None:
-                link = compiled.default = compiled.link(guest.binding, self._creator)
+                link = compiled.default = compiled.link(guest.binding, self._creator.raw)
         else:
             link = self._link(guest, compiled, binding)
             compiled = link.compiled
-        token = next(_tokens)
-        live = WasmtimeLive(self, compiled, memories, binding, token)
-        live.link = link
-        self._cells[token] = live.cell
+        live = WasmtimeLive(self._creator, compiled, memories, binding, self._configure_store)
+        live.link, token = link, live.token
         try:
-            self._begun[id(live)] = live
-            if memories:
-                self._groups[token] = memories
             bases = [memory.base for memory in memories]
             if link.environment is None and binding.store is None and self._configure_store is None:
                 outcome = lib.ms_wt_start(live.cell, link.guest, token, bases)
@@ -367,8 +298,8 @@ class WasmtimeHost(Host):
             if guest.captures:
                 live.read_globals()
         except BaseException:
-            self.finish(live, release=False)
-            self._begun.pop(id(live), None)
+            # Of any kind: a start function may call a host function, which may raise KeyboardInterrupt or SystemExit.
+            self._creator.finish(live, release=False)
             raise
         return live
 
@@ -376,7 +307,7 @@ class WasmtimeHost(Host):
         """Bind the imports; a guest without a memory of its own, for the engine of the store that was given."""
         store, name = binding.store, compiled.guest_name
         if store is None:
-            return compiled.link(binding, self._creator)
+            return compiled.link(binding, self._creator.raw)
         native = compiled.plan.native
         if not isinstance(store, wasmtime.Store) or store.engine not in (
             self._engine,
@@ -388,7 +319,7 @@ class WasmtimeHost(Host):
             )
         lent(store, name)
         if store.engine is compiled.engine:
-            return compiled.link(binding, self._creator)
+            return compiled.link(binding, self._creator.raw)
         if native is not None:
             raise LinkError(
                 f"the store for an instance of {name} must be a wasmtime.Store of host.native_engine, because"
@@ -402,7 +333,7 @@ class WasmtimeHost(Host):
         if compiled.elsewhere is None:
             module = self._compile_alone(store.engine, guest.plan.module, native=True)
             compiled.elsewhere = self._compiled(store.engine, module, guest)
-        return compiled.elsewhere.link(binding, self._creator)
+        return compiled.elsewhere.link(binding, self._creator.raw)
 
     def _begin(
         self, live: WasmtimeLive, link: Link, binding: Binding, token: int, bases: list[int]
@@ -419,150 +350,21 @@ class WasmtimeHost(Host):
             self._configure_store(live.store())
         return int(lib.ms_wt_instantiate(cell, link.guest, token, bases))
 
-    def _leave_behind(self) -> None:
-        """In a child of a fork: what threads that are not here were in the middle of never ends, and nobody waits for
-        it.  The pool takes its slots back when it closes.
-        """
-        begun = cast("list[WasmtimeLive]", [*self._begun.values(), *self._listed()])
-        for live in (*self._ending.values(), *begun):
-            token = live.token
-            live.cell.pins = 0
-            ending = token in self._retained and not live.cell.lingering
-            if ending or lib.ms_wt_elsewhere(live.cell):
-                self._unlist(live)
-                live.ended = True
-                for held in (self._ending, self._groups, self._retained):
-                    held.pop(token, None)
-
     def _cut_short(self, memories: tuple[LinearMemory, ...]) -> None:
-        for live in cast("list[WasmtimeLive]", list(self._begun.values())):
-            if memories and live.memories is memories:
-                self.finish(live, release=False)
-                self._begun.pop(id(live), None)
-
-    # -- memories ----------------------------------------------------------------------------------------------------
-
-    def granted(self, token: int, index: int, byte_size: int) -> bool:
-        """The bridge asks whether a memory may grow to `byte_size`."""
-        return self._grow(self._groups[token][index], byte_size)
-
-    def leased(self, minimum: int, maximum: int) -> tuple[int, LinearMemory]:
-        """The bridge asks for a memory for an instance that bare wasmtime-py makes on our engine."""
-        if self._probing:
-            raise Unsupported("this is only a question")
-        settings = self.settings
-        limit = settings.largest_memory
-        if minimum > limit:
-            raise MemoryTooLarge(
-                f"a memory of {minimum} bytes is wanted, and the settings allow {limit}"
-            )
-        request = MemoryRequest(
-            minimum=minimum,
-            maximum=min(maximum, limit),
-            reserved=settings.reserved,
-            guard=settings.guard,
-            image=None,
-            guest_id="wasmtime#engine",
-            memory_index=0,
-            host=self.name,
-            bounds_checks=settings.bounds_checks,
-            wait_timeout=settings.wait_timeout,
-        )
-        token, memories = next(_tokens), self._lease([request])
-        self._groups[token] = self._retained[token] = memories
-        return token, memories[0]
+        self._creator.abandon(memories)
 
     def _lease(self, requests: Sequence[MemoryRequest]) -> tuple[LinearMemory, ...]:
-        if self._retained:
-            self._drain()
+        self._creator.drain()
         return super()._lease(requests)
 
     def _release(self, memories: Sequence[LinearMemory]) -> None:
-        if self._retained:
-            held = {id(memory) for group in list(self._retained.values()) for memory in group}
-            memories = [memory for memory in memories if id(memory) not in held]
-        super()._release(memories)
-
-    def _drain(self) -> None:
-        """Release the memories whose finalizers have run."""
-        for live in list(self._ending.values()):
-            if not live.cell.depth:  # the call has left, and was cut short before it could end it
-                self.finish(live)
-        tokens, finished = ffi.new("uint64_t[]", 64), self._finished
-        while self._creator is not None:
-            finished.extend(tokens[0 : lib.ms_wt_drain(self._creator, tokens, 64)])
-            if not finished:
-                return
-            for token in list(finished):
-                self._give_back(token)
-                with suppress(ValueError):  # another thread has done the same
-                    finished.remove(token)
-
-    def _give_back(self, token: int) -> None:
-        self._groups.pop(token, None)
-        self._ending.pop(token, None)
-        memories = self._retained.pop(token, None)
-        if memories is not None:
-            try:
-                super()._release(memories)
-            except MemslotError as error:
-                # Whoever held them is gone, and whoever drains has nothing to do with it.
-                _log.error(
-                    "memories that wasmtime had let go of could not be released: %s", str(error)
-                )
-
-    def finish(
-        self, live: WasmtimeLive, *, release: bool = True, generation: int | None = None
-    ) -> bool | None:
-        """End a live instance's store.  True: wasmtime no longer uses its memories, and the thread that takes them out
-        of `live` releases them.  None: nothing happened, for the lease `generation` has ended.
-
-        With `release` they are released here; a running call, or a store that is not ours, releases them later.
-        """
-        if generation is not None and generation != live.generation:
-            return None
-        token, memories = live.token, live.memories
-        if live.cell.lingering:
-            self._ending.pop(token, None)
-            return False
-        live.forget_views()
-        try:
-            # Not once another thread has taken it out; the group goes first, in each place.
-            if memories and token in self._groups:
-                self._retained[token] = memories
-            ended = int(lib.ms_wt_close(live.cell, generation or 0))
-            if ended == 3:
-                self._retained.pop(token, None)
-                return None
-            if ended == 2:
-                if memories:
-                    # A forked child, in which that call does not return, looks here.
-                    self._ending[token] = live
-                    if token not in self._groups:  # the call has returned meanwhile
-                        self._ending.pop(token, None)
-                return False
-            self._cells.pop(token, None)
-            self._ending.pop(token, None)
-            if not memories:
-                return True
-            if ended:
-                return False
-            self._groups.pop(token, None)
-            self._retained.pop(token, None)
-            if release:
-                # In one step: the thread that has them releases them.
-                memories, live.memories = live.memories, ()
-                super()._release(memories)
-        except BaseException:
-            self._drop_lease(live, generation)
-            raise
-        return True
+        super()._release(self._creator.unused(memories))
 
     # -- the host's own life -----------------------------------------------------------------------------------------
 
     def statistics(self) -> HostStatistics:
         self._require_usable()
-        self._drain()
+        self._creator.drain()
         drop_functions()
         return super().statistics()
 
@@ -579,10 +381,20 @@ class WasmtimeHost(Host):
             self._end_dropped()
             for live in self._listed():
                 self._end_or_log(live)
-        self._drain()
-        if self._retained:
-            raise InUse(
-                f"{len(self._retained)} instances that this host does not own still use its memories:"
-                " close their stores, or wait for the calls that run"
-            )
+        self._creator.require_unused()
         super().close(force=force)
+
+
+def _require_creator(engine: wasmtime.Engine) -> None:
+    """Raise Unsupported if the engine makes memories of its own.
+
+    wasmtime has no getter for the allocation strategy, so only a memory shows it.  An engine that asks for it is
+    refused, because its creator is not among `CREATORS` yet.
+    """
+    module = wasmtime.Module(engine, ONE_MEMORY)
+    with suppress(wasmtime.WasmtimeError):
+        wasmtime.Instance(wasmtime.Store(engine), module, [])
+        raise Unsupported(
+            "the configuration has a pool of wasmtime's own, which memslot takes the place of and cannot"
+            " be combined with; leave the allocation strategy alone, and use memslot's settings"
+        )

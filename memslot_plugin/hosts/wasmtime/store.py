@@ -7,23 +7,36 @@ lent knows its instances and ends their use before it goes, and its identity is 
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from memslot_plugin.errors import InUse, UsedAfterClose
 from memslot_plugin.hosts.live import ended
 from memslot_plugin.hosts.living import Living
 from memslot_plugin.hosts.wasmtime.bridge import wasmtime, wasmtime_ffi
 
-if TYPE_CHECKING:
-    from memslot_plugin.hosts.wasmtime.link import Link
-    from memslot_plugin.hosts.wasmtime.live import WasmtimeLive
+
+class Tenant(Protocol):
+    """An instance as the store that it lives in sees it."""
+
+    cell: Any
+
+    @property
+    def guest_name(self) -> str:
+        """The guest's name, for errors."""
+
+    @property
+    def running(self) -> int:
+        """The number of calls that are inside the instance."""
+
+    def finish(self) -> None:
+        """End its use of the store."""
 
 
 class LentStore(wasmtime.Store):
     """A store that instances of ours live in: none of them can be entered once it goes."""
 
-    tenants: Living[WasmtimeLive]
-    links: list[Link]
+    tenants: Living[Tenant]
+    links: list[object]
     """The links of its instances, which they may call for as long as the store lives."""
     identity: int
     """wasmtime's number for the store, with which every object of it begins."""
@@ -36,10 +49,10 @@ class LentStore(wasmtime.Store):
         """End the use of every instance; raises InUse while one of them runs."""
         for tenant in self.tenants.listed():
             if not tenant.running:
-                tenant._host.finish(tenant)
+                tenant.finish()
             if tenant.cell.context:
                 raise InUse(
-                    f"the store runs an instance of {tenant._compiled.guest_name}, and cannot be closed"
+                    f"the store runs an instance of {tenant.guest_name}, and cannot be closed"
                     " before that call has returned"
                 )
 

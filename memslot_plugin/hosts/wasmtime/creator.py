@@ -1,0 +1,242 @@
+"""The memory creator of an engine: the owner of every memory that wasmtime may use, until its slot is free again.
+
+The memories of one instance are a *group* under one token.  A group is kept from before wasmtime hears of its memories
+until their last finalizer has run.  Released earlier, a slot would show the next tenant's bytes to an old store.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
+
+from memslot_hooks.types import LinearMemory, MemoryRequest
+from memslot_plugin._core import ffi, lib
+from memslot_plugin.errors import InUse, MemoryTooLarge, MemslotError
+from memslot_plugin.settings import Settings
+
+_log = logging.getLogger("memslot.wasmtime")
+
+_identities = itertools.count(1)
+_tokens = itertools.count(1)
+
+_UNUSED, _LINGERING, _LATER, _ENDED_BEFORE = range(4)
+"""The answers of ms_wt_close."""
+
+_BATCH = 64
+"""Tokens that one call drains."""
+
+
+class Leases(NamedTuple):
+    """A host's way to lease, release and grow memories."""
+
+    lease: Callable[[Sequence[MemoryRequest]], tuple[LinearMemory, ...]]
+    release: Callable[[Sequence[LinearMemory]], None]
+    grow: Callable[[LinearMemory, int], bool]
+
+
+class Tenant(Protocol):
+    """An instance as its creator sees it."""
+
+    token: int
+    cell: Any
+    memories: tuple[LinearMemory, ...]
+    generation: int
+
+    def forget_views(self) -> None:
+        """Close the objects of wasmtime-py's that refer to the store."""
+
+
+class Cells(dict[int, Any]):
+    """The open cells of an engine, by token.
+
+    If a host is dropped without being closed, the garbage collector takes it together with its instances, and nothing
+    else deletes their stores.
+    """
+
+    def __del__(
+        self,
+        close: Callable[[Any, int], int] = lib.ms_wt_close,
+        ending: Callable[[], bool] = sys.is_finalizing,
+    ) -> None:
+        # Not while the interpreter ends: deleting a store calls wasmtime-py's finalizers of externrefs, which are gone.
+        for cell in () if ending() else list(self.values()):
+            close(cell, 0)
+
+
+class Creator:
+    """The memory creator of one engine.  Any thread may call any method, also within a garbage collection."""
+
+    def __init__(self, settings: Settings, host: str, leases: Leases) -> None:
+        self.identity = next(_identities)
+        """The creator's name in callbacks of the C half."""
+        self.raw = ffi.gc(
+            lib.ms_wt_creator_new(
+                self.identity, settings.largest_heap, settings.keep_resident, settings.slots
+            ),
+            lib.ms_wt_creator_release,
+        )
+        if self.raw == ffi.NULL:
+            raise MemoryError("no memory is left for a host")
+        self._leases = leases
+        self._foreign = MemoryRequest(
+            minimum=0,
+            maximum=settings.largest_memory,
+            reserved=settings.reserved,
+            guard=settings.guard,
+            image=None,
+            guest_id="wasmtime#engine",
+            memory_index=0,
+            host=host,
+            bounds_checks=settings.bounds_checks,
+            wait_timeout=settings.wait_timeout,
+        )
+        self._cells = Cells()
+        self._groups: dict[int, tuple[LinearMemory, ...]] = {}
+        """Memories that wasmtime may use, by token."""
+        self._retained: set[int] = set()
+        """Tokens of groups without an open cell of ours.  `drain` releases them once their finalizers have run."""
+        self._ending: dict[int, Tenant] = {}
+        """Instances whose end has begun, by token: a running call ends it, or an exception came in between."""
+        self._drained: deque[Any] = deque()
+        """Buffers for tokens from the C half."""
+
+    # -- what the C half asks
+
+    def granted(self, token: int, index: int, byte_size: int) -> bool:
+        """Grow the index-th memory of a group to `byte_size`; false if that is refused."""
+        return self._leases.grow(self._groups[token][index], byte_size)
+
+    def leased(self, minimum: int, maximum: int) -> tuple[int, LinearMemory]:
+        """Lease a memory for an instance that bare wasmtime-py makes on the engine, and return its token too."""
+        request = self._foreign
+        limit = request.maximum or 0
+        if minimum > limit:
+            raise MemoryTooLarge(
+                f"a memory of {minimum} bytes is wanted, and the settings allow {limit}"
+            )
+        request = replace(request, minimum=minimum, maximum=min(maximum, limit))
+        token, memories = next(_tokens), self._leases.lease([request])
+        self._groups[token] = memories
+        self._retained.add(token)
+        return token, memories[0]
+
+    # -- an instance of ours: begin, finish, or abandon
+
+    def begin(self, cell: Any, memories: tuple[LinearMemory, ...]) -> int:
+        """Keep the memories for an instance that is about to begin in the cell, and return its token."""
+        token = next(_tokens)
+        self._cells[token] = cell
+        if memories:
+            self._groups[token] = memories
+        return token
+
+    def finish(
+        self, live: Tenant, *, release: bool = True, generation: int | None = None
+    ) -> bool | None:
+        """Delete an instance's store; true if wasmtime no longer uses its memories.
+
+        Then they are released here, or without `release` by the caller, who takes them out of `live`.  False: wasmtime
+        goes on using them, because a call runs or the store is the embedder's; they are released when that ends.  None:
+        nothing happened, because the lease `generation` has ended.
+        """
+        if generation not in (None, live.generation):
+            return None
+        token = live.token
+        if live.cell.lingering:
+            self._ending.pop(token, None)
+            return False
+        live.forget_views()
+        # From here to the last `pop`, an exception leaves the instance to `drain`, and no slot is lost.
+        self._ending[token] = live
+        answer = self._close(token, live.cell, generation or 0)
+        if answer == _ENDED_BEFORE:
+            return None  # leave the entry to `drain`: it may be that of a thread which ends a later lease
+        if answer == _LATER:
+            self._ending[token] = live  # again, because `drain` may have removed it since
+            if token not in self._cells:  # the call has returned meanwhile
+                self._ending.pop(token, None)
+            return False
+        if answer == _UNUSED and release:
+            # In one step, without a call: only one of two threads gets the memories.
+            memories, live.memories = live.memories, ()
+            self._leases.release(memories)
+        self._ending.pop(token, None)
+        return answer == _UNUSED
+
+    def _close(self, token: int, cell: Any, generation: int) -> int:
+        """Close a cell, and keep its group only if wasmtime goes on using the memories.  Idempotent."""
+        answer = int(lib.ms_wt_close(cell, generation))
+        if answer == _UNUSED:
+            self._groups.pop(token, None)
+            self._cells.pop(token, None)
+        elif answer == _LINGERING:
+            self._retained.add(token)
+            if (
+                token not in self._groups
+            ):  # its finalizers have run, and another thread has drained it
+                self._retained.discard(token)
+            self._cells.pop(token, None)
+        return answer
+
+    def abandon(self, memories: tuple[LinearMemory, ...]) -> None:
+        """End the instance over these memories, of which an exception has left nothing else."""
+        for token, group in list(self._groups.items()):
+            cell = self._cells.get(token)
+            if group is memories and cell is not None:
+                self._close(token, cell, 0)
+
+    def unused(self, memories: Sequence[LinearMemory]) -> Sequence[LinearMemory]:
+        """Return those memories that wasmtime does not use any more."""
+        if not self._retained:
+            return memories
+        kept = {id(each) for token in list(self._retained) for each in self._groups.get(token, ())}
+        return [memory for memory in memories if id(memory) not in kept]
+
+    # -- memories on their way back
+
+    def drain(self) -> None:
+        """Release the memories that wasmtime no longer uses."""
+        if not self._retained and not self._ending:
+            return
+        for live in list(self._ending.values()):
+            cell = live.cell
+            if cell.depth:  # a call runs, and ends the instance when it returns
+                continue
+            if not cell.context or cell.closing >= cell.generation:
+                self.finish(live)
+            else:
+                self._ending.pop(live.token, None)
+        count = _BATCH
+        while count == _BATCH:
+            # Keep the buffer before the C half fills it: an exception in between would lose tokens, and their slots.
+            self._drained.append(tokens := ffi.new("uint64_t[]", _BATCH))
+            count = lib.ms_wt_drain(self.raw, tokens, _BATCH)
+            for buffer in list(self._drained):
+                for token in itertools.takewhile(bool, buffer):
+                    self._give_back(token)
+                with suppress(ValueError):  # another thread has done the same
+                    self._drained.remove(buffer)
+
+    def _give_back(self, token: int) -> None:
+        memories = self._groups.pop(token, ())
+        self._retained.discard(token)
+        try:
+            self._leases.release(memories)
+        except MemslotError as error:
+            # Log instead of raising: the instance is gone, and the caller that drains has nothing to do with it.
+            _log.error("memories that wasmtime had let go of could not be released: %s", str(error))
+
+    def require_unused(self) -> None:
+        """Raise InUse if wasmtime uses memories for stores that the host cannot delete now."""
+        self.drain()
+        if kept := self._retained | self._ending.keys():
+            raise InUse(
+                f"{len(kept)} instances that this host does not own still use its memories:"
+                " close their stores, or wait for the calls that run"
+            )
