@@ -1,6 +1,6 @@
 """The gate's steps. `nox -l` lists them, `nox -s NAME` runs one, `.ci/run` runs all of them, two at a time.
 
-What is tested of an installation is a wheel: the one that MEMSLOT_WHEEL names, or else one that the step builds first.
+Steps that test an installation use the wheel that MEMSLOT_WHEEL names, or else build one first.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ nox.options.error_on_missing_interpreters = True
 
 ROOT = Path(__file__).parent
 PROJECT = nox.project.load_toml("pyproject.toml")
-DEFAULT = "3.11"  # what `python3` is in the README's commands
+DEFAULT = "3.11"  # `python3` of the README's commands
 HOSTS = {"3.10": "wasmtime,wasmer"}  # wasmer has no build for 3.11 and later
-# What a Python between the oldest and the newest could break: the extension, the settings, each host.
+# Tests of what a Python between the oldest and the newest could break: the extension, the settings, each host.
 SHORT = [
     "test_core",
     "test_public",
@@ -30,17 +30,17 @@ SHORT = [
     "test_fake_host",
 ]
 
-# hypothesis: the same examples each time; pytest: whole messages.
+# hypothesis repeats its examples, and pytest prints whole messages.
 os.environ["CI"] = "1"
 for name in list(os.environ):
     if name.startswith("MEMSLOT_") and name not in {"MEMSLOT_WHEEL", "MEMSLOT_GATE"}:
-        del os.environ[name]  # a setting or a tier that the caller has for itself
+        del os.environ[name]  # a setting of the caller's own would change what tests see
 for name in ("PYTHONPATH", "PYTEST_ADDOPTS", "VIRTUAL_ENV"):
     os.environ.pop(name, None)
 
 
 def copy_of_the_tree(session: nox.Session) -> Path:
-    """A folder with what a clone has: tracked files, and new ones that git does not ignore."""
+    """Make a folder with the files of a clone: tracked files, and new ones that git does not ignore."""
     folder = Path(session.create_tmp(), "tree").resolve()
     session.run("rm", "-rf", str(folder), external=True)
     folder.mkdir(parents=True)
@@ -54,7 +54,7 @@ def copy_of_the_tree(session: nox.Session) -> Path:
 
 
 def readme_command(session: nox.Session, name: str) -> None:
-    """Run the fenced block after `<!-- command: NAME -->` of README.md, as it stands, in a copy of the tree."""
+    """Run the fenced block after `<!-- command: NAME -->` of README.md, unchanged, in a copy of the tree."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     found = re.search(rf"<!-- command: {name} -->\n```sh\n(.*?)```", readme, re.DOTALL)
     assert found is not None, f'README.md has no command marked "{name}"'
@@ -64,19 +64,19 @@ def readme_command(session: nox.Session, name: str) -> None:
 
 @nox.session(venv_backend="none")
 def readme_run(session: nox.Session) -> None:
-    """The README's run command."""
+    """Run the README's run command."""
     readme_command(session, "run")
 
 
 @nox.session(venv_backend="none")
 def readme_test(session: nox.Session) -> None:
-    """The README's test command: T0 on the sources and the default Python."""
+    """Run the README's test command: T0 on the sources and the default Python."""
     os.environ["PYTEST_ADDOPTS"] = "--durations=10 --require-hosts=wasmtime"
     readme_command(session, "test")
 
 
 def built_wheel(session: nox.Session) -> str:
-    """The wheel that MEMSLOT_WHEEL names, or else one that is built here, from the sdist, which has to be complete."""
+    """Return the wheel that MEMSLOT_WHEEL names, or else build one from the sdist, which proves the sdist complete."""
     if given := os.environ.get("MEMSLOT_WHEEL"):
         return given
     folder = ROOT / "build" / "dist"
@@ -90,13 +90,13 @@ def built_wheel(session: nox.Session) -> str:
 
 @nox.session(python=DEFAULT)
 def wheel(session: nox.Session) -> None:
-    """The sdist, and the wheel that is built from it, in build/dist."""
+    """Build the sdist, and the wheel from it, in build/dist."""
     os.environ.pop("MEMSLOT_WHEEL", None)
     session.log(built_wheel(session))
 
 
 def pytest_on_the_wheel(session: nox.Session, *arguments: str, extra: str = "test") -> None:
-    """Install the wheel with the hosts that work on this Python, and run tests beside which there are no sources."""
+    """Install the wheel with the hosts that work on this Python, and run tests in a tree without the packages."""
     hosts = HOSTS.get(str(session.python), "wasmtime")
     session.install(f"{built_wheel(session)}[{hosts},{extra}]")
     folder = copy_of_the_tree(session)
@@ -112,26 +112,26 @@ EVERYTHING = ("--pyargs", "memslot_plugin", "integration_tests", "examples")
 
 @nox.session(python=["3.10", "3.13"])
 def tests(session: nox.Session) -> None:
-    """T0 on the wheel, on the oldest and the newest Python."""
+    """Run T0 on the wheel, on the oldest and the newest Python."""
     pytest_on_the_wheel(session, *EVERYTHING)
 
 
 @nox.session(python=["3.11", "3.12"])
 def tests_short(session: nox.Session) -> None:
-    """The hosts, the matrix and the examples on the wheel, on the Pythons between."""
+    """Run tests of hosts, the matrix and the examples on the wheel, on the Pythons between."""
     units = [f"memslot_plugin.tests.{name}" for name in SHORT]
     pytest_on_the_wheel(session, "--pyargs", *units, "integration_tests/test_matrix.py", "examples")
 
 
 @nox.session(python="3.10")
 def gate(session: nox.Session) -> None:
-    """T1 beyond T0, on the Python that has every host: the whole matrix, machines, faults, the differential."""
+    """Run T1 beyond T0, on the Python that has every host: the whole matrix, machines, faults, the differential."""
     pytest_on_the_wheel(session, "-m", "gate", *EVERYTHING, extra="test,servers")
 
 
 @nox.session(python=DEFAULT)
 def gate_sources(session: nox.Session) -> None:
-    """T1 of the tests that need the core's sources, or a package that Python 3.10 lacks; `-- long` for T2."""
+    """Run T1 of the tests that need the core's sources, or a package that Python 3.10 lacks; `-- long` for T2."""
     folder = copy_of_the_tree(session)
     session.install("-e", f"{folder}[wasmtime,test]")
     session.chdir(folder)
@@ -142,13 +142,13 @@ def gate_sources(session: nox.Session) -> None:
 
 @nox.session(python=["3.10", "3.11", "3.12", "3.13"], default=False)
 def night(session: nox.Session) -> None:
-    """T2: hours."""
+    """Run T2, which takes hours."""
     pytest_on_the_wheel(session, "-m", "long", *EVERYTHING)
 
 
 @nox.session(venv_backend="none")
 def sanitizers(session: nox.Session) -> None:
-    """The core's tests against a core that is searched for mistakes."""
+    """Run the core's tests under AddressSanitizer, LeakSanitizer and UndefinedBehaviorSanitizer."""
     folder = copy_of_the_tree(session)
     work = folder.parent / "sanitized"
     session.run("rm", "-rf", str(work), external=True)
@@ -157,7 +157,7 @@ def sanitizers(session: nox.Session) -> None:
 
 @nox.session(python=DEFAULT)
 def fuzz(session: nox.Session) -> None:
-    """Coverage-guided fuzzing of the module reader, for a moment."""
+    """Fuzz the module reader, guided by coverage, for a moment."""
     session.install(f"{built_wheel(session)}[wasmtime,test]", "atheris>=3.0")
     folder = copy_of_the_tree(session)
     session.run("rm", "-r", str(folder / "memslot_plugin"), str(folder / "hooks"), external=True)
@@ -167,14 +167,14 @@ def fuzz(session: nox.Session) -> None:
 
 
 def development_tools(session: nox.Session, *names: str) -> None:
-    """Install those of the extra `dev`, in the versions that pyproject.toml pins."""
+    """Install these tools of the extra `dev`, in the versions that pyproject.toml pins."""
     extra = PROJECT["project"]["optional-dependencies"]["dev"]
     session.install(*(each for each in extra if re.split(r"[^\w-]", each)[0] in names))
 
 
 @nox.session(python=DEFAULT)
 def ruff(session: nox.Session) -> None:
-    """The linter and the formatter."""
+    """Run the linter, and check the format."""
     development_tools(session, "ruff")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
@@ -182,7 +182,7 @@ def ruff(session: nox.Session) -> None:
 
 @nox.session(python=DEFAULT)
 def mypy(session: nox.Session) -> None:
-    """Types, read as the oldest Python reads them."""
+    """Check types, as the oldest Python reads them."""
     extras = PROJECT["project"]["optional-dependencies"]
     session.install(*PROJECT["project"]["dependencies"], *extras["wasmtime"], *extras["test"])
     development_tools(session, "mypy", "nox", "types-cffi")
@@ -191,21 +191,21 @@ def mypy(session: nox.Session) -> None:
 
 @nox.session(python=DEFAULT)
 def contracts(session: nox.Session) -> None:
-    """Imports point down only."""
+    """Check that imports point down only."""
     development_tools(session, "import-linter")
     session.run("lint-imports", env={"PYTHONPATH": f"{ROOT}:{ROOT / 'hooks'}"})
 
 
 @nox.session(python=DEFAULT)
 def docs(session: nox.Session) -> None:
-    """Pages that are printed from the code are current."""
+    """Check that pages printed from the code are current."""
     session.install(built_wheel(session))
     session.run("python", "docs/generate.py", "--check")
 
 
 @nox.session(venv_backend="none")
 def c_warnings(session: nox.Session) -> None:
-    """Run gcc's static analyser, and clang's opinion where there is one."""
+    """Run gcc's static analyser, and clang's syntax check if clang is installed."""
     include = subprocess.run(
         [f"python{DEFAULT}", "-c", "import sysconfig; print(sysconfig.get_path('include'))"],
         check=True,
@@ -214,7 +214,8 @@ def c_warnings(session: nox.Session) -> None:
     ).stdout.strip()
     flags = ["-std=c11", "-D_GNU_SOURCE", "-O2", "-Wall", "-Wextra", "-Werror", f"-I{include}"]
     flags.append("-DPy_LIMITED_API=0x030a0000")
-    # The analyser does not know what ioctl(2) and wasmtime write, nor that an outcome travels to Python as a number.
+    # Without these flags the analyser reports false errors: it does not know what ioctl(2) and wasmtime write, nor that
+    # Python owns an outcome that it gets as a number.
     analyser = ["-fanalyzer", "-Wno-analyzer-use-of-uninitialized-value"]
     analyser.append("-Wno-analyzer-malloc-leak")
     clang = subprocess.run(["which", "clang"], check=False, capture_output=True).returncode == 0

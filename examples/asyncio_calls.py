@@ -1,12 +1,12 @@
-"""Untrusted calls from asyncio: each in a thread, with a deadline, and without a trace for the next one.
+"""Untrusted calls from asyncio: each runs in a thread with a deadline, and leaves nothing for the next one.
 
     python examples/asyncio_calls.py
 
-Awaiting can be cancelled, a thread cannot.  So a call leases its instance in its thread, and keeps both until the
-guest has returned or its deadline has interrupted it; whoever stopped waiting is free at once.
+A task that awaits can be cancelled, a thread cannot.  So a call leases its instance in its thread, and keeps both until
+the guest has returned or its deadline has interrupted it.  A cancelled task goes on at once.
 
 This needs wasmtime.  wasmer cannot interrupt a guest, and confines its objects to the thread that opened the host:
-there, make an executor with one thread, open the host on it, and call only what you trust to end.
+there, make an executor with one thread, open the host on it, and call only guests that you trust to end.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ GUEST = """
 
 SLOTS = 4
 DEADLINE, TICKS = 0.5, 10
-"""Seconds for a call, and how often the clock ticks in that time."""
+"""Seconds for a call, and ticks of the clock in that time."""
 
 
 class Calls:
-    """Calls of one guest, as many at once as there are threads; the others wait for their turn."""
+    """Calls of one guest: one at a time per thread; further calls wait."""
 
     def __init__(self, guest: memslot.Guest, threads: ThreadPoolExecutor) -> None:
         self._guest, self._threads = guest, threads

@@ -1,4 +1,4 @@
-"""First steps: a guest, an instance in a slot, a call, and a reset that forgets everything.
+"""First steps: a guest, an instance in a slot, a call, and a reset.
 
 python examples/first_steps.py
 """
@@ -16,12 +16,12 @@ COUNTER = """
 
 
 def main() -> None:
-    with memslot.open_host() as host:  # on wasmtime or wasmer, or what MEMSLOT_HOST names
+    with memslot.open_host() as host:  # on wasmtime or wasmer, or the host that MEMSLOT_HOST names
         guest = host.prepare(COUNTER, name="counter")  # once: compiled, and its data in an image
         with guest.instantiate() as instance:  # leases a slot
             print("next:", instance.call("next"), instance.call("next"))
             print("its first bytes:", instance.memory.read(0, 4).hex(" "))
-            instance.reset()  # the same handle, and nothing left of what it did
+            instance.reset()  # same handle; all writes are undone
             print("next after a reset:", instance.call("next"))
         with guest.instantiate() as instance:  # the same slot again: no mapping call at all
             print("next in another instance:", instance.call("next"))

@@ -1,4 +1,4 @@
-"""Many tenants, few slots: growth limited per tenant, load shed when every slot is in use, and a journal of both.
+"""Many tenants, few slots: growth is limited per tenant, and load is shed when every slot is in use.
 
     python examples/tenants.py
 
@@ -22,7 +22,7 @@ NOTEBOOK = """
 
 
 class Tenants:
-    """Knows who pays for how much."""
+    """The limits of each tenant in bytes, as a plugin."""
 
     def __init__(self) -> None:
         self.limits = {"ann": 8 * PAGE, "bob": 2 * PAGE}
@@ -56,7 +56,9 @@ def main() -> None:
             except memslot.PoolExhausted as error:
                 print(f"shed: {error.in_use} of {error.limit}")
 
-        with guest.instantiate(tenant="eve") as eve:  # in a slot that somebody wrote to before
+        with guest.instantiate(
+            tenant="eve"
+        ) as eve:  # in a slot that another tenant wrote to before
             print("eve reads:", eve.call("read", 100), "of", eve.memory.byte_size // PAGE, "page")
 
 

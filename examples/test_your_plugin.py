@@ -1,4 +1,4 @@
-"""Test a plugin of your own without a runtime: `FakeHost` leases, grows and resets memories as every host does.
+"""Test a plugin of your own without a runtime: `FakeHost` leases, grows and resets memories like every host.
 
 A guest of the fake host is a real module with its data and limits.  Its functions are Python: each is called with the
 live instance, which reads, writes and grows the memory, and traps outside of it.

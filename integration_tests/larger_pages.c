@@ -1,4 +1,4 @@
-/* Preloaded: the C library as it would be on a kernel with pages of PAGE bytes, for whoever asks it.  Addresses and offsets that are
+/* Preloaded: the C library as it would be on a kernel with pages of PAGE bytes, for the program that it is preloaded into.  Addresses and offsets that are
  * no multiples are refused (mmap(2), munmap(2), mprotect(2), madvise(2)), lengths are rounded up, and new mappings begin and
  * end at such a page.  There is no PAGEMAP_SCAN, because the real kernel below would list its own pages. */
 #define _GNU_SOURCE

@@ -81,7 +81,7 @@ def work(
 
 
 def run_or_exit(host: str, function: str) -> object:
-    """What a worker of a pool of processes gets from a guest that may trap or end itself."""
+    """Return what a worker of a pool of processes gets from a guest that may trap or end itself."""
     with memslot.open_host(host, slots=2) as opened:
         if function == "exit":
             with opened.prepare(hosts.WASI).instantiate() as instance:

@@ -1,4 +1,4 @@
-"""What a host does with the toy guest, told as JSON: run on machines that refuse something, and compared.
+"""A report, as JSON, of a host that serves the toy guest: made on machines that refuse something, and compared.
 
 usage: python -m integration_tests.story [--without-traps] HOST ... [SETTING=VALUE ...] [doctor]
 
@@ -102,8 +102,9 @@ def attempt(name: str, settings: dict[str, str]) -> dict[str, Any]:
 
 
 def report(name: str, setting: str) -> dict[str, Any]:
-    """What happened on a host, and who provided the memory; or the error that kept it from opening or serving, and what
-    a second such attempt has left behind.
+    """Return what happened on a host and which plugin provided the memory, or the error that kept it from serving.
+
+    An error comes with what a second such attempt has left behind.
     """
     settings = dict([setting.split("=")]) if setting else {}
     told = attempt(name, settings)

@@ -1,4 +1,4 @@
-"""Our own allocators: plugins like a stranger's, enabled by the entry points `memfd` and
+"""memslot's allocators: plugins like those of other distributions, enabled by the entry points `memfd` and
 `anonymous`.
 
     memfd        asked first; answers None where there is no sealed memfd, and that is the fallback
@@ -57,7 +57,7 @@ class SlotMemory(LinearMemory):
 
 
 class PoolAllocator:
-    """What both allocators share: a pool per host, and the hooks in terms of it."""
+    """The base of both allocators: a pool per host, and the hooks in terms of it."""
 
     name = "abstract"
     resets_own_memories_only = True
@@ -198,7 +198,7 @@ class PoolAllocator:
             )
 
     def _slot_of(self, memory: LinearMemory) -> Slot | None:
-        """The leased slot of a memory of ours; None if it is somebody else's."""
+        """Return the leased slot of a memory of this allocator; None if another plugin owns the memory."""
         if memory.owner is not self or not isinstance(memory, SlotMemory):
             return None
         return memory.slot or self._released(memory)

@@ -1,4 +1,4 @@
-"""QuickJS as a guest: what its module imports, how it boots, and one function that runs a script in it.
+"""QuickJS as a guest: its imports, its boot, and a function that runs a script in it.
 
 The module is the one in the package quickjs-rs (PyPI), which is built for WASI:
 
@@ -23,7 +23,7 @@ IMPORTS = {
         "host_module_load": lambda *_: 0,
     }
 }
-"""The outside world as scripts see it: there are no host functions and no modules to import."""
+"""Imports of QuickJS's module; scripts get no host functions and no modules to import."""
 
 BOOT = """
   globalThis.seed = state => {
@@ -36,11 +36,11 @@ BOOT = """
     try { return "=" + text(evaluate(source)); } catch (error) { return "!" + text(error); }
   })(eval, String);
 """
-"""What the snapshot has beside QuickJS itself.  A library that scripts may use would be loaded here, too."""
+"""Code that the snapshot has beside QuickJS itself.  Load a library for scripts here, too."""
 
 
 class ScriptError(Exception):
-    """The script threw; the message is what."""
+    """The script threw; the message is the exception's text."""
 
 
 class OutputTooLarge(Exception):
@@ -48,7 +48,7 @@ class OutputTooLarge(Exception):
 
 
 class Seeds:
-    """Every instance of a snapshot repeats its random numbers: this plugin seeds each one anew."""
+    """A plugin that seeds each instance anew, because every instance of a snapshot repeats its random numbers."""
 
     @hookimpl
     def memslot_instance_restored(self, instance: memslot.Instance) -> None:
@@ -56,13 +56,13 @@ class Seeds:
 
 
 def boot(instance: memslot.Instance) -> None:
-    """Bring an instance to where every request starts; for `prepare(init=boot)`."""
+    """Bring an instance to the state in which every request starts; for `prepare(init=boot)`."""
     evaluate(instance, BOOT)
-    run(instance, "6 * 7")  # what the first script of all would have to make ready
+    run(instance, "6 * 7")  # else the first script of each instance would set this up
 
 
 def run(instance: memslot.Instance, script: str, *, limit: int = 2**16) -> str:
-    """The value of a script as text; raises ScriptError, or OutputTooLarge beyond `limit` bytes."""
+    """Return the value of a script as text; raises ScriptError, or OutputTooLarge beyond `limit` bytes."""
     outcome = evaluate(instance, f"run({json.dumps(script)})", limit=limit + 1)
     if outcome[:1] != "=":
         raise ScriptError(outcome[1:] or "InternalError: the interpreter answers with no text")
@@ -70,7 +70,7 @@ def run(instance: memslot.Instance, script: str, *, limit: int = 2**16) -> str:
 
 
 def evaluate(instance: memslot.Instance, code: str, *, limit: int = 2**16) -> str:
-    """Text from the interpreter itself.  Nothing is freed: the instance is reset after the request."""
+    """Return the text of the value of `code`.  Nothing is freed: the instance is reset after the request."""
     call, memory, encoded = instance.call, instance.memory, code.encode()
     at, handle = call("qjs_alloc", len(encoded)), call("qjs_alloc", 4)
     if not at or not handle:

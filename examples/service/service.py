@@ -1,12 +1,12 @@
-"""A service that evaluates JavaScript which nobody trusts: each request in an instance that no other has touched.
+"""A service that evaluates untrusted JavaScript: each request in an instance that no other request has touched.
 
     python examples/service/service.py --module quickjs.wasm
     curl --data '[3, 1, 2].sort().join()' http://127.0.0.1:8000/evaluate
 
-A request costs what its script costs, and some 50 us: QuickJS has booted once, before the snapshot that every
-instance starts from, and a reset puts back the pages that the script wrote, and no others.
+QuickJS boots once, before the snapshot that every instance starts from.  A reset restores the pages that the script
+wrote, and no others.  So a request costs its script, and about 50 us.
 
-README.md beside this file says where the module comes from, and what is limited and how.
+README.md beside this file says where the module comes from, and lists the limits.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from starlette.routing import Route
 import memslot_plugin as memslot
 
 TICKS = 10
-"""How often the clock ticks within a deadline."""
+"""Ticks of the clock within a deadline."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What one request may take: seconds, bytes of linear memory, of the script, and of its value."""
+    """Limits of one request: seconds, and bytes of linear memory, of the script, and of its value."""
 
     deadline: float = 1.0
     memory: int = 32 * 2**20
@@ -43,7 +43,7 @@ class Limits:
 
 
 class Sandbox:
-    """The host with its guest, and a clock that interrupts scripts which take too long."""
+    """The host with its guest, and a clock that interrupts long scripts."""
 
     def __init__(self, module: Path, slots: int, limits: Limits) -> None:
         self.limits = limits
@@ -54,7 +54,7 @@ class Sandbox:
             memory_limit=limits.memory,
             plugins=[quickjs.Seeds()],
             configure=lambda config: setattr(config, "epoch_interruption", True),
-            # Asked again with each lease.  One more, because the clock may tick right now.
+            # Called again with each lease.  One tick more, because the clock may tick right now.
             configure_store=lambda store: store.set_epoch_deadline(TICKS + 1),
         )
         self.guest = self.host.prepare(
@@ -66,7 +66,7 @@ class Sandbox:
         )
 
     def evaluate(self, instance: memslot.Instance, script: str) -> JSONResponse:
-        """The answer to one script; runs in a thread, because a script may take its time."""
+        """Return the answer to one script; runs in a thread, because a script may take long."""
         try:
             return JSONResponse({"value": quickjs.run(instance, script, limit=self.limits.output)})
         except quickjs.ScriptError as error:
@@ -82,7 +82,7 @@ class Sandbox:
 
     @contextlib.contextmanager
     def ticking(self) -> Iterator[None]:
-        """While the block runs, the epoch of wasmtime's engine moves on."""
+        """Let the epoch of wasmtime's engine move on while the block runs."""
         stop = threading.Event()
 
         def tick() -> None:
@@ -111,7 +111,7 @@ async def evaluate(request: Request) -> JSONResponse:
     except UnicodeDecodeError:
         return refusal(400, "a script is text in UTF-8")
     try:
-        # Leased here and not in the thread: who gets none is told so at once, and waits in no line.
+        # Leased here and not in the thread: a request that gets no instance is answered at once, and does not wait.
         with sandbox.guest.lease() as instance:
             return await run_in_threadpool(sandbox.evaluate, instance, text)
     except memslot.PoolExhausted as error:
@@ -119,7 +119,7 @@ async def evaluate(request: Request) -> JSONResponse:
 
 
 async def health(request: Request) -> JSONResponse:
-    """GET /health: whether a script can be evaluated at this moment."""
+    """GET /health: 200 if a script can be evaluated at this moment."""
     try:
         with request.app.state.sandbox.guest.lease() as instance:
             return JSONResponse({"status": "ok", "value": quickjs.run(instance, "6 * 7")})
@@ -142,7 +142,7 @@ def application(module: Path, slots: int, limits: Limits) -> Starlette:
         sandbox = app.state.sandbox = Sandbox(module, slots, limits)
         with sandbox.ticking():
             yield
-        sandbox.host.close()  # refuses while anything is leased: at the end of a clean run nothing is
+        sandbox.host.close()  # raises InUse if an instance is still leased
 
     routes = [
         Route("/evaluate", evaluate, methods=["POST"]),
@@ -166,7 +166,7 @@ def application(module: Path, slots: int, limits: Limits) -> Starlette:
     default=16,
     show_default=True,
     type=click.IntRange(1, 40),  # as many as Starlette has threads
-    help="scripts at once; the next is told 503",
+    help="scripts at once; the next gets 503",
 )
 @click.option(
     "--deadline",
@@ -179,8 +179,8 @@ def main(module: Path, host: str, port: int, slots: int, deadline: float) -> Non
     """Evaluate untrusted JavaScript over HTTP, on this machine only."""
     if host == "wasmer":
         raise click.UsageError(
-            "wasmer cannot interrupt a guest that runs: one endless loop would hold the service for"
-            " ever, so it serves no code that nobody trusts; use wasmtime"
+            "wasmer cannot interrupt a guest that runs, so one endless loop of untrusted code would stop"
+            " the service; use wasmtime"
         )
     uvicorn.run(application(module, slots, Limits(deadline)), host="127.0.0.1", port=port)
 

@@ -1,8 +1,8 @@
-"""A third-party plugin: logs and limits each tenant's growth, and counts what each was given.
+"""A third-party plugin: logs and limits each tenant's growth, and counts each tenant's memories.
 
-It owns no memory: it is asked first, answers False to refuse, and None to let the owner decide.
+The plugin owns no memory: it is asked first, answers False to refuse, and None to let the owner decide.
 A runtime that grows memories by itself, such as wasmer, does not ask; there the plugin logs a growth
-over the limit.  Limits are bytes per memory in the environment, `*` for tenants that are not named:
+over the limit.  The environment has the limits in bytes per memory, `*` for tenants without one:
 
     TENANT_LIMITS="ann=1048576,bob=131072,*=65536"
 """

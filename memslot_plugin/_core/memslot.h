@@ -53,7 +53,7 @@ typedef struct {
     uint64_t nanoseconds; /* the whole reset, scans included */
 } ms_reset_report;
 
-/* What the fast path may do without asking Python, and the prices by which it tells. */
+/* The limits within which the fast path need not ask Python, and the prices that it compares. */
 typedef struct {
     size_t keep_pages;      /* private pages that stay resident; further ones go back to the kernel */
     size_t idle_pages;      /* slow path from this many private pages on that were pristine */

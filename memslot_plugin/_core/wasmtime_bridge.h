@@ -21,7 +21,7 @@
 
 #include "memslot.h"
 
-/* What an entry into wasmtime came to, if more than its plain end. */
+/* The outcome of an entry into wasmtime, if it did not just return. */
 enum ms_wt_flag {
     MS_WT_TRAPPED = 1,     /* `trap` is set; the caller deletes it */
     MS_WT_FAILED = 2,      /* `error` is set; the caller deletes it */

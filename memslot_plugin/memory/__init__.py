@@ -1,1 +1,1 @@
-"""Everything that knows addresses, and no module: images, slots, resets and pools."""
+"""Address ranges, without modules: images, slots, resets and pools."""

@@ -34,7 +34,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What works for this process; limits are as they were at that moment, None if unknown."""
+    """The findings for this process; limits are as they were at that moment, None if unknown."""
 
     page_size: int
     memfd: Finding
