@@ -22,7 +22,6 @@ try:
     import wasmtime
 
     from memslot_plugin.hosts.wasmtime import bridge as wasmtime_bridge
-    from memslot_plugin.hosts.wasmtime import live as wasmtime_live
     from memslot_plugin.hosts.wasmtime.errors import translated
     from memslot_plugin.hosts.wasmtime.runtime import NativeInstance, WasmtimeHost, WasmtimeTrap
 except ImportError:

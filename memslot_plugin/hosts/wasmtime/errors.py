@@ -1,6 +1,6 @@
-"""The one boundary where errors of wasmtime become ours.
+"""The one boundary where wasmtime's errors become memslot's.
 
-What a caller of bare wasmtime-py would catch is still caught: each class here inherits ours and the package's.
+Each class here inherits from wasmtime-py's too, so that a caller catches what bare wasmtime-py would raise.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from memslot_plugin.hosts.wasmtime.bridge import take_last_exception, taken, was
 from memslot_plugin.wasm import Offsets
 
 PYTHON_EXCEPTION = "python exception"
-"""The message of an error that stands for an exception in a host function of wasmtime-py's own."""
+"""wasmtime-py's message for an exception in a host function that it runs itself."""
 
 
 NATIVE_ERRORS = (wasmtime.WasmtimeError, wasmtime.Trap, wasmtime.ExitTrap)
@@ -39,13 +39,13 @@ NATIVE_ERRORS = (wasmtime.WasmtimeError, wasmtime.Trap, wasmtime.ExitTrap)
 
 
 class _Native:
-    """The common part of the errors below: `native` is wasmtime's, or None in a copy."""
+    """The common part of the errors below: `native` is wasmtime's own error, or None in a copy."""
 
     native: Any = None
     args: tuple[Any, ...]
 
     def ptr(self) -> Any:
-        """The pointer of wasmtime-py; raises UsedAfterClose for an error of another process."""
+        """Return wasmtime-py's pointer; raises UsedAfterClose for an error of another process."""
         if self.native is None:
             raise UsedAfterClose("wasmtime's own error stayed in the process that raised it")
         return self.native.ptr()
@@ -55,7 +55,7 @@ class _Native:
 
 
 class Frame(NamedTuple):
-    """A function that was running: what `wasmtime.Frame` says of it."""
+    """A function that was running, as `wasmtime.Frame` describes it."""
 
     func_index: int
     func_name: str | None
@@ -77,7 +77,7 @@ class WasmtimeTrap(_Native, GuestTrap, wasmtime.Trap):
 
     @Lazy
     def message(self) -> str:
-        """The words of wasmtime, with a backtrace."""
+        """wasmtime's message, with a backtrace at offsets of the module that was given."""  # noqa: D403  # a name
         moved = {
             native.module_offset: frame.module_offset
             for native, frame in zip(self.native.frames, self.frames, strict=True)
@@ -106,11 +106,11 @@ class WasmtimeTrap(_Native, GuestTrap, wasmtime.Trap):
 
     @Lazy
     def trap_code(self) -> wasmtime.TrapCode | None:
-        """Which of wasmtime's kinds of trap it is."""
+        """The kind of the trap."""
         return self.native.trap_code
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """As for each error, and what only wasmtime knows."""
+        # Read from wasmtime's error what a copy needs: the copy has no `native`.
         _ = self.message, self.frames, self.trap_code
         self._offsets = None
         return super().__reduce__()
@@ -132,7 +132,7 @@ class WasmtimeExit(_Native, GuestExit, wasmtime.ExitTrap):
 
 
 def one_sentence(message: str) -> str:
-    """An error of wasmtime's without its backtrace and on one line: what happened, then why."""
+    """Return an error's message on one line, without its backtrace: what happened, then why."""
     said, *causes = message.split("Caused by:")
     lines = [line.strip() for part in causes for line in part.splitlines()]
     if not said.startswith("error while executing"):
@@ -143,7 +143,7 @@ def one_sentence(message: str) -> str:
 
 
 def translated(error: BaseException, name: str, offsets: Offsets | None = None) -> BaseException:
-    """What wasmtime-py raised while the guest `name` ran, as ours; anything else is a host function's own."""
+    """Return an error of wasmtime-py's, raised while the guest `name` ran, as memslot's; any other as it is."""
     if isinstance(error, MemslotError):
         return error
     if isinstance(error, wasmtime.Trap):
@@ -157,56 +157,45 @@ def translated(error: BaseException, name: str, offsets: Offsets | None = None) 
 
 
 _LIMITS = {
-    "exceeds memory limits": "memory_limit",
-    "exceeds table limits": "table_limit",
-    "table count too high": "tables_per_instance",
-    "GC heap out of memory": "heap_limit",
-    "memory count too high": "a module that memslot does not understand may define a single one",
+    "exceeds memory limits": " (memory_limit)",
+    "exceeds table limits": " (table_limit)",
+    "table count too high": " (tables_per_instance)",
+    "GC heap out of memory": " (heap_limit)",
+    "memory count too high": " (a module that memslot does not understand may define a single one)",
 }
-"""The words of wasmtime's limiter, and the setting that it was given."""
-
-
-HEAPS = "as many heaps of the garbage collector"
-"""What the bridge says where `slots` are used up by heaps."""
+"""The words of wasmtime's limiter, and the setting that is the limit."""
 
 
 def _at_start(error: wasmtime.WasmtimeError, name: str) -> BaseException:
-    """What kept a guest from being instantiated, and was no trap of its start function."""
+    """Return the error that kept a guest from being instantiated, and was no trap of its start function."""
     said = one_sentence(str(error))
-    refused = errno_in_text(said, f"instantiating {name}")
-    if refused is not None:
-        refused.__cause__ = cause_of(error)
-        return refused
-    # Nothing but its text tells a limit from anything else.
-    if HEAPS in said:
-        exhausted = PoolExhausted(f"the guest {name} cannot be instantiated: {said}")
-        exhausted.__cause__ = cause_of(error)
-        return exhausted
-    setting = next((each for text, each in _LIMITS.items() if text in said), None)
-    if setting is not None:
-        said = f"{said} ({setting})"
-    limited = setting is not None or ("memory" in said and ("exceeds" in said or "limit" in said))
-    ours = (MemoryTooLarge if limited else LinkError)(
-        f"the guest {name} cannot be instantiated: {said}"
-    )
+    ours: MemslotError | None = errno_in_text(said, f"instantiating {name}")
+    if ours is None:
+        # The text is all that tells a limit from other errors: wasmtime's C API has no error codes.
+        setting = next((setting for words, setting in _LIMITS.items() if words in said), "")
+        kind: type[MemslotError] = LinkError
+        if "as many heaps of the garbage collector" in said:  # reserve_heap (wasmtime_memory.c)
+            kind = PoolExhausted
+        elif setting or ("memory" in said and re.search("exceeds|limit", said)):
+            kind = MemoryTooLarge
+        ours = kind(f"the guest {name} cannot be instantiated: {said}{setting}")
     ours.__cause__ = cause_of(error)
     return ours
 
 
 class Outcome:
-    """What an entry into wasmtime came to; taking it frees what the C half holds."""
+    """The outcome of an entry into wasmtime, which takes over the C half's, and frees it."""
 
     def __init__(self, address: int) -> None:
         outcome = ffi.cast("ms_wt_outcome *", address)
         self.flags = int(outcome.flags)
         self.raised = taken(outcome.raised) if outcome.raised else None
         if self.raised is not None:
-            take_last_exception(
-                self.raised
-            )  # wasmtime-py keeps it too, where its own code ran the host function
+            # wasmtime-py keeps it too if its own code ran the host function, and would raise it from the next call.
+            take_last_exception(self.raised)
         self.deferred = taken(outcome.deferred) if outcome.deferred else None
         self.native: wasmtime.Trap | wasmtime.WasmtimeError | None = None
-        # The package has no public way to take such a pointer over.
+        # wasmtime-py has no public way to take over a pointer.
         if outcome.trap:
             trap = ctypes.cast(outcome.trap, ctypes.POINTER(wasmtime_ffi.wasm_trap_t))
             self.native = wasmtime.Trap._from_ptr(trap)
@@ -218,10 +207,9 @@ class Outcome:
     def exception(
         self, name: str, offsets: Offsets | None = None, *, starting: bool = False
     ) -> BaseException | None:
-        """What to raise, for a guest of that name; None if the entry came to its end.
+        """Return the exception to raise for the guest `name`, or None; `starting` is true for an instantiation.
 
-        `starting` says that the entry was an instantiation.  An exception in deciding about a growth
-        comes first: the guest only saw that the growth was refused.
+        An exception in deciding about a growth comes first: the guest only saw that the growth was refused.
         """
         if self.deferred is not None:
             return self.deferred
@@ -237,25 +225,25 @@ class Outcome:
             if starting and not isinstance(self.native, wasmtime.ExitTrap):
                 return _at_start(self.native, name)
             return translated(self.native, name)
-        if self.flags & (lib.MS_WT_BUSY | lib.MS_WT_CLOSED):
-            return refusal(self.flags, name)
-        if self.flags & lib.MS_WT_MISSING:
-            return ExportNotFound(f"the guest {name} has no such export")
-        if self.flags & lib.MS_WT_UNASKED:
-            return Unsupported(
-                "the engine made a memory without asking for a slot: its configuration has a pool of wasmtime's own,"
-                " which memslot takes the place of"
-            )
-        if self.flags & lib.MS_WT_LOST:
-            return MemslotError(f"the guest {name} failed, and there was no memory left to say how")
-        return None
+        return refusal(self.flags, name)
 
 
-def refusal(flags: int, name: str) -> MemslotError:
-    """The exception for an entry that was refused."""
+def refusal(flags: int, name: str) -> MemslotError | None:
+    """Return the exception for an entry with these flags, or None if the guest ran to an end."""
+    if flags & lib.MS_WT_CLOSED:
+        return ended(name)
     if flags & lib.MS_WT_BUSY:
         return InUse(
             f"another thread is inside this instance of {name}, or it is being reset; an instance serves one thread"
             " at a time"
         )
-    return ended(name)
+    if flags & lib.MS_WT_MISSING:
+        return ExportNotFound(f"the guest {name} has no such export")
+    if flags & lib.MS_WT_UNASKED:
+        return Unsupported(
+            "the engine made a memory without asking for a slot: its configuration has a pool of wasmtime's own,"
+            " which memslot takes the place of"
+        )
+    if flags & lib.MS_WT_LOST:
+        return MemslotError(f"the guest {name} failed, and there was no memory left to say how")
+    return None

@@ -28,6 +28,7 @@ from memslot_plugin.hosts.wasmtime.values import (
     KIND_NAMES,
     OTHER,
     V128,
+    Name,
     Signature,
     checked_result,
     host_function,
@@ -57,18 +58,6 @@ _TYPE_KINDS: Mapping[type, str] = {
 
 _NAMES = ("func", "global", "table", "memory")
 """wasm_externkind_t; what comes after is a tag."""
-
-
-class Name:
-    """An export's name where the C half can find it for as long as the guest is used."""
-
-    __slots__ = ("length", "text", "utf8")
-
-    def __init__(self, text: str) -> None:
-        encoded = text.encode()
-        self.text = text
-        self.utf8 = ffi.new("char[]", encoded)
-        self.length = len(encoded)
 
 
 class Link:

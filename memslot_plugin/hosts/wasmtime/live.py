@@ -33,7 +33,14 @@ from memslot_plugin.hosts.wasmtime.errors import (
 )
 from memslot_plugin.hosts.wasmtime.link import Compiled, Link
 from memslot_plugin.hosts.wasmtime.store import BorrowedStore, LentStore
-from memslot_plugin.hosts.wasmtime.values import KIND_NAMES, PACKING, V128, Signature, fitted
+from memslot_plugin.hosts.wasmtime.values import (
+    KIND_NAMES,
+    V128,
+    bare,
+    direct_call,
+    fitted,
+    indirect_call,
+)
 from memslot_plugin.hosts.wasmtime.wasi import Environment, Streams
 
 _VALUES = (struct.Struct("<i"), struct.Struct("<q"), struct.Struct("<f"), struct.Struct("<d"))
@@ -126,13 +133,18 @@ class WasmtimeLive(Live):
     def function(self, name: str) -> Callable[..., Any]:
         found = self._functions.get(name)
         if found is None:
-            make = self._compiled.callables.get(name)
+            compiled = self._compiled
+            make = compiled.callables.get(name)
             if make is None:
-                signature = self._compiled.signature(name)
-                make = (_direct if signature.direct else _indirect)(self._compiled, name, signature)
-                self._compiled.callables[name] = make
-            found = self._functions[name] = make(self)
-        return found if self._binding.store is None else self._guarded(found)
+                signature = compiled.signature(name)
+                what = f"{name} of the guest {compiled.guest_name}"
+                kind = direct_call if signature.direct else indirect_call
+                make = compiled.callables[name] = kind(compiled.name(name), signature, what)
+            found = make(self)
+            if self._binding.store is not None:
+                found = self._guarded(found)
+            self._functions[name] = found
+        return found
 
     def entered(self, generation: int, action: Callable[[], Any]) -> Any:
         """Do with wasmtime-py what `action` does, within an entry; 0 is the host's own generation."""
@@ -164,7 +176,7 @@ class WasmtimeLive(Live):
         self._refuse(lib.MS_WT_BUSY if held else lib.MS_WT_CLOSED)
 
     def _refuse(self, flag: int) -> NoReturn:
-        raise refusal(flag, self.guest_name)
+        raise refusal(flag, self.guest_name) or ended(self.guest_name)
 
     def require_store(self) -> None:
         """Raise UsedAfterClose if the embedder's store was closed."""
@@ -194,7 +206,7 @@ class WasmtimeLive(Live):
         self.require_store()
         if kind > V128:
             return self.entered(
-                generation, lambda: _bare(self._native_export(name).value(self.store()))
+                generation, lambda: bare(self.native_export(name).value(self.store()))
             )
         label = self._compiled.name(name)
         found = ffi.new(_GLOBAL, (label.utf8, label.length))
@@ -213,7 +225,7 @@ class WasmtimeLive(Live):
         (value,) = fitted([kind], [value], what, int(self.cell.instance[0]))
         if kind > V128:
             self.entered(
-                generation, lambda: self._native_export(name).set_value(self.store(), value)
+                generation, lambda: self.native_export(name).set_value(self.store(), value)
             )
             return
         content = value if kind == V128 else _VALUES[kind].pack(value)
@@ -483,7 +495,7 @@ class WasmtimeLive(Live):
         given: NativeInstance = self.entered(generation, give)
         return given
 
-    def _native_export(self, name: str) -> Any:
+    def native_export(self, name: str) -> Any:
         return self.native.exports(self.store())[name]
 
     def output(self, stream: Literal["stdout", "stderr"]) -> bytes:
@@ -513,79 +525,3 @@ class WasmtimeLive(Live):
         borrowed, self._borrowed = self._borrowed, None
         if borrowed is not None:
             borrowed.close()
-
-
-def _direct(
-    compiled: Compiled, name: str, signature: Signature
-) -> Callable[[WasmtimeLive], Callable[..., Any]]:
-    """Return what makes, for one instance, a call of numbers: pack, one call into C, unpack.
-
-    A call that begins while another one packs or runs, in a host function or because an argument's
-    `__index__` calls, has values of its own.
-    """
-    count, label = signature.count, compiled.name(name)
-    pack, unpack = signature.pack_into, signature.unpack_from
-    takes, parameters = bool(signature.parameters), signature.parameters
-    what = f"{name} of the guest {compiled.guest_name}"
-    single, several = len(signature.results) == 1, len(signature.results) > 1
-    if not signature.packs_as_given:
-        as_it_is = pack
-
-        def pack(values: Any, offset: int, *arguments: Any) -> None:
-            as_it_is(values, offset, *fitted(parameters, arguments, what))
-
-    def callee(cell: Any) -> tuple[Any, Any]:
-        # What it points to lives as long as `call`: the values by their buffer, cell and name by `settle`.
-        more = ffi.new("uint8_t[]", 16 * count) if count > _ROOM else _NULL
-        made = ffi.new(_CALLEE, (cell, label.utf8, label.length, more, count))
-        return made, ffi.buffer(more or made.room)
-
-    def make(live: WasmtimeLive) -> Callable[..., Any]:
-        cell, settle = live.cell, live.settle
-        unused = [callee(cell)]
-        take, put_back = unused.pop, unused.append
-
-        def call(generation: int, *arguments: Any) -> Any:
-            try:
-                taken = take()
-            except IndexError:
-                taken = callee(cell)
-            function, values = taken
-            try:
-                if takes or arguments:
-                    try:
-                        pack(values, 0, *arguments)
-                    except PACKING:
-                        pack(values, 0, *fitted(parameters, arguments, what))
-                outcome = _call(function, generation)
-                if outcome:
-                    settle(outcome)
-                if single:
-                    return unpack(values)[0]
-                return list(unpack(values)) if several else None
-            finally:
-                put_back(taken)
-
-        return call
-
-    return make
-
-
-def _indirect(
-    compiled: Compiled, name: str, signature: Signature
-) -> Callable[[WasmtimeLive], Callable[..., Any]]:
-    """Return what makes, for one instance, a call with references, which wasmtime-py makes."""
-    what = f"{name} of the guest {compiled.guest_name}"
-
-    def make(live: WasmtimeLive) -> Callable[..., Any]:
-        def call(generation: int, *arguments: Any) -> Any:
-            taken = fitted(signature.parameters, arguments, what, int(live.cell.instance[0]))
-            return live.entered(generation, lambda: live._native_export(name)(live.store(), *taken))
-
-        return call
-
-    return make
-
-
-def _bare(value: Any) -> Any:
-    return value.value if isinstance(value, wasmtime.Val) else value

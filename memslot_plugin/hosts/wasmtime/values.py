@@ -1,8 +1,7 @@
-"""Values between Python and wasmtime: signatures, and the calls in both directions that keep them.
+"""Values between Python and wasmtime: signatures, and calls in both directions.
 
-Arguments and results travel as 16 bytes each, so a signature is two `struct` formats.  Integers come back signed, as
-wasmtime-py gives them; arguments may be signed or unsigned.  v128 is 16 bytes, little-endian.  References
-go the way of wasmtime-py.
+An argument or result is 16 bytes, so a signature is two `struct` formats.  Integers come back signed, as from
+wasmtime-py; arguments may be signed or unsigned.  v128 is 16 bytes, little-endian.  wasmtime-py passes references.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from memslot_plugin._core import ffi, lib
 from memslot_plugin.errors import ArgumentError, shown
 from memslot_plugin.hosts.wasmtime.bridge import HostFunction, wasmtime, wasmtime_ffi
 
@@ -44,11 +44,12 @@ _VAL_KINDS = {
 """wasmtime_valkind_t of the references that wasmtime-py can pass."""
 
 PACKING = (struct.error, OverflowError, TypeError)
-"""What `struct` raises for a value that does not fit as it is."""
+"""The exceptions of `struct` for a value that does not fit as it is."""
 
 
 def kind_of(value_type: wasmtime.ValType) -> int:
-    """The kind of a type.  wasmtime-py's own comparison of types ends the process for v128 and most references."""
+    """Return the kind of a type."""
+    # Not by wasmtime-py's comparison of types, which ends the process for v128 and most references.
     found = wasmtime_ffi.wasmtime_valtype_t()
     wasmtime_ffi.wasmtime_valtype_new(value_type.ptr(), ctypes.byref(found))
     try:
@@ -62,9 +63,21 @@ def kind_of(value_type: wasmtime.ValType) -> int:
         wasmtime_ffi.wasmtime_valtype_delete(ctypes.byref(found))
 
 
+class Name:
+    """An export's name.  The C half reads it for as long as the object lives."""
+
+    __slots__ = ("length", "text", "utf8")
+
+    def __init__(self, text: str) -> None:
+        encoded = text.encode()
+        self.text = text
+        self.utf8 = ffi.new("char[]", encoded)
+        self.length = len(encoded)
+
+
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """The kinds of a function's parameters and results, and how they are laid out."""
+    """The kinds of a function's parameters and results, and their layout."""
 
     parameters: tuple[int, ...]
     results: tuple[int, ...]
@@ -75,7 +88,7 @@ class Signature:
 
     @classmethod
     def of(cls, function_type: wasmtime.FuncType) -> Signature:
-        """The signature of a function type of wasmtime-py's."""
+        """Return the signature of a function type of wasmtime-py's."""
         parameters = tuple(kind_of(each) for each in function_type.params)
         results = tuple(kind_of(each) for each in function_type.results)
         taking, giving = (
@@ -93,17 +106,17 @@ class Signature:
 
     @property
     def count(self) -> int:
-        """How many values a call needs room for."""
+        """The number of values that a call needs room for."""
         return max(len(self.parameters), len(self.results))
 
     @property
     def direct(self) -> bool:
-        """Whether calls need nobody but the bridge."""
+        """True if the bridge can pass every value; else wasmtime-py makes the call."""
         return max((*self.parameters, *self.results), default=0) <= V128
 
     @property
     def packs_as_given(self) -> bool:
-        """Whether `struct` finds every wrong argument (it cuts and pads bytes)."""
+        """True if `struct` finds every wrong argument; it cuts and pads bytes."""
         return V128 not in self.parameters
 
     def __str__(self) -> str:
@@ -117,60 +130,59 @@ def _named(kinds: Sequence[int]) -> str:
 def fitted(
     kinds: Sequence[int], values: Sequence[Any], what: str, home: int | None = None
 ) -> list[Any]:
-    """`values` as `struct` takes them for `kinds`, and wasmtime-py the references among them.
+    """Return `values` as `struct` takes them for `kinds`, and references as wasmtime-py takes them.
 
-    Functions have to be of the store `home`, where that is given.  Raises ArgumentError with `what`,
-    which names where they come from.
+    Functions have to be of the store `home`, unless that is None.  Raises ArgumentError, which begins with `what`.
     """
     if len(values) != len(kinds):
         raise ArgumentError(
             f"{what} ({_named(kinds)}): {len(kinds)} values are wanted and {len(values)} were given"
         )
-    return [
-        _fitted(kind, value, what, place, home)
-        for place, (kind, value) in enumerate(zip(kinds, values, strict=True), 1)
-    ]
+    fitted = []
+    for place, (kind, value) in enumerate(zip(kinds, values, strict=True), 1):
+        try:
+            fitted.append(_fitted(kind, value, home))
+        except _Misfit as error:
+            raise ArgumentError(f"{what}: value {place} is {error}") from None
+    return fitted
 
 
-def _fitted(kind: int, value: Any, what: str, place: int, home: int | None) -> Any:
+class _Misfit(Exception):
+    """A value that does not fit, and why, to follow the words "value 1 is"."""
+
+
+def _fitted(kind: int, value: Any, home: int | None) -> Any:
+    name = KIND_NAMES[kind]
     if kind <= I64:
         bits = 32 if kind == I32 else 64
         try:
             number = operator.index(value)
         except TypeError:
-            raise ArgumentError(
-                f"{what}: value {place} is an {KIND_NAMES[kind]}, and {value!r} is no integer"
-            ) from None
+            raise _Misfit(f"an {name}, and {value!r} is no integer") from None
         if not -(1 << bits - 1) <= number < 1 << bits:
-            raise ArgumentError(
-                f"{what}: value {place} is an {KIND_NAMES[kind]}, and {shown(number)} is not in"
-                f" -2**{bits - 1} to 2**{bits} - 1"
-            )
+            limits = f"-2**{bits - 1} to 2**{bits} - 1"
+            raise _Misfit(f"an {name}, and {shown(number)} is not in {limits}")
         return number - (1 << bits) if number >> (bits - 1) == 1 else number
     if kind <= F64:
         if not isinstance(value, (int, float)):
-            raise ArgumentError(
-                f"{what}: value {place} is an {KIND_NAMES[kind]}, and {value!r} is no number"
-            )
+            raise _Misfit(f"an {name}, and {value!r} is no number")
         try:
-            real = float(value)
+            return ctypes.c_float(value).value if kind == F32 else float(value)
         except OverflowError:
-            raise ArgumentError(
-                f"{what}: value {place} is an {KIND_NAMES[kind]}, and the integer is too large"
-            ) from None
-        return ctypes.c_float(real).value if kind == F32 else real
+            raise _Misfit(f"an {name}, and the integer is too large") from None
     if kind == V128:
         if not isinstance(value, (bytes, bytearray, memoryview)) or len(bytes(value)) != 16:
-            raise ArgumentError(
-                f"{what}: value {place} is a v128, which is 16 bytes, and not {value!r}"
-            )
+            raise _Misfit(f"a v128, which is 16 bytes, and not {value!r}")
         return bytes(value)
+    return _fitted_reference(kind, value, home)
+
+
+def _fitted_reference(kind: int, value: Any, home: int | None) -> Any:
     if isinstance(value, wasmtime.Val):
         given = getattr(value._kind, "value", value._kind)  # wasmtime-py keeps either
         if given != _VAL_KINDS[kind]:
-            raise ArgumentError(
-                f"{what}: value {place} is of the type {KIND_NAMES[kind]}, and a wasmtime.Val of another"
-                " kind was given"
+            raise _Misfit(
+                f"of the type {KIND_NAMES[kind]}, and a wasmtime.Val of another kind was given"
             )
         value = value.value
     if kind == EXTERNREF:
@@ -178,25 +190,119 @@ def _fitted(kind: int, value: Any, what: str, place: int, home: int | None) -> A
     if value is None:
         return value
     if not isinstance(value, wasmtime.Func):
-        raise ArgumentError(
-            f"{what}: value {place} is a funcref, and {value!r} is no wasmtime.Func and not None"
-        )
+        raise _Misfit(f"a funcref, and {value!r} is no wasmtime.Func and not None")
+    # wasmtime ends the process if it meets a function of another store.
     if home is not None and value._func.store_id != home:
-        raise ArgumentError(
-            f"{what}: value {place} is a function of another store than the instance's; give one that"
-            " this instance, or another one in its store, handed out since its last reset"
+        raise _Misfit(
+            "a function of another store than the instance's; give one that this instance, or another one in its"
+            " store, handed out since its last reset"
         )
     return value
 
 
+def bare(value: Any) -> Any:
+    """Return a value of wasmtime-py's as a caller of memslot gets it."""
+    return value.value if isinstance(value, wasmtime.Val) else value
+
+
+# -- calls of exported functions -----------------------------------------------------------------
+
+Maker = Callable[[Any], Callable[..., Any]]
+"""Makes an exported function of one live instance, to be called with the generation of a handle and the arguments."""
+
+_ROOM, _NULL, _CALLEE, _call = (
+    lib.MS_WT_ROOM,
+    ffi.NULL,
+    ffi.typeof("ms_wt_callee *"),
+    lib.ms_wt_call,
+)
+
+
+def direct_call(label: Name, signature: Signature, what: str) -> Maker:
+    """Return the maker of a call of numbers: pack, one call into C, unpack.
+
+    A call that begins while another one packs or runs has values of its own: a host function may call, and so may an
+    argument's `__index__`.
+    """
+    count, parameters = signature.count, signature.parameters
+    pack, unpack = signature.pack_into, signature.unpack_from
+    takes = bool(parameters)
+    single, several = len(signature.results) == 1, len(signature.results) > 1
+    if not signature.packs_as_given:
+        as_it_is = pack
+
+        def pack(values: Any, offset: int, *arguments: Any) -> None:
+            as_it_is(values, offset, *fitted(parameters, arguments, what))
+
+    def callee(cell: Any) -> tuple[Any, Any]:
+        # The C structure holds bare pointers.  `call` keeps alive what they point to: the values by their buffer, and
+        # cell and name by its cells and `settle`.
+        more = ffi.new("uint8_t[]", 16 * count) if count > _ROOM else _NULL
+        made = ffi.new(_CALLEE, (cell, label.utf8, label.length, more, count))
+        return made, ffi.buffer(more or made.room)
+
+    def make(live: Any) -> Callable[..., Any]:
+        cell, settle = live.cell, live.settle
+        unused = [callee(cell)]
+        take, put_back = unused.pop, unused.append
+
+        def call(generation: int, *arguments: Any) -> Any:
+            try:
+                taken = take()
+            except IndexError:
+                taken = callee(cell)
+            function, values = taken
+            try:
+                if takes or arguments:
+                    try:
+                        pack(values, 0, *arguments)
+                    except PACKING:
+                        pack(values, 0, *fitted(parameters, arguments, what))
+                outcome = _call(function, generation)
+                if outcome:
+                    settle(outcome)
+                if single:
+                    return unpack(values)[0]
+                return list(unpack(values)) if several else None
+            finally:
+                put_back(taken)
+
+        return call
+
+    return make
+
+
+def indirect_call(label: Name, signature: Signature, what: str) -> Maker:
+    """Return the maker of a call with references, which wasmtime-py makes."""
+
+    def make(live: Any) -> Callable[..., Any]:
+        def call(generation: int, *arguments: Any) -> Any:
+            taken = fitted(signature.parameters, arguments, what, int(live.cell.instance[0]))
+            return live.entered(
+                generation, lambda: live.native_export(label.text)(live.store(), *taken)
+            )
+
+        return call
+
+    return make
+
+
+# -- host functions ------------------------------------------------------------------------------
+
+
 def checked_result(signature: Signature, result: Any, what: str) -> Any:
-    """The result of a host function with references, as wasmtime-py takes it; raises ArgumentError."""
+    """Return the result of a host function with references, as wasmtime-py takes it; raises ArgumentError."""
     kinds = signature.results
-    if len(kinds) == 1:
-        return fitted(kinds, [result], what)[0]
-    if not kinds and result is not None:
+    if not kinds:
+        return _require_none(result, what)
+    values = [result] if len(kinds) == 1 else _several(kinds, result, what)
+    checked = fitted(kinds, values, what)
+    return checked[0] if len(kinds) == 1 else checked
+
+
+def _require_none(result: Any, what: str) -> None:
+    if result is not None:
         raise ArgumentError(f"{what}: nothing is wanted and {result!r} was given")
-    return fitted(kinds, _several(kinds, result, what), what) if kinds else None
 
 
 def _several(kinds: Sequence[int], result: Any, what: str) -> Sequence[Any]:
@@ -208,10 +314,7 @@ def _several(kinds: Sequence[int], result: Any, what: str) -> Sequence[Any]:
 
 
 def host_function(signature: Signature, function: Callable[..., Any], what: str) -> HostFunction:
-    """`function` over a buffer of values.
-
-    Its result is checked against the signature, and ArgumentError says what is wrong.
-    """
+    """Return `function` over a buffer of values; it raises ArgumentError if its result is not of the signature."""
     unpack, pack = signature.unpack_parameters, signature.pack_results
     results = signature.results
     returned = f"what {what} returned"
@@ -219,7 +322,7 @@ def host_function(signature: Signature, function: Callable[..., Any], what: str)
     def nothing(values: Any) -> None:
         result = function(*unpack(values))
         if result is not None:
-            raise ArgumentError(f"{returned}: nothing is wanted and {result!r} was given")
+            _require_none(result, returned)
 
     def one(values: Any) -> None:
         result = function(*unpack(values))
