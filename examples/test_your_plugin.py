@@ -58,7 +58,7 @@ def guest(meter):
         yield host.prepare(MODULE)
 
 
-def test_it_counts_what_each_tenant_wrote(guest, meter) -> None:
+def test_plugin_counts_the_bytes_that_each_tenant_wrote(guest, meter) -> None:
     page = memslot.probe().page_size
     for tenant, times in (("ann", 1), ("bob", 5000), ("ann", 2)):
         with guest.instantiate(tenant=tenant) as instance:
@@ -68,7 +68,7 @@ def test_it_counts_what_each_tenant_wrote(guest, meter) -> None:
     assert meter.dirty["bob"] == -(-(8 + 25000) // page) * page
 
 
-def test_it_limits_growth(guest) -> None:
+def test_plugin_refuses_growth_beyond_its_limit(guest) -> None:
     with guest.instantiate(tenant="ann") as instance:
         assert instance.memory.grow(1) == 1
         with pytest.raises(memslot.GrowthRefused):
@@ -76,7 +76,7 @@ def test_it_limits_growth(guest) -> None:
         assert instance.memory.byte_size == 2 * PAGE
 
 
-def test_a_trap_changes_nothing_for_the_next_tenant(guest) -> None:
+def test_trap_of_one_tenant_changes_nothing_for_the_next(guest) -> None:
     with guest.instantiate(tenant="eve") as instance, pytest.raises(memslot.GuestTrap):
         instance.call("shout", PAGE)  # beyond the memory's end
     with guest.instantiate(tenant="ann") as instance:

@@ -37,7 +37,7 @@ def test_module_that_does_not_validate_is_refused_by_the_runtime(real_cell: Cell
         still_serves(host)
 
 
-def test_guest_that_is_not_even_a_path_is_a_type_error(host: memslot.Host) -> None:
+def test_guest_of_a_type_that_is_no_path_raises_type_error(host: memslot.Host) -> None:
     sentence = "a guest is a path, the bytes of a module, or WebAssembly text, and not"
     for nonsense in (None, 12, 1.5, ["a.wasm"], object()):
         with raises(memslot.ArgumentError, sentence, TypeError):

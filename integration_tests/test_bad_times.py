@@ -18,7 +18,7 @@ def each_raises(uses: Iterable[Callable[[], object]], said: str) -> None:
             use()
 
 
-def test_pool_that_is_exhausted_says_so_at_once_or_at_the_timeout(host: memslot.Host) -> None:
+def test_lease_of_an_exhausted_pool_raises_at_once_or_at_the_timeout(host: memslot.Host) -> None:
     guest = host.prepare(toy.A)
     with guest.instantiate(), guest.instantiate() as held:
         said = "all 2 slots of the pool are in use; release instances, raise the setting slots"

@@ -31,7 +31,7 @@ PER_HOST = examples(84)
 
 
 @pytest.mark.scales
-def test_generated_modules_do_what_they_do_natively(
+def test_generated_module_does_what_it_does_natively(
     runtime_cell: Cell, note: Callable[[str, object], None]
 ) -> None:
     in_this_tier = cells.PAIRWISE_CELLS if PER_HOST == 84 else cells.POSSIBLE_CELLS
@@ -94,7 +94,7 @@ SABOTAGE = {
 
 @pytest.mark.parametrize("sabotage", SABOTAGE)
 @pytest.mark.parametrize("name", cells.REAL_HOSTS)
-def test_comparison_with_something_broken_notices_it(
+def test_comparison_with_a_broken_memslot_finds_a_difference(
     name: str, sabotage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cell, tally = Cell(name, "memfd"), Tally()
@@ -122,7 +122,7 @@ def digest() -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def test_seed_in_another_process_makes_the_same_module() -> None:
+def test_seed_in_another_process_makes_an_equal_module() -> None:
     code = "from integration_tests import test_differential; print(test_differential.digest())"
     root, seeded = Path(__file__).parents[1], {"PYTHONHASHSEED": "1"}
     there = subprocess.check_output([sys.executable, "-c", code], env=seeded, cwd=root, text=True)
@@ -152,7 +152,7 @@ WANTED = [
 """Parts of how a module and its plan are printed, and two things that do not show there."""
 
 
-def test_generated_modules_have_everything_that_they_should() -> None:
+def test_generated_modules_together_have_each_promised_kind_of_item() -> None:
     """Find every promised kind of item among some hundreds of modules."""
     found: Counter[str] = Counter()
     for seed in range(400):

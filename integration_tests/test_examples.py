@@ -43,7 +43,7 @@ leased at the end: 0
 }
 
 
-def test_every_program_has_an_expectation() -> None:
+def test_example_program_of_any_name_has_an_expectation() -> None:
     programs = {path.name for path in EXAMPLES.glob("*.py") if not path.name.startswith("test_")}
     assert programs == set(PRINTED)
 
@@ -54,7 +54,9 @@ def test_every_program_has_an_expectation() -> None:
     "name",
     ["first_steps.py", "tenants.py", pytest.param("asyncio_calls.py", marks=pytest.mark.gate)],
 )
-def test_example_prints_what_it_says(name: str, host: str, backend: str, monkeypatch: Any) -> None:
+def test_example_when_run_prints_its_documented_output(
+    name: str, host: str, backend: str, monkeypatch: Any
+) -> None:
     if missing := Cell(host, backend).missing:
         pytest.skip(missing)
     if host == "wasmer" and name == "asyncio_calls.py":

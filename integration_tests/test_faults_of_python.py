@@ -39,7 +39,7 @@ def said(error: str) -> str:
 
 
 @one_of("ENOENT", "EACCES", "EPERM")
-def test_pagemap_that_cannot_be_opened_is_done_without_unless_demanded(error: str) -> None:
+def test_pagemap_that_cannot_be_opened_is_replaced_unless_demanded(error: str) -> None:
     told = story(PAGEMAP, "openat", f"error={error}")
     assert told[""] == story()[""]
     demanded = told["reset=pagemap"]["error"]
@@ -48,7 +48,7 @@ def test_pagemap_that_cannot_be_opened_is_done_without_unless_demanded(error: st
 
 
 @one_of("EMFILE", "ENFILE", "ENOMEM")
-def test_pagemap_that_cannot_be_opened_now_is_an_error_that_names_the_limit(error: str) -> None:
+def test_pagemap_that_cannot_be_opened_later_raises_an_error_with_the_limit(error: str) -> None:
     told = story(PAGEMAP, "openat", f"error={error}")[""]
     number = getattr(errno, error)
     assert told["error"].startswith(f"SystemCallError: [Errno {number}] opening {PAGEMAP}")
@@ -57,7 +57,7 @@ def test_pagemap_that_cannot_be_opened_now_is_an_error_that_names_the_limit(erro
 
 @one_of("ENOMEM", "EPERM", "EACCES")
 @pytest.mark.parametrize("which", [1, pytest.param(2, marks=pytest.mark.gate)])
-def test_image_that_cannot_be_looked_at_is_an_error(which: int, error: str) -> None:
+def test_image_whose_file_cannot_be_inspected_raises(which: int, error: str) -> None:
     told = story("/memfd:memslot:module", "newfstatat,fstat", f"error={error}:when={which}")[""]
     assert told["error"].startswith("SystemCallError: ")
     assert f"looking at the image of module: {said(error)}" in told["error"]

@@ -47,7 +47,7 @@ def loaded(guest: memslot.Guest) -> Any:
     return guest.loaded
 
 
-def test_an_initialised_guest_comes_back_grown_and_a_prepared_one_runs_its_start(
+def test_initialised_guest_loads_grown_and_prepared_guest_runs_its_start(
     real_cell: Cell, tmp_path: Path
 ) -> None:
     imports, path = {"env": {"f": lambda: None}}, tmp_path / "guest"
@@ -75,9 +75,7 @@ def test_an_initialised_guest_comes_back_grown_and_a_prepared_one_runs_its_start
                 instance.reset()
 
 
-def test_a_guest_that_needs_no_snapshot_comes_back_with_its_code(
-    real_cell: Cell, tmp_path: Path
-) -> None:
+def test_guest_without_a_snapshot_loads_with_its_code(real_cell: Cell, tmp_path: Path) -> None:
     text = f'(module (import "env" "memory" (memory 1 1)) (memory $own 1) {toy.CODE})'
     if real_cell.host == "wasmer":
         text = """(module (import "env" "t" (table 1 funcref)) (memory (export "memory") 1)
@@ -167,7 +165,7 @@ HOSTS = [host for host in cells.REAL_HOSTS if Cell(host, "memfd").missing is Non
 
 
 @pytest.mark.parametrize(("writer", "reader"), [*itertools.permutations([*HOSTS, "fake"], 2)])
-def test_a_host_loads_what_another_saved(writer: str, reader: str, tmp_path: Path) -> None:
+def test_guest_saved_by_one_host_loads_on_another(writer: str, reader: str, tmp_path: Path) -> None:
     save_started(Cell(writer, "memfd"), tmp_path / "guest")
     with Cell(reader, "memfd").serving(slots=2, image_limit="64MiB") as host:
         guest = host.load(tmp_path / "guest", trust_code=True)
@@ -178,7 +176,7 @@ def test_a_host_loads_what_another_saved(writer: str, reader: str, tmp_path: Pat
                 assert instance.call("bump") == 9
 
 
-def test_wasi_is_given_anew(real_cell: Cell, tmp_path: Path) -> None:
+def test_wasi_of_a_loaded_guest_is_given_anew(real_cell: Cell, tmp_path: Path) -> None:
     with real_cell.serving(slots=2) as host:
         wasi = memslot.Wasi(stdout="discard")
         host.prepare(toy.assemble(WASI), wasi=wasi, init="write").save(tmp_path / "guest")
@@ -191,7 +189,7 @@ def test_wasi_is_given_anew(real_cell: Cell, tmp_path: Path) -> None:
         guest.close()
 
 
-def test_loading_takes_no_memory_of_its_own(tmp_path: Path) -> None:
+def test_loaded_guest_that_maps_its_file_takes_no_memory_of_its_own(tmp_path: Path) -> None:
     size = 8 << 20
     with Cell("fake", "memfd").serving(slots=2, image_limit="128MiB") as host:
         text = f'(module (memory (export "memory") {size // PAGE} {size // PAGE}) {toy.CODE})'
@@ -207,7 +205,9 @@ def test_loading_takes_no_memory_of_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.scales
-def test_generated_modules_go_on_from_their_files(real_cell: Cell, tmp_path: Path) -> None:
+def test_generated_module_loaded_from_its_file_goes_on_as_natively(
+    real_cell: Cell, tmp_path: Path
+) -> None:
     """The differential proves that they go on from their snapshots."""
     runtime, compared = native.runtime(real_cell.host), 0
     with real_cell.serving(**differential.SETTINGS) as host:
@@ -252,7 +252,7 @@ with memslot.FakeHost() as host:
 """
 
 
-def test_a_file_that_others_may_write_is_copied_also_through_a_read_only_mount(
+def test_file_that_others_may_write_is_copied_through_a_read_only_mount_too(
     tmp_path: Path,
 ) -> None:
     children.require("unshare", "-m")

@@ -83,7 +83,7 @@ print("went on")
 @pytest.mark.parametrize(
     "saving_cell", [Cell("fake", "anonymous"), Cell("wasmtime", "memfd")], ids=str
 )
-def test_a_guest_that_cannot_be_saved_leaves_everything_as_it_was(
+def test_save_on_a_full_or_read_only_disk_leaves_everything_as_it_was(
     saving_cell: Cell, tmp_path: Path
 ) -> None:
     if saving_cell.missing:

@@ -69,7 +69,9 @@ def test_decoder_under_sanitizers_reads_and_marks_nothing_outside(fuzz: Fuzz) ->
     ],
     ids=["looks a byte too far", "marks a thing too far", "forgets what it counted"],
 )
-def test_decoder_with_a_mistake_is_noticed(fuzz: Fuzz, tmp_path: Path, old: str, new: str) -> None:
+def test_decoder_with_a_mistake_is_found_by_the_sanitizers(
+    fuzz: Fuzz, tmp_path: Path, old: str, new: str
+) -> None:
     right, wrong = SOURCE.read_text(), tmp_path / "wrong.c"
     assert right.count(old) == 1
     wrong.write_text(right.replace(old, new))

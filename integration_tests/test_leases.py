@@ -60,7 +60,9 @@ def test_lease_resets_one_instance_after_each_request(counter: memslot.Guest) ->
     assert host.statistics().live_instances == 0
 
 
-def test_lease_that_trapped_grew_or_was_closed_leaves_a_new_start(counter: memslot.Guest) -> None:
+def test_lease_after_one_that_trapped_grew_or_was_closed_starts_anew(
+    counter: memslot.Guest,
+) -> None:
     for name, error in (("trap", memslot.GuestTrap), ("missing", memslot.ExportNotFound)) * 2:
         with pytest.raises(error):
             lease_and(counter, "next", name)
@@ -257,7 +259,7 @@ class Reseed:
         instance.memory.write(0, bytes([len(self.told)]))
 
 
-def test_memslot_instance_restored_is_told(real_cell: Cell) -> None:
+def test_hook_instance_restored_is_called_after_each_restore(real_cell: Cell) -> None:
     plugin = Reseed()
     with real_cell.open(slots=2, plugins=(plugin,)) as host:
         with host.prepare(COUNTER).instantiate() as plain:
@@ -275,7 +277,7 @@ def test_memslot_instance_restored_is_told(real_cell: Cell) -> None:
         plugin.told.clear()
 
 
-def test_memslot_instance_restored_that_raises_closes_the_instance(real_cell: Cell) -> None:
+def test_hook_instance_restored_that_raises_closes_the_instance(real_cell: Cell) -> None:
     plugin = Reseed()
     with real_cell.open(slots=2, plugins=(plugin,)) as host:
         with host.prepare(COUNTER).instantiate() as plain:
@@ -296,7 +298,7 @@ def test_memslot_instance_restored_that_raises_closes_the_instance(real_cell: Ce
 @pytest.mark.parametrize(
     ("source", "signature"), [("random_get", "i32 i32"), ("clock_time_get", "i32 i64 i32")]
 )
-def test_snapshot_that_may_repeat_random_numbers_is_warned_about(
+def test_snapshot_that_may_repeat_random_numbers_warns(
     real_cell: Cell, source: str, signature: str
 ) -> None:
     text = f"""(module (import "wasi_snapshot_preview1" "{source}" (func (param {signature}) (result i32)))

@@ -47,7 +47,7 @@ def resets(guests: list[memslot.Guest], times: int) -> None:
 
 @pytest.mark.scales
 @pytest.mark.parametrize("serve", [requests, resets])
-def test_long_run_leaves_the_process_as_it_was(
+def test_process_after_a_long_run_is_as_before(
     plain_cell: Cell,
     serve: Callable[[list[memslot.Guest], int], None],
     note: Callable[[str, object], None],
@@ -75,7 +75,7 @@ def test_long_run_leaves_the_process_as_it_was(
 
 @pytest.mark.gate
 @pytest.mark.long
-def test_soak_leaves_the_process_as_it_was(
+def test_process_after_a_soak_is_as_before(
     real_cell: Cell, quickjs: bytes, note: Callable[[str, object], None]
 ) -> None:
     note("soak", soak(real_cell, 600 if LONG else 2, quickjs))

@@ -40,7 +40,7 @@ def test_pairwise_cells_cover_every_possible_pair_of_coordinates() -> None:
     assert not left.difference(*(cell.pairs for cell in cells.PAIRWISE_CELLS))
 
 
-def test_wasmer_refuses_growth_by_ftruncate(refused_cell: Cell) -> None:
+def test_wasmer_with_growth_by_ftruncate_is_refused(refused_cell: Cell) -> None:
     with refused_cell.serving() as host:
         guest = host.prepare(toy.A)
         with pytest.raises(memslot.Unsupported, match=r"growth .*ftruncate"):

@@ -18,7 +18,7 @@ from .modules import MODULES, Module
 
 
 @pytest.mark.scales
-def test_module_of_any_shape_computes_what_the_runtime_alone_computes(runtime_cell: Cell) -> None:
+def test_module_of_any_shape_computes_what_it_computes_natively(runtime_cell: Cell) -> None:
     tally = differential.Tally()
     with runtime_cell.serving(**differential.SETTINGS) as host:
         for module in MODULES.values():

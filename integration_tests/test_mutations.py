@@ -44,7 +44,7 @@ def compare_all(host: memslot.Host, modules: Iterable[bytes]) -> Tally:
 
 
 @pytest.mark.scales
-def test_small_modules_with_something_wrong_become_what_they_become_natively(
+def test_small_module_with_something_wrong_starts_or_is_refused_as_natively(
     real_cell: Cell, note: Callable[[str, object], None]
 ) -> None:
     originals = [toy.A, toy.WIDE, *(module.binary for module in MODULES.values())]
@@ -63,7 +63,7 @@ def test_small_modules_with_something_wrong_become_what_they_become_natively(
 @pytest.mark.gate
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore::memslot_plugin.errors.RepeatedRandomness")
-def test_quickjs_with_something_wrong_becomes_what_it_becomes_natively(
+def test_quickjs_with_something_wrong_starts_or_is_refused_as_natively(
     real_cell: Cell, quickjs: bytes, note: Callable[[str, object], None]
 ) -> None:
     changed = (changed_a_little(random.Random(seed), quickjs) for seed in range(examples(1) + 1))

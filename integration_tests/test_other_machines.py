@@ -57,19 +57,19 @@ def emulated(*command: str, settings: tuple[str, ...] = ()) -> Any:
 
 
 @on_every_host
-def test_emulated_processor_serves_alike(host: str) -> None:
+def test_host_on_an_emulated_processor_serves_as_on_a_real_one(host: str) -> None:
     """Without traps: qemu-user ends the process at the first one, also of a runtime alone, for they are signals."""
     told = emulated("-m", "integration_tests.story", "--without-traps", *present())
     assert_alike(told[""][host], host, "--without-traps")
 
 
 @pytest.mark.parametrize("host", hosts()[:2])
-def test_emulated_processor_traps_where_code_checks_bounds(host: str) -> None:
+def test_guest_on_an_emulated_processor_with_bounds_checks_traps(host: str) -> None:
     told = emulated("-m", "integration_tests.story", *present()[:2], settings=SMALL)
     assert_alike(told[""][host], host)
 
 
-def test_emulated_processor_doctor_says_what_is_missing() -> None:
+def test_doctor_on_an_emulated_processor_names_the_missing_calls() -> None:
     report = emulated("-m", "memslot_plugin", "doctor", "--json", settings=SMALL)
     found = report["probe"]
     assert found["pagemap"]["works"] is False  # qemu does not pass this ioctl on
@@ -162,7 +162,9 @@ def older(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @on_every_host
-def test_older_kernel_without_a_pagemap_scan_serves_alike(host: str, older: dict[str, Any]) -> None:
+def test_host_on_a_kernel_without_pagemap_scan_serves_as_on_a_newer_one(
+    host: str, older: dict[str, Any]
+) -> None:
     if tuple(int(part) for part in older["release"].split(".")[:2]) >= (6, 7):
         pytest.skip(f"impossible: this User-Mode Linux is {older['release']}, which has the scan")
     assert_alike(older["story"][host], host)
@@ -174,7 +176,7 @@ def test_older_kernel_without_a_pagemap_scan_serves_alike(host: str, older: dict
 
 
 @on_every_host
-def test_machine_that_commits_all_memory_reservations_cost_nothing(
+def test_reservation_on_a_machine_that_commits_all_memory_costs_nothing(
     host: str, older: dict[str, Any]
 ) -> None:
     """vm.overcommit_memory = 2: two slots reserve 8 GiB of a machine that may commit a fraction of 512 MiB."""
@@ -182,7 +184,7 @@ def test_machine_that_commits_all_memory_reservations_cost_nothing(
 
 
 @pytest.mark.parametrize("backend", ["memfd", "anonymous"])
-def test_memory_that_cannot_be_committed_is_an_error_that_names_the_setting(
+def test_memory_that_cannot_be_committed_raises_an_error_with_the_setting(
     backend: str, older: dict[str, Any]
 ) -> None:
     said = older["greedy"][backend]
@@ -194,7 +196,9 @@ def test_memory_that_cannot_be_committed_is_an_error_that_names_the_setting(
 
 
 @pytest.mark.parametrize("size", [16384, 65536])
-def test_larger_pages_serve_alike_and_slots_keep_their_promises(size: int, tmp_path: Path) -> None:
+def test_host_with_larger_pages_serves_alike_and_its_slots_keep_their_promises(
+    size: int, tmp_path: Path
+) -> None:
     """The C library as it would be on such a kernel. A runtime asks the kernel itself, so that none can be tried."""
     library = tmp_path / "larger_pages.so"
     source = Path(__file__).with_name("larger_pages.c")

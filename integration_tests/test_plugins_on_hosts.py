@@ -16,7 +16,7 @@ from .cells import Cell
 from .toy import PAGE
 
 
-def test_watching_hooks_hear_a_life_in_order(plain_cell: Cell) -> None:
+def test_watching_hooks_over_a_life_are_called_in_order(plain_cell: Cell) -> None:
     heard: list[tuple[Any, ...]] = []
 
     def note(*what: Any) -> None:
@@ -62,7 +62,7 @@ def test_watching_hooks_hear_a_life_in_order(plain_cell: Cell) -> None:
     ],
     ids=["nonsense", "exception"],
 )
-def test_failure_of_an_owner_reaches_the_caller_and_costs_no_slot(
+def test_owner_that_raises_reaches_the_caller_and_costs_no_slot(
     host: memslot.Host, answer: Any, error: type[Exception], message: str
 ) -> None:
     guest = host.prepare(toy.A)
@@ -98,7 +98,7 @@ class Resets:
     ("kind", "hook"),
     [("wraps", "reset_memory"), ("is_asked_first", "reset_memory"), ("watches", "memory_reset")],
 )
-def test_plugin_that_comes_and_goes_hears_the_resets_between(
+def test_plugin_that_comes_and_goes_is_asked_for_the_resets_between(
     host: memslot.Host, kind: str, hook: str
 ) -> None:
     """Resets are bound at the lease, and bound anew when a plugin comes or goes."""

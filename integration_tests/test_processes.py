@@ -25,7 +25,7 @@ NOBODY = 65534
 
 
 @every_fork
-def test_forked_child_uses_what_its_parent_had(plain_cell: Cell, fork: Fork) -> None:
+def test_forked_child_uses_hosts_and_instances_of_its_parent(plain_cell: Cell, fork: Fork) -> None:
     with plain_cell.serving(slots=4) as host:
         guest = host.prepare(toy.A)
         serve(host, guest)
@@ -73,7 +73,7 @@ def test_forked_child_uses_what_its_parent_had(plain_cell: Cell, fork: Fork) -> 
 
 
 @pytest.mark.gate
-def test_forked_child_uses_wasi(real_cell: Cell, quickjs: bytes) -> None:
+def test_forked_child_with_wasi_answers_or_refuses(real_cell: Cell, quickjs: bytes) -> None:
     with real_cell.serving(slots=2, image_limit="1GiB") as host:
         guest = host.prepare(quickjs, imports=javascript.IMPORTS, wasi=memslot.Wasi())
 
@@ -114,7 +114,9 @@ def test_fork_while_another_thread_has_a_lock_serves_and_closes(
 
 
 @pytest.mark.parametrize("forked", [True, False], ids=["worker", "same process"])
-def test_process_that_gives_up_root_drops_pages_and_says_so(plain_cell: Cell, forked: bool) -> None:
+def test_process_that_gives_up_root_drops_pages_and_reports_why(
+    plain_cell: Cell, forked: bool
+) -> None:
     """A process that changed its user cannot open its pagemap, and goes on with one that it opened before."""
     if os.geteuid():
         pytest.skip("impossible: the tests do not run as root")
@@ -201,7 +203,9 @@ def test_process_with_workers_serves_and_ends_in_silence(
 
 
 @every_fork
-def test_child_takes_a_snapshot_before_anything_else(plain_cell: Cell, fork: Fork) -> None:
+def test_forked_child_that_first_takes_a_snapshot_gets_its_own_pages(
+    plain_cell: Cell, fork: Fork
+) -> None:
     with plain_cell.serving(slots=4) as host, host.prepare(toy.A).instantiate() as instance:
         instance.call("grow", 1)  # so that the snapshot is another module, and is compiled
 

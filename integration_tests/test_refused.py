@@ -115,7 +115,7 @@ def said(error: str) -> str:
 
 
 @on_every_host
-def test_machine_that_refuses_nothing_answers_alike_under_every_setting(host: str) -> None:
+def test_host_under_every_setting_answers_alike(host: str) -> None:
     told = stories()
     for setting in ("", *SETTINGS):
         assert_serves(told[setting][host], host)
@@ -128,7 +128,7 @@ def test_machine_that_refuses_nothing_answers_alike_under_every_setting(host: st
 
 @every_refusal
 @on_every_host
-def test_refused_call_is_done_without_unless_demanded(
+def test_refused_call_is_replaced_by_another_unless_demanded(
     host: str, refusal: Refusal, error: str
 ) -> None:
     told = stories(refused=refusal.rule.format(error))
@@ -162,7 +162,7 @@ def test_refused_call_is_named_by_doctor(refusal: Refusal, error: str) -> None:
 
 @pytest.mark.parametrize(("rule", "error"), one_of(POPULATE, "EINVAL", "ENOSYS", "EPERM"))
 @on_every_host
-def test_populate_refused_warming_raises_and_costs_no_slot(
+def test_warming_with_populate_refused_raises_and_costs_no_slot(
     host: str, rule: str, error: str
 ) -> None:
     report = stories(refused=rule.format(error))["reset=pagemap"][host]
@@ -176,7 +176,7 @@ def test_populate_refused_warming_raises_and_costs_no_slot(
 
 @pytest.mark.gate
 @on_every_host
-def test_everything_refused_at_once_serves_alike(host: str) -> None:
+def test_host_with_every_call_refused_at_once_serves_alike(host: str) -> None:
     rules = (each.rule.format("EPERM") for each in (MEMFD, SCAN, DONTNEED))
     report = stories(refused=",".join(rules))[""][host]
     assert_serves(report, host)
@@ -184,7 +184,7 @@ def test_everything_refused_at_once_serves_alike(host: str) -> None:
 
 
 @on_every_host
-def test_address_space_short_error_names_the_limit(host: str) -> None:
+def test_error_without_address_space_names_the_limit(host: str) -> None:
     told = stories(limits=f"RLIMIT_AS={LITTLE}", plugins="memfd")
     error = told[""][host]["error"]
     assert error.startswith("SystemCallError: ")
@@ -199,7 +199,7 @@ def test_address_space_short_error_names_the_limit(host: str) -> None:
 
 @pytest.mark.gate
 @on_every_host
-def test_executable_memfds_forbidden_serves_from_memfds(host: str) -> None:
+def test_host_with_executable_memfds_forbidden_serves_from_memfds(host: str) -> None:
     require(*NOEXEC_MEMFDS)
     report = stories(inside=NOEXEC_MEMFDS)[""][host]
     assert_serves(report, host)
@@ -209,7 +209,7 @@ def test_executable_memfds_forbidden_serves_from_memfds(host: str) -> None:
 
 
 @on_every_host
-def test_proc_missing_drops_pages_and_wasmer_says_what_it_needs(host: str) -> None:
+def test_host_without_proc_drops_pages_or_names_what_it_needs(host: str) -> None:
     require(*WITHOUT_PROC)
     told = stories(inside=WITHOUT_PROC)
     for report in (told[""][host], told["plugins=anonymous"][host]):
@@ -224,7 +224,7 @@ def test_proc_missing_drops_pages_and_wasmer_says_what_it_needs(host: str) -> No
         assert "opening /proc/self/pagemap: No such file or directory" in demanded
 
 
-def test_proc_missing_doctor_works() -> None:
+def test_doctor_without_proc_works() -> None:
     require(*WITHOUT_PROC)
     report = stories(inside=WITHOUT_PROC)["doctor"]
     assert report["works"] is True
@@ -235,7 +235,7 @@ def test_proc_missing_doctor_works() -> None:
 
 
 @pytest.mark.gate
-def test_proc_missing_and_address_space_short_doctor_names_the_limit() -> None:
+def test_doctor_without_proc_and_address_space_names_the_limit() -> None:
     require(*WITHOUT_PROC)
     report = stories(inside=WITHOUT_PROC, limits=f"RLIMIT_AS={LITTLE}")["doctor"]
     assert report["works"] is False

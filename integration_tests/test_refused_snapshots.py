@@ -158,7 +158,7 @@ def test_snapshot_in_a_running_call_is_refused(real_cell: Cell) -> None:
             instance.call("run")
 
 
-def test_wrong_arguments_and_closed_instances_are_refused(plain_cell: Cell) -> None:
+def test_snapshot_with_wrong_arguments_or_of_a_closed_instance_is_refused(plain_cell: Cell) -> None:
     with plain_cell.serving(slots=2) as host, host.prepare(toy.A, name="toy") as guest:
         for wrong in (7, b"_initialize", ["_initialize"]):
             with refused(host, "init is the name of", memslot.ArgumentError):

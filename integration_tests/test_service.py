@@ -131,7 +131,7 @@ def service(running: Service) -> Iterator[Service]:
     assert running.leased() == 0
 
 
-def test_service_evaluates_each_script_in_an_instance_that_was_reset(service: Service) -> None:
+def test_service_given_a_script_evaluates_it_in_a_reset_instance(service: Service) -> None:
     assert service.ask("/health")[:2] == (200, {"status": "ok", "value": "42"})
     assert service.evaluate("'caf\u00e9 \u2615'.toUpperCase()") == (200, "CAF\u00c9 \u2615")
     before = service.statistics()
@@ -146,7 +146,7 @@ def test_service_evaluates_each_script_in_an_instance_that_was_reset(service: Se
     assert {status for status, _ in drawn} == {200}
 
 
-def test_service_says_what_a_script_did_wrong(service: Service) -> None:
+def test_service_given_a_wrong_script_answers_with_its_error(service: Service) -> None:
     for script, status, said in (
         ("throw new TypeError('nothing at all')", 422, "TypeError: nothing at all"),
         ("6 *", 422, "SyntaxError"),
@@ -165,7 +165,7 @@ def test_service_says_what_a_script_did_wrong(service: Service) -> None:
     assert service.evaluate(" " * 2**18) == (200, "undefined")
 
 
-def test_service_interrupts_endless_scripts_and_serves_others_meanwhile(service: Service) -> None:
+def test_service_given_endless_scripts_interrupts_them_and_serves_others(service: Service) -> None:
     began = time.monotonic()
     with service.busy(LOOP, REGEX) as answers:
 

@@ -85,7 +85,9 @@ def _servers() -> Iterator[None]:
     ],
     ids=str,
 )
-def test_a_worker_uses_a_guest_by_each_way(way: str, worker_cell: Cell, tmp_path: Path) -> None:
+def test_worker_given_a_guest_by_any_way_uses_it(
+    way: str, worker_cell: Cell, tmp_path: Path
+) -> None:
     """The argument of a process; where it takes a new interpreter, also a queue, a socket and a file."""
     if worker_cell.missing:
         pytest.skip(worker_cell.missing)
@@ -134,7 +136,7 @@ def test_a_worker_uses_a_guest_by_each_way(way: str, worker_cell: Cell, tmp_path
     resource_sharer.stop()
 
 
-def test_hosts_of_one_process_share_a_guest(plain_cell: Cell) -> None:
+def test_guest_shared_by_hosts_of_one_process_works_on_each(plain_cell: Cell) -> None:
     """As threads on wasmer do, each of which has a host of its own."""
 
     def serve(shared: SharedGuest) -> dict[str, Any]:
@@ -152,7 +154,9 @@ def test_hosts_of_one_process_share_a_guest(plain_cell: Cell) -> None:
                 as_expected(found, expected, plain_cell)
 
 
-def test_a_forked_child_uses_attaches_saves_and_shares(plain_cell: Cell, tmp_path: Path) -> None:
+def test_forked_child_uses_attaches_saves_and_shares_guests(
+    plain_cell: Cell, tmp_path: Path
+) -> None:
     """A live host, its guests and instances: each process has its own pages from then on."""
     with (
         shared_from(plain_cell) as (guest, expected),
@@ -187,7 +191,7 @@ def test_a_forked_child_uses_attaches_saves_and_shares(plain_cell: Cell, tmp_pat
 # What is refused, and what is left
 
 
-def test_a_shared_guest_outlives_its_guest_is_sealed_and_can_be_closed_twice(
+def test_shared_guest_outlives_its_guest_is_sealed_and_can_be_closed_twice(
     plain_cell: Cell,
 ) -> None:
     with shared_from(plain_cell) as (guest, _):
@@ -226,7 +230,7 @@ def test_a_shared_guest_outlives_its_guest_is_sealed_and_can_be_closed_twice(
         (MAGIC + MOST_FILES.to_bytes(4, "little"), MOST_FILES + 1),  # the kernel cuts one off
     ],
 )
-def test_a_message_that_is_no_shared_guest_is_refused(message: bytes, count: int) -> None:
+def test_message_that_is_no_shared_guest_is_refused(message: bytes, count: int) -> None:
     one, other = socket.socketpair()
     with one, other, open(os.devnull, "rb") as file:  # noqa: PTH123
         if message:
@@ -236,7 +240,7 @@ def test_a_message_that_is_no_shared_guest_is_refused(message: bytes, count: int
             SharedGuest.receive(other)
 
 
-def test_a_peer_sends_at_most_so_many_descriptors_in_all() -> None:
+def test_peer_that_sends_too_many_descriptors_in_all_is_refused() -> None:
     one, other = socket.socketpair()
     with one, other, open(os.devnull, "rb") as file:  # noqa: PTH123
         before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - a number is enough
@@ -247,7 +251,7 @@ def test_a_peer_sends_at_most_so_many_descriptors_in_all() -> None:
         assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
 
 
-def test_a_message_may_come_in_pieces() -> None:
+def test_message_that_comes_in_pieces_is_received_whole() -> None:
     with shared_from(MEMFD) as (guest, _), guest.share() as shared:
         one, other = socket.socketpair()
         message = MAGIC + len(shared.fds).to_bytes(4, "little")
@@ -274,7 +278,7 @@ def test_received_descriptors_are_not_inheritable(way: str) -> None:
             assert [os.get_inheritable(fd) for fd in received.fds] == [False] * len(shared.fds)
 
 
-def test_a_receiver_may_hang_up_once_it_has_everything_and_not_before(
+def test_receiver_that_hangs_up_early_fails_the_sender_and_later_does_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     one, other = socket.socketpair()
@@ -302,7 +306,7 @@ def replaced(shared: SharedGuest, place: int, fd: int | None) -> SharedGuest:
     return SharedGuest("evil", fds)
 
 
-def test_hostile_descriptors_are_refused() -> None:
+def test_shared_guest_with_hostile_descriptors_is_refused() -> None:
     with shared_from(MEMFD) as (guest, _), guest.share() as shared:
         reader, writer = os.pipe()
         short = os.memfd_create("too short")
@@ -324,7 +328,7 @@ def test_hostile_descriptors_are_refused() -> None:
         os.close(writer)
 
 
-def test_an_image_in_a_file_that_may_be_changed_is_copied() -> None:
+def test_image_in_a_file_that_may_be_changed_is_copied() -> None:
     with shared_from(MEMFD) as (guest, _), guest.share() as shared:
         size = os.fstat(shared.fds[1]).st_size
         copy = os.memfd_create("unsealed")
@@ -340,7 +344,7 @@ def test_an_image_in_a_file_that_may_be_changed_is_copied() -> None:
         attached.close()
 
 
-def test_a_process_without_room_for_descriptors_gets_an_error() -> None:
+def test_process_without_room_for_descriptors_gets_an_error() -> None:
     with shared_from(MEMFD) as (guest, _):
         # The lowest number that is free, so that no higher one is left.
         with open(os.devnull, "rb") as last:  # noqa: PTH123

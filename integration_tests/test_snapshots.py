@@ -67,7 +67,7 @@ def test_init_runs_once_and_its_effect_is_in_every_instance(real_cell: Cell) -> 
         assert resets(guest) == (4, 0)
 
 
-def test_init_may_be_python_and_leaves_nothing_if_it_fails(real_cell: Cell) -> None:
+def test_init_in_python_runs_and_leaves_nothing_if_it_fails(real_cell: Cell) -> None:
     def init(instance: memslot.Instance) -> None:
         instance.memory.write(100, b"from python")
         instance.set_global("n", 7)
@@ -90,7 +90,7 @@ def test_init_may_be_python_and_leaves_nothing_if_it_fails(real_cell: Cell) -> N
 # Snapshots
 
 
-def test_snapshot_holds_globals_of_every_kind_and_needs_no_parent(real_cell: Cell) -> None:
+def test_snapshot_of_any_globals_restores_them_without_its_parent(real_cell: Cell) -> None:
     with started(real_cell, RESTORABLE) as (guest, instance):
         instance.call("spoil", -5)
         now = seen(instance)
@@ -242,7 +242,7 @@ def test_snapshot_needs_an_instance_without_open_descriptors(
 # Forks
 
 
-def test_forks_have_their_own_pages_and_store_what_their_parent_wrote(real_cell: Cell) -> None:
+def test_fork_of_an_instance_has_its_own_pages_and_the_bytes_of_its_parent(real_cell: Cell) -> None:
     count = 20
     with real_cell.serving(slots=count + 1, image_limit="64MiB") as host:
         with host.prepare(toy.assemble(LARGE)).instantiate() as instance:
@@ -271,7 +271,7 @@ def test_forks_have_their_own_pages_and_store_what_their_parent_wrote(real_cell:
             assert host.statistics().guests == guests - 1, "the forks' guest goes with the last"
 
 
-def test_forks_that_do_not_fit_leave_none(real_cell: Cell) -> None:
+def test_fork_of_more_instances_than_slots_leaves_none(real_cell: Cell) -> None:
     with real_cell.serving(slots=3) as host:
         guest = host.prepare(toy.assemble(RESTORABLE))
         with guest.instantiate() as parent:

@@ -32,7 +32,7 @@ def serve(guest: memslot.Guest, *, writes: int = 3) -> None:
             instance.call("store", page * PAGE_SIZE, 255)
 
 
-def test_same_guest_again_maps_nothing(pooling_cell: Cell) -> None:
+def test_lease_of_the_previous_guest_maps_nothing(pooling_cell: Cell) -> None:
     with pooling_cell.serving(slots=2) as host:
         guest = host.prepare(toy.A)
         serve(guest)
@@ -57,7 +57,7 @@ def test_growth_changes_protection_once_and_maps_nothing(cell: Cell) -> None:
             assert mapping(made) == ({} if cell.host == "wasmer" else {cell.growth: 1})
 
 
-def test_another_guest_costs_a_mapping_per_image_that_goes_and_comes(pooling_cell: Cell) -> None:
+def test_lease_of_another_guest_maps_once_per_image_that_goes_and_comes(pooling_cell: Cell) -> None:
     with pooling_cell.serving(slots=1) as host:
         guests = [host.prepare(module) for module in (toy.A, toy.B)]
         extents = sum(len(guest.images[0].extents) for guest in guests)
@@ -71,7 +71,7 @@ def test_another_guest_costs_a_mapping_per_image_that_goes_and_comes(pooling_cel
         assert mapping(made) == {"mmap": (2 if pooling_cell.backend == "memfd" else 1) * extents}
 
 
-def test_memory_without_an_image_costs_no_mprotect_on_demand(on_demand_cell: Cell) -> None:
+def test_on_demand_memory_without_an_image_makes_no_mprotect(on_demand_cell: Cell) -> None:
     expected = {}  # wasmer's calls are its own
     if on_demand_cell.host != "wasmer":
         reserved_and_accessible = 2 + (on_demand_cell.growth == "ftruncate")
@@ -137,7 +137,7 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> Traces:
     return sections, json.loads(printed)
 
 
-def test_process_maps_nothing_for_the_same_guest_and_the_images_ranges_for_another(
+def test_process_traced_by_strace_maps_nothing_for_the_previous_guest_and_images_for_another(
     traces: Traces, plain_cell: Cell
 ) -> None:
     sections, told = traces

@@ -88,7 +88,7 @@ def counts_agree(module: bytes, folder: Path) -> bool:
 
 
 @pytest.mark.scales
-def test_decoder_counts_what_wasm_tools_prints(tmp_path: Path) -> None:
+def test_decoder_given_any_module_counts_what_wasm_tools_prints(tmp_path: Path) -> None:
     bodies = "".join(f"(func unreachable {text} unreachable)" for text in instructions.ATOMICS)
     assert counts_agree(toy.assemble(f"(module {instructions.PREAMBLE} {bodies})"), tmp_path)
     for host, features in FEATURES.items():
@@ -101,12 +101,14 @@ def test_decoder_counts_what_wasm_tools_prints(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_decoder_counts_what_wasm_tools_prints_of_quickjs(quickjs: bytes, tmp_path: Path) -> None:
+def test_decoder_given_quickjs_counts_what_wasm_tools_prints(
+    quickjs: bytes, tmp_path: Path
+) -> None:
     assert counts_agree(quickjs, tmp_path)
 
 
 @pytest.mark.scales
-def test_modules_of_wasm_smith_do_what_they_do_natively(
+def test_module_of_wasm_smith_does_what_it_does_natively(
     tmp_path: Path, note: Callable[[str, object], None]
 ) -> None:
     tally = Tally()

@@ -49,7 +49,7 @@ def metadata(wheel: Path, name: str) -> str:
     return archive.read(path).decode()
 
 
-def test_its_tag_is_the_stable_abi_of_the_oldest_python(wheel: Path) -> None:
+def test_wheel_tag_is_the_stable_abi_of_the_oldest_python(wheel: Path) -> None:
     name, _version, _build, tags = parse_wheel_filename(wheel.name)
     assert name == "memslot"
     assert {(tag.interpreter, tag.abi) for tag in tags} == {("cp310", "abi3")}
@@ -58,7 +58,7 @@ def test_its_tag_is_the_stable_abi_of_the_oldest_python(wheel: Path) -> None:
     assert said == [str(tag) for tag in tags]
 
 
-def test_it_holds_both_packages_and_nothing_that_strayed_in(names: set[str]) -> None:
+def test_wheel_has_both_packages_and_no_other_file(names: set[str]) -> None:
     typed = {"memslot_plugin/py.typed", "memslot_hooks/py.typed", "memslot_hooks/specs.py"}
     example = {"memslot_plugin/cli/example.wat", "memslot_plugin/cli/example.wasm"}
     assert typed | example | set(EXTENSIONS) <= names
@@ -70,7 +70,7 @@ def test_it_holds_both_packages_and_nothing_that_strayed_in(names: set[str]) -> 
     assert {name for name in names if not allowed.fullmatch(name)} == set(EXTENSIONS)
 
 
-def test_every_data_file_of_the_sources_is_in_it(wheel: Path, names: set[str]) -> None:
+def test_wheel_has_every_data_file_of_the_sources(wheel: Path, names: set[str]) -> None:
     packages = ("memslot_plugin/", "hooks/memslot_hooks/")
     sources = [
         str(path.relative_to(ROOT)) for each in packages for path in (ROOT / each).rglob("*")
@@ -84,7 +84,7 @@ def test_every_data_file_of_the_sources_is_in_it(wheel: Path, names: set[str]) -
     assert {name.removeprefix("hooks/") for name in expected} <= names
 
 
-def test_its_entry_points_are_the_command_and_the_two_allocators(wheel: Path) -> None:
+def test_wheel_entry_points_are_the_command_and_the_two_allocators(wheel: Path) -> None:
     parser = configparser.ConfigParser()
     parser.read_string(metadata(wheel, "entry_points.txt"))
     classes = {"memfd": "MemfdAllocator", "anonymous": "AnonymousAllocator"}

@@ -65,7 +65,9 @@ def created(allocator: Allocator, request: MemoryRequest) -> LinearMemory:
     return memory
 
 
-def test_memory_lives_through_its_hooks(make: Make) -> None:
+def test_memory_led_through_every_hook_of_an_allocator_is_pristine_after_each_reset(
+    make: Make,
+) -> None:
     allocator = make()
     image = allocator.memslot_build_image(CONTENT)
     assert image is not None
@@ -91,7 +93,7 @@ def test_memory_lives_through_its_hooks(make: Make) -> None:
     assert (statistics.plugin, statistics.warm, statistics.in_use) == (allocator.name, 0, 0)
 
 
-def test_memory_is_used_no_more_also_if_its_release_failed(make: Make, inject: Any) -> None:
+def test_memory_after_a_failed_release_is_not_used_again(make: Make, inject: Any) -> None:
     allocator = make(slots=1)
     memory = created(allocator, request_for())
     fail_next_reset(inject, errno.EINVAL)
@@ -107,7 +109,7 @@ def test_memory_is_used_no_more_also_if_its_release_failed(make: Make, inject: A
     allocator.memslot_release_memory(created(allocator, request_for()))  # its only slot is not lost
 
 
-def test_memory_of_another_owner_is_left_to_it(make: Make) -> None:
+def test_hook_given_a_memory_of_another_owner_answers_none(make: Make) -> None:
     allocator, other = make(), make()
     foreign = LinearMemory(request_for(), 0x1000, PAGE, owner=object())
     lent = created(other, request_for())
@@ -148,7 +150,7 @@ def test_allocator_takes_images_of_its_kind_and_anonymous_those_of_both() -> Non
 # Refusals
 
 
-def test_growth_that_cannot_be_is_a_refusal_and_no_error(make: Make, inject: Any) -> None:
+def test_growth_that_is_impossible_is_refused_without_an_error(make: Make, inject: Any) -> None:
     allocator = make()
     memory = created(allocator, request_for())
     assert allocator.memslot_grow_memory(memory, RESERVED + PAGE) is False
@@ -187,7 +189,7 @@ def test_memory_without_the_room_that_its_code_counts_on_is_refused(
 # Mappings of a runtime
 
 
-def test_memory_grown_by_a_runtime_is_retired_also_if_no_report_came(make: Make) -> None:
+def test_memory_grown_by_a_runtime_without_a_report_is_retired(make: Make) -> None:
     allocator = make(slots=1)
     runtime = Runtime(2 * PAGE, RESERVED, shape="shape")
     request = request_for(growth="report", map_host_memory=runtime, host_shape="shape")

@@ -253,7 +253,7 @@ MARKING = f"""(module {instructions.PREAMBLE}
   (func (table.copy $t $u (i32.const 0) (i32.const 0) (i32.const 0)) (data.drop $d)))"""
 
 
-def test_index_is_reported_by_what_happens_to_it() -> None:
+def test_index_that_code_uses_is_reported_under_its_use() -> None:
     report = report_of(MARKING)
     assert (report.globals_set, report.memories_grown) == ((1,), (1,))
     assert report.tables_changed == (0, 1)

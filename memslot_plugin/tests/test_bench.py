@@ -105,13 +105,13 @@ def test_ratios_are_taken_round_by_round_and_have_a_median_with_quartiles() -> N
         r.Row.compare({}, ours, "x", theirs[:2])
 
 
-def test_claim_holds_up_to_its_limit() -> None:
+def test_claim_at_its_limit_holds_and_above_it_fails() -> None:
     assert [r.Claim("", each, 4).holds for each in (3.9, 4, 4.1)] == [True, True, False]
     claims = [r.Claim("", each, 4, at_least=True) for each in (3.9, 4, 4.1)]
     assert [claim.holds for claim in claims] == [False, True, True]
 
 
-def test_numbers_are_written_for_people() -> None:
+def test_number_of_any_size_is_written_in_a_readable_unit() -> None:
     shown = [r.times(number) for number in (None, 0.9, 1.066, 12.34, 1234)]
     assert shown == ["-", "0.90x", "1.07x", "12.3x", "1,234x"]
     assert r.claimed(r.Claim("", 0, 0, kind="nanoseconds"), 371.0) == "0.37 us"
@@ -175,7 +175,7 @@ def test_claim_over_the_floor_is_about_the_worst_number_of_pages() -> None:
 
 
 @pytest.mark.parametrize(("bare", "expected"), [(1.95, [(1.5, 1.7), (1.9, 1.8)]), (1.5, [])])
-def test_claims_about_two_are_made_where_two_bare_loops_do_the_work_of_two(
+def test_claim_about_two_workers_is_made_only_if_two_bare_loops_scale(
     bare: float, expected: list[tuple[float, float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})

@@ -99,7 +99,7 @@ def smallest_factors(limit):
 
 
 @on_each_host
-def test_example_is_its_text_assembled_and_its_table_is_right(host):
+def test_bundled_example_equals_its_assembled_text_and_its_table_is_right(host):
     text = EXAMPLE_MODULE.with_suffix(".wat").read_text()
     assert importlib.import_module(host).wat2wasm(text) == EXAMPLE_MODULE.read_bytes()
     runtime = baseline.RUNTIMES[host](EXAMPLE_MODULE.read_bytes())
@@ -119,7 +119,7 @@ def test_example_answers_less_where_an_earlier_request_left_its_traces(host):
     assert runtime.call(instance, "demo", ()) == 0
 
 
-def test_numbers_and_widths_are_for_people_and_percentiles_and_blocks_exact(monkeypatch):
+def test_output_of_numbers_is_readable_and_of_percentiles_exact(monkeypatch):
     sizes = [byte_size(n) for n in (None, 0, 1023, 1024, 1536, 3 << 20, 4 << 30, 9 << 40)]
     assert sizes == ["-", "0 B", "1023 B", "1 KiB", "1.5 KiB", "3 MiB", "4 GiB", "9 TiB"]
     durations = [duration(n) for n in (0.07, 53.14, 1771, 2.4e6)]

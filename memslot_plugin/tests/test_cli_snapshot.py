@@ -32,7 +32,7 @@ def out(tmp_path):
 
 
 @on_each_host
-def test_snapshot_is_written_and_every_request_starts_there(host, guest, out):
+def test_snapshot_command_writes_a_file_where_every_request_starts(host, guest, out):
     words = (guest, "--host", host, "--init", "boot", "--call", "add", "2", "-o", out)
     found = json_of("snapshot", *words)
     assert found["calls"] == [
@@ -55,7 +55,7 @@ def test_snapshot_is_written_and_every_request_starts_there(host, guest, out):
 
 
 @on_each_host
-def test_inspect_shows_the_contents_of_the_file(host, guest, out):
+def test_inspect_of_a_snapshot_shows_its_contents(host, guest, out):
     memslot("snapshot", guest, "--host", host, "--init", "boot", "--reseed", "seed", "-o", out)
     found = json_of("inspect", out)
     saved = found["saved"]
@@ -86,7 +86,7 @@ def test_snapshot_of_a_snapshot_goes_on_from_it(host, guest, out):
 
 
 @on_each_host
-def test_reactor_is_initialised_once(host, out, tmp_path):
+def test_reactor_in_a_snapshot_is_initialised_once(host, out, tmp_path):
     text = test_cli.REACTOR.replace(
         "(i32.const 42)", "(i32.add (i32.load (i32.const 0)) (i32.const 42))"
     )
@@ -97,7 +97,7 @@ def test_reactor_is_initialised_once(host, out, tmp_path):
 
 
 @on_each_host
-def test_output_is_shown_and_repeated_randomness_noted(host, out, tmp_path):
+def test_snapshot_command_shows_output_and_notes_repeated_randomness(host, out, tmp_path):
     printer = tmp_path / "printer.wat"
     printer.write_text(test_cli.GUEST)
     words = (printer, "--host", host, "--init", "say", "-o", out)
@@ -111,7 +111,9 @@ def test_output_is_shown_and_repeated_randomness_noted(host, out, tmp_path):
 
 
 @on_each_host
-def test_machine_code_is_run_with_a_key_and_can_be_left_out(host, guest, out, tmp_path):
+def test_machine_code_in_a_snapshot_is_run_with_a_key_and_can_be_left_out(
+    host, guest, out, tmp_path
+):
     key = tmp_path / "key"
     key.write_bytes(b"0123456789abcdef")
     words = ("snapshot", guest, "--host", host, "--init", "boot", "-o", out)
@@ -151,7 +153,7 @@ def test_snapshot_that_cannot_work_writes_nothing(words, guest, monkeypatch):
 
 
 @pytest.mark.parametrize("command", ["run", "inspect", "snapshot"])
-def test_damaged_file_is_refused_by_name(command, guest, out):
+def test_snapshot_file_that_is_damaged_is_refused_by_name(command, guest, out):
     memslot("snapshot", guest, "-o", out)
     data = out.read_bytes()
     rest = ("-o", out.with_name("other")) if command == "snapshot" else ()

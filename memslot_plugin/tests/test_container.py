@@ -81,7 +81,7 @@ def written(tmp_path: Path) -> Path:
 # What is written comes back
 
 
-def test_the_header_is_what_the_documentation_says(written: Path) -> None:
+def test_header_of_a_written_file_is_as_documented(written: Path) -> None:
     data = written.read_bytes()
     assert data[:8] == b"\x93memslot"
     *numbers, metadata_size = struct.unpack_from("<IIQQQQ", data, 8)
@@ -100,7 +100,7 @@ def test_the_header_is_what_the_documentation_says(written: Path) -> None:
     keep=st.booleans(),
     key=st.sampled_from([None, KEY]),
 )
-def test_any_contents_come_back(
+def test_contents_of_any_shape_are_read_as_written(
     module: bytes, code: dict[str, bytes], pages: list[int], keep: bool, key: bytes | None
 ) -> None:
     images: dict[int, list[Stored]] = {0: [], 3: [], 4: [Stored(P, P, 2, 7 * P)]}
@@ -126,7 +126,9 @@ def test_any_contents_come_back(
 # What is refused
 
 
-def test_each_kind_of_wrong_file_has_its_own_sentence(written: Path, tmp_path: Path) -> None:
+def test_file_of_each_wrong_kind_is_refused_with_its_own_sentence(
+    written: Path, tmp_path: Path
+) -> None:
     good = written.read_bytes()
     for data, said in (
         (b"", "is no saved guest"),
@@ -153,7 +155,7 @@ def test_each_kind_of_wrong_file_has_its_own_sentence(written: Path, tmp_path: P
         read(tmp_path)
 
 
-def test_a_key_is_needed_where_there_is_one_and_proves_who_wrote(tmp_path: Path) -> None:
+def test_file_with_a_key_is_read_with_that_key_alone(tmp_path: Path) -> None:
     plain, keyed = tmp_path / "plain", tmp_path / "keyed"
     container.write(plain, contents())
     container.write(keyed, contents(), key=KEY)
@@ -174,7 +176,7 @@ def test_a_key_is_needed_where_there_is_one_and_proves_who_wrote(tmp_path: Path)
 
 
 @pytest.mark.scales
-def test_a_file_with_any_byte_or_length_changed_is_refused() -> None:
+def test_file_with_any_byte_or_length_changed_is_refused() -> None:
     """A sample of the bytes in T0, every byte in T1, every bit in T2."""
     rng = random.Random(3)
     piece = {"images": {0: [Stored(0, P, 0, 0)]}, "pieces": [memoryview(b"a" * P)]}
@@ -231,7 +233,7 @@ def test_metadata_that_cannot_be_true_is_refused_although_the_digest_is_right(
         read_bytes(with_metadata(text, extents=bytes(P)))
 
 
-def test_metadata_is_read_as_the_json_of_any_writer() -> None:
+def test_metadata_of_other_releases_is_read() -> None:
     """Earlier releases escaped what is not ASCII, and later ones may add what this one does not know."""
     about = {**ABOUT, "name": "tüy \0", "later": [[{}]]}
     text = json.dumps({"more": 1, "about": about, "module": 0, "code": [["ü", 0]], "images": []})
@@ -249,7 +251,7 @@ def test_metadata_over_the_limit_is_refused_before_it_is_decoded() -> None:
 @pytest.mark.parametrize(
     "item", ['["",0],', "[0,[]],", '"",', "[0,[[0,1,0,4611686018427387903]]],", "[0,["]
 )
-def test_hostile_metadata_takes_at_most_16_times_its_bytes(item: str) -> None:
+def test_hostile_metadata_when_read_takes_at_most_16_times_its_bytes(item: str) -> None:
     for place in ("code", "images", "changes"):
         values = {"about": ABOUT, "module": 0, "code": [], "images": []}
         values = {**values, "about": {**ABOUT, "changes": []}} | {place: []}
@@ -277,7 +279,7 @@ def measured(data: bytes, byte_size: int, **options: Any) -> tuple[Any, int]:
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("head", [False, True])
 @pytest.mark.parametrize("claimed", [3 << 30, 1 << 46])
-def test_a_file_of_holes_is_refused_by_the_bytes_that_are_there(
+def test_file_of_holes_is_refused_by_the_bytes_that_are_there(
     written: Path, keep: bool, head: bool, claimed: int
 ) -> None:
     data = written.read_bytes()
@@ -288,7 +290,7 @@ def test_a_file_of_holes_is_refused_by_the_bytes_that_are_there(
     assert peak < 1 << 20
 
 
-def test_an_image_over_the_limit_is_refused_before_its_bytes_are_read(written: Path) -> None:
+def test_image_over_the_limit_is_refused_before_its_bytes_are_read(written: Path) -> None:
     assert read(written, image_limit=7 * P).extents is None
     data = written.read_bytes()
     error, _ = measured(data, len(data), image_limit=7 * P - 1)
@@ -300,7 +302,7 @@ def test_an_image_over_the_limit_is_refused_before_its_bytes_are_read(written: P
 
 
 @pytest.mark.parametrize(("hole", "refused"), [(0, False), (2, False), (20, True)])
-def test_a_file_may_have_holes_in_less_than_half_of_it(
+def test_file_with_holes_in_less_than_half_of_it_is_read(
     written: Path, hole: int, refused: bool
 ) -> None:
     image = {"images": {0: [Stored(0, 20 * P, 0, 0)]}}
@@ -312,7 +314,7 @@ def test_a_file_may_have_holes_in_less_than_half_of_it(
             container.read(fd, "it")
 
 
-def test_a_file_that_becomes_shorter_while_it_is_read_is_refused(
+def test_file_that_becomes_shorter_while_it_is_read_is_refused(
     written: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = os.preadv
@@ -335,9 +337,7 @@ def names(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("linked", [False, True])
-def test_a_file_that_is_there_is_replaced_at_once_and_is_read_only(
-    written: Path, linked: bool
-) -> None:
+def test_file_that_exists_is_replaced_at_once_and_is_read_only(written: Path, linked: bool) -> None:
     path = written
     if linked:
         path = written.with_name("link")
@@ -352,7 +352,7 @@ def test_a_file_that_is_there_is_replaced_at_once_and_is_read_only(
     assert names(written.parent) == sorted({written.name, path.name})
 
 
-def test_a_path_at_which_no_file_can_be_is_refused_by_name(tmp_path: Path) -> None:
+def test_path_at_which_no_file_can_be_is_refused_by_name(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
     for name, expected, said in (
@@ -377,7 +377,7 @@ def test_a_path_at_which_no_file_can_be_is_refused_by_name(tmp_path: Path) -> No
         ("rename", 0, MemoryError()),
     ],
 )
-def test_a_call_that_fails_leaves_the_old_file_and_nothing_else(
+def test_call_that_fails_leaves_the_old_file_and_nothing_else(
     written: Path, monkeypatch: pytest.MonkeyPatch, call: str, skip: int, failure: BaseException
 ) -> None:
     before = written.read_bytes()
@@ -406,7 +406,7 @@ def test_a_call_that_fails_leaves_the_old_file_and_nothing_else(
 
 
 @pytest.mark.parametrize("error", [errno.EIO, errno.EINVAL])
-def test_a_folder_that_cannot_be_synchronised_is_an_error_unless_the_file_system_never_does(
+def test_folder_that_cannot_be_synchronised_is_an_error_unless_the_file_system_never_does(
     written: Path, monkeypatch: pytest.MonkeyPatch, error: int
 ) -> None:
     real = os.fsync
@@ -423,7 +423,7 @@ def test_a_folder_that_cannot_be_synchronised_is_an_error_unless_the_file_system
     assert names(written.parent) == [written.name]
 
 
-def test_writes_that_take_less_than_they_are_given_go_on(
+def test_write_that_takes_less_than_it_was_given_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = os.write

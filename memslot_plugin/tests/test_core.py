@@ -108,7 +108,7 @@ sparse_content = st.lists(
 @given(
     written=sparse_content, cut=st.integers(0, P), gap=st.integers(1, 9), capacity=st.integers(0, 9)
 )
-def test_extents_are_those_of_the_definition(
+def test_extents_of_any_bytes_equal_their_definition(
     written: list[tuple[int, bytes]], cut: int, gap: int, capacity: int
 ) -> None:
     content = sparse(42 * P, *((page * P, data) for page, data in written))
@@ -128,7 +128,7 @@ def test_extents_are_those_of_the_definition(
 @pytest.mark.parametrize(
     "where", [0, P, 2 * P - 1, 2 * P, 4 * P - 1, 4 * P, 6 * P, 7 * P, 8 * P - 1]
 )
-def test_first_difference_is_found_at_every_border(pages: Pages, where: int) -> None:
+def test_first_difference_at_any_border_is_found(pages: Pages, where: int) -> None:
     base = pages(8)
     memory = Described(base, 8 * P, os.urandom(3 * P), (2 * P, 2 * P), (6 * P, P))
     assert ctypes.string_at(base, 8 * P) == memory.pristine
@@ -169,7 +169,7 @@ def test_reset_restores_more_runs_than_one_scan_lists(pages: Pages, calls: Any, 
 
 @needs_pagemap
 @pytest.mark.parametrize("at", range(7))
-def test_scan_that_fails_at_any_turn_says_so(pages: Pages, inject: Any, at: int) -> None:
+def test_scan_that_fails_at_any_turn_returns_its_error(pages: Pages, inject: Any, at: int) -> None:
     base = pages(3000)
     memory = Described(base, 3000 * P)
     for page in range(0, 3000, 2):
@@ -191,14 +191,14 @@ def test_scan_that_fails_at_any_turn_says_so(pages: Pages, inject: Any, at: int)
         (errno.EPERM, ""),
     ],
 )
-def test_error_says_what_was_attempted_and_names_its_limit(error: int, knob: str) -> None:
+def test_error_of_a_system_call_names_the_attempt_and_the_limit(error: int, knob: str) -> None:
     with pytest.raises(SystemCallError, match=f"trying: {os.strerror(error)}.*{knob}") as caught:
         _core.check(-error, "trying")
     assert caught.value.errno == error
 
 
 @pytest.mark.parametrize("limit", [resource.RLIM_INFINITY, 2**40])
-def test_data_limits_are_named_if_there_are_any(monkeypatch: Any, limit: int) -> None:
+def test_error_under_a_data_limit_names_it(monkeypatch: Any, limit: int) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
     said = str(limits.system_call_error(errno.ENOMEM, "x"))
     assert ("(ulimit -d)" in said) == (f"(ulimit -d) is {2**40}" in said) == (limit == 2**40)
@@ -231,7 +231,7 @@ def test_errno_in_the_text_of_a_runtime_becomes_the_same_exception(
     assert found is None or str(found).startswith(f"[Errno {number}] compiling x: {text}: ")
 
 
-def test_map_counts_are_the_kernels() -> None:
+def test_map_count_when_read_equals_the_count_of_the_kernel() -> None:
     lines = len(Path("/proc/self/maps").read_bytes().splitlines())
     assert abs((proc.map_count() or 0) - lines) <= 4
     assert proc.max_map_count() == int(Path("/proc/sys/vm/max_map_count").read_text())

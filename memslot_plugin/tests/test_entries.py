@@ -71,7 +71,7 @@ def test_handles_of_a_lease_are_refused_once_it_has_ended(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", HOSTS)
-def test_ended_handle_is_told_so_while_the_next_lease_is_reset(name: str) -> None:
+def test_ended_handle_while_the_next_lease_is_reset_is_refused(name: str) -> None:
     middle = hosts.InTheMiddle()
     with hosts.serving(name, plugins=(middle,)) as host, hosts.prepare(host) as guest:
         with guest.lease() as first:
@@ -83,7 +83,7 @@ def test_ended_handle_is_told_so_while_the_next_lease_is_reset(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", DECIDING)
-def test_ended_handle_is_told_so_while_another_thread_is_in_the_next_lease(name: str) -> None:
+def test_ended_handle_while_another_thread_is_in_the_next_lease_is_refused(name: str) -> None:
     with hosts.serving(name) as host, hosts.prepare(host) as guest:
         with guest.lease() as first:
             old = handles(first)
@@ -219,7 +219,7 @@ def test_handles_of_a_closed_instance_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", HOSTS)
-def test_handles_stay_good_over_a_reset_in_place(name: str) -> None:
+def test_handle_after_a_reset_in_place_is_still_good(name: str) -> None:
     with hosts.started(name) as instance:
         get, put = instance.function("get"), instance.function("set")
         put(64, 7)
@@ -228,7 +228,7 @@ def test_handles_stay_good_over_a_reset_in_place(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RUNTIMES)
-def test_argument_whose_index_calls_the_instance_stays_the_caller_s(name: str) -> None:
+def test_argument_whose_index_calls_the_instance_arrives_unchanged(name: str) -> None:
     text = """(module (memory (export "memory") 1)
       (func (export "add") (param i64 i64) (result i64) (i64.add (local.get 0) (local.get 1))))"""
 
@@ -267,7 +267,9 @@ def test_entry_during_a_reset_is_refused_on_the_same_thread_too(name: str) -> No
 @pytest.mark.usefixtures("eager_switches")
 @pytest.mark.parametrize("allocation", ["pooling", "on-demand"])
 @pytest.mark.parametrize("name", [HOSTS[1]])
-def test_memory_of_an_ended_instance_is_never_the_next_tenant_s(name: str, allocation: str) -> None:
+def test_memory_handle_of_an_ended_instance_never_reads_the_next_tenant(
+    name: str, allocation: str
+) -> None:
     current: list[memslot.Instance] = []
     stolen: list[bytes] = []
     stop = threading.Event()

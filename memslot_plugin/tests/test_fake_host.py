@@ -32,7 +32,7 @@ class Watcher:
         self.resets.append(f"{result.strategy}: {result.reason}".removesuffix(": "))
 
 
-def test_functions_get_memories_within_bounds_and_have_no_globals() -> None:
+def test_function_of_a_fake_guest_gets_memories_within_bounds_and_no_globals() -> None:
     functions: dict[str, Any] = {
         "far": lambda live: live.read(0, PAGE, PAGE + 1),
         "before": lambda live: live.write(0, -1, b"x"),
@@ -52,7 +52,7 @@ def test_functions_get_memories_within_bounds_and_have_no_globals() -> None:
         assert dict(instance.exports) == dict.fromkeys(functions, "func")
 
 
-def test_all_memories_are_leased_or_none() -> None:
+def test_lease_of_several_memories_gets_all_or_none() -> None:
     with serving("fake", slots=2, **SMALL) as host:
         guest = host.prepare(assemble("(module (memory 1) (memory 2))"))
         with guest.instantiate() as instance:
@@ -64,7 +64,7 @@ def test_all_memories_are_leased_or_none() -> None:
         guest.instantiate().close()
 
 
-def test_memory_that_is_destroyed_was_not_reset() -> None:
+def test_memory_destroyed_at_its_release_does_not_count_as_reset() -> None:
     watcher = Watcher()
     with hosts.started("fake", allocation="on-demand", plugins=(watcher,)) as instance:
         instance.reset()
@@ -122,7 +122,7 @@ def test_guest_that_another_thread_prepares_while_guests_are_looked_at_is_no_err
         kept[0]._ready = []
 
 
-def test_dropped_instance_that_another_thread_took_first_is_left_to_it() -> None:
+def test_dropped_instance_that_another_thread_reclaims_first_is_left_alone() -> None:
     class Taken(collections.deque[Any]):
         def __getitem__(self, _: Any) -> Any:
             self.clear()

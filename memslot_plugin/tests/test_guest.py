@@ -44,7 +44,7 @@ def plan_of(text: str | bytes, *, image_limit: int = GIB, **options: Any) -> gue
         ('(import "a" "b" (memory 1 2 shared))', [PAGE], True),
     ],
 )
-def test_a_module_that_needs_no_change_is_left_alone(
+def test_module_that_needs_no_change_is_left_alone(
     text: str, sizes: list[int], *, import_memory: bool
 ) -> None:
     plan = plan_of(f"(module {text})", import_memory=import_memory)
@@ -71,7 +71,7 @@ def test_content_is_the_active_segments_in_order_without_the_empty_ones() -> Non
     assert [bytes(s.data) for s in wasm.parse(plan.module).data_segments] == [b"passive"]
 
 
-def test_a_segment_that_code_may_name_keeps_its_index() -> None:
+def test_segment_that_code_may_name_keeps_its_index() -> None:
     text = """(module (memory (export "memory") 2)
              (data (i32.const 8) "first") (data $p "passive") (data $n (i32.const 3) "named")
              (data (i32.const 10) "later") (data (i32.const 131071) "z")
@@ -112,7 +112,7 @@ IMAGELESS = {
 
 @pytest.mark.parametrize("import_memory", [False, True])
 @pytest.mark.parametrize(("text", "reason"), IMAGELESS.items())
-def test_a_memory_without_an_image_keeps_its_segments_and_says_why(
+def test_memory_without_an_image_keeps_its_segments_and_says_why(
     text: str, reason: str, *, import_memory: bool
 ) -> None:
     plan = plan_of(f"(module {text})", import_memory=import_memory)
@@ -132,7 +132,7 @@ def test_a_memory_without_an_image_keeps_its_segments_and_says_why(
     assert (report_on(plan).verdict, report_on(plan).code) == (plan.verdict, plan.code)
 
 
-def test_an_image_past_the_limit_is_refused_with_both_numbers() -> None:
+def test_image_past_the_limit_is_refused_with_both_numbers() -> None:
     text = """(module (memory 3) (data (i32.const 131000) "b") (data (i32.const 65536) "a")
       (data (i32.const 0) ""))"""  # the empty one does not widen the image
     assert plan_of(text, image_limit=65465).memories[0].image
@@ -152,7 +152,7 @@ def test_memory_without_a_plugin_for_images_keeps_its_segments() -> None:
     assert not plan.verdict.in_place
 
 
-def test_memories_get_images_one_by_one() -> None:
+def test_memory_beside_one_without_an_image_gets_its_image() -> None:
     plan = plan_of(
         """(module (import "env" "base" (global i32)) (memory 1) (memory 2)
              (data (memory 1) (i32.const 70000) "of 1") (data (memory 0) (global.get 0) "dynamic")
@@ -190,7 +190,7 @@ NATIVE = [
     ("text", "reason", "import_memory"),
     [(text, reason, mode) for text, reason, modes in NATIVE for mode in modes],
 )
-def test_a_module_that_no_slot_can_serve_runs_natively_with_the_reason(
+def test_module_that_no_slot_can_serve_runs_natively_with_the_reason(
     text: str, reason: str, *, import_memory: bool
 ) -> None:
     plan = plan_of(f"(module {text})", import_memory=import_memory)
@@ -203,14 +203,14 @@ def test_a_module_that_no_slot_can_serve_runs_natively_with_the_reason(
     assert ({memory.image for memory in plan.memories}, plan.contents) == ({False}, {})
 
 
-def test_a_64_bit_memory_of_at_most_4_gib_gets_an_image() -> None:
+def test_64_bit_memory_of_at_most_4_gib_gets_an_image() -> None:
     plan = plan_of("""(module (memory i64 1 65536) (data (i64.const 7) "x"))""")
     assert plan.memories[0].image
     assert plan.memories[0].maximum_bytes == 1 << 32
     assert plan.memories[0].memory64
 
 
-def test_an_offset_of_the_wrong_type_is_left_for_the_runtime_to_refuse() -> None:
+def test_offset_of_the_wrong_type_is_left_for_the_runtime_to_refuse() -> None:
     source = bytes(wasmtime.wat2wasm("""(module (memory 1) (data (i32.const 7) "x"))"""))
     source = source.replace(b"\x41\x07\x0b\x01x", b"\x42\x07\x0b\x01x")
     plan = plan_of(source)
@@ -233,7 +233,7 @@ def test_module_that_is_not_understood_runs_natively_with_the_reason() -> None:
     assert (plan.verdict.in_place, plan.code, plan.saved_globals) == (False, None, ())
 
 
-def test_the_import_gets_a_module_name_that_the_guest_does_not_use() -> None:
+def test_import_of_the_memory_gets_a_module_name_that_the_guest_does_not_use() -> None:
     plan = plan_of(
         """(module (import "memslot" "f" (func)) (import "memslot1" "f" (func)) (memory 1))""",
         import_memory=True,
@@ -242,7 +242,7 @@ def test_the_import_gets_a_module_name_that_the_guest_does_not_use() -> None:
     assert wasm.parse(plan.module).imports[-1].name == plan.import_name
 
 
-def test_the_report_says_what_was_done_and_is_json() -> None:
+def test_report_of_a_plan_is_json_with_every_change() -> None:
     plan = plan_of(
         """(module (memory (export "m") 1) (data (i32.const 8) "abc") (data "p"))""",
         import_memory=True,

@@ -19,7 +19,7 @@ in_checkout = pytest.mark.skipif(
 )
 
 
-def test_every_hook_is_of_one_kind() -> None:
+def test_hook_of_any_name_is_of_exactly_one_kind() -> None:
     assert sorted(HOOKS) == sorted(LIFECYCLE + DECIDING + WATCHING)
     for name in HOOKS:
         function = getattr(MemslotSpecs, name)
@@ -28,7 +28,7 @@ def test_every_hook_is_of_one_kind() -> None:
 
 
 @pytest.mark.parametrize("hook", HOOKS)
-def test_hook_has_one_sentence_and_an_example_that_runs(hook: str) -> None:
+def test_hook_of_any_name_has_one_sentence_and_an_example_that_runs(hook: str) -> None:
     text = inspect.getdoc(getattr(MemslotSpecs, hook)) or ""
     assert re.fullmatch(r"[A-Z].*\.", text.split("\n\n")[0], re.DOTALL)
     assert text.count(">>>") > 1
@@ -39,7 +39,7 @@ def test_hook_has_one_sentence_and_an_example_that_runs(hook: str) -> None:
 
 
 @in_checkout
-def test_page_documents_every_hook_and_fences_every_example() -> None:
+def test_page_of_hooks_has_every_hook_and_fences_every_example() -> None:
     page = (CHECKOUT / "docs" / "hooks.md").read_text()
     assert [hook for hook in HOOKS if f"### {hook}\n" not in page] == []
     fenced = False
@@ -51,7 +51,7 @@ def test_page_documents_every_hook_and_fences_every_example() -> None:
 
 
 @in_checkout
-def test_pages_of_the_checkout_are_current_and_a_stale_one_fails_with_a_diff(
+def test_page_of_the_checkout_is_current_and_a_stale_one_fails_with_a_diff(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.syspath_prepend(CHECKOUT / "docs")  # as for a script

@@ -53,7 +53,7 @@ def instance(guest: Guest) -> Iterator[Instance]:
         yield started
 
 
-def test_next_instance_finds_nothing_in_the_same_slot(host: Host, guest: Guest) -> None:
+def test_next_instance_in_a_used_slot_finds_nothing(host: Host, guest: Guest) -> None:
     bases = set()
     for _ in range(3):
         with guest.instantiate() as instance:
@@ -77,7 +77,9 @@ def test_function_of_before_a_reset_by_a_new_instance_is_refused(instance: Insta
 
 
 @on_runtimes
-def test_results_are_none_one_value_or_a_list(host: Host, instance: Instance) -> None:
+def test_call_of_any_function_returns_none_one_value_or_a_list(
+    host: Host, instance: Instance
+) -> None:
     assert instance.call("nop") is None
     assert instance.call("add", -1, 2**63, 1.5, 2.5) == 2.5
     assert instance.call("pair") == [1, 2]
@@ -227,7 +229,7 @@ def test_memory_past_the_limit_is_refused_before_its_image_is_built(serve: Serve
 
 
 @on_deciding_hosts
-def test_growth_is_decided_by_a_plugin_within_the_memory_limit(serve: Serve) -> None:
+def test_growth_within_the_memory_limit_is_decided_by_a_plugin(serve: Serve) -> None:
     growth = hosts.Growth(False)
     limited = serve(plugins=(growth,), memory_limit=3 * PAGE + 5)
     with limited as host, hosts.prepare(host).instantiate() as instance:
@@ -269,7 +271,9 @@ def test_growth_raises_what_the_plugin_raised(serve: Serve, kind: type[BaseExcep
             assert instance.call("grow", 1) == 2
 
 
-def test_traps_are_guest_traps_and_the_instance_goes_on(name: str, instance: Instance) -> None:
+def test_trap_of_any_kind_raises_guest_trap_and_the_instance_goes_on(
+    name: str, instance: Instance
+) -> None:
     traps: list[tuple[str, tuple[int, ...], str]] = [
         ("trap", (), "unreachable"),
         ("get", (2 * PAGE,), "out of bounds memory access"),

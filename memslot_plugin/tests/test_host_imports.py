@@ -34,7 +34,9 @@ KINDS = (RuntimeError, TypeError, OverflowError, RecursionError, KeyboardInterru
 
 
 @pytest.mark.parametrize("kind", [*KINDS, memslot.GuestTrap])
-def test_import_that_raises_is_heard_as_it_is(host: Host, kind: type[BaseException]) -> None:
+def test_import_that_raises_reaches_the_caller_as_the_same_object(
+    host: Host, kind: type[BaseException]
+) -> None:
     error = kind("RuntimeError: unreachable")  # as wasmer says it
     raises = Raises(error)
 
@@ -48,7 +50,9 @@ def test_import_that_raises_is_heard_as_it_is(host: Host, kind: type[BaseExcepti
             assert instance.memory.byte_size == PAGE
 
 
-def test_import_that_raises_in_a_start_function_is_heard_as_it_is(host: Host) -> None:
+def test_import_that_raises_in_a_start_function_reaches_the_caller_as_the_same_object(
+    host: Host,
+) -> None:
     text = """(module (import "env" "f" (func $f (param i32) (result i32))) (memory (export "m") 1)
         (func $s (i32.store (i32.const 0) (i32.const 9)) (drop (call $f (i32.const 1)))) (start $s))"""
     error = RuntimeError("mine")
@@ -91,7 +95,7 @@ def test_import_that_returns_what_it_did_not_declare_is_named(host: Host) -> Non
                 instance.call("run", "x")
 
 
-def test_import_may_return_several_values(host: Host) -> None:
+def test_import_that_returns_several_values_passes_each(host: Host) -> None:
     text = """(module (import "env" "f" (func $f (param i32) (result i32 i64)))
       (func (export "two") (result i32 i64) (call $f (i32.const 4))))"""
     for function in (lambda value: (value, 2), lambda value: [value, 2]):
@@ -110,7 +114,7 @@ def test_imports_of_an_instance_replace_those_of_its_guest(host: Host) -> None:
         assert (first.call("twice", 1), second.call("twice", 1)) == (4, 4)
 
 
-def test_imports_may_be_made_when_they_are_asked_for(host: Host, tmp_path: Path) -> None:
+def test_imports_made_on_demand_are_found(host: Host, tmp_path: Path) -> None:
     asked: Any = defaultdict(lambda: defaultdict(lambda: lambda value: value + 1))
     with host.prepare(CALLS_OUT, imports=asked) as guest, guest.instantiate() as instance:
         assert instance.call("run", 6) == 7
@@ -124,7 +128,7 @@ def test_imports_may_be_made_when_they_are_asked_for(host: Host, tmp_path: Path)
                     assert other.call("run", 6) == 7
 
 
-def test_import_may_call_back_and_into_new_instances(host: Host) -> None:
+def test_import_that_calls_back_or_into_a_new_instance_returns(host: Host) -> None:
     def nested(value: int) -> int:
         if value == 0:
             return 1 // value
@@ -168,7 +172,7 @@ def test_import_that_is_missing_or_wrong_is_named(host: Host, imports: Any, said
 
 
 @pytest.mark.parametrize("given_to", ["guest", "instance"])
-def test_import_is_forgotten_with_what_needed_it(host: Host, given_to: str) -> None:
+def test_import_is_freed_with_its_guest_or_instance(host: Host, given_to: str) -> None:
     def function(number: int) -> int:
         return number
 
@@ -186,7 +190,9 @@ def test_import_is_forgotten_with_what_needed_it(host: Host, given_to: str) -> N
     assert alive() is None
 
 
-def test_wasi_gives_arguments_environment_and_folders(host: Host, tmp_path: Path) -> None:
+def test_wasi_with_arguments_environment_and_folders_passes_them_to_the_guest(
+    host: Host, tmp_path: Path
+) -> None:
     (tmp_path / "note.txt").write_text("inside\n")
     wasi = Wasi(
         arguments=("a", "b c"),
@@ -208,7 +214,7 @@ def test_wasi_gives_arguments_environment_and_folders(host: Host, tmp_path: Path
         assert instance.call("open", folder) != 0
 
 
-def test_wasi_captures_each_stream_up_to_the_limit(host: Host) -> None:
+def test_wasi_with_capture_keeps_each_stream_up_to_the_limit(host: Host) -> None:
     guest = host.prepare(WASI, wasi=Wasi(stdout="capture", stderr="capture", capture_limit=12))
     for _ in range(2):
         with guest.instantiate() as instance:
@@ -225,7 +231,7 @@ def test_wasi_captures_each_stream_up_to_the_limit(host: Host) -> None:
             assert (instance.stdout, instance.stderr) == (b"", b"")
 
 
-def test_wasi_that_was_given_nothing_discards_and_has_nothing_to_read(
+def test_wasi_without_options_discards_output_and_has_nothing_to_read(
     host: Host, capfd: Any
 ) -> None:
     with host.prepare(WASI).instantiate() as instance:
@@ -241,7 +247,7 @@ def test_wasi_that_was_given_nothing_discards_and_has_nothing_to_read(
     assert capfd.readouterr() == ("", "")
 
 
-def test_wasi_inherits_a_stream_in_order(host: Host, capfd: Any) -> None:
+def test_wasi_with_an_inherited_stream_writes_in_order(host: Host, capfd: Any) -> None:
     with host.prepare(WASI, wasi=Wasi(stdout="inherit")).instantiate() as instance:
         for number in range(3):
             print("python", number, flush=True)
@@ -250,7 +256,7 @@ def test_wasi_inherits_a_stream_in_order(host: Host, capfd: Any) -> None:
     assert capfd.readouterr().out == "".join(f"python {number}\nhello\n" for number in range(3))
 
 
-def test_wasi_exit_has_the_status(host: Host) -> None:
+def test_wasi_exit_raises_with_the_status(host: Host) -> None:
     with host.prepare(WASI, wasi=Wasi(stdout="capture")).instantiate() as instance:
         instance.call("_start")
         statuses = {0: 0, 1: 1, 3: 3}
@@ -263,7 +269,7 @@ def test_wasi_exit_has_the_status(host: Host) -> None:
         assert instance.stdout == b"hello\n"
 
 
-def test_wasi_that_cannot_be_is_refused_by_name(host: Host) -> None:
+def test_wasi_option_that_is_impossible_is_refused_by_name(host: Host) -> None:
     wrong: list[dict[str, Any]] = [
         {"preopened": {"/data": "/nonexistent"}},
         {"preopened": {"/data": "/tmp\0"}},
@@ -286,7 +292,7 @@ def test_wasi_that_cannot_be_is_refused_by_name(host: Host) -> None:
 
 
 @pytest.mark.parametrize("wasi", [None, Wasi()], ids=["alone", "in-part"])
-def test_wasi_may_be_the_embedders_own(host: Host, wasi: Wasi | None) -> None:
+def test_wasi_given_as_imports_of_the_embedder_is_used(host: Host, wasi: Wasi | None) -> None:
     text = """(module (import "wasi_snapshot_preview1" "proc_exit" (func $exit (param i32)))
       (memory (export "memory") 1) (func (export "f") (call $exit (i32.const 7))))"""
     seen: list[int] = []

@@ -70,7 +70,7 @@ WRONG = [{}, *({**ABOUT, **each} for each in WRONG)]
         *(({"about": about}, "makes no sense") for about in WRONG),
     ],
 )
-def test_what_fits_no_module_is_refused_although_every_digest_is_right(
+def test_contents_that_fit_no_module_are_refused_although_the_digest_is_right(
     host: memslot.FakeHost, tmp_path: Path, change: dict[str, Any], said: str
 ) -> None:
     with host.load(write(tmp_path / "good")) as good:
@@ -80,7 +80,7 @@ def test_what_fits_no_module_is_refused_although_every_digest_is_right(
         assert host.statistics().guests == 1
 
 
-def test_a_module_that_no_slot_serves_has_no_contents(
+def test_contents_for_a_module_that_no_slot_serves_are_refused(
     host: memslot.FakeHost, tmp_path: Path
 ) -> None:
     shared = EMPTIED.replace(b"\x01\x01\x03\x09", b"\x01\x03\x03\x09")
@@ -90,9 +90,7 @@ def test_a_module_that_no_slot_serves_has_no_contents(
         host.load(write(tmp_path / "bad", module=b"no module"))
 
 
-def test_the_verdict_is_found_out_again_and_not_believed(
-    host: memslot.FakeHost, tmp_path: Path
-) -> None:
+def test_verdict_of_a_loaded_guest_is_judged_anew(host: memslot.FakeHost, tmp_path: Path) -> None:
     # (module (table 1 funcref) (memory 3 9) (func (table.set (i32.const 0) (ref.null func))))
     module = (
         b"\0asm\1\0\0\0\x01\x04\x01\x60\x00\x00\x03\x02\x01\x00\x04\x04\x01\x70\x00\x01\x05\x04\x01\x01\x03\x09"
@@ -133,7 +131,7 @@ def hostile(rng: random.Random) -> bytes:
 
 @hypothesis_settings(max_examples=examples(50))
 @given(seed=st.integers(0, 2**32))
-def test_a_hostile_file_is_loaded_or_refused_and_leaves_nothing(seed: int) -> None:
+def test_hostile_file_is_loaded_or_refused_and_leaves_nothing(seed: int) -> None:
     rng = random.Random(seed)
     data = hostile(rng)
     with suppress(memslot.InvalidContainer):

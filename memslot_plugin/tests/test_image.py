@@ -71,7 +71,7 @@ written = st.lists(
 
 @settings(max_examples=examples(20))
 @given(segments=written)
-def test_image_holds_any_segments_in_whole_pages(segments: list[tuple[int, bytes]]) -> None:
+def test_image_of_any_segments_holds_them_in_whole_pages(segments: list[tuple[int, bytes]]) -> None:
     size = 64 * P
     model = sparse(size, *((offset, data) for offset, data in segments if data))
     initial = InitialContent(size, tuple(Segment(offset, data) for offset, data in segments))
@@ -123,7 +123,7 @@ def test_more_runs_than_max_extents_are_joined(kind: Kind, runs: Any, starts: An
         assert bytes_of(image, len(data)) == data
 
 
-def test_image_of_zeros_maps_nothing_and_is_an_image(kind: Kind, slot: Slot, calls: Any) -> None:
+def test_image_of_zeros_maps_nothing_and_serves_slots(kind: Kind, slot: Slot, calls: Any) -> None:
     with calls() as made:
         zeros = kind("zeros", bytes(7 * P))
         slot.instantiate(zeros, P)
@@ -140,13 +140,15 @@ def test_image_of_zeros_maps_nothing_and_is_an_image(kind: Kind, slot: Slot, cal
 @pytest.mark.parametrize(
     "name", ["", "a" * 500, "ä€\U0001f600" * 60, "nul\0\n", "\udcff"], ids=ascii
 )
-def test_any_name_will_do(kind: Kind, name: str) -> None:
+def test_image_of_any_name_is_built(kind: Kind, name: str) -> None:
     with kind(name, b"x") as image:
         assert bytes_of(image, P)[:1] == b"x"
         assert f"of {name}: {P} bytes in 1 extents" in repr(image)
 
 
-def test_copied_image_needs_no_call_to_build_and_no_madvise_to_lift(slot: Slot, calls: Any) -> None:
+def test_copied_image_needs_no_call_to_build_and_no_madvise_to_unmap(
+    slot: Slot, calls: Any
+) -> None:
     """Some kernels ignore MADV_DONTNEED (old user-mode qemu): the next guest would see this image."""
     with calls() as made:
         image = BytesImage("lifted", b"x" * P)
@@ -177,7 +179,7 @@ def reopened_and_written(fd: int) -> None:
     ],
     ids=["write", "grow", "shrink", "allocate", "map", "seal", "reopen", "truncate"],
 )
-def test_seals_refuse_every_change(attack: Callable[[int], object]) -> None:
+def test_sealed_image_refuses_every_change(attack: Callable[[int], object]) -> None:
     sealed = MemfdImage("sealed", b"x" * 2 * P)
     assert not os.get_inheritable(sealed.fd)
     assert not os.fstat(sealed.fd).st_mode & 0o111  # MFD_NOEXEC_SEAL, see test_slot
@@ -187,7 +189,7 @@ def test_seals_refuse_every_change(attack: Callable[[int], object]) -> None:
     sealed.close()
 
 
-def test_closed_image_is_kept_while_it_lies_in_a_slot_and_never_laid_again(
+def test_closed_image_is_kept_while_a_slot_maps_it_and_is_never_mapped_again(
     image: Image, slot: Slot, resources: Any
 ) -> None:
     laid = resources()
@@ -212,7 +214,7 @@ def test_forgotten_image_gives_back_what_it_has(kind: Kind) -> None:
     gc.collect()  # no_leaks looks afterwards
 
 
-def test_closing_from_many_threads_closes_once(kind: Kind, calls: Any) -> None:
+def test_image_closed_by_many_threads_at_once_closes_once(kind: Kind, calls: Any) -> None:
     """A second close would close a descriptor of another owner that got the same number in between."""
     with ThreadPoolExecutor(4) as threads:
         for _ in range(30):
@@ -226,7 +228,7 @@ def test_closing_from_many_threads_closes_once(kind: Kind, calls: Any) -> None:
             assert made.get("close", 0) == (kind is MemfdImage)
 
 
-def test_image_that_is_closed_while_it_is_laid_is_refused(
+def test_image_closed_while_a_slot_maps_it_is_refused(
     image: Image, slot: Slot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another thread closes a guest between the check that it is open and its mapping."""

@@ -26,7 +26,7 @@ def raised(call: Callable[[], object]) -> memslot.MemslotError:
 
 
 @on_runtimes
-def test_traps_and_exits_travel(name: str) -> None:
+def test_trap_or_exit_copied_or_pickled_comes_back_equal(name: str) -> None:
     with hosts.serving(name) as host:
         with hosts.prepare(host).instantiate() as instance:
             calls: list[tuple[Any, ...]] = [("trap",), ("divide", 1, 0), ("get", -1)]
@@ -45,7 +45,7 @@ def test_traps_and_exits_travel(name: str) -> None:
                 travels(raised(lambda: instance.call("f")))
 
 
-def test_an_error_of_wasmtimes_own_stays_in_its_process() -> None:
+def test_native_error_of_wasmtime_is_none_in_another_process() -> None:
     pytest.importorskip("wasmtime")
     with hosts.serving("wasmtime") as host, hosts.prepare(host).instantiate() as instance:
         error: Any = raised(lambda: instance.call("trap"))
@@ -58,7 +58,7 @@ def test_an_error_of_wasmtimes_own_stays_in_its_process() -> None:
 
 
 @on_every_host
-def test_refusals_of_a_host_travel_and_so_do_its_records(name: str) -> None:
+def test_refusal_or_record_of_a_host_copied_or_pickled_comes_back_equal(name: str) -> None:
     with hosts.serving(name, slots=1) as host:
         guest = hosts.prepare(host)
         with guest.instantiate() as instance:
@@ -82,7 +82,7 @@ def test_refusals_of_a_host_travel_and_so_do_its_records(name: str) -> None:
         assert dataclasses.is_dataclass(host.statistics())
 
 
-def test_every_class_of_the_tree_travels() -> None:
+def test_error_of_any_class_copied_or_pickled_comes_back_equal() -> None:
     for name in ("wasmtime", "wasmer"):
         if missing(name) is None:
             hosts.opened(name).close()

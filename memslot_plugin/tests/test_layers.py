@@ -88,7 +88,7 @@ CHILDREN: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", CHILDREN)
-def test_a_child_stores_only_what_differs_and_needs_no_parent(kind: Any, name: str) -> None:
+def test_child_stores_only_what_differs_and_needs_no_parent(kind: Any, name: str) -> None:
     pages, writes, (stored, inherited), extents = CHILDREN[name]
     parent = kind("parent", b"p" * pages * P)
     with Live(parent) as live:
@@ -102,7 +102,7 @@ def test_a_child_stores_only_what_differs_and_needs_no_parent(kind: Any, name: s
     child.close()
 
 
-def test_the_parents_file_goes_with_the_last_image_that_has_extents_in_it(resources: Any) -> None:
+def test_parents_file_goes_with_the_last_image_that_has_extents_in_it(resources: Any) -> None:
     before = resources()
     with MemfdImage("parent", b"p" * 8 * P) as parent, Live(parent) as live:
         live.write(0, b"x")
@@ -114,7 +114,7 @@ def test_the_parents_file_goes_with_the_last_image_that_has_extents_in_it(resour
     assert resources().lost_since(before) == []
 
 
-def test_pieces_that_touch_in_memory_and_in_their_file_are_one_extent() -> None:
+def test_extents_that_touch_in_memory_and_in_their_file_are_joined() -> None:
     with MemfdImage("first", b"x" * 8 * P) as first:
         backing = first.extents[0].backing
         places = [(0, 2, 0), (2, 1, 2), (3, 1, 0)]  # pages: offset, length, offset in the file
@@ -143,7 +143,7 @@ def test_too_many_extents_are_joined_and_then_flattened(kind: Any) -> None:
 
 
 @pytest.mark.parametrize("works", [pytest.param(True, marks=needs_pagemap), False])
-def test_changes_are_the_same_with_and_without_the_kernels_list(
+def test_changes_found_without_the_list_of_the_kernel_equal_those_with_it(
     kind: Any, works: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not works:
@@ -167,7 +167,7 @@ def test_more_private_runs_than_are_asked_for_at_first_are_all_found() -> None:
 
 
 @needs_pagemap
-def test_the_page_faults_of_making_a_layer_follow_the_pages_written() -> None:
+def test_layer_when_made_faults_as_many_pages_as_were_written() -> None:
     pages = 64 * 64
 
     def faults(written: int) -> int:
@@ -192,7 +192,7 @@ def test_the_page_faults_of_making_a_layer_follow_the_pages_written() -> None:
 
 @hypothesis_settings(max_examples=examples(6))
 @given(seed=st.integers(0, 2**32))
-def test_generations_of_children_hold_what_their_instances_held(seed: int) -> None:
+def test_layer_of_any_generation_holds_the_bytes_of_its_instance(seed: int) -> None:
     rng = random.Random(seed)
     kind = rng.choice([MemfdImage, BytesImage])
     content = bytearray(PAGES * P)

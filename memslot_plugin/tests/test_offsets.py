@@ -42,7 +42,9 @@ def trap(instance: memslot.Instance) -> memslot.GuestTrap:
 
 
 @on_runtimes
-def test_trap_is_at_offsets_of_the_module_that_was_given(name: str, tmp_path: Any) -> None:
+def test_trap_in_a_rewritten_module_is_at_offsets_of_the_given_one(
+    name: str, tmp_path: Any
+) -> None:
     module = hosts.assemble(TEXT)
     with hosts.serving(name) as host:
         guest = host.prepare(module)
@@ -60,7 +62,7 @@ def test_trap_is_at_offsets_of_the_module_that_was_given(name: str, tmp_path: An
 
 
 @on_runtimes
-def test_refusal_of_a_module_is_at_an_offset_of_that_module(name: str) -> None:
+def test_refusal_of_a_rewritten_module_is_at_an_offset_of_the_given_one(name: str) -> None:
     module = hosts.assemble(TEXT)
     at = places(module)[0]
     wrong = module[:at] + b"\x7c" + module[at + 1 :]  # i64.add
@@ -70,7 +72,7 @@ def test_refusal_of_a_module_is_at_an_offset_of_that_module(name: str) -> None:
     assert int(said, 0) == at
 
 
-def test_offset_outside_of_its_function_is_another_modules() -> None:
+def test_offset_outside_of_its_function_is_returned_unchanged() -> None:
     module = wasm.parse(hosts.assemble(TEXT))
     rewritten = wasm.rewrite(module, emptied=[0, 1], exports=wasm.state_exports(module, [0]))
     offsets = wasm.Offsets(module, rewritten)

@@ -90,12 +90,12 @@ def test_plugin_class_is_instantiated_once_for_an_opened_host() -> None:
 
 
 @pytest.mark.parametrize(("name", "other"), [("fake", "fake"), ("auto", "memslot")])
-def test_name_of_an_own_host_is_taken(name: str, other: str) -> None:
+def test_host_of_a_plugin_with_the_name_of_an_own_one_is_refused(name: str, other: str) -> None:
     with pytest.raises(memslot.PluginError, match=f"'{other}'.* both register a host '{name}'"):
         memslot.open_host("fake", plugins=[Adds(**{name: memslot.FakeHost})])
 
 
-def test_available_hosts_ask_factories_that_can_say_why_not(
+def test_available_hosts_with_a_factory_that_can_refuse_give_its_reason(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Factory:

@@ -242,7 +242,7 @@ def test_several_implementations_are_asked_in_the_order_of_pluggy(plugins: Plugi
     assert of_pluggy(entered) == []
 
 
-def test_request_on_a_host_enters_no_function_of_pluggy_and_tells_no_plugin() -> None:
+def test_request_without_plugins_enters_no_function_of_pluggy() -> None:
     def request() -> None:
         with guest.instantiate() as instance:
             instance.memory.write(0, b"x")
@@ -259,7 +259,7 @@ def test_request_on_a_host_enters_no_function_of_pluggy_and_tells_no_plugin() ->
         assert "plugins/notify" in entered_by(request)
 
 
-def test_wrapper_is_heard_and_its_answer_checked(plugins: Plugins) -> None:
+def test_wrapper_around_a_hook_is_called_and_its_answer_checked(plugins: Plugins) -> None:
     heard: list[object] = []
 
     class Wrapper:
@@ -305,7 +305,7 @@ def test_register_hosts_collects_and_refuses_a_second_host_of_one_name(plugins: 
         plugins.hosts()
 
 
-def test_describe_reports_what_is_no_answer_as_an_answer(plugins: Plugins) -> None:
+def test_describe_of_a_plugin_that_gives_no_answer_reports_that(plugins: Plugins) -> None:
     good = hooks.Answer("good", True, "probed")
     register(plugins, "good", memslot_describe=lambda: good)
     register(plugins, "raises", memslot_describe=lambda: 1 // 0)
@@ -329,7 +329,9 @@ def test_statistics_are_collected_and_nonsense_refused(plugins: Plugins) -> None
 
 
 @pytest.mark.parametrize("hook", ["memslot_forget_image", "memslot_close_host"])
-def test_end_is_told_to_all_and_the_first_exception_raised(plugins: Plugins, hook: str) -> None:
+def test_end_hook_that_raises_still_calls_the_others_and_raises_the_first_exception(
+    plugins: Plugins, hook: str
+) -> None:
     told: list[int] = []
 
     def listen(number: int) -> None:

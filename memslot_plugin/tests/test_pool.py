@@ -30,7 +30,7 @@ RESERVED = 2 * SLOT
 Make = Callable[..., Pool]
 
 
-def test_12_one_reservation_has_guards_around_each_slot(make_pool: Make, calls: Any) -> None:
+def test_reservation_of_a_pool_has_guards_around_each_slot(make_pool: Make, calls: Any) -> None:
     pool = make_pool(5, guard=2 * P)
     with calls() as made:
         slots = [pool.lease(None, P, affinity=i) for i in range(5)]
@@ -44,7 +44,9 @@ def test_12_one_reservation_has_guards_around_each_slot(make_pool: Make, calls: 
     assert made == {"munmap": 1}  # behaviour 11
 
 
-def test_12_affinity_gives_a_guest_its_last_slot(make_pool: Make, image: Image, calls: Any) -> None:
+def test_affinity_for_a_known_guest_gives_its_last_slot(
+    make_pool: Make, image: Image, calls: Any
+) -> None:
     pool = make_pool(4)
     first, second = cycle(pool, "a", image), cycle(pool, "b")
     assert first != second
@@ -59,14 +61,16 @@ def test_12_affinity_gives_a_guest_its_last_slot(make_pool: Make, image: Image, 
     assert (now.created, now.destroyed, now.resets, now.failed_resets) == (2, 0, 8, 0)
 
 
-def test_12_affinity_takes_never_used_slots_then_least_recently_used_ones(make_pool: Make) -> None:
+def test_affinity_for_a_new_guest_gives_never_used_slots_then_the_least_recently_used(
+    make_pool: Make,
+) -> None:
     pool = make_pool(3)
     bases = [cycle(pool, guest) for guest in "abc"]
     assert len(set(bases)) == 3
     assert [cycle(pool, guest) for guest in "adea"] == [bases[i] for i in (0, 1, 2, 0)]
 
 
-def test_12_affinity_gives_the_last_used_of_a_guests_slots(make_pool: Make) -> None:
+def test_affinity_for_a_guest_with_several_slots_gives_the_last_used(make_pool: Make) -> None:
     pool = make_pool(3)
     slots = [pool.lease(None, P, affinity="a") for _ in range(3)]
     for i in (0, 2, 1):
@@ -75,14 +79,16 @@ def test_12_affinity_gives_the_last_used_of_a_guests_slots(make_pool: Make) -> N
 
 
 @pytest.mark.parametrize("bound", [0, 1, 2, 10])
-def test_12_unused_warm_slots_are_bounded(make_pool: Make, image: Image, bound: int) -> None:
+def test_unused_warm_slots_of_many_guests_stay_within_their_bound(
+    make_pool: Make, image: Image, bound: int
+) -> None:
     pool = make_pool(8, max_unused_warm_slots=bound)
     bases = {cycle(pool, guest, image) for guest in range(20)}
     assert len(bases) == max(1, min(bound, 8)) == pool.statistics().warm
 
 
 @pytest.mark.parametrize("strategy", ["next-available", "random"])
-def test_12_other_strategies_give_the_slot_that_came_back_last_or_any(
+def test_strategy_without_affinity_gives_the_slot_that_came_back_last_or_any(
     make_pool: Make, strategy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pool = make_pool(4, strategy=strategy)
@@ -94,7 +100,7 @@ def test_12_other_strategies_give_the_slot_that_came_back_last_or_any(
     assert set(found) == {slot.base for slot in (slots if strategy == "random" else slots[-1:])}
 
 
-def test_13_on_demand_costs_no_mprotect_without_an_image(make_pool: Make, calls: Any) -> None:
+def test_on_demand_slot_without_an_image_makes_no_mprotect(make_pool: Make, calls: Any) -> None:
     pool = make_pool(allocation="on-demand")
     with calls() as made:
         slot = pool.lease(None, 4 * P, affinity="a")
@@ -104,7 +110,7 @@ def test_13_on_demand_costs_no_mprotect_without_an_image(make_pool: Make, calls:
     assert made == {"munmap": 1}
 
 
-def test_14_slot_whose_reset_failed_never_goes_back(make_pool: Make, inject: Any) -> None:
+def test_slot_whose_reset_failed_never_goes_back(make_pool: Make, inject: Any) -> None:
     pool = make_pool(2)
     slot = pool.lease(None, 4 * P, affinity="a")
     fail_next_reset(inject, errno.EINVAL)
@@ -119,7 +125,7 @@ def test_14_slot_whose_reset_failed_never_goes_back(make_pool: Make, inject: Any
         pool.release(again)
 
 
-def test_15_purge_takes_a_closed_image_from_unused_slots_and_from_leased_ones_at_release(
+def test_purge_of_a_closed_image_takes_it_from_unused_slots_now_and_from_leased_ones_at_release(
     make_pool: Make, image: Image
 ) -> None:
     pool = make_pool(4)
@@ -139,7 +145,7 @@ def test_15_purge_takes_a_closed_image_from_unused_slots_and_from_leased_ones_at
     cycle(pool, "new", image)
 
 
-def test_15_purged_slot_is_the_next_to_go(make_pool: Make, image: Image) -> None:
+def test_purged_slot_is_the_next_to_be_leased(make_pool: Make, image: Image) -> None:
     pool = make_pool(2)
     kept = cycle(pool, "a", image)
     with type(image)("closed", b"y" * P) as closed:
@@ -149,7 +155,7 @@ def test_15_purged_slot_is_the_next_to_go(make_pool: Make, image: Image) -> None
     assert cycle(pool, "a", image) == kept
 
 
-def test_15_purged_slot_is_used_before_a_new_one(make_pool: Make, image: Image) -> None:
+def test_purged_slot_is_leased_before_a_new_one(make_pool: Make, image: Image) -> None:
     pool = make_pool(8)
     for guest in range(4):
         with type(image)("closed", b"y" * P) as closed:
@@ -183,7 +189,9 @@ def lease_of(pool: Pool, runtime: Runtime, image: Image | None = None) -> Slot:
     return pool.lease(image, runtime.accessible, affinity="a", **how)  # type: ignore[arg-type]
 
 
-def test_runtimes_range_is_handed_out_again(make_pool: Make, image: Image, calls: Any) -> None:
+def test_range_of_a_runtime_after_release_is_handed_out_again(
+    make_pool: Make, image: Image, calls: Any
+) -> None:
     pool, runtime = make_pool(2), Runtime(4 * P, RESERVED)
     slot = lease_of(pool, runtime, image)
     pool.release(slot)
@@ -197,7 +205,7 @@ def test_runtimes_range_is_handed_out_again(make_pool: Make, image: Image, calls
     assert runtime.live == []
 
 
-def test_runtimes_range_without_reset_goes_back(make_pool: Make, inject: Any) -> None:
+def test_range_of_a_runtime_without_reset_goes_back_to_it(make_pool: Make, inject: Any) -> None:
     pool, runtime = make_pool(1), Runtime(4 * P, RESERVED)
     slot = lease_of(pool, runtime)
     _core.check(lib.ms_allow(slot.base, 8 * P), "growing as a runtime does")
@@ -212,7 +220,9 @@ def test_runtimes_range_without_reset_goes_back(make_pool: Make, inject: Any) ->
     assert runtime.live == []
 
 
-def test_runtimes_ranges_are_leased_by_shape_and_make_room_at_the_limit(make_pool: Make) -> None:
+def test_range_of_a_runtime_is_leased_by_its_shape_and_makes_room_at_the_limit(
+    make_pool: Make,
+) -> None:
     pool, runtimes = make_pool(2), [Runtime(n * P, RESERVED, shape=n) for n in (1, 2, 3, 4)]
     for runtime in [*runtimes[:2], *runtimes[:2], *runtimes]:
         slot = lease_of(pool, runtime)
@@ -246,7 +256,9 @@ def warmed(make_pool: Make) -> Pool:
 
 
 @needs_pagemap
-def test_warm_slots_hold_usually_written_pages(warmed: Pool, image: Image, calls: Any) -> None:
+def test_warm_slot_of_a_known_guest_holds_the_usually_written_pages(
+    warmed: Pool, image: Image, calls: Any
+) -> None:
     slot = warmed.lease(image, SIZE, affinity="guest")
     ctypes.memset(slot.base + 3 * P, 7, 37 * P)
     warmed.release(slot)
@@ -261,7 +273,7 @@ def test_warm_slots_hold_usually_written_pages(warmed: Pool, image: Image, calls
         warmed.release(slot)
 
 
-def test_warming_lays_the_image_of_an_unknown_guest_in_unused_slots_only(
+def test_warming_for_an_unknown_guest_maps_its_image_in_unused_slots_only(
     warmed: Pool, image: Image, calls: Any, make_pool: Make
 ) -> None:
     leased = [warmed.lease(None, SIZE, affinity="other") for _ in range(6)]

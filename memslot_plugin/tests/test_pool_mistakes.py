@@ -252,7 +252,9 @@ def test_more_slots_than_the_map_count_allows_are_refused(make_pool: Make, calls
     assert made == {}
 
 
-def test_check_finds_places_with_two_owners_and_lost_ones_come_back(make_pool: Make) -> None:
+def test_check_of_a_pool_with_wrong_places_finds_them_and_lost_ones_come_back(
+    make_pool: Make,
+) -> None:
     pool = make_pool(2)
     slot = lease(pool)
     inventory: Inventory = pool._inventory

@@ -113,7 +113,7 @@ def test_tracebacks_of_traps_and_refusals_are_printable(name: str) -> None:
                 assert printed.replace("\n", "").isprintable()
 
 
-def test_commands_print_names_escaped(tmp_path: Path) -> None:
+def test_command_given_hostile_names_prints_them_escaped(tmp_path: Path) -> None:
     file = tmp_path / "guest.wasm"
     file.write_bytes(hosts.assemble(TEXT))
     shown = CliRunner().invoke(main, ["inspect", str(file)], color=True)

@@ -29,7 +29,7 @@ PUBLIC = [(f"{each.__name__}.{n}", getattr(each, n)) for each in PACKAGES for n 
 
 
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
-def test_package_holds_what_all_promises_its_types_and_version(package: Any) -> None:
+def test_package_has_each_name_of_all_its_types_and_version(package: Any) -> None:
     # `probe` is a function and hides the module of that name.
     there = [n for n, v in vars(package).items() if n[0] != "_" and not inspect.ismodule(v)]
     assert sorted(package.__all__) == sorted(there)
@@ -121,7 +121,7 @@ LEAVES: list[type[MemslotError]] = [
 ]
 
 
-def test_the_drawn_tree_is_the_tree_and_public() -> None:
+def test_error_tree_as_drawn_equals_the_classes_and_is_public() -> None:
     assert set(DRAWN) == {leaf.__name__ for leaf in LEAVES}
     for leaf in LEAVES:
         builtin, depth = DRAWN[leaf.__name__]
@@ -144,7 +144,7 @@ ATTRIBUTES: dict[str, tuple[tuple[object, ...], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("leaf", LEAVES, ids=lambda leaf: leaf.__name__)
-def test_error_holds_its_attributes_also_in_another_process(leaf: type[MemslotError]) -> None:
+def test_error_in_another_process_keeps_its_attributes(leaf: type[MemslotError]) -> None:
     """An exception that cannot be unpickled breaks the pool of processes that it was raised in."""
     arguments, attributes = ATTRIBUTES.get(leaf.__name__, (("what happened",), {}))
     error = leaf(*arguments, **attributes if "limit" in attributes else {})

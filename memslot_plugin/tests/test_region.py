@@ -117,7 +117,7 @@ def test_unexplained_time_of_a_scan_excludes_private_pages(split_scan: int, expl
     assert lib.ms_unexplained_ns(report, limits) == 9000 - explained
 
 
-def test_core_asks_python_only_if_it_has_to(slot: Slot, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ordinary_reset_does_not_call_python(slot: Slot, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     ours = Slot._slow_reset
 
@@ -144,7 +144,7 @@ def test_core_asks_python_only_if_it_has_to(slot: Slot, monkeypatch: pytest.Monk
     slot.state = State.DIRTY
 
 
-def test_exception_while_a_reset_is_settled_leaves_the_slot_unknown(slot: Slot) -> None:
+def test_exception_in_the_slow_path_of_a_reset_leaves_the_slot_unknown(slot: Slot) -> None:
     class Wrong(resets.Pagemap):
         def slow_path(self, region: Region, answer: int) -> Any:
             assert region.state is State.UNKNOWN

@@ -162,7 +162,9 @@ def test_pagemap_without_the_system_call_is_refused(monkeypatch: pytest.MonkeyPa
         resets.choose("pagemap", 0)
 
 
-def test_copy_makes_no_call_within_its_budget_and_drops_above_it(slot: Slot, calls: Any) -> None:
+def test_copying_reset_within_its_budget_makes_no_call_and_above_it_drops(
+    slot: Slot, calls: Any
+) -> None:
     slot.reset(resets.madvise)
     for keep, dirty, reason in ((8 * P, 8 * P, ""), (7 * P, None, "keep_resident")):
         slot.instantiate(slot.image, 8 * P)

@@ -70,7 +70,9 @@ EXPECTED[5 * P : 5 * P + 7] = b"written"
 # What comes back
 
 
-def test_a_guest_whose_path_is_not_utf_8_comes_back(host: memslot.FakeHost, tmp_path: Path) -> None:
+def test_guest_whose_path_is_not_utf_8_is_saved_and_loaded(
+    host: memslot.FakeHost, tmp_path: Path
+) -> None:
     path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
     Path(path).write_bytes(MODULE)
     guest = host.prepare(path, reseed=None)
@@ -81,7 +83,9 @@ def test_a_guest_whose_path_is_not_utf_8_comes_back(host: memslot.FakeHost, tmp_
 
 
 @BOTH
-def test_a_snapshot_comes_back(host: memslot.FakeHost, saved: Path, backend: str) -> None:
+def test_snapshot_saved_and_loaded_has_equal_bytes(
+    host: memslot.FakeHost, saved: Path, backend: str
+) -> None:
     guest = host.load(saved)
     assert (guest.name, guest.plan.is_snapshot) == ("toy", True)
     assert content(guest) == EXPECTED
@@ -94,7 +98,7 @@ def test_a_snapshot_comes_back(host: memslot.FakeHost, saved: Path, backend: str
     assert host.load(saved, name="other").name == "other"
 
 
-def test_a_prepared_guest_comes_back_as_it_was(host: memslot.FakeHost, tmp_path: Path) -> None:
+def test_prepared_guest_saved_and_loaded_is_equal(host: memslot.FakeHost, tmp_path: Path) -> None:
     heard: list[str] = []
 
     @hookimpl
@@ -114,7 +118,7 @@ def test_a_prepared_guest_comes_back_as_it_was(host: memslot.FakeHost, tmp_path:
 
 
 @BOTH
-def test_a_loaded_guest_can_be_layered_on_and_saved_again(
+def test_loaded_guest_when_layered_on_and_saved_again_has_equal_bytes(
     host: memslot.FakeHost, saved: Path, backend: str
 ) -> None:
     guest = host.load(saved)
@@ -144,7 +148,9 @@ def test_a_loaded_guest_can_be_layered_on_and_saved_again(
     assert found.plan.origin.source_sha256 == hashlib.sha256(MODULE).digest()
 
 
-def test_every_memory_comes_back(host: memslot.FakeHost, tmp_path: Path) -> None:
+def test_guest_of_several_memories_saved_and_loaded_has_each(
+    host: memslot.FakeHost, tmp_path: Path
+) -> None:
     with host.prepare(TWO_MEMORIES).instantiate() as instance:
         instance.memories[1].write(2 * WASM_PAGE - 2, b"ab")
         instance.snapshot().save(tmp_path / "two")
@@ -153,7 +159,9 @@ def test_every_memory_comes_back(host: memslot.FakeHost, tmp_path: Path) -> None
     assert content(loaded, 1) == bytes(2 * WASM_PAGE - 2) + b"ab"
 
 
-def test_the_export_that_reseeds_is_kept(host: memslot.FakeHost, tmp_path: Path) -> None:
+def test_reseed_export_of_a_saved_guest_is_kept_unless_another_is_named(
+    host: memslot.FakeHost, tmp_path: Path
+) -> None:
     host.functions["draw"] = lambda live: live.write(0, 9, b"d")
     host.prepare(MODULE, init=lambda _: None, reseed="draw").save(tmp_path / "guest")
     loaded = host.load(tmp_path / "guest")
@@ -168,7 +176,9 @@ def test_the_export_that_reseeds_is_kept(host: memslot.FakeHost, tmp_path: Path)
     assert host.load(tmp_path / "guest", reseed="another").reseed == "another"
 
 
-def test_a_memory_without_an_image_keeps_its_data(host: memslot.FakeHost, tmp_path: Path) -> None:
+def test_memory_without_an_image_saved_and_loaded_keeps_its_data(
+    host: memslot.FakeHost, tmp_path: Path
+) -> None:
     # Its data ends behind the memory.
     guest = host.prepare(MODULE.replace(b"\x41\xf0\xa2\x04\x0b", b"\x41\xff\xff\x0b\x0b"))
     assert guest.images == {}
@@ -182,7 +192,7 @@ def test_a_memory_without_an_image_keeps_its_data(host: memslot.FakeHost, tmp_pa
 
 
 @BOTH
-def test_only_a_file_that_others_cannot_write_to_is_mapped(
+def test_file_that_others_can_write_to_is_copied_and_any_other_is_mapped(
     host: memslot.FakeHost, saved: Path, backend: str
 ) -> None:
     def shares(option: Any) -> tuple[bool, str | None]:
@@ -206,7 +216,7 @@ def test_only_a_file_that_others_cannot_write_to_is_mapped(
         host.load(saved, share_file="maybe")  # type: ignore[arg-type]
 
 
-def test_a_file_that_an_acl_lets_others_write_is_not_mapped(tmp_path: Path) -> None:
+def test_file_that_an_acl_lets_others_write_is_not_mapped(tmp_path: Path) -> None:
     # acl(5): owner rw, user 65534 rw, group r, mask rw, others r.
     entries = ((1, 6, -1), (2, 6, 65534), (4, 4, -1), (0x10, 6, -1), (0x20, 4, -1))
     rights = struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *each) for each in entries)
@@ -222,7 +232,7 @@ def test_a_file_that_an_acl_lets_others_write_is_not_mapped(tmp_path: Path) -> N
         assert why_it_may_change(opened.fileno()) is None
 
 
-def test_a_descriptor_may_change_unless_sealed_immutable_or_its_owners_alone(
+def test_file_behind_a_descriptor_may_change_unless_sealed_immutable_or_private(
     tmp_path: Path,
 ) -> None:
     fd = new_memfd("test", P, "a test")
@@ -245,7 +255,7 @@ def test_a_descriptor_may_change_unless_sealed_immutable_or_its_owners_alone(
         os.close(fd)
 
 
-def test_a_file_that_is_changed_or_cut_later_harms_only_guests_that_map_it(saved: Path) -> None:
+def test_file_that_is_changed_or_cut_later_harms_only_guests_that_map_it(saved: Path) -> None:
     program = f"""
 import os
 from pathlib import Path
@@ -278,7 +288,7 @@ read()
     assert done.returncode == -7, "SIGBUS, as the documentation says"
 
 
-def test_a_file_that_is_replaced_or_deleted_leaves_its_guests_alone_even_without_proc(
+def test_file_that_is_replaced_or_deleted_leaves_its_guests_alone_even_without_proc(
     host: memslot.FakeHost, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def missing(*_: int) -> Iterator[Any]:
@@ -297,7 +307,7 @@ def test_a_file_that_is_replaced_or_deleted_leaves_its_guests_alone_even_without
 # What is refused
 
 
-def test_what_is_missing_no_file_or_unreadable_is_refused(
+def test_path_that_is_missing_no_file_or_unreadable_is_refused(
     host: memslot.FakeHost, saved: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(memslot.GuestNotFound, match="there is no saved guest at"):
@@ -318,7 +328,7 @@ def test_what_is_missing_no_file_or_unreadable_is_refused(
     assert host.statistics().guests == 0
 
 
-def test_a_wrong_key_a_closed_guest_and_a_closed_host_save_nothing(
+def test_save_with_a_wrong_key_or_after_a_close_writes_nothing(
     host: memslot.FakeHost, tmp_path: Path
 ) -> None:
     guest = host.prepare(MODULE)
@@ -345,7 +355,7 @@ def test_images_of_another_kind_are_refused(tmp_path: Path) -> None:
                 call()
 
 
-def test_a_file_that_the_settings_leave_no_image_for_is_refused(saved: Path) -> None:
+def test_file_that_the_settings_leave_no_image_for_is_refused(saved: Path) -> None:
     for settings, expected, said in (
         ({"plugins": ()}, memslot.SnapshotRefused, "nothing else holds a snapshot or a saved"),
         ({"image_limit": P}, memslot.MemoryTooLarge, "raise the setting image_limit"),
@@ -356,7 +366,7 @@ def test_a_file_that_the_settings_leave_no_image_for_is_refused(saved: Path) -> 
             assert host.statistics().guests == 0
 
 
-def test_a_module_in_a_file_of_holes_is_refused_and_in_a_pipe_it_is_read(
+def test_module_in_a_file_of_holes_is_refused_and_in_a_pipe_it_is_read(
     host: memslot.FakeHost, tmp_path: Path
 ) -> None:
     file = tmp_path / "guest.wasm"
@@ -390,7 +400,7 @@ STEPS: dict[str, Callable[[memslot.Instance, Path], memslot.Guest]] = {
 
 @BOTH
 @pytest.mark.parametrize("step", STEPS)
-def test_a_system_call_that_fails_is_named_and_leaves_nothing(
+def test_system_call_that_fails_is_named_and_leaves_nothing(
     host: memslot.FakeHost, saved: Path, backend: str, step: str
 ) -> None:
     hit = 0

@@ -59,14 +59,14 @@ def test_keywords_come_before_environment_before_file_before_defaults(
 
 
 @pytest.mark.parametrize("table", ["memslot", "tool.memslot"])
-def test_table_may_be_in_a_pyproject(toml: Toml, table: str) -> None:
+def test_table_of_settings_in_a_pyproject_is_read(toml: Toml, table: str) -> None:
     text = f'[build-system]\nrequires = []\n[{table}]\nslots = 7\nplugins = ["a", "b"]\n'
     found = Settings.from_file(str(toml(text)))
     assert (found.slots, found.plugins) == (7, ("a", "b"))
 
 
 @pytest.mark.parametrize("text", ["memfd,mine", " memfd , ,mine,", ""])
-def test_names_are_separated_by_commas(monkeypatch: Any, text: str) -> None:
+def test_list_of_names_in_a_variable_is_split_at_commas(monkeypatch: Any, text: str) -> None:
     names = ("memfd", "mine") if text else ()
     assert Settings().plugins is None
     monkeypatch.setenv("MEMSLOT_PLUGINS", text)
@@ -75,7 +75,7 @@ def test_names_are_separated_by_commas(monkeypatch: Any, text: str) -> None:
     assert Settings(plugins=None).plugins is None
 
 
-def test_every_setting_can_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_setting_of_any_name_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     values = msgspec.structs.asdict(Settings())
     texts = {"plugins": "a", "blocked": "a", "memory_limit": "1MiB", "heap_limit": "2MiB"}
     for name, value in values.items():
@@ -138,11 +138,11 @@ UNITS = {"": 1, "B": 1, "kB": 10**3, "KiB": KIB, "MB": 10**6, "MiB": MIB, "GiB":
 
 
 @given(st.integers(0, 10**30), st.sampled_from([*UNITS, "TiB"]))
-def test_whole_sizes_are_exact(number: int, unit: str) -> None:
+def test_size_of_a_whole_number_is_exact(number: int, unit: str) -> None:
     assert parse_size(f"{number}{unit}") == number * UNITS.get(unit, 1024 * GIB)
 
 
-def test_size_may_have_blanks_small_letters_and_a_fraction() -> None:
+def test_size_with_blanks_small_letters_or_a_fraction_is_read() -> None:
     texts = ("64 MiB", " 1gib ", "1.5GiB", "4.35kB", "2TB")
     found = [Settings(memory_limit=text).memory_limit for text in texts]
     # 4350 is not 4349.99, as a float would have it.

@@ -64,7 +64,7 @@ def test_step_from_a_clean_slot_makes_its_calls_only(
         assert content(slot) == expected(slot.image, slot.accessible)
 
 
-def test_05_slot_over_an_accessible_range_makes_no_call(reservation: int, calls: Any) -> None:
+def test_slot_over_an_accessible_range_makes_no_call(reservation: int, calls: Any) -> None:
     _core.check(lib.ms_allow(reservation, 4 * P), "allowing")
     with calls() as made:
         slot = Slot(reservation, RESERVED, 4 * P)
@@ -74,7 +74,7 @@ def test_05_slot_over_an_accessible_range_makes_no_call(reservation: int, calls:
     slot.destroy()
 
 
-def test_08_growing_is_one_mprotect_of_the_new_bytes_and_09_only_it_is_reset_by_one(
+def test_growth_within_a_slot_makes_one_mprotect_and_its_reset_one_more(
     slot: Slot, make_image: MakeImage, reset: Any, calls: Any
 ) -> None:
     slot.instantiate(make_image((0, b"x" * P)), 4 * P)
@@ -97,7 +97,7 @@ def test_08_growing_is_one_mprotect_of_the_new_bytes_and_09_only_it_is_reset_by_
 
 
 @pytest.mark.parametrize("maximum", [4, 40])
-def test_10_growth_by_ftruncate_maps_once_and_grows_by_ftruncate_to_the_maximum(
+def test_growth_by_ftruncate_maps_once_and_then_grows_the_file_to_the_maximum(
     reservation: int, make_image: MakeImage, reset: Any, calls: Any, maximum: int
 ) -> None:
     slot, image = ExtensionSlot(reservation, RESERVED), make_image((1, b"x" * P))
@@ -120,7 +120,7 @@ def test_10_growth_by_ftruncate_maps_once_and_grows_by_ftruncate_to_the_maximum(
     slot.destroy()
 
 
-def test_10_access_past_the_end_of_an_extension_is_a_sigbus(child: Any) -> None:
+def test_access_past_the_end_of_an_extension_raises_sigbus(child: Any) -> None:
     child(
         """
 import ctypes, os, signal
@@ -171,7 +171,7 @@ def test_purge_discards_pages_of_a_grown_memory(slot: Slot, make_image: MakeImag
         slot.purge()
 
 
-def test_kernel_sees_exactly_the_counted_calls_in_their_ranges(tmp_path: Path) -> None:
+def test_system_calls_of_a_pool_as_seen_by_strace_equal_the_counters(tmp_path: Path) -> None:
     source = """
 import ctypes
 from memslot_plugin import MemfdImage, Pool, Slot, _core
@@ -268,7 +268,7 @@ def test_impossible_slot_is_refused(make: Callable[[], Slot], sentence: str, cal
     assert made == {}
 
 
-def test_state_allows_its_own_steps_only(slot: Slot) -> None:
+def test_step_that_its_state_does_not_allow_is_refused(slot: Slot) -> None:
     steps: dict[str, Callable[[], object]] = {
         "grow": lambda: slot.grow(P),
         "reset": lambda: slot.reset(madvise),

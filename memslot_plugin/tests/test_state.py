@@ -102,7 +102,7 @@ READS = {
 @example("i32", 1 << 31)
 @example("i64", (1 << 63) - 1)
 @given(st.sampled_from(sorted(READS)), st.integers(0, (1 << 128) - 1))
-def test_saved_numbers_are_bit_exact(engine: Any, kind: str, bits: int) -> None:
+def test_number_saved_as_an_initial_value_is_bit_exact(engine: Any, kind: str, bits: int) -> None:
     bits &= (1 << BITS[kind]) - 1
     constant = "i64x2 1 1" if kind == "v128" else "1"
     reads = (f'(func (export "{number}") {read})' for number, read in enumerate(READS[kind]))
@@ -123,7 +123,7 @@ def test_saved_numbers_are_bit_exact(engine: Any, kind: str, bits: int) -> None:
 HEAPS = "func extern any eq i31 struct array none nofunc noextern $s"
 
 
-def test_null_is_saved_for_every_type_of_reference(engine: Any) -> None:
+def test_null_of_any_reference_type_is_saved(engine: Any) -> None:
     module = parse(
         "(module (type $s (struct))"
         + "".join(f"(global (mut (ref null {heap})) (ref.null {heap}))" for heap in HEAPS.split())
@@ -195,7 +195,7 @@ def test_bits_of_an_initial_value_are_found(kind: str, text: str, bits: int | No
     assert last.initializer.value == bits
 
 
-def test_start_function_is_dropped_and_only_it(engine: Any) -> None:
+def test_start_function_of_a_snapshot_is_dropped_alone(engine: Any) -> None:
     module = parse(
         """(module (global $g (mut i32) (i32.const 1)) (func $s (global.set $g (i32.const 2)))
              (start $s) (func (export "g") (result i32) (global.get $g)))"""
@@ -269,7 +269,7 @@ def test_snapshot_that_lacks_something_is_refused(
         guest.snapshot(plan_of(text, export_state=True), contents=contents, values=values)
 
 
-def test_only_globals_that_may_change_are_exported() -> None:
+def test_globals_exported_for_a_snapshot_are_those_that_may_change() -> None:
     text = """(module (global $a (mut i32) (i32.const 1)) (global $b (mut i32) (i32.const 2))
                 (global $c (export "c") (mut i32) (i32.const 3)) (func (global.set $a (i32.const 2))))"""
     plain, plan = plan_of(text), plan_of(text, export_state=True)

@@ -58,7 +58,7 @@ def closing_by(monkeypatch: pytest.MonkeyPatch, close: Callable[[Callable[[], in
 
 
 @pytest.mark.parametrize("name", [WASMTIME])
-def test_slot_stays_with_a_store_of_the_embedder_s_also_if_two_close_the_instance(
+def test_slot_in_a_store_of_the_embedder_stays_if_two_threads_close_its_instance(
     name: str,
 ) -> None:
     wasmtime = pytest.importorskip("wasmtime")

@@ -57,7 +57,9 @@ CAPTURED = ("segment", "Global", "starts each")
 
 
 @pytest.mark.parametrize(("text", "reason"), REFUSED.items())
-def test_state_that_a_reset_in_place_could_miss_is_a_reason(text: str, reason: str) -> None:
+def test_state_that_a_reset_in_place_could_miss_is_a_reason_against_it(
+    text: str, reason: str
+) -> None:
     module, report, verdict = judge(text)
     assert not verdict.in_place
     (said,) = verdict.reasons
@@ -102,7 +104,7 @@ def test_state_that_must_be_watched_is_a_condition() -> None:
     assert table.startswith('Table 0 is exported as "t" and "u"; after the embedder was given')
 
 
-def test_imported_state_belongs_to_the_embedder() -> None:
+def test_state_that_is_imported_is_named_as_the_embedders() -> None:
     *_, verdict = judge(
         """(import "a" "m" (memory 1)) (import "a" "t" (table 1 funcref))
            (import "a" "g" (global (mut i32))) (import "a" "c" (global i32))

@@ -385,7 +385,7 @@ def test_deadline_ends_a_guest_that_waits_in_a_store_of_the_embedder(ticking: An
 
 
 @pytest.mark.skipif(missing("wasmtime") is not None, reason="wasmtime is missing")
-def test_wait_of_a_guest_costs_no_fuel() -> None:
+def test_guest_that_waits_burns_no_fuel() -> None:
     left: list[int] = []
     with memslot.open_host(
         "wasmtime",
@@ -423,7 +423,7 @@ def test_path_that_is_no_file_and_no_folder_is_not_opened(host: Host, tmp_path: 
 
 
 @every_fork
-def test_wasi_after_a_fork_answers_or_refuses_what_would_wait_for_ever(
+def test_wasi_call_after_a_fork_answers_or_refuses_instead_of_waiting_for_ever(
     host: Host, fork: Fork, tmp_path: Path
 ) -> None:
     captured = host.prepare(_text(), wasi=Wasi(stdout="capture"))

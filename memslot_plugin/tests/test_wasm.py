@@ -145,7 +145,7 @@ def test_section_with_a_lying_count_costs_no_work(number: int) -> None:
     assert calls_of(refused) < 300
 
 
-def test_body_of_code_costs_as_little_work_as_a_short_one() -> None:
+def test_body_of_any_length_costs_as_little_work_as_a_short_one() -> None:
     def module(length: int) -> bytes:
         code = vector(sized(bytes(length)))
         return build((1, TYPE), (3, b"\x01\x00"), MEMORY, (10, code))
@@ -202,7 +202,7 @@ def test_memory_type_is_read_and_written_alike(encoded: bytes, expected: MemoryT
     assert expected.encode() == encoded
 
 
-def test_memory_type_knows_its_size_in_bytes() -> None:
+def test_memory_type_of_any_limits_has_its_size_in_bytes() -> None:
     assert (MemoryType(2, 3).minimum_bytes, MemoryType(2, 3).maximum_bytes) == (131072, 196608)
     assert MemoryType(2, None, 1, names_page_size=True).minimum_bytes == 2
     assert MemoryType(2, None).maximum_bytes is None

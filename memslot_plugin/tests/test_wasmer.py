@@ -76,7 +76,7 @@ def test_vectors_are_integers_and_references_are_refused_before_wasmer_panics(
         assert instance.call("v", 2**127 + 5) == 2**127 + 5
 
 
-def test_imports_may_be_wasmers_own_objects(host: WasmerHost) -> None:
+def test_import_given_as_an_object_of_wasmer_is_used(host: WasmerHost) -> None:
     text = """(module
         (import "env" "g" (global $g (mut i32)))
         (import "env" "native" (func $native (param f64) (result f64)))
@@ -101,7 +101,7 @@ def test_import_of_another_type_is_named(host: WasmerHost) -> None:
         hosts.prepare(host).instantiate(store=object())
 
 
-def test_size_of_a_slot_is_the_same_while_other_threads_map_memories() -> None:
+def test_size_of_a_slot_while_other_threads_map_memories_is_unchanged() -> None:
     found: set[int] = set()
     measure = reserved_bytes.__wrapped__
     threads = [
@@ -115,7 +115,7 @@ def test_size_of_a_slot_is_the_same_while_other_threads_map_memories() -> None:
     assert found == {6 << 30}
 
 
-def test_slot_is_as_large_as_wasmer_makes_it(host: WasmerHost) -> None:
+def test_slot_of_a_wasmer_memory_is_as_large_as_wasmer_makes_it(host: WasmerHost) -> None:
     assert reserved_bytes() == 6 << 30
     with hosts.prepare(host).instantiate() as instance:
         base, size = instance._live().locate(0)
@@ -250,7 +250,7 @@ def test_interrupt_while_globals_are_compiled_is_raised_as_it_is(
                     instance.snapshot()
 
 
-def test_code_that_is_not_understood_may_grow() -> None:
+def test_code_that_is_not_understood_counts_as_growing() -> None:
     assert wasmer_link._may_grow(mock.Mock(**{"plan.structure": None}))
 
 
@@ -282,7 +282,7 @@ def test_wasi_write_outside_of_the_memory_or_around_a_captured_stream_fails(
     assert capfd.readouterr().out == ""
 
 
-def test_wasi_shows_nothing_of_this_process_standard_input(child: Any) -> None:
+def test_wasi_guest_on_wasmer_reads_nothing_of_the_process_standard_input(child: Any) -> None:
     source = f"""
 from memslot_plugin import Wasi
 from memslot_plugin.hosts.wasmer.runtime import WasmerHost
@@ -318,7 +318,7 @@ def test_wasi_works_on_a_memory_of_the_embedder_and_in_the_older_snapshot(host: 
             assert instance.stdout == b"hello\n"
 
 
-def test_host_refuses_every_other_thread(host: WasmerHost, capfd: Any) -> None:
+def test_wasmer_host_on_another_thread_refuses_every_use(host: WasmerHost, capfd: Any) -> None:
     guest = hosts.prepare(host)
     instance = guest.instantiate()
     function, memory, live = instance.function("get"), instance.memory, instance._live()

@@ -57,7 +57,7 @@ def store(host: WasmtimeHost) -> Iterator[wasmtime.Store]:
         yield store
 
 
-def test_native_instance_has_wasmtimes_own_objects(host: WasmtimeHost) -> None:
+def test_native_instance_gives_the_objects_of_wasmtime(host: WasmtimeHost) -> None:
     with host.prepare(ECHO).instantiate() as instance:
         native = instance.native
         assert isinstance(native, NativeInstance)
@@ -117,7 +117,7 @@ def test_bridge_names_no_symbol_twice() -> None:
     assert len(names) == len(set(names)) > 20
 
 
-def test_vectors_and_references_travel(host: WasmtimeHost) -> None:
+def test_vectors_and_references_passed_to_a_guest_come_back(host: WasmtimeHost) -> None:
     text = """(module (memory 1)
       (global (export "v") (mut v128) (v128.const i64x2 1 2))
       (global (export "x") (mut externref) (ref.null extern))
@@ -191,7 +191,9 @@ def test_import_raises_its_own_error_also_with_references(host: WasmtimeHost) ->
     assert _func.LAST_EXCEPTION is None
 
 
-def test_import_that_raised_in_a_bare_call_is_not_heard_at_a_later_trap(host: WasmtimeHost) -> None:
+def test_import_that_raised_in_a_bare_call_is_not_raised_at_a_later_trap(
+    host: WasmtimeHost,
+) -> None:
     with hosts.calling(host, Raises(ValueError("mine"))).instantiate() as instance:
         native = instance.native
         with pytest.raises(ValueError, match="mine"):
@@ -218,7 +220,9 @@ def objects_of(store: wasmtime.Store, value: wasmtime.Val) -> tuple[Any, Any]:
     return made, wasmtime.Memory(store, wasmtime.MemoryType(wasmtime.Limits(1, None)))
 
 
-def test_own_store_gives_its_objects_and_keeps_memories(host: WasmtimeHost, store: Any) -> None:
+def test_own_store_of_the_embedder_gives_its_objects_and_keeps_memories(
+    host: WasmtimeHost, store: Any
+) -> None:
     number, memory = objects_of(store, wasmtime.Val.i32(41))
     memory.write(store, b"theirs")
     guest = host.prepare(OF_THE_EMBEDDER)
@@ -242,7 +246,9 @@ def test_own_store_raises_what_its_functions_raise(host: WasmtimeHost, store: An
         hosts.assert_raises(error, lambda: instance.call("run", 1))
 
 
-def test_own_store_may_end_before_its_instance(host: WasmtimeHost, store: Any) -> None:
+def test_own_store_that_ends_before_its_instance_ends_every_use(
+    host: WasmtimeHost, store: Any
+) -> None:
     instance = host.prepare(ECHO).instantiate(store=store)
     function = instance.function("next")
     assert function() == 6
@@ -281,7 +287,7 @@ def test_own_store_that_does_not_fit_is_refused(host: WasmtimeHost, store: Any) 
             guest.instantiate(imports={"e": {"g": number, "m": given}}, store=given_store)
 
 
-def test_own_store_may_end_in_a_collection_on_another_thread(host: WasmtimeHost) -> None:
+def test_own_store_collected_on_another_thread_gives_its_slots_back(host: WasmtimeHost) -> None:
     guest = host.prepare(ECHO)
 
     def make() -> None:
@@ -301,7 +307,7 @@ def test_own_store_may_end_in_a_collection_on_another_thread(host: WasmtimeHost)
     assert in_use(host) == 0
 
 
-def test_several_memories_have_a_slot_each(host: WasmtimeHost) -> None:
+def test_guest_of_several_memories_has_a_slot_for_each(host: WasmtimeHost) -> None:
     text = """(module (memory (export "a") 1) (memory 2) (memory (export "c") 0 5)
       (data (memory 0) (i32.const 0) "first") (data (memory 1) (i32.const 65536) "second")
       (func (export "grow") (result i32) (memory.grow 2 (i32.const 1))))"""
@@ -344,7 +350,7 @@ def test_bare_wasmtime_hears_why_there_is_no_memory() -> None:
         wasmtime.Instance(wasmtime.Store(engine), module, [])
 
 
-def test_call_lets_other_threads_run_and_keeps_them_out(host: WasmtimeHost) -> None:
+def test_call_in_progress_lets_other_threads_run_and_refuses_their_use(host: WasmtimeHost) -> None:
     text = """(module (memory (export "memory") 1) (func (export "wait")
       (loop $again (br_if $again (i32.eqz (i32.load (i32.const 0)))))))"""
     with host.prepare(text).instantiate() as instance:
@@ -380,7 +386,7 @@ def test_instance_ended_during_a_call_ends_when_the_call_returns(host: WasmtimeH
         function(5)
 
 
-def test_host_may_be_forgotten_at_the_end_of_the_process(child: Any) -> None:
+def test_host_forgotten_at_the_end_of_the_process_ends_in_silence(child: Any) -> None:
     source = f"""
 import wasmtime
 from memslot_plugin.hosts.wasmtime.runtime import WasmtimeHost

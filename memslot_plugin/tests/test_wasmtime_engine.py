@@ -48,7 +48,7 @@ def test_heap_of_the_garbage_collector_comes_before_the_memories(host: WasmtimeH
             assert in_use(host) == 2
 
 
-def test_heap_stays_within_the_memory_limit() -> None:
+def test_heap_beyond_the_memory_limit_traps() -> None:
     with hosts.started("wasmtime", GC_HEAP_FIRST, memory_limit="1MiB") as instance:
         assert instance.call("many", 10_000) == 10_000
         with pytest.raises(memslot.GuestTrap):
@@ -76,7 +76,7 @@ with hosts.opened("wasmtime") as host:
     assert (live, answer) == ("0 0 1", "10")
 
 
-def test_shared_memory_is_as_wasmtime_is_configured(host: WasmtimeHost) -> None:
+def test_shared_memory_is_refused_unless_configured(host: WasmtimeHost) -> None:
     def shared(config: wasmtime.Config) -> None:
         wasmtime_bridge.bindings.wasmtime_config_shared_memory_set(config.ptr(), True)
 
@@ -98,7 +98,7 @@ def test_growth_in_small_slots_is_bounded_by_the_slot() -> None:
                 instance.call("get", address)
 
 
-def test_configure_may_limit_a_store() -> None:
+def test_configure_store_with_a_limit_refuses_a_larger_memory() -> None:
     def limit(store: Any) -> None:
         store.set_limits(memory_size=PAGE)
 
@@ -107,7 +107,7 @@ def test_configure_may_limit_a_store() -> None:
         host.prepare(ECHO).instantiate()
 
 
-def test_configure_may_not_turn_off_what_memory_needs() -> None:
+def test_configure_that_turns_off_needed_options_is_overruled() -> None:
     def configure(config: wasmtime.Config) -> None:
         config.memory_init_cow = True  # with a creator and active data this ends the process
         config.memory_may_move = True

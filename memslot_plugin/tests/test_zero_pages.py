@@ -52,7 +52,7 @@ def assert_reset_puts_back(slot: Slot, reset: str) -> None:
 
 
 @every_reset
-def test_page_that_a_split_made_zero_is_put_back_in_a_copied_image(reset: str) -> None:
+def test_page_of_a_copied_image_that_a_split_made_zero_is_put_back(reset: str) -> None:
     """Since Linux 6.12 splitting a huge page maps the shared page of zeros for the part that is zeros."""
     slot = Slot.create(3 * HUGE)
     with BytesImage("split", IMAGE) as image:
@@ -89,7 +89,7 @@ def merging() -> Iterator[None]:
 
 @pytest.mark.gate
 @every_reset
-def test_page_that_merging_made_zero_is_put_back_in_a_mapped_image(reset: str) -> None:
+def test_page_of_a_mapped_image_that_merging_made_zero_is_put_back(reset: str) -> None:
     slot = Slot.create(64 * P)
     with MemfdImage("merged", IMAGE[: 32 * P]) as image, merging():
         slot.instantiate(image, 64 * P)
