@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import memslot_plugin as memslot
 from memslot_plugin.allocators import PoolAllocator
@@ -22,7 +22,7 @@ HOSTS = ("fake", "wasmtime", "wasmer")
 REAL_HOSTS = HOSTS[1:]
 BACKENDS = ("memfd", "anonymous")
 ALLOCATIONS = ("pooling", "on-demand")
-RESETS = ("madvise", "pagemap", "copy", "auto")
+RESETS: tuple[str, ...] = get_args(get_type_hints(memslot.Settings)["reset"])
 GROWTHS = ("mprotect", "ftruncate")
 
 

@@ -15,7 +15,7 @@ from memslot_plugin._core import PAGE_SIZE, ffi, lib
 from memslot_plugin.memory.reset import choose, madvise
 from memslot_plugin.tests import profiles
 from memslot_plugin.tests.leaks import Footprint
-from memslot_plugin.tests.slots import RESERVED, counted, needs_pagemap, sparse
+from memslot_plugin.tests.slots import EVERY_RESET, RESERVED, counted, sparse
 
 profiles.load()
 
@@ -91,7 +91,7 @@ def make_image(kind: Any) -> Iterator[Callable[..., Image]]:
         image.close()
 
 
-@pytest.fixture(params=["madvise", pytest.param("pagemap", marks=needs_pagemap), "copy", "auto"])
+@pytest.fixture(params=EVERY_RESET)
 def reset(request: pytest.FixtureRequest) -> Any:
     return choose(request.param, 8 * PAGE_SIZE)
 

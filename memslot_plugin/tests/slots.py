@@ -7,12 +7,12 @@ import os
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
 from memslot_hooks import HostMapping
-from memslot_plugin import Image, Pool, Slot, _core, probe
+from memslot_plugin import Image, Pool, Settings, Slot, _core, probe
 from memslot_plugin._core import PAGE_SIZE, ffi, lib
 from memslot_plugin.memory.reset import madvise
 
@@ -21,6 +21,12 @@ RESERVED = 64 * PAGE_SIZE
 needs_pagemap = pytest.mark.skipif(
     not probe().pagemap.works, reason=f"impossible: PAGEMAP_SCAN: {probe().pagemap.detail}"
 )
+
+EVERY_RESET = [
+    pytest.param(name, marks=[needs_pagemap] * (name == "pagemap"))
+    for name in get_args(get_type_hints(Settings)["reset"])
+]
+"""The reset strategies that the setting `reset` allows."""
 
 
 Fork = Callable[[], int]

@@ -23,7 +23,7 @@ from memslot_plugin.errors import MemoryTooLarge, PoolExhausted
 from memslot_plugin.memory import image as images
 from memslot_plugin.memory.reset import choose
 from memslot_plugin.tests.profiles import examples
-from memslot_plugin.tests.slots import content, needs_pagemap
+from memslot_plugin.tests.slots import EVERY_RESET, content
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -194,9 +194,7 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 @pytest.mark.scales
-@pytest.mark.parametrize(
-    "reset", ["madvise", pytest.param("pagemap", marks=needs_pagemap), "copy", "auto"]
-)
+@pytest.mark.parametrize("reset", EVERY_RESET)
 def test_pool_holds_the_bytes_of_its_model_after_any_steps(
     kind: Any, reset: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
