@@ -121,18 +121,6 @@ def test_instance_is_in_use_and_not_closed_while_a_reset_makes_another_one(
         assert (hosts.in_use(host), len(guest._ready)) == (1, 1)
 
 
-@pytest.mark.parametrize("name", [RUNTIMES[0]])
-def test_hold_ends_also_if_another_thread_copies_the_globals_meanwhile(name: str) -> None:
-    """Two first resets at once: both copy the globals, and one of them holds before the other copies."""
-    with hosts.started(name) as instance:
-        live: Any = instance._now
-        live.hold(instance._generation, 1)
-        live._copy_globals()
-        live.let_go(1)
-        assert live.running == 0
-        assert hosts.elsewhere(lambda: instance.call("get", 8)) == ord("h")
-
-
 @pytest.mark.parametrize("name", DECIDING)
 def test_close_and_reset_of_one_instance_give_its_memory_back_once(name: str) -> None:
     """The close begins when the reset has ended what is live, and has not taken its memories yet."""

@@ -227,7 +227,7 @@ HostFunction = Callable[[Any], None]
 
 FUNCTIONS: dict[int, weakref.ref[Any]] = {}
 """Objects of ours that linkers and stores need, by the identity that the C half knows them by: host functions, and
-shims of WASI.  Each belongs to its `Link`, because a host function may know its instance: held from here, the
+shims of WASI.  Each belongs to its `BoundImports`, because a host function may know its instance: held from here, the
 two would never be collected.
 """
 

@@ -1,4 +1,4 @@
-"""A compiled guest on wasmtime: the types of its exports, and its imports bound once for all instances."""
+"""A compiled guest on wasmtime: the types of its exports, and its imports, bound once for many instances."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from memslot_plugin.hosts.wasmtime.values import (
     KIND_NAMES,
     OTHER,
     V128,
+    Maker,
     Name,
     Signature,
     checked_result,
@@ -38,7 +39,7 @@ from memslot_plugin.hosts.wasmtime.wasi import WAITS, Environment, Shim, provide
 from memslot_plugin.settings import Settings
 from memslot_plugin.wasm import Offsets
 
-NATIVE_KINDS: Mapping[type, str] = {
+_NATIVE_KINDS: Mapping[type, str] = {
     wasmtime.Func: "func",
     wasmtime.Global: "global",
     wasmtime.Table: "table",
@@ -46,7 +47,7 @@ NATIVE_KINDS: Mapping[type, str] = {
     wasmtime.SharedMemory: "memory",
     wasmtime.Tag: "tag",
 }
-"""The runtime's own objects that an import can be given, and the kind of import that each is."""
+"""wasmtime-py's objects that an import can be given, and the kind of import that each is."""
 
 _TYPE_KINDS: Mapping[type, str] = {
     wasmtime.FuncType: "func",
@@ -57,45 +58,47 @@ _TYPE_KINDS: Mapping[type, str] = {
 }
 
 _NAMES = ("func", "global", "table", "memory")
-"""wasm_externkind_t; what comes after is a tag."""
+"""wasm_externkind_t; every higher number is a tag."""
 
 
-class Link:
-    """A guest bound to imports: what its instances are made of."""
+class BoundImports:
+    """A guest and its bound imports: everything that an instance is made of, but for its memories."""
 
     def __init__(
         self,
         compiled: Compiled,
         linker: wasmtime.Linker,
-        creator: Any,
         environment: Environment | None,
         wasi: Wasi | None,
-        *,
         kept: list[Any],
     ) -> None:
-        """`kept` is what the linker needs, which belongs to its users: live instances, and
-        stores of the embedder's.
-        """
-        self.kept = kept
         self.compiled = compiled
         self.environment = environment
         self.wasi = wasi
-        self._prepared = linker.instantiate_pre(compiled.module)
-        plan = compiled.plan
+        self.kept = kept
+        """Objects that the linker calls.  They live as long as the live instances and the embedder's stores do."""
+        plan, limits = compiled.plan, compiled.limits
         own = [] if plan.native else [memory for memory in plan.memories if memory.imported is None]
+        # The C structure below holds bare pointers: these attributes keep alive what they point to.
+        self._prepared = linker.instantiate_pre(compiled.module)
         self._sizes = ffi.new("size_t[]", [memory.minimum_bytes for memory in own])
         self._capacities = ffi.new("size_t[]", [compiled.settings.reserved] * len(own))
-        self.guest = ffi.new("ms_wt_guest *")
-        self.guest.creator = creator
-        self.guest.engine = address_of(compiled.engine.ptr())
-        self.guest.prepared = address_of(self._prepared.ptr())
-        self.guest.count = len(own)
-        self.guest.byte_sizes = self._sizes
-        self.guest.capacities = self._capacities
-        limits = compiled.limits
-        self.guest.most_bytes, self.guest.most_elements = limits.memory_size, limits.table_elements
-        self.guest.most_tables, self.guest.most_memories = limits.tables, limits.memories
-        self.guest.heap_first = bool(own) and own[0].minimum_bytes == 0
+        self.guest = ffi.new(
+            "ms_wt_guest *",
+            {
+                "creator": compiled.creator,
+                "engine": address_of(compiled.engine.ptr()),
+                "prepared": address_of(self._prepared.ptr()),
+                "count": len(own),
+                "byte_sizes": self._sizes,
+                "capacities": self._capacities,
+                "most_bytes": limits.memory_size,
+                "most_elements": limits.table_elements,
+                "most_tables": limits.tables,
+                "most_memories": limits.memories,
+                "heap_first": bool(own) and own[0].minimum_bytes == 0,
+            },
+        )
 
 
 class Compiled:
@@ -107,36 +110,37 @@ class Compiled:
         module: wasmtime.Module,
         plan: Plan,
         name: str,
+        *,
         settings: Settings,
+        creator: Any,
     ) -> None:
         self.offsets: Offsets | None = None
         self.engine = engine
         self.plan = plan
         self.guest_name = name
         self.settings = settings
+        self.creator = creator
+        """The ms_wt_creator of the host."""
         self.module = module
-        self.default: Link | None = None
+        self.default: BoundImports | None = None
+        """The imports that the guest was prepared with, once they are bound."""
         self.elsewhere: Compiled | None = None
-        """The same for the other engine, once an instance was wanted in a store of that one."""
+        """The guest compiled for the host's other engine, once an instance was wanted in a store of that one."""
         self.shim: Shim | None = None
-        """For a guest that imports one of `waits`."""
-        self.places = {
-            memory.index: place
-            for place, memory in enumerate(
-                () if plan.native else (each for each in plan.memories if each.imported is None)
-            )
-        }
-        """Where the memory of an index is among the leased ones."""
+        """The shim of a guest that imports one of `waits`."""
+        own = [] if plan.native else [memory for memory in plan.memories if memory.imported is None]
+        self.lease_index = {memory.index: place for place, memory in enumerate(own)}
+        """The position among the leased memories, by memory index."""
         self._names: dict[str, Name] = {}
         self._signatures: dict[str, Signature] = {}
-        self.callables: dict[str, Callable[[Any], Callable[..., Any]]] = {}
-        """Makers of an exported function for one instance, by its name."""
+        self.callables: dict[str, Maker] = {}
+        """Makers of exported functions, by name."""
 
     @Lazy
     def limits(self) -> Limits:
-        """The limits of a store of this guest's."""
+        """The limits of a store for this guest."""
         settings, plan = self.settings, self.plan
-        # How many there are was looked at when the guest was prepared, but for what was not understood.
+        # Preparing the guest has counted its memories and tables, unless it did not understand the module.
         uncounted = plan.structure is None
         return Limits(
             memory_size=max(settings.largest_memory, settings.largest_heap)
@@ -168,7 +172,7 @@ class Compiled:
 
     @Lazy
     def opens(self) -> bool:
-        """Whether the guest imports what can give it another descriptor of WASI."""
+        """True if the guest imports a function that can give it another descriptor of WASI."""
         return any(
             each.module in wasi.MODULES and each.name in ("path_open", "sock_accept")
             for each in self.module.imports
@@ -176,7 +180,7 @@ class Compiled:
 
     @Lazy
     def waits(self) -> list[str]:
-        """Functions that the guest imports from WASI and that can wait past a deadline."""
+        """The functions that the guest imports from WASI and that can wait past a deadline."""
         return [
             name
             for name in WAITS
@@ -192,7 +196,7 @@ class Compiled:
 
     @Lazy
     def saved(self) -> Any:
-        """What a reset puts back, with the values as far as the module tells them."""
+        """The globals that a reset restores, with their initial values if the module has them as constants."""
         every = ffi.new("ms_wt_global[]", len(self.plan.saved_globals))
         for saved, each in zip(every, self.plan.saved_globals, strict=True):
             assert each.export_name is not None
@@ -204,22 +208,18 @@ class Compiled:
         return every
 
     def name(self, text: str) -> Name:
-        """The one object for this name."""
+        """Return the one object for this name."""
         found = self._names.get(text)
         return self._names.setdefault(text, Name(text)) if found is None else found
 
     def export_type(self, name: str, kind: str) -> Any:
-        """The type of an export; raises ExportNotFound with what there is instead."""
+        """Return the type of an export; raises ExportNotFound, which lists the exports of that kind."""
         export = self._exports.get(name)
         if export is None:
-            there = (
-                ", ".join(
-                    sorted(each for each, what in self.export_kinds.items() if what == kind)[:20]
-                )
-                or "none"
-            )
+            there = sorted(each for each, what in self.export_kinds.items() if what == kind)
             raise ExportNotFound(
-                f"the guest {self.guest_name} exports no {kind} {name!r}; it exports: {there}"
+                f"the guest {self.guest_name} exports no {kind} {name!r}; it exports:"
+                f" {', '.join(there[:20]) or 'none'}"
             )
         if self.export_kinds[name] != kind:
             raise ExportNotFound(
@@ -228,7 +228,7 @@ class Compiled:
         return export.type
 
     def signature(self, name: str) -> Signature:
-        """The signature of an exported function; raises ExportNotFound, Unsupported."""
+        """Return the signature of an exported function; raises ExportNotFound, Unsupported."""
         found = self._signatures.get(name)
         if found is None:
             found = Signature.of(self.export_type(name, "func"))
@@ -242,7 +242,7 @@ class Compiled:
         return found
 
     def global_kind(self, name: str) -> tuple[int, bool]:
-        """The kind of an exported global's value, and whether it is mutable; raises ExportNotFound, Unsupported."""
+        """Return the kind of an exported global, and true if it is mutable; raises ExportNotFound, Unsupported."""
         declared: wasmtime.GlobalType = self.export_type(name, "global")
         kind = kind_of(declared.content)
         if kind > FUNCREF:
@@ -251,107 +251,99 @@ class Compiled:
             )
         return kind, declared.mutable
 
-    # -- imports -----------------------------------------------------------------------------------------------------
-
-    def link(self, binding: Binding, creator: Any) -> Link:
-        """Bind the imports; raises LinkError with what is missing or wrong."""
+    def bind(self, binding: Binding) -> BoundImports:
+        """Bind the imports; raises LinkError, which says what is missing or wrong."""
         linker = wasmtime.Linker(self.engine)
-        uses_wasi = False
         kept: list[Any] = []
-        done: set[tuple[str, str]] = set()
-        for wanted in self.module.imports:
-            module, name = wanted.module, wanted.name or ""
-            if (module, name) in done:
-                continue
-            done.add((module, name))
-            given = binding.imports.get(module)
-            if given is None and module in wasi.MODULES:
-                if not provides(module):
-                    raise LinkError(
-                        f"the guest {self.guest_name} imports {module}, an older WASI than wasmtime has;"
-                        " build it for wasi_snapshot_preview1, or give the import yourself"
-                    )
-                if not uses_wasi:
-                    linker.define_wasi()
-                    uses_wasi = True
-                continue
-            self._bind(linker, binding, module, name, wanted.type, kept)
+        uses_wasi = False
+        imports = {(each.module, each.name or ""): each.type for each in self.module.imports}
+        for (module, name), wanted in imports.items():
+            if binding.imports.get(module) is not None or module not in wasi.MODULES:
+                kept.append(_Import(self, binding, module, name, wanted).define(linker))
+            elif not provides(module):
+                raise LinkError(
+                    f"the guest {self.guest_name} imports {module}, an older WASI than wasmtime has;"
+                    " build it for wasi_snapshot_preview1, or give the import yourself"
+                )
+            else:
+                uses_wasi = True
         try:
-            for name in self.waits if uses_wasi else ():
-                assert self.shim is not None
-                kept.append(self.shim)
-                self.shim.stand_before(linker, name, foreign=binding.store is not None)
+            if uses_wasi:
+                linker.define_wasi()
+                for name in self.waits:
+                    assert self.shim is not None
+                    kept.append(self.shim)
+                    self.shim.stand_before(linker, name, foreign=binding.store is not None)
             environment = Environment(binding.wasi or Wasi()) if uses_wasi else None
-            return Link(self, linker, creator, environment, binding.wasi, kept=kept)
+            return BoundImports(self, linker, environment, binding.wasi, kept)
         except wasmtime.WasmtimeError as error:
             said = one_sentence(str(error)).replace("`", "").replace("::", ".")
             raise LinkError(f"the guest {self.guest_name} cannot be linked: {said}") from cause_of(
                 error
             )
 
-    def _bind(  # noqa: PLR0917 - one import, from all sides
-        self,
-        linker: wasmtime.Linker,
-        binding: Binding,
-        module: str,
-        name: str,
-        wanted: Any,
-        kept: list[Any],
+
+class _Import:
+    """One import of a guest, and what it was given."""
+
+    def __init__(
+        self, compiled: Compiled, binding: Binding, module: str, name: str, wanted: Any
     ) -> None:
-        kind = _TYPE_KINDS.get(type(wanted), "tag")
-        wants = f"the guest {self.guest_name} imports {module}.{name}, a {_described(kind, wanted)}"
+        self.compiled, self.store = compiled, binding.store
+        self.module, self.name, self.wanted = module, name, wanted
+        self.kind = _TYPE_KINDS.get(type(wanted), "tag")
         try:
-            given = binding.imports[module][name]
+            self.given = binding.imports[module][name]
         except KeyError:
-            raise LinkError(
-                f"{wants}, and no such import was given{_nearest(binding.imports, module)}"
+            raise self.refusal(
+                f"no such import was given{_nearest(binding.imports, module)}"
             ) from None
-        native = next(
-            (what for each, what in NATIVE_KINDS.items() if isinstance(given, each)), None
+
+    def refusal(self, why: str) -> LinkError:
+        """Return the exception for this import."""
+        wanted = _described(self.kind, self.wanted)
+        return LinkError(
+            f"the guest {self.compiled.guest_name} imports {self.module}.{self.name}, a {wanted}, and {why}"
         )
-        if native is None:
-            if kind != "func" or not callable(given):
-                raise LinkError(f"{wants}, and {given!r} was given")
-            kept.append(
-                self._bind_function(
-                    linker, module, name, wanted, given, foreign=binding.store is not None
-                )
-            )
-            return
-        if native != kind:
-            raise LinkError(f"{wants}, and a {native} was given")
-        if binding.store is None and not isinstance(given, wasmtime.SharedMemory):
-            raise LinkError(
-                f"{wants}, and a {type(given).__name__} of wasmtime's was given, which belongs to a store:"
-                " pass that one to instantiate(store=...)"
-            )
+
+    def define(self, linker: wasmtime.Linker) -> Any:
+        """Put what was given into the linker, and return the object that has to be kept for it; raises LinkError."""
+        given, store = self.given, self.store
+        native = next((kind for each, kind in _NATIVE_KINDS.items() if isinstance(given, each)), "")
+        if not native:
+            if self.kind != "func" or not callable(given):
+                raise self.refusal(f"{given!r} was given")
+            return self._define_function(linker)
+        if native != self.kind:
+            raise self.refusal(f"a {native} was given")
+        # wasmtime ends the process if it meets an object of another store.
         if isinstance(given, wasmtime.SharedMemory):
             given = _Shared(given)
-        elif identity_of(given) != binding.store.identity:
-            raise LinkError(
-                f"{wants}, and the {type(given).__name__} that was given belongs to another store than the"
-                " one that was passed to instantiate(store=...)"
+        elif store is None:
+            raise self.refusal(
+                f"a {type(given).__name__} of wasmtime's was given, which belongs to a store:"
+                " pass that one to instantiate(store=...)"
+            )
+        elif identity_of(given) != store.identity:
+            raise self.refusal(
+                f"the {type(given).__name__} that was given belongs to another store than the one that was passed to"
+                " instantiate(store=...)"
             )
         try:
-            linker.define(binding.store or wasmtime.Store(self.engine), module, name, given)
+            linker.define(
+                store or wasmtime.Store(self.compiled.engine), self.module, self.name, given
+            )
         except ValueError:
-            raise LinkError(f"{wants}, and the {native} that was given is closed") from None
+            raise self.refusal(f"the {native} that was given is closed") from None
         except wasmtime.WasmtimeError as error:
-            raise LinkError(
-                f"{wants}, and what was given is refused: {one_sentence(str(error))}"
+            raise self.refusal(
+                f"what was given is refused: {one_sentence(str(error))}"
             ) from cause_of(error)
+        return given
 
-    def _bind_function(
-        self,
-        linker: wasmtime.Linker,
-        module: str,
-        name: str,
-        wanted: wasmtime.FuncType,
-        function: Callable[..., Any],
-        *,
-        foreign: bool,
-    ) -> Callable[..., Any]:
-        """Put a host function into the linker, and return what has to be kept for it."""
+    def _define_function(self, linker: wasmtime.Linker) -> Callable[..., Any]:
+        module, name, wanted, function = self.module, self.name, self.wanted, self.given
+        foreign = self.store is not None
         signature = Signature.of(wanted)
         label = f"the host function {module}.{name}"
         try:
@@ -362,20 +354,21 @@ class Compiled:
             kinds = (*signature.parameters, *signature.results)
             if OTHER in kinds or V128 in kinds:
                 raise LinkError(
-                    f"the guest {self.guest_name} imports {module}.{name}, a func {signature}, whose values wasmtime-py"
-                    " cannot pass"
+                    f"the guest {self.compiled.guest_name} imports {module}.{name}, a func {signature}, whose values"
+                    " wasmtime-py cannot pass"
                 )
-            # References are wasmtime-py's business; it may only be used where it does not end the process.
+            # wasmtime-py passes references.  The check comes first, because it ends the process for other values.
             watched = _watched(signature, function, label)
-            weakly = _weakly(watched, foreign=foreign)
-            linker.define_func(module, name, wanted, weakly, access_caller=True)
+            linker.define_func(
+                module, name, wanted, _weakly(watched, foreign=foreign), access_caller=True
+            )
         except wasmtime.WasmtimeError as error:
             raise LinkError(f"{label} is refused: {one_sentence(str(error))}") from cause_of(error)
         return watched
 
 
 class _Shared(wasmtime.SharedMemory):
-    """A shared memory as an import, which wasmtime-py itself describes by one pointer too many."""
+    """A shared memory as an import.  wasmtime-py's own description of it has one pointer too many."""
 
     def __init__(self, given: wasmtime.SharedMemory) -> None:
         self._given = given
@@ -386,13 +379,15 @@ class _Shared(wasmtime.SharedMemory):
 
 
 def _watched(signature: Signature, function: Callable[..., Any], label: str) -> Callable[..., Any]:
-    """Let our own entry raise what the function raises, and not whoever asks wasmtime-py next."""
+    """Return `function`, whose exceptions the innermost entry raises; else wasmtime-py's next call would."""
 
     @functools.wraps(function)
     def watched(*arguments: Any) -> Any:
         try:
             return checked_result(signature, function(*arguments), f"what {label} returned")
-        except BaseException as error:
+        except (
+            BaseException
+        ) as error:  # of any kind: it has to come out of the call that the embedder made
             raised_in_wasmtime_py(error)
             raise
 
@@ -400,14 +395,14 @@ def _watched(signature: Signature, function: Callable[..., Any], label: str) -> 
 
 
 def _weakly(function: Callable[..., Any], *, foreign: bool) -> Callable[..., Any]:
-    """`function` for wasmtime-py, which keeps what it is given where no collection looks.
+    """Return `function` for wasmtime-py, which keeps it in a table that the garbage collector does not see.
 
-    `foreign` says that it is for a store of the embedder's own.
+    `foreign` is true for a store of the embedder's own.
     """
     found = weakref.ref(function)
 
     def call(caller: wasmtime.Caller, *arguments: Any) -> Any:
-        held: Any = found()  # there, because its link is: see `FUNCTIONS`
+        held: Any = found()  # alive, because `BoundImports.kept` has it (see `FUNCTIONS`)
         kept = ffi.new("uintptr_t *")
         try:
             if not foreign:
@@ -430,7 +425,7 @@ def _described(kind: str, wanted: Any) -> str:
 
 
 def _nearest(imports: Imports, module: str) -> str:
-    """What was given instead, to follow a complaint."""
+    """Return what was given instead, to follow a complaint."""
     if not imports:
         return ""
     if module in imports:

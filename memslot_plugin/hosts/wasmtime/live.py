@@ -1,6 +1,6 @@
 """A live instance on wasmtime: calls, globals and memories through the C half.
 
-wasmtime-py's own objects are made for who asks for them.
+Objects of wasmtime-py's are made only for a caller that asks for them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from memslot_plugin.errors import (
     UsedAfterClose,
     shown,
 )
+from memslot_plugin.hosts.lazy import Lazy
 from memslot_plugin.hosts.live import Binding, Live, ended, require_within
 from memslot_plugin.hosts.wasmtime.bridge import address_of, wasmtime, wasmtime_ffi
 from memslot_plugin.hosts.wasmtime.creator import Creator
@@ -31,7 +32,7 @@ from memslot_plugin.hosts.wasmtime.errors import (
     refusal,
     translated,
 )
-from memslot_plugin.hosts.wasmtime.link import Compiled, Link
+from memslot_plugin.hosts.wasmtime.link import BoundImports, Compiled
 from memslot_plugin.hosts.wasmtime.store import BorrowedStore, LentStore
 from memslot_plugin.hosts.wasmtime.values import (
     KIND_NAMES,
@@ -44,30 +45,25 @@ from memslot_plugin.hosts.wasmtime.values import (
 from memslot_plugin.hosts.wasmtime.wasi import Environment, Streams
 
 _VALUES = (struct.Struct("<i"), struct.Struct("<q"), struct.Struct("<f"), struct.Struct("<d"))
-"""How a global's 16 bytes begin, by kind."""
+"""The value at the begin of a global's 16 bytes, by kind."""
 
 _READABLE = ("(ref null func)", "(ref null extern)")
-"""Types of references that the C API can hand out without ending the process."""
+"""The types of references that wasmtime's C API can read; any other ends the process."""
 
 _MASKS = {
     kind: (1 << bits) - 1 for kind, bits in zip(KIND_NAMES, (32, 64, 32, 64, 128), strict=False)
 }
 
-_ROOM, _NULL = lib.MS_WT_ROOM, ffi.NULL
-
 _PAGES = 1 << 48
 """More pages than any memory can grow by."""
 
-_CELL, _CALLEE, _ENTRY, _GLOBAL = (
-    ffi.typeof(f"ms_wt_{name} *") for name in ("cell", "callee", "entry", "global")
-)
+_CELL, _ENTRY, _GLOBAL = (ffi.typeof(f"ms_wt_{name} *") for name in ("cell", "entry", "global"))
 
-_call, _locate = lib.ms_wt_call, lib.ms_wt_memory_locate
 _acquire, _restore, _copy = lib.ms_wt_acquire, lib.ms_wt_restore, lib.ms_wt_copy
 
 
 class NativeInstance(wasmtime.Instance):
-    """wasmtime-py's view of an instance of ours; `store` is what its functions are called with."""
+    """An instance of ours as an object of wasmtime-py's; its functions are called with its `store`."""
 
     store: wasmtime.Store
 
@@ -76,7 +72,7 @@ class WasmtimeLive(Live):
     """One instance, in a store of its own or in the embedder's."""
 
     _address = 0
-    """The address of the cell, once it was asked for."""
+    """The address of the cell, or 0 until the first read."""
 
     def __init__(
         self,
@@ -91,16 +87,15 @@ class WasmtimeLive(Live):
         self.environment: Environment | None = None
         self.cell = ffi.new(_CELL)
         self.token = creator.begin(self.cell, memories)
-        self.link: Link | None = None
-        """The link of its imports, which it may call for as long as it lives."""
+        self.bound: BoundImports | None = None
+        """Its imports, which it may call for as long as it lives."""
         self._creator = creator
         self._configure_store = configure_store
         self._compiled = compiled
         self._binding = binding
         self._functions: dict[str, Callable[..., Any]] = {}
         self._borrowed: BorrowedStore | None = None
-        self._saved: Any = None
-        self._saved_count = 0
+        self._saved_count = len(compiled.plan.saved_globals)
 
     @property
     def guest_name(self) -> str:
@@ -109,11 +104,12 @@ class WasmtimeLive(Live):
     # -- the boundary ------------------------------------------------------------------------------------------------
 
     def settle(self, outcome: int, *, starting: bool = False) -> None:
-        """An entry did not simply come to its end: raise what became of it."""
-        self.settle_outcome(Outcome(outcome), starting=starting)
+        """Raise the exception of an entry with this outcome of the C half; 0 is a plain end."""
+        if outcome:
+            self.settle_outcome(Outcome(outcome), starting=starting)
 
     def settle_outcome(self, outcome: Outcome, *, starting: bool = False) -> None:
-        """End the instance if that was asked for meanwhile, and raise what is to be raised."""
+        """End the instance if it was closed during the entry, and raise the entry's exception."""
         if outcome.flags & lib.MS_WT_CLOSING:
             self.finish()
         if outcome.flags & lib.MS_WT_OUTGROWN:
@@ -125,7 +121,7 @@ class WasmtimeLive(Live):
             try:
                 raise error
             finally:
-                # Its traceback holds this frame: a cycle would keep the instance alive that was called.
+                # The exception's traceback holds this frame: a cycle would keep the instance alive.
                 del error, outcome
 
     # -- functions ---------------------------------------------------------------------------------------------------
@@ -147,23 +143,19 @@ class WasmtimeLive(Live):
         return found
 
     def entered(self, generation: int, action: Callable[[], Any]) -> Any:
-        """Do with wasmtime-py what `action` does, within an entry; 0 is the host's own generation."""
+        """Return what `action`, which calls wasmtime-py, returns within an entry; generation 0 is the host's."""
         self.require_store()
         entry = ffi.new(_ENTRY)
         try:
-            refused = lib.ms_wt_enter(self.cell, generation, entry)
-            if refused:
-                self.settle(refused)
+            self.settle(lib.ms_wt_enter(self.cell, generation, entry))
             return action()
         except NATIVE_ERRORS as error:
             raise translated(error, self._compiled.guest_name, self._compiled.offsets) from None
         finally:
-            left = lib.ms_wt_leave(self.cell, entry)
-            if left:
-                self.settle(left)
+            self.settle(lib.ms_wt_leave(self.cell, entry))
 
     def _guarded(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """For a store of the embedder's: it may have been closed since."""
+        """Return `function` for an instance in the embedder's store, which may be closed at any time."""
 
         def call(generation: int, *arguments: Any) -> Any:
             self.require_store()
@@ -184,7 +176,7 @@ class WasmtimeLive(Live):
             self._context_of_store()
 
     def enter_store(self) -> None:
-        """Live in the embedder's store from now on; raises UsedAfterClose."""
+        """Open the cell in the embedder's store; raises UsedAfterClose."""
         self.cell.context = address_of(self._context_of_store())
 
     def _context_of_store(self) -> Any:
@@ -210,9 +202,7 @@ class WasmtimeLive(Live):
             )
         label = self._compiled.name(name)
         found = ffi.new(_GLOBAL, (label.utf8, label.length))
-        outcome = lib.ms_wt_globals_read(self.cell, generation, found, 1)
-        if outcome:
-            self.settle(outcome)
+        self.settle(lib.ms_wt_globals_read(self.cell, generation, found, 1))
         content = bytes(ffi.buffer(found.value))
         return content if kind == V128 else _VALUES[kind].unpack_from(content)[0]
 
@@ -231,18 +221,14 @@ class WasmtimeLive(Live):
         content = value if kind == V128 else _VALUES[kind].pack(value)
         label = self._compiled.name(name)
         given = ffi.new(_GLOBAL, (label.utf8, label.length, kind, content))
-        outcome = lib.ms_wt_globals_write(self.cell, generation, given, 1)
-        if outcome:
-            self.settle(outcome)
+        self.settle(lib.ms_wt_globals_write(self.cell, generation, given, 1))
 
     # -- resets ------------------------------------------------------------------------------------------------------
 
     def hold(self, generation: int, key: int, *, alone: bool = False) -> None:
-        if self._saved is None:
-            self._copy_globals()
         refused = _acquire(self.cell, generation, key, alone)
         if refused:
-            outcome = Outcome(refused)  # first of all, because it frees what the C half holds
+            outcome = Outcome(refused)  # first, because this frees the C half's outcome
             if self.cell.depth and generation == self.generation:
                 raise InUse(
                     f"the instance of {self.guest_name} cannot be closed, reset or captured while a call of it runs, by"
@@ -264,16 +250,12 @@ class WasmtimeLive(Live):
         outcome = _restore(self.cell, generation, self._saved, self._saved_count)
         if outcome:
             self.settle(outcome)
-            if not self.cell.context:  # its holder closed it meanwhile
+            if not self.cell.context:  # closed meanwhile
                 raise ended(self.guest_name)
 
     def set_globals(self) -> None:
-        """Every saved global gets its initial value."""
-        if self._saved is None:
-            self._copy_globals()
-        outcome = lib.ms_wt_globals_write(self.cell, 0, self._saved, self._saved_count)
-        if outcome:
-            self.settle(outcome)
+        """Give every saved global its initial value."""
+        self.settle(lib.ms_wt_globals_write(self.cell, 0, self._saved, self._saved_count))
 
     def let_go(self, key: int) -> bool:
         outcome = ffi.new("uintptr_t *")
@@ -282,20 +264,17 @@ class WasmtimeLive(Live):
             self.settle(outcome[0])
         return held
 
-    def _copy_globals(self) -> None:
+    @Lazy
+    def _saved(self) -> Any:
+        """The saved globals of this instance: where they are, and the values that a reset puts back."""
         template = self._compiled.saved
-        saved = ffi.new("ms_wt_global[]", len(template))
+        saved = ffi.new("ms_wt_global[]", self._saved_count)
         ffi.memmove(saved, template, ffi.sizeof(template))
-        self._saved_count = len(saved)
-        self._saved = saved  # last: who finds it counts on the others
+        return saved
 
     def read_globals(self) -> None:
-        """What the saved globals hold now becomes what a reset puts back."""
-        if self._saved is None:
-            self._copy_globals()
-        outcome = lib.ms_wt_globals_read(self.cell, 0, self._saved, len(self._saved))
-        if outcome:
-            self.settle(outcome)
+        """Make the present values of the saved globals those that a reset puts back."""
+        self.settle(lib.ms_wt_globals_read(self.cell, 0, self._saved, self._saved_count))
 
     def saved_values(self) -> dict[int, int | None]:
         plan, name = self._compiled.plan, self._compiled.guest_name
@@ -305,21 +284,15 @@ class WasmtimeLive(Live):
                     f"global {each.index} of the guest {name} holds references, {each.type}, which cannot be read;"
                     " use it without a snapshot"
                 )
-        if self._saved is None:
-            self._copy_globals()
         now = ffi.new("ms_wt_global[]", self._saved_count)
         ffi.memmove(now, self._saved, ffi.sizeof(now))
-        outcome = lib.ms_wt_globals_read(self.cell, 0, now, self._saved_count)
-        if outcome:
-            self.settle(outcome)
+        self.settle(lib.ms_wt_globals_read(self.cell, 0, now, self._saved_count))
         values: dict[int, int | None] = {}
         for each, saved in zip(plan.saved_globals, now, strict=True):
             bits = int.from_bytes(bytes(ffi.buffer(saved.value)), "little")
             if not each.type.startswith("(ref "):
                 values[each.index] = bits & _MASKS[each.type]
-            elif (
-                bits & _MASKS["i64"]
-            ):  # the store that a reference belongs to; null belongs to none
+            elif bits & _MASKS["i64"]:  # the identity of the reference's store; null has none
                 raise SnapshotRefused(
                     f"global {each.index} of the guest {name} holds a reference, {each.type}, that is not null,"
                     " and only null can be written down; take the snapshot while it is null"
@@ -339,7 +312,7 @@ class WasmtimeLive(Live):
     # -- memories ----------------------------------------------------------------------------------------------------
 
     def locate(self, index: int) -> tuple[int, int]:
-        place = self._compiled.places.get(index)
+        place = self._compiled.lease_index.get(index)
         if place is not None:
             if not self.cell.context:
                 self.require_store()
@@ -352,24 +325,20 @@ class WasmtimeLive(Live):
             return self._locate_imported(index)
         label = self._compiled.name(exported)
         base, byte_size = ffi.new("uintptr_t *"), ffi.new("size_t *")
-        outcome = _locate(self.cell, label.utf8, label.length, base, byte_size)
-        if outcome:
-            self.settle(outcome)
+        self.settle(lib.ms_wt_memory_locate(self.cell, label.utf8, label.length, base, byte_size))
         return int(base[0]), int(byte_size[0])
 
     def _leased(self, place: int) -> LinearMemory:
         try:
             return self.memories[place]
-        except IndexError:  # it has ended
+        except IndexError:  # the memories were taken at its end
             raise ended(self.guest_name) from None
 
     def _copied(self, index: int, offset: int, length: int) -> int | None:
-        """The address of bytes of a memory in a slot; None for another one, which a call may move.
-
-        Looked up before the entry, which is one call into C: the base of a memory is the same for as long as
-        its cell is open, and its size is at least what it was.  If either has changed, the entry is refused.
-        """
-        place = self._compiled.places.get(index)
+        """Return the address of bytes of a memory in a slot; None for other memories, which a call may move."""
+        # Looked up before the entry, which is one call into C.  A memory keeps its base while its cell is open, and
+        # becomes smaller only between leases, so the entry is refused whenever the address is not right any more.
+        place = self._compiled.lease_index.get(index)
         if place is None:
             return None
         self.require_store()
@@ -449,7 +418,7 @@ class WasmtimeLive(Live):
     # -- wasmtime-py's objects ---------------------------------------------------------------------------------------
 
     def store(self) -> wasmtime.Store:
-        """wasmtime-py's view of the store; raises UsedAfterClose."""
+        """Return wasmtime-py's view of the store; raises UsedAfterClose."""
         if self._binding.store is not None:
             self.require_store()
             given: wasmtime.Store = self._binding.store
@@ -459,7 +428,7 @@ class WasmtimeLive(Live):
             return borrowed
         if self.cell.exclusive and not lib.ms_wt_elsewhere(self.cell):  # this thread's
             return self._borrow()
-        # Within an entry, so that each view that there is ends with the store.
+        # Within an entry: otherwise another thread could close the store, and the view would outlive it.
         made: BorrowedStore = self.entered(0, self._borrow)
         return made
 
@@ -477,7 +446,7 @@ class WasmtimeLive(Live):
 
     @property
     def native(self) -> NativeInstance:
-        """wasmtime-py's view of the instance, with its `store`."""
+        """The instance as an object of wasmtime-py's, with its `store`."""
         store = self.store()
         raw = wasmtime_ffi.wasmtime_instance_t.from_buffer_copy(
             bytes(ffi.buffer(self.cell.instance))
@@ -504,8 +473,8 @@ class WasmtimeLive(Live):
     # -- the end -----------------------------------------------------------------------------------------------------
 
     @property
-    def running(self) -> int:  # type: ignore[override]  # the C half counts; nobody else sets it
-        """How many calls are inside the instance, on whichever thread."""
+    def running(self) -> int:  # type: ignore[override]  # the C half counts
+        """The number of calls that are inside the instance, on any thread."""
         inside = int(self.cell.depth)
         borrowed: object = self._borrowed
         if isinstance(borrowed, LentStore):  # other instances live in this one's store
@@ -513,15 +482,15 @@ class WasmtimeLive(Live):
         return inside
 
     def finish(self) -> None:
-        """End the instance, and release its memories once wasmtime does not use them any more."""
+        """End the instance, and release its memories as soon as wasmtime does not use them."""
         self._creator.finish(self)
 
     def dispose(self, generation: int | None = None) -> bool | None:
         return self._creator.finish(self, release=False, generation=generation)
 
     def forget_views(self) -> None:
-        """The store is going: what wasmtime-py has of it raises from now on."""
-        self._functions.clear()  # they hold this object, and it should go with its last reference
+        """Close wasmtime-py's objects of the store, which raise from now on."""
+        self._functions.clear()  # they refer to this object: the cycle would keep it until the next collection
         borrowed, self._borrowed = self._borrowed, None
         if borrowed is not None:
             borrowed.close()

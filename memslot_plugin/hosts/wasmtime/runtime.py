@@ -47,7 +47,7 @@ from memslot_plugin.hosts.wasmtime.errors import (
     WasmtimeTrap,
     one_sentence,
 )
-from memslot_plugin.hosts.wasmtime.link import Compiled, Link
+from memslot_plugin.hosts.wasmtime.link import BoundImports, Compiled
 from memslot_plugin.hosts.wasmtime.live import NativeInstance, WasmtimeLive
 from memslot_plugin.hosts.wasmtime.store import lent
 from memslot_plugin.hosts.wasmtime.wasi import Environment, Shim, shim_text
@@ -213,7 +213,14 @@ class WasmtimeHost(Host):
     def _compiled(self, engine: wasmtime.Engine, module: wasmtime.Module, guest: Guest) -> Compiled:
         """A guest's module on an engine of ours, with the shim that its calls of WASI need."""
         parents: Compiled | None = self._parents_code(guest)
-        compiled = Compiled(engine, module, guest.plan, guest.name, self.settings)
+        compiled = Compiled(
+            engine,
+            module,
+            guest.plan,
+            guest.name,
+            settings=self.settings,
+            creator=self._creator.raw,
+        )
         compiled.offsets = guests.offsets(guest.plan) if parents is None else parents.offsets
         if compiled.waits:
             native, text = engine is not self._engine, shim_text(compiled.memory_type)
@@ -272,12 +279,12 @@ class WasmtimeHost(Host):
         if binding.store is None and binding.imports is guest.binding.imports:
             link = compiled.default
             if link is None:
-                link = compiled.default = compiled.link(guest.binding, self._creator.raw)
+                link = compiled.default = compiled.bind(guest.binding)
         else:
             link = self._link(guest, compiled, binding)
             compiled = link.compiled
         live = WasmtimeLive(self._creator, compiled, memories, binding, self._configure_store)
-        live.link, token = link, live.token
+        live.bound, token = link, live.token
         try:
             bases = [memory.base for memory in memories]
             if link.environment is None and binding.store is None and self._configure_store is None:
@@ -291,8 +298,7 @@ class WasmtimeHost(Host):
                     live.enter_store()
                 # Within an entry, so that nothing that comes in between can close the store.
                 outcome = live.entered(0, lambda: self._begin(live, link, binding, token, bases))
-            if outcome:
-                live.settle(outcome, starting=True)
+            live.settle(outcome, starting=True)
             if guest.sets_globals:
                 live.set_globals()
             if guest.captures:
@@ -303,11 +309,11 @@ class WasmtimeHost(Host):
             raise
         return live
 
-    def _link(self, guest: Guest, compiled: Compiled, binding: Binding) -> Link:
+    def _link(self, guest: Guest, compiled: Compiled, binding: Binding) -> BoundImports:
         """Bind the imports; a guest without a memory of its own, for the engine of the store that was given."""
         store, name = binding.store, compiled.guest_name
         if store is None:
-            return compiled.link(binding, self._creator.raw)
+            return compiled.bind(binding)
         native = compiled.plan.native
         if not isinstance(store, wasmtime.Store) or store.engine not in (
             self._engine,
@@ -319,13 +325,13 @@ class WasmtimeHost(Host):
             )
         lent(store, name)
         if store.engine is compiled.engine:
-            return compiled.link(binding, self._creator.raw)
+            return compiled.bind(binding)
         if native is not None:
             raise LinkError(
                 f"the store for an instance of {name} must be a wasmtime.Store of host.native_engine, because"
                 f" the guest is left to the runtime: {native}"
             )
-        if compiled.places:
+        if compiled.lease_index:
             raise LinkError(
                 f"the store for an instance of {name} must be a wasmtime.Store of host.engine, because its"
                 " memory is in a slot; a guest that it shall be linked with has to run from slots as well"
@@ -333,10 +339,10 @@ class WasmtimeHost(Host):
         if compiled.elsewhere is None:
             module = self._compile_alone(store.engine, guest.plan.module, native=True)
             compiled.elsewhere = self._compiled(store.engine, module, guest)
-        return compiled.elsewhere.link(binding, self._creator.raw)
+        return compiled.elsewhere.bind(binding)
 
     def _begin(
-        self, live: WasmtimeLive, link: Link, binding: Binding, token: int, bases: list[int]
+        self, live: WasmtimeLive, link: BoundImports, binding: Binding, token: int, bases: list[int]
     ) -> int:
         """Instantiate, after what must be set in the store before; the outcome."""
         cell = live.cell
