@@ -1,20 +1,20 @@
-"""The one boundary at which what wasmer raises becomes an error of memslot.
+"""The boundary at which wasmer's exceptions become errors of memslot.
 
-wasmer knows four classes of its own making, and tells them apart by text alone:
+wasmer raises four classes, and tells their causes apart by text alone:
 
     RuntimeError                 a trap, an exit, a link error, an invalid module, no memory left
     TypeError, OverflowError     a Python value that does not fit a WebAssembly type
     pyo3_runtime.PanicException  an object on a foreign thread, a reference type in a call
 
-Everything else that comes out of wasmer is an exception of a host function, which reaches the caller
-as it is.  So does a RuntimeError of a host function: what Python code raised has that code in its
-traceback, and what wasmer made has none.
+PanicException is a BaseException and cannot be imported.  `Boundary` is a context manager because `__exit__` sees
+every class without naming it.  Other exceptions come from host functions, and reach the caller unchanged.
 """
 
 from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Callable
 
 from memslot_plugin._core.limits import errno_in_text, system_call_error
 from memslot_plugin.errors import (
@@ -26,6 +26,7 @@ from memslot_plugin.errors import (
     MemslotError,
     Unsupported,
     WrongThread,
+    cause_of,
 )
 from memslot_plugin.wasm import Offsets
 
@@ -33,23 +34,47 @@ _EXIT = re.compile(r"RuntimeError: WASI exited with code: (\d+)")
 _IMPORT = re.compile(r'Error while importing "(.*?)"\."(.*?)": (.*)', re.DOTALL)
 _FRAME = re.compile(r"^(    at .*)\[(\d+)\]:(0x[0-9a-f]+)\)$", re.MULTILINE)
 _MOST_FRAMES = 64
-"""wasmer tells every frame, of which a guest makes half a million in a stack of 8 MiB."""
+"""Frames of a trap's text that are kept: wasmer prints all, half a million in a stack of 8 MiB."""
 _LINK = ("Host env initialization error", "Link error")
 _RESOURCES = ("Insufficient resources", "Error when allocating memory")
 _WRONG_RESULT = "RuntimeError: Dynamic function returned wrong signature"
 
 VALUE_ERRORS = (TypeError, OverflowError)
+"""Classes that wasmer raises for a value that does not fit its type."""
+
+
+class Boundary:
+    """A block whose exceptions of wasmer's are raised as `mapped(error, *arguments)`.
+
+    The call into wasmer stands in the block itself, otherwise `made_by_wasmer` takes the error for a host function's.
+    """
+
+    __slots__ = ("_arguments", "_mapped")
+
+    def __init__(self, mapped: Callable[..., BaseException], *arguments: object) -> None:
+        self._mapped = mapped
+        self._arguments = arguments
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if error is not None and made_by_wasmer(error):
+            raise self._mapped(error, *self._arguments) from cause_of(error)
 
 
 def made_by_wasmer(error: BaseException) -> bool:
-    """Whether wasmer itself made `error`, which its caller has just caught."""
+    """Return True if wasmer made the `error` that the calling frame has just caught.
+
+    A host function's exception has the frame of its Python code in the traceback; wasmer's own has no second frame.
+    """
     if type(error) in (RuntimeError, *VALUE_ERRORS):
         return error.__traceback__ is None or error.__traceback__.tb_next is None
     return _is_panic(error)
 
 
 def at_compile(error: BaseException, name: str, hint: str | None = None) -> MemslotError:
-    """What assembling or compiling `name` raised; no host function runs there."""
+    """Return the error for an exception from assembling or compiling `name`, where no host function runs."""
     return errno_in_text(str(error), f"compiling {name}") or InvalidModule(
         f"wasmer refuses {name}: {error}" + (f" ({hint})" if hint else "")
     )
@@ -58,7 +83,7 @@ def at_compile(error: BaseException, name: str, hint: str | None = None) -> Mems
 def at_instantiate(
     error: BaseException, name: str, offsets: Offsets | None = None
 ) -> BaseException:
-    """What wasmer made while it instantiated the guest `name`: linked it, or ran its start function."""
+    """Return the error for an exception from linking the guest `name` or running its start function."""
     if isinstance(error, TypeError):
         return LinkError(f"an import of {name} is not what wasmer can take: {error}")
     text = str(error)
@@ -82,44 +107,42 @@ def at_call(
     *,
     host_function_is_wrong: bool,
 ) -> BaseException:
-    """The exception for what wasmer raised while `name` was called, with offsets of the module that was given.
+    """Return the error for an exception from a call of `name`; `offsets` translates those of a trap's frames.
 
-    `host_function_is_wrong` says that a value which does not fit was a host function's result, and not
-    an argument of the call.
+    If `host_function_is_wrong`, a value that does not fit is the result of a host function, and not an argument.
     """
-    if _is_panic(error):
-        return errno_in_text(str(error), f"calling {name}") or _panic(error)
     text = str(error)
-    if text.startswith(_WRONG_RESULT) or (
-        host_function_is_wrong and isinstance(error, VALUE_ERRORS)
-    ):
+    if _is_panic(error):
+        refused = errno_in_text(text, f"calling {name}")
+        if refused is not None:
+            return refused
+        if "unsendable" in text:
+            return WrongThread(f"wasmer confines its objects to their thread: {text}")
+        return Unsupported(
+            f"wasmer-python cannot do this ({text}): values of reference types do not cross into Python"
+        )
+    does_not_fit = isinstance(error, VALUE_ERRORS)
+    if text.startswith(_WRONG_RESULT) or (host_function_is_wrong and does_not_fit):
         return LinkError(
             f"a host function that {name} called returned what its type forbids: {text}"
         )
-    if isinstance(error, VALUE_ERRORS):
+    if does_not_fit:
         return ArgumentError(f"{name}: {text}")
     exited = _EXIT.match(text)
     if exited is not None:
-        # The status is 32 bits; the operating system hands on the low eight of them (exit(3)).
+        # The operating system hands on the low eight of the 32 bits of a status (exit(3)).
         return GuestExit(int(exited[1]) & 0xFF)
     text = "\n".join(text.split("\n", _MOST_FRAMES + 1)[: _MOST_FRAMES + 1])
     if offsets is not None:
-        text = _FRAME.sub(lambda found: _given(found, offsets), text)
+        text = _FRAME.sub(lambda found: _translated(found, offsets), text)
     return GuestTrap(text.removeprefix("RuntimeError: "), error)
 
 
-def _given(found: re.Match[str], offsets: Offsets) -> str:
-    """A frame of a trap with the offset that its function has in the module that was given."""
-    return f"{found[1]}[{found[2]}]:{offsets.given(int(found[2]), int(found[3], 16)):#x})"
+def _translated(frame: re.Match[str], offsets: Offsets) -> str:
+    """Return a frame of a trap with its offset in the module that the embedder gave."""
+    at, function, offset = frame.groups()
+    return f"{at}[{function}]:{offsets.given(int(function), int(offset, 16)):#x})"
 
 
 def _is_panic(error: BaseException) -> bool:
     return type(error).__name__ == "PanicException" and type(error).__module__ == "pyo3_runtime"
-
-
-def _panic(error: BaseException) -> BaseException:
-    if "unsendable" in str(error):
-        return WrongThread(f"wasmer confines its objects to their thread: {error}")
-    return Unsupported(
-        f"wasmer-python cannot do this ({error}): values of reference types do not cross into Python"
-    )

@@ -1,7 +1,7 @@
-"""What all instances of a guest on wasmer share: its compiled module, its types, and its imports.
+"""The code of a guest on wasmer, and the imports of its instances.
 
-Host functions are made once per guest.  What an instance imports is one object of wasmer's, prepared
-with everything but the memory, which is put in when it is another one than last time.
+Host functions are made once per guest.  So is the import object of the instances that get the guest's own imports: only
+the memory in it changes.
 """
 
 from __future__ import annotations
@@ -9,130 +9,148 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from memslot_plugin.errors import LinkError, Unsupported, cause_of
-from memslot_plugin.guest import plan as guests
+from memslot_plugin.errors import LinkError, MemslotError, Unsupported
+from memslot_plugin.guest.plan import Plan, offsets
 from memslot_plugin.hosts.wasi import Wasi
-from memslot_plugin.hosts.wasmer import state as wasmer_state
-from memslot_plugin.hosts.wasmer import wasi as wasmer_wasi
-from memslot_plugin.hosts.wasmer.errors import at_compile, made_by_wasmer
-from memslot_plugin.hosts.wasmer.folders import Folders
+from memslot_plugin.hosts.wasmer.errors import Boundary, at_compile, at_instantiate
+from memslot_plugin.hosts.wasmer.state import SavedGlobals
 from memslot_plugin.hosts.wasmer.values import (
     EXTERNS,
     Owner,
     Signature,
-    address_of,
+    compiled,
     described,
     kind_of,
     new_store,
     passes_references,
-    require_compiler,
     wasmer,
 )
+from memslot_plugin.hosts.wasmer.wasi import VERSIONS, Shims, Streams, environment
 from memslot_plugin.wasm.module import SectionId
 from memslot_plugin.wasm.names import without_long_names
 
 if TYPE_CHECKING:
     from memslot_plugin import wasm
-    from memslot_plugin.hosts.guest import Guest
     from memslot_plugin.hosts.live import Binding
 
 Namespaces = dict[str, dict[str, Any]]
 """Import module -> import name -> an object of wasmer's."""
 
-
-class Placed(NamedTuple):
-    """A compiled module, and its store."""
-
-    store: Any
-    module: Any
-
-
-def placed(host_store: Any, store: Any, module: Any) -> Placed:
-    """A compiled module in a `store` of its own: wasmer unmaps code only when its store goes.
-
-    In `host_store` instead if it shares references with other guests, which are calls through a table in the
-    end: wasmer compares the numbers of two types there, and each store has numbers of its own.
-    """
-    if any(passes_references(each.type) for each in (*module.imports, *module.exports)):
-        return Placed(host_store, wasmer.Module.deserialize(host_store, module.serialize()))
-    return Placed(store, module)
-
-
 LONGEST_NAME = 256
-"""Bytes of a function's name, which wasmer writes out for each of half a million frames in a stack of 8 MiB."""
+"""Bytes of a function's name; wasmer repeats it for each of half a million frames in a stack of 8 MiB."""
 
 
-class Connected(NamedTuple):
-    """What one instance is linked with, and what has to live as long as it does."""
-
-    imports: Any
-    kept: Any
-    streams: wasmer_wasi.Streams | None = None
-
-
-def _said_of_source(error: BaseException, plan: guests.Plan) -> BaseException:
-    """The error at an offset of the module that was given, and not of the rewritten one."""
-    try:
-        if plan.module is not plan.source:
-            wasmer.Module(new_store(), plan.source)
-    except BaseException as of_source:
-        if not made_by_wasmer(of_source):
-            raise
-        return of_source
-    return error
-
-
-class Compiled:
-    """A guest's module, compiled; `kinds` has the kind of each export by its name.
-
-    `saved_names` and `saved_types` are those of the globals that a reset restores, `initial` the bits
-    that they begin with, as far as the module tells them.  `wasi` are the names that it imports from WASI, by
-    WASI module.  `calls_out` says whether a host
-    function can run inside of its calls, `may_grow` whether its memory can grow there.
-    """
+@dataclass(frozen=True, slots=True, eq=False)
+class Code:
+    """The compiled module of a guest and of its snapshots, and what depends on its store alone."""
 
     store: Any
     module: Any
     offsets: wasm.Offsets | None
+    shims: Shims
 
-    def __init__(self, host_store: Any, guest: Guest, reused: Compiled | Placed | None) -> None:
-        """`reused` is the code of the guest whose snapshot this is, or code that came with the guest."""
-        self._guest_name = guest.name
-        self._binding = guest.binding
-        plan = guest.plan
-        if reused is None:
-            require_compiler()
+    @classmethod
+    def compile(cls, host_store: Any, plan: Plan, name: str) -> Code:
+        """Compile a plan's module; raises InvalidModule, SystemCallError, Unsupported."""
+        module = plan.module
+        if plan.structure is not None:
+            module = without_long_names(module, LONGEST_NAME)
         try:
-            if reused is None:
-                # In another store: where the compiler panics, for a tag for example, its engine never compiles again.
-                module = plan.module
-                if plan.structure is not None:
-                    module = without_long_names(module, LONGEST_NAME)
-                code = wasmer.Module(new_store(), module).serialize()
-                store = new_store()
-                reused = placed(host_store, store, wasmer.Module.deserialize(store, code))
-            self.store, self.module = reused.store, reused.module
-        except BaseException as error:
-            if not made_by_wasmer(error):
-                raise
-            raise at_compile(_said_of_source(error, plan), guest.name, plan.native) from cause_of(
-                error
-            )
-        self.offsets = reused.offsets if isinstance(reused, Compiled) else guests.offsets(plan)
-        saved = [
-            each
-            for each in plan.saved_globals
-            if each.export_name is not None and not each.type.startswith("(ref ")
-        ]
-        self.saved_names = [each.export_name or "" for each in saved]
-        self.saved_types = [each.type for each in saved]
-        self.initial = tuple(each.initial or 0 for each in saved)
+            # In a store that is thrown away: after a panic, for a tag for example, its engine never compiles again.
+            code = compiled(new_store(), module, name, plan.native).serialize()
+        except MemslotError:
+            if plan.module is not plan.source:
+                # Fails with the offsets of the module that the embedder gave.
+                compiled(new_store(), plan.source, name, plan.native)
+            raise
+        return cls.load(host_store, plan, name, code)
+
+    @classmethod
+    def load(cls, host_store: Any, plan: Plan, name: str, code: bytes) -> Code:
+        """Load what wasmer serialised; raises InvalidModule, SystemCallError."""
+        # wasmer unmaps code only when its store goes, so each guest has one.
+        store = new_store()
+        with Boundary(at_compile, name):
+            module = wasmer.Module.deserialize(store, code)
+            if any(passes_references(each.type) for each in (*module.imports, *module.exports)):
+                # call_indirect compares numbers of types, and each store numbers its own: guests that can share a
+                # table share the host's store, otherwise a call of the wrong type runs.
+                store = host_store
+                module = wasmer.Module.deserialize(store, code)
+        return cls(store, module, offsets(plan), Shims(store))
+
+
+class BoundImports:
+    """The imports that an instance is linked with.
+
+    A wasmer instance keeps none of its imports alive, not even the memory: it traps, reads other bytes or crashes once
+    one is gone.  So its owner keeps this object for as long as the instance.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_kept",
+        "_memory_module",
+        "_reference",
+        "imports",
+        "owner",
+        "streams",
+    )
+
+    def __init__(
+        self,
+        namespaces: Namespaces,
+        kept: object,
+        memory_module: str | None,
+        streams: Streams | None = None,
+    ) -> None:
+        """`kept` lives as long as this object; `memory_module` is the import module of the slot's memory."""
+        self.owner: Owner | None = None
+        self.imports = wasmer.ImportObject()
+        for module, namespace in namespaces.items():
+            self.imports.register(module, namespace)
+        self.streams = streams
+        self._kept = kept
+        self._memory_module = memory_module
+        self._reference: weakref.ref[BoundImports] | None = None
+
+    def use(self, owner: Owner) -> None:
+        """Import the memory of `owner` from now on."""
+        before, self.owner = self.owner, None
+        if before is not None:
+            before.users.discard(self._reference)
+        # Noted last: after an exception in between, an instance over the old memory would import this one.
+        self._reference = weakref.ref(self, owner.users.discard)
+        owner.users.add(self._reference)
+        self.imports.register(self._memory_module, owner.namespace)
+        self.owner = owner
+
+    def drop_memory(self) -> None:
+        """Drop the memory, so that it can be unmapped."""
+        self.owner = None
+        self.imports.register(self._memory_module, {})
+
+
+class Compiled:
+    """A guest's code, and the types and imports that all of its instances share.
+
+    `kinds` are the kinds of its exports by name.  `wasi` are the names that it imports from WASI, by module.
+    `calls_out` is true if a host function can run within its calls, `may_grow` if its memory can grow there.
+    `instantiating` is the boundary around wasmer's instantiation.
+    """
+
+    def __init__(self, code: Code, plan: Plan, name: str, binding: Binding) -> None:
+        self.code = code
+        self.module = code.module
+        self._name = name
+        self._binding = binding
+        self.saved = SavedGlobals(plan, name)
+        self.instantiating = Boundary(at_instantiate, name, code.offsets)
         self.callables: dict[str, Callable[[Any, dict[str, Any]], Callable[..., Any]]] = {}
-        """What makes an exported function of an instance, by its name, for those that were asked for."""
-        self._state_modules: dict[tuple[int, ...] | None, Any] = {}
+        """Makers of the function to call for an instance's export, by name, of the exports that were asked for."""
         reserved = {each.export_name for each in plan.saved_globals}
         types = {
             export.name: export.type
@@ -144,205 +162,116 @@ class Compiled:
             name: Signature(types[name]) for name, kind in self.kinds.items() if kind == "func"
         }
         self.globals = {name: types[name] for name, kind in self.kinds.items() if kind == "global"}
-        self._memory_from = None if plan.import_name is None else plan.import_name.module
+        self._memory_module = None if plan.import_name is None else plan.import_name.module
         self._imports = [
             (item.module, item.name, item.type)
             for item in self.module.imports
             if plan.import_name is None or (item.module, item.name) != plan.import_name
         ]
         self.wasi: dict[str, list[str]] = {}
-        for module, name, _ in self._imports:
-            if module in wasmer_wasi.VERSIONS:
-                self.wasi.setdefault(module, []).append(name)
+        for module, item, _ in self._imports:
+            if module in VERSIONS:
+                self.wasi.setdefault(module, []).append(item)
         self.calls_out = any(kind_of(type_) == "func" for _, _, type_ in self._imports)
-        self.may_grow = self.calls_out or _may_grow(guest)
-        self._prepared: Connected | None = None
-        self._given: Namespaces | None = None
-        """What the embedder gives to every instance, for those that get WASI beside it."""
-        self._kept: list[Any] = []
-        """Objects that `_given` needs."""
-        self._bound: Owner | None = None
-        self._reference = weakref.ref(self)
-        # With the store goes what was compiled for it.
-        self._shims: dict[tuple[object, ...], Any] = (
-            reused._shims if isinstance(reused, Compiled) else {}
-        )
-        if plan.verdict.in_place and all(each.initial is not None for each in saved):
-            self.state_module(self.initial)  # now, because a forked child cannot
+        self.may_grow = self.calls_out or _may_grow(plan)
+        self._prepared: BoundImports | None = None
+        """The imports of every instance that gets the guest's own, and no WASI."""
+        self._given: tuple[Namespaces, list[_HostFunction]] | None = None
+        """The guest's own imports for every instance that gets WASI beside them."""
 
-    def connect(self, binding: Binding, owner: Owner | None) -> Connected:
-        """What an instance imports whose memory is `owner`'s (None: not one of ours).
+    def bind(self, binding: Binding, owner: Owner | None) -> BoundImports:
+        """Return the imports of an instance over the memory of `owner`, or over none of ours.
 
-        Raises LinkError for what is missing or of the wrong kind, SettingError, Unsupported.
+        Raises LinkError for an import that is missing or of another kind, SettingError, Unsupported.
         """
-        if self.wasi:
-            if binding.wasi is None and any(each not in binding.imports for each in self.wasi):
-                # As on wasmtime: nothing to read, and output discarded.
-                binding = replace(binding, wasi=Wasi())
-            if binding.wasi is not None:
-                return self._with_wasi(binding, owner)
-        if binding is not self._binding:
-            kept: list[Any] = []
-            return Connected(self._import_object(self._link(binding, kept), owner), kept)
-        if self._prepared is None:
-            kept = []
-            imports = self._import_object(self._link(binding, kept), owner)
-            self._prepared = Connected(imports, kept)
-            self._bind(owner)
-        elif owner is not self._bound and owner is not None:
-            self._bind(
-                None
-            )  # were it cut short, the old owner would find the new one's memory here
-            self._prepared.imports.register(self._memory_from, owner.namespace)
-            self._bind(owner)
-        return self._prepared
+        bound = self._prepared
+        if bound is None or binding is not self._binding:
+            # Without Wasi(...) a guest gets nothing to read, and its output is discarded, as on wasmtime.
+            if self.wasi and (
+                binding.wasi is not None or any(each not in binding.imports for each in self.wasi)
+            ):
+                bound = self._bind_wasi(binding.imports, binding.wasi or Wasi(), owner)
+            else:
+                given, kept = self._link(binding.imports, wasi=False)
+                bound = BoundImports(given, kept, self._memory_module)
+                if binding is self._binding:
+                    self._prepared = bound
+        if owner is not None and owner is not bound.owner:
+            bound.use(owner)
+        return bound
 
-    def state_module(self, values: tuple[int, ...] | None) -> Any:
-        """The module that reads the saved globals and gives them these values."""
-        if values not in self._state_modules:
-            # Values that an instance began with are the next one's as well, or else never seen again.
-            for each in [
-                each for each in self._state_modules if each not in (None, self.initial, values)
-            ]:
-                del self._state_modules[each]
-            require_compiler()
-            text = wasmer_state.state_text(self.saved_types, values)
-            try:
-                self._state_modules[values] = wasmer.Module(new_store(), text)
-            except BaseException as error:
-                if not made_by_wasmer(error):
-                    raise
-                what = f"the module of ours that restores the globals of {self._guest_name}"
-                raise at_compile(error, what) from cause_of(error)
-        return self._state_modules[values]
+    def _bind_wasi(
+        self, imports: Mapping[str, Mapping[str, Any]], wasi: Wasi, owner: Owner | None
+    ) -> BoundImports:
+        """Return imports with an environment of their own; those of the embedder come before its functions."""
+        if self.kinds.get("memory") != "memory":
+            raise LinkError(
+                f"{self._name} imports WASI, which works on an exported memory of the name"
+                " 'memory', and it exports none"
+            )
+        if imports is not self._binding.imports:
+            given, functions = self._link(imports, wasi=True)
+        else:
+            if self._given is None:
+                self._given = self._link(imports, wasi=True)
+            given, functions = dict(self._given[0]), self._given[1]
+        memory = self._imported_memory(given) if owner is None else owner.memory
+        store, made = self.code.store, environment(wasi)
+        streams = Streams(wasi, memory, wasmer.Global(store, wasmer.Value.i32(0), mutable=True))
+        kept: list[object] = [functions, made]
+        for module, names in self.wasi.items():
+            offered = made.generate_imports(store, VERSIONS[module])[module]
+            own = given.get(module, {})
+            served = {name: offered[name] for name in names if name in offered and name not in own}
+            shimmed, shim = self.code.shims.before(module, served, streams, memory, wasi)
+            given[module] = {**served, **shimmed, **own}
+            kept += served, own, shim
+        return BoundImports(given, kept, self._memory_module, streams)
 
-    def let_go(self) -> None:
-        """Take the memory out of the prepared imports, so that it can be unmapped."""
-        self._bound = None
-        if self._prepared is not None:
-            self._prepared.imports.register(self._memory_from, {})
+    def _link(
+        self, imports: Mapping[str, Mapping[str, Any]], *, wasi: bool
+    ) -> tuple[Namespaces, list[_HostFunction]]:
+        """Return wasmer's objects for the embedder's imports, and the host functions that they need to live.
 
-    def _bind(self, owner: Owner | None) -> None:
-        """Note whose memory the prepared imports hold."""
-        bound, self._bound = self._bound, None
-        if bound is not None:
-            bound.holders.discard(self._reference)
-        if owner is not None:
-            owner.holders.add(self._reference)
-        self._bound = owner
-
-    def _import_object(self, namespaces: Namespaces, owner: Owner | None) -> Any:
-        imports = wasmer.ImportObject()
-        for module, namespace in namespaces.items():
-            imports.register(module, namespace)
-        if owner is not None:
-            imports.register(self._memory_from, owner.namespace)
-        return imports
-
-    def _link(self, binding: Binding, kept: list[Any]) -> Namespaces:
-        """wasmer's objects for everything that the embedder has to give, for as long as `kept` is there."""  # noqa: D403 - a name
+        With `wasi`, functions of WASI may be missing.
+        """
         namespaces: Namespaces = {}
+        functions: list[_HostFunction] = []
         for module, name, type_ in self._imports:
             kind, given = kind_of(type_), None
-            if module not in self.wasi or module in binding.imports:
-                with suppress(KeyError):  # a mapping may make what it is asked for
-                    given = binding.imports[module][name]
+            if module not in self.wasi or module in imports:
+                with suppress(KeyError):  # A mapping may make an import when it is asked for.
+                    given = imports[module][name]
             if given is None:
-                if module in self.wasi and binding.wasi is not None:
+                if module in self.wasi and wasi:
                     continue
                 hint = "; give the guest wasi=Wasi(...)" if module in self.wasi else ""
                 raise self._wrong(module, name, type_, f"nothing was given for it{hint}")
             if not isinstance(given, EXTERNS[kind]):
                 if kind != "func" or not callable(given):
                     raise self._wrong(module, name, type_, f"{given!r} was given for it")
-                kept.append(function := _HostFunction(given))
+                functions.append(function := _HostFunction(given))
                 called = _weakly(function, several=len(type_.results) > 1)
-                given = wasmer.Function(self.store, called, type_)
+                given = wasmer.Function(self.code.store, called, type_)
             namespaces.setdefault(module, {})[name] = given
-        return namespaces
+        return namespaces, functions
 
     def _wrong(self, module: str, name: str, type_: Any, what: str) -> LinkError:
-        return LinkError(
-            f"{self._guest_name} imports {module}.{name}, a {described(type_)}, and {what}"
-        )
-
-    # -- WASI
-
-    def _with_wasi(self, binding: Binding, owner: Owner | None) -> Connected:
-        """An environment of the instance's own; what the embedder gives comes before it."""
-        assert binding.wasi is not None
-        if self.kinds.get("memory") != "memory":
-            raise LinkError(
-                f"{self._guest_name} imports WASI, which works on an exported memory of the name"
-                " 'memory', and it exports none"
-            )
-        kept: list[Any] = []
-        if binding.imports is not self._binding.imports:
-            given = self._link(binding, kept)
-        else:
-            if self._given is None:
-                self._given = self._link(binding, self._kept)
-            given = dict(self._given)
-        memory = self._imported_memory(given) if owner is None else owner.memory
-        environment = wasmer_wasi.environment(binding.wasi)
-        changed = wasmer.Global(self.store, wasmer.Value.i32(0), mutable=True)
-        streams = wasmer_wasi.Streams(binding.wasi, memory, address_of(memory), changed)
-        kept += environment, given
-        for module, names in self.wasi.items():
-            offered = environment.generate_imports(self.store, wasmer_wasi.VERSIONS[module])[module]
-            own = given.get(module, {})
-            served = {name: offered[name] for name in names if name in offered and name not in own}
-            shimmed, shim = self._shim(module, served, memory, streams, binding.wasi)
-            given[module] = {**served, **shimmed, **own}
-            kept += served, shim
-        return Connected(self._import_object(given, owner), kept, streams)
-
-    def _shim(
-        self,
-        module: str,
-        served: dict[str, Any],
-        memory: Any,
-        streams: wasmer_wasi.Streams,
-        wasi: Wasi,
-    ) -> tuple[dict[str, Any], Any]:
-        """What stands before some of the functions of WASI, and the instance that it comes from."""
-        behind = {
-            name: function
-            for name, function in served.items()
-            if name in wasmer_wasi.REPLACED or name not in wasmer_wasi.HARMLESS
-        }
-        if not behind:
-            return {}, None
-        key = (module, bool(wasi.preopened), *behind)
-        if key not in self._shims:
-            require_compiler()
-            text = wasmer_wasi.shim_text(behind, folders=bool(wasi.preopened))
-            self._shims[key] = wasmer.Module(self.store, text), text
-        compiled, text = self._shims[key]
-        folders = Folders(wasi, memory, address_of(memory))
-        ours = {
-            **wasmer_wasi.asked(folders, self.store, text),
-            "memory": memory,
-            "changed": streams.changed,
-            "streams": wasmer.Global(self.store, wasmer.Value.i32(streams.mask)),
-            "write": wasmer.Function(self.store, streams.write, wasmer_wasi.write_type()),
-        }
-        shim = wasmer.Instance(compiled, {"wasi": behind, "memslot": ours})
-        return {name: getattr(shim.exports, name) for name in behind}, (shim, ours)
+        return LinkError(f"{self._name} imports {module}.{name}, a {described(type_)}, and {what}")
 
     def _imported_memory(self, given: Namespaces) -> Any:
-        """The memory that the guest imports by its own choice, for WASI to work on."""
+        """Return the memory that the guest imports by its own choice, for WASI to work on."""
         for module, name, type_ in self._imports:
             if kind_of(type_) == "memory":
                 return given[module][name]
         raise Unsupported(
-            f"{self._guest_name} is left to wasmer alone, and WASI is possible only for a guest whose"
+            f"{self._name} is left to wasmer alone, and WASI is possible only for a guest whose"
             " memory is ours or imported; memslot inspect says why"
         )
 
 
 class _HostFunction:
-    """A host function of the embedder's."""
+    """A host function of the embedder's, which can be referred to weakly."""
 
     __slots__ = ("__weakref__", "call")
 
@@ -351,16 +280,17 @@ class _HostFunction:
 
 
 def _weakly(function: _HostFunction, *, several: bool) -> Callable[..., Any]:
-    """`function` for wasmer, which keeps what it is given where no collection looks; it may know its instance.
+    """Return `function` for wasmer, which hides its references from the garbage collector: a host function may know its
+    instance, and the cycle would never be collected.
 
-    The frame of Python around it tells its exceptions from wasmer's.  Several results may come as a list, which
-    wasmer itself does not take.
+    The Python frame around the call tells the function's exceptions from wasmer's.  wasmer takes several results as a
+    tuple only, and here they may be a list.
     """
     found = weakref.ref(function)
 
     def call(*arguments: Any) -> Any:
-        held: Any = found()  # there for as long as what was linked with it
-        return held.call(*arguments)
+        function: Any = found()  # It lives as long as the imports of the calling instance.
+        return function.call(*arguments)
 
     def call_for_several(*arguments: Any) -> Any:
         result = call(*arguments)
@@ -369,9 +299,9 @@ def _weakly(function: _HostFunction, *, several: bool) -> Callable[..., Any]:
     return call_for_several if several else call
 
 
-def _may_grow(guest: Guest) -> bool:
-    """Whether memory.grow can occur in the code: its opcode is 0x40, then a memory's index, 0."""
-    structure = guest.plan.structure
+def _may_grow(plan: Plan) -> bool:
+    """Return True if memory.grow can occur in the code: its opcode 0x40, and the index of a memory, which is 0."""
+    structure = plan.structure
     if structure is None:
         return True
     code = structure.section(SectionId.CODE)

@@ -22,6 +22,7 @@ from memslot_plugin.errors import (
     ArgumentError,
     ExportNotFound,
     GrowthRefused,
+    MemslotError,
     SnapshotRefused,
     Unsupported,
     cause_of,
@@ -33,15 +34,15 @@ from memslot_plugin.hosts.host import Host
 from memslot_plugin.hosts.live import Binding, Live, ended
 from memslot_plugin.hosts.memory import WASM_PAGE
 from memslot_plugin.hosts.versions import installed_version
-from memslot_plugin.hosts.wasmer import state as wasmer_state
 from memslot_plugin.hosts.wasmer.errors import (
     VALUE_ERRORS,
+    Boundary,
     at_call,
     at_compile,
-    at_instantiate,
     made_by_wasmer,
 )
-from memslot_plugin.hosts.wasmer.link import Compiled, Connected, Placed, placed
+from memslot_plugin.hosts.wasmer.link import BoundImports, Code, Compiled
+from memslot_plugin.hosts.wasmer.state import AttachedGlobals
 from memslot_plugin.hosts.wasmer.values import (
     REFERENCES,
     WASM32_BYTES,
@@ -73,40 +74,37 @@ class WasmerHost(Host):
         self.store = None
 
     def _assemble(self, text: str) -> bytes:
-        try:
+        with Boundary(at_compile, "the text"):
             return bytes(wasmer.wat2wasm(text))
-        except BaseException as error:
-            if not made_by_wasmer(error):
-                raise
-            raise at_compile(error, "the text") from cause_of(error)
 
     def _compile(self, guest: Guest) -> Compiled:
+        plan = guest.plan
         parent: Compiled | None = self._parents_code(guest)
         if parent is not None:
-            guest.sets_globals = bool(guest.plan.saved_globals)
-        compiled = Compiled(self.store, guest, parent or self._loaded(guest))
-        if guest.plan.structure is None:
+            guest.sets_globals = bool(plan.saved_globals)
+            code = parent.code
+        else:
+            code = self._loaded(guest) or Code.compile(self.store, plan, guest.name)
+        compiled = Compiled(code, plan, guest.name, guest.binding)
+        if plan.structure is None:
             raise Unsupported(
                 f"{guest.name} cannot be bounded by the settings, because wasmer has no limits of its own."
-                f" {guest.plan.native}"
+                f" {plan.native}"
             )
         return compiled
 
-    def _loaded(self, guest: Guest) -> Placed | None:
-        """Code that came with the guest; None where there is none that fits."""
+    def _loaded(self, guest: Guest) -> Code | None:
+        """Return the code that came with the guest, or None if none fits."""
         found = self._saved_code(guest)
         if found is None:
             return None
-        store = new_store()
         try:
-            module = wasmer.Module.deserialize(store, found[0])
-        except BaseException as error:
-            if made_by_wasmer(error):
-                _log.info("the code of %s is compiled again: %s", guest.name, error)
-                return None
-            raise
+            code = Code.load(self.store, guest.plan, guest.name, found[0])
+        except MemslotError as error:
+            _log.info("the code of %s is compiled again: %s", guest.name, error)
+            return None
         guest.reused_code, guest.sets_globals = True, found[1]
-        return placed(self.store, store, module)
+        return code
 
     def _code_key(self, guest: Guest) -> str | None:
         # wasmer compiles for the very processor that it runs on, and does not look when it loads.
@@ -145,19 +143,15 @@ class WasmerHost(Host):
         owner = _owner_of(memories[0]) if memories and guest.plan.native is None else None
         if binding.store is not None:
             raise Unsupported("wasmer's stores belong to their hosts; use the host of that store")
-        try:
-            connected = compiled.connect(binding, owner)
-            instance = wasmer.Instance(compiled.module, connected.imports)
-        except BaseException as error:
-            if owner is not None:  # a start function may have come far
-                self._report_growth(memories[0], owner.memory.data_size)
-            if made_by_wasmer(error):
-                raise at_instantiate(error, guest.name, compiled.offsets) from cause_of(error)
-            raise
+        with compiled.instantiating:
+            bound = compiled.bind(binding, owner)
+            # What a failure leaves behind is never used again: wasmer may free the instance while its functions stay in
+            # a table that it shares.  A guest that imports a table has no slot, so none of them reaches one.
+            instance = wasmer.Instance(compiled.module, bound.imports)
         memory = None if owner is None else owner.memory
-        live = WasmerLive(guest, memories, memory, instance, connected)
+        live = WasmerLive(guest, memories, memory, instance, bound)
         if guest.sets_globals:
-            live.set_globals()
+            live._attach()()
         if guest.captures:
             live.read_globals()
         return live
@@ -183,9 +177,8 @@ class WasmerLive(Live):
 
     _captured: tuple[int, ...] | None = None
     """What its globals held when it began, where the module does not tell."""
-    _globals: list[Any] | None = None
-    _attached: Any = None
-    _restore: Any = None
+    _attached: AttachedGlobals | None = None
+    _restore: Callable[[], None] | None = None
 
     def __init__(
         self,
@@ -193,7 +186,7 @@ class WasmerLive(Live):
         memories: tuple[LinearMemory, ...],
         memory: Any,
         instance: Any,
-        connected: Connected,
+        bound: BoundImports,
     ) -> None:
         self.memories = memories
         self._host = guest.host
@@ -202,7 +195,7 @@ class WasmerLive(Live):
         self._memory = memory
         self._instance = instance
         self._exports = instance.exports
-        self._connected: Connected | None = connected
+        self._bound: BoundImports | None = bound
         self._functions: dict[str, Callable[..., Any]] = {}
         self._natives: dict[str, Any] = {}
 
@@ -236,7 +229,7 @@ class WasmerLive(Live):
                 " cannot hand to Python"
             )
         arity, several, parameters = signature.arity, signature.several, signature.parameters
-        calls_out, may_grow, offsets = compiled.calls_out, compiled.may_grow, compiled.offsets
+        calls_out, may_grow, offsets = compiled.calls_out, compiled.may_grow, compiled.code.offsets
         thread, get_ident, guest_name = self._host._thread, threading.get_ident, self._guest.name
 
         def make(live: WasmerLive, natives: dict[str, Any]) -> Callable[..., Any]:
@@ -341,7 +334,7 @@ class WasmerLive(Live):
         return before
 
     def output(self, stream: Literal["stdout", "stderr"]) -> bytes:
-        streams = None if self._connected is None else self._connected.streams
+        streams = None if self._bound is None else self._bound.streams
         return b"" if streams is None else streams.output(stream)
 
     # -- resets
@@ -353,48 +346,28 @@ class WasmerLive(Live):
             minimum = self.memories[0].request.minimum
             if self._memory.data_size != minimum or self.memories[0].byte_size != minimum:
                 return False
-        streams = None if self._connected is None else self._connected.streams
+        streams = None if self._bound is None else self._bound.streams
         return streams is None or streams.changed.value == 0
 
     def restore(self, generation: int) -> None:
-        if self._restore is None:
-            self._attach_initial()
-        self._restore()
-        streams = None if self._connected is None else self._connected.streams
+        (self._restore or self._attach())()
+        streams = None if self._bound is None else self._bound.streams
         if streams is not None:
             streams.clear()
         # What let_go does, without the call.
         self.held = 0
         self.generation = self.admits = generation
 
-    def set_globals(self) -> None:
-        """Every saved global gets its initial value."""
-        if self._restore is None:
-            self._attach_initial()
-        self._restore()
-
-    def _attach_initial(self) -> None:
-        captured = self._captured
-        self._attach(self._compiled.initial if captured is None else captured)
-
-    def _attach(self, values: tuple[int, ...] | None) -> Any:
-        """The module of ours that reads the globals and puts these values back, on this instance."""
-        if self._globals is None:
-            self._globals = [export_of(self._exports, name) for name in self._compiled.saved_names]
-        module = self._compiled.state_module(values)
-        try:
-            attached = wasmer_state.attach(module, self._globals)
-        except BaseException as error:
-            if not made_by_wasmer(error):
-                raise
-            raise at_instantiate(error, f"the globals of {self._guest.name}") from cause_of(error)
-        if values is not None:
-            self._attached, self._restore = attached, attached.exports.restore
-        return attached
+    def _attach(self) -> Callable[[], None]:
+        """Return what gives every saved global its initial value, and keep it for resets."""
+        saved, values = self._compiled.saved, self._captured
+        self._attached = saved.attach(self._exports, saved.initial if values is None else values)
+        self._restore = self._attached.restore
+        return self._restore
 
     def read_globals(self) -> None:
-        """What the saved globals hold now becomes what a reset puts back."""
-        self._captured = wasmer_state.read(self._attach(None), self._compiled.saved_types)
+        """Make the values that the saved globals have now those of a reset."""
+        self._captured = self._compiled.saved.attach(self._exports, None).read()
 
     def saved_values(self) -> dict[int, int | None]:
         saved = self._guest.plan.saved_globals
@@ -404,11 +377,11 @@ class WasmerLive(Live):
                     f"global {each.index} of {self._guest.name} holds references, {each.type}, which"
                     " wasmer-python cannot read; use wasmtime, or keep the reference in a table"
                 )
-        values = wasmer_state.read(self._attach(None), self._compiled.saved_types)
+        values = self._compiled.saved.attach(self._exports, None).read()
         return {each.index: value for each, value in zip(saved, values, strict=True)}
 
     def descriptors_changed(self) -> str | None:
-        streams = None if self._connected is None else self._connected.streams
+        streams = None if self._bound is None else self._bound.streams
         if streams is None or streams.changed.value == 0:
             return None
         return "it called functions of WASI that open, close or change descriptors"
@@ -419,8 +392,8 @@ class WasmerLive(Live):
         try:
             self._report()
         finally:
-            self._restore = self._attached = self._globals = None
-            self._instance = self._exports = self._memory = self._connected = None
+            self._restore = self._attached = None
+            self._instance = self._exports = self._memory = self._bound = None
         return True
 
     @property

@@ -1,38 +1,106 @@
-"""Globals of a guest on wasmer, read and put back bit by bit, and all of them with one call.
+"""The globals of a guest on wasmer that a reset restores, bit by bit and all with one call.
 
-Python would turn a signalling NaN into a quiet one, and setting a global from Python takes longer
-than a call.  So a small module of ours imports the guest's globals and holds the code that does it.
+Python would make a signalling NaN a quiet one, and setting one global from Python takes longer than a call.  So a
+small WebAssembly module imports the guest's globals, reads them and restores them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from memslot_plugin.hosts.wasmer.values import wasmer
+from memslot_plugin.guest.plan import Plan
+from memslot_plugin.hosts.wasmer.errors import Boundary, at_instantiate
+from memslot_plugin.hosts.wasmer.values import compiled, export_of, new_store, wasmer
 
 _GETTERS = {
-    "i32": (("i32", "{}"),),
-    "i64": (("i64", "{}"),),
-    "f32": (("i32", "(i32.reinterpret_f32 {})"),),
-    "f64": (("i64", "(i64.reinterpret_f64 {})"),),
-    "v128": (("i64", "(i64x2.extract_lane 0 {})"), ("i64", "(i64x2.extract_lane 1 {})")),
+    "i32": ((32, "{}"),),
+    "i64": ((64, "{}"),),
+    "f32": ((32, "(i32.reinterpret_f32 {})"),),
+    "f64": ((64, "(i64.reinterpret_f64 {})"),),
+    "v128": ((64, "(i64x2.extract_lane 0 {})"), (64, "(i64x2.extract_lane 1 {})")),
 }
-"""What the bits of a global are read as, lowest first."""
-
-_WIDTHS = {"i32": 32, "i64": 64}
+"""Integers whose bits are those of a global, lowest first: bits, and the expression that gives them."""
 
 
-def state_text(types: Sequence[str], values: Sequence[int] | None) -> str:
-    """The module for globals of these types, which puts back these bits if there are any."""
+class SavedGlobals:
+    """The globals that a reset of one guest restores, and the modules compiled for them.
+
+    `initial` are the bits that they start with, as far as the guest's module tells them.
+    """
+
+    def __init__(self, plan: Plan, guest_name: str) -> None:
+        saved = [
+            each
+            for each in plan.saved_globals
+            if each.export_name is not None and not each.type.startswith("(ref ")
+        ]
+        self._names = [each.export_name or "" for each in saved]
+        self._types = [each.type for each in saved]
+        self._what = f"the globals of {guest_name}"
+        self.initial = tuple(each.initial or 0 for each in saved)
+        self._modules: dict[tuple[int, ...] | None, Any] = {}
+        if plan.verdict.in_place and all(each.initial is not None for each in saved):
+            self._module(self.initial)  # A child of a fork cannot compile it later.
+
+    def attach(self, exports: Any, values: tuple[int, ...] | None) -> AttachedGlobals:
+        """Return access to the globals of an instance; `values` are the bits that `restore` sets, if any."""
+        module = self._module(values)
+        given = {str(i): export_of(exports, name) for i, name in enumerate(self._names)}
+        with Boundary(at_instantiate, self._what):
+            instance = wasmer.Instance(module, {"guest": given} if given else {})
+        return AttachedGlobals(instance, given, self._types)
+
+    def _module(self, values: tuple[int, ...] | None) -> Any:
+        if values not in self._modules:
+            # Captured values serve every later instance of the guest, or are never seen again.
+            self._modules = {
+                each: module
+                for each, module in self._modules.items()
+                if each is None or each == self.initial
+            }
+            text = _state_text(self._types, values)
+            self._modules[values] = compiled(
+                new_store(), text, f"the module that restores {self._what}"
+            )
+        return self._modules[values]
+
+
+class AttachedGlobals:
+    """The saved globals of one instance; `restore` sets them to the values that they were attached with."""
+
+    __slots__ = ("_globals", "_instance", "_types", "restore")
+
+    def __init__(self, instance: Any, globals_: dict[str, Any], types: Sequence[str]) -> None:
+        # wasmer keeps neither the instance behind `restore` alive nor the globals that it imports.
+        self._instance = instance
+        self._globals = globals_
+        self._types = types
+        self.restore: Callable[[], None] = instance.exports.restore
+
+    def read(self) -> tuple[int, ...]:
+        """Return the bits that the globals hold now."""
+        values = []
+        for index, type_ in enumerate(self._types):
+            value = shift = 0
+            for part, (width, _) in enumerate(_GETTERS[type_]):
+                found = getattr(self._instance.exports, f"get{index}_{part}")()
+                value |= found % (1 << width) << shift
+                shift += width
+            values.append(value)
+        return tuple(values)
+
+
+def _state_text(types: Sequence[str], values: Sequence[int] | None) -> str:
+    """Return the module for globals of these types; its `restore` sets these bits."""
     imports, functions, sets = [], [], []
-    for place, type_ in enumerate(types):
-        imports.append(f'(import "guest" "{place}" (global $g{place} (mut {type_})))')
-        for part, (kind, expression) in enumerate(_GETTERS[type_]):
-            body = expression.format(f"(global.get $g{place})")
-            functions.append(f'(func (export "get{place}_{part}") (result {kind}) {body})')
+    for index, type_ in enumerate(types):
+        imports.append(f'(import "guest" "{index}" (global $g{index} (mut {type_})))')
+        for part, (width, expression) in enumerate(_GETTERS[type_]):
+            body = expression.format(f"(global.get $g{index})")
+            functions.append(f'(func (export "get{index}_{part}") (result i{width}) {body})')
         if values is not None:
-            sets.append(f"(global.set $g{place} {_constant(type_, values[place])})")
+            sets.append(f"(global.set $g{index} {_constant(type_, values[index])})")
     functions.append(f'(func (export "restore") {" ".join(sets)})')
     return f"(module {' '.join(imports + functions)})"
 
@@ -45,23 +113,3 @@ def _constant(type_: str, bits: int) -> str:
     if type_ == "f64":
         return f"(f64.reinterpret_i64 (i64.const {bits}))"
     return f"({type_}.const {bits})"
-
-
-def attach(module: Any, globals_: Sequence[Any]) -> Any:
-    """An instance of the module on the globals of one guest's instance, which have to outlive it."""
-    given = {str(place): each for place, each in enumerate(globals_)}
-    return wasmer.Instance(module, {"guest": given} if given else {})
-
-
-def read(attached: Any, types: Sequence[str]) -> tuple[int, ...]:
-    """The bits that the globals hold now."""
-    values = []
-    for place, type_ in enumerate(types):
-        value = shift = 0
-        for part, (kind, _) in enumerate(_GETTERS[type_]):
-            width = _WIDTHS[kind]
-            found = getattr(attached.exports, f"get{place}_{part}")()
-            value |= found % (1 << width) << shift
-            shift += width
-        values.append(value)
-    return tuple(values)

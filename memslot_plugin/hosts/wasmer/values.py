@@ -1,6 +1,6 @@
-"""What wasmer-python 1.1.0 is like: its types, its values, its memories.
+"""The types, values and memories of wasmer-python 1.1.0.
 
-Importing this module is importing wasmer, so it raises HostUnavailable where that is not possible.
+Importing this module imports wasmer, and raises HostUnavailable if that fails.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import errno
 import functools
 import os
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from memslot_plugin._core import ffi
 from memslot_plugin._core.limits import system_call_error
@@ -25,8 +25,7 @@ except ImportError as missing:
         " install memslot[wasmer] there, or use the host wasmtime"
     ) from missing
 
-if TYPE_CHECKING:
-    from memslot_plugin.hosts.wasmer.link import Compiled
+from memslot_plugin.hosts.wasmer.errors import Boundary, at_compile
 
 __all__ = [
     "EXTERNS",
@@ -35,22 +34,22 @@ __all__ = [
     "Owner",
     "Signature",
     "address_of",
+    "compiled",
     "described",
     "export_of",
     "kind_of",
     "misfit",
     "new_store",
     "passes_references",
-    "require_compiler",
     "reserved_bytes",
     "wasmer",
 ]
 
 WASM32_BYTES = 1 << 32
-"""What a 32-bit address reaches."""
+"""Bytes that a 32-bit address reaches."""
 
-LARGEST_BYTES = WASM32_BYTES + (1 << 31)
-"""The most that wasmer maps for a memory: all that 32 bits reach, and a guard behind it (its BaseTunables)."""
+_LARGEST_MAPPING = WASM32_BYTES + (1 << 31)
+"""Bytes that wasmer maps for a memory at most: what 32 bits reach, and a guard region (its BaseTunables)."""
 
 REFERENCES = frozenset((int(wasmer.Type.EXTERN_REF), int(wasmer.Type.FUNC_REF)))
 """Types whose values wasmer-python cannot hand to Python: it panics."""
@@ -60,14 +59,14 @@ _INTEGERS = {
     int(wasmer.Type.I64): (-(1 << 63), 1 << 64),
     int(wasmer.Type.V128): (0, 1 << 128),
 }
-"""The integers that wasmer takes for each type: from, and up to but not including."""
+"""Integers that wasmer takes for each type: from, and up to but not including."""
 
-_KINDS = (
-    (wasmer.FunctionType, "func"),
-    (wasmer.MemoryType, "memory"),
-    (wasmer.GlobalType, "global"),
-    (wasmer.TableType, "table"),
-)
+_TYPES = {
+    "func": wasmer.FunctionType,
+    "memory": wasmer.MemoryType,
+    "global": wasmer.GlobalType,
+    "table": wasmer.TableType,
+}
 
 EXTERNS = {
     "func": wasmer.Function,
@@ -75,42 +74,46 @@ EXTERNS = {
     "global": wasmer.Global,
     "table": wasmer.Table,
 }
-"""The class of what can be imported, by kind."""
+"""The class of an import, by kind."""
 
 _NOT_BY_ATTRIBUTE = frozenset(dir(wasmer.Exports))
-"""Exports of these names are found by iteration only: Python has an attribute of that name."""
+"""Names of exports that are found by iteration only: Python has an attribute of the same name."""
 
 
-_compiling: list[int] = []
-"""The process that has the compiler's threads, once there are any."""
+@functools.cache
+def _compiling_process() -> int:
+    """Return the process that has the compiler's threads, which is the first that compiled."""
+    return os.getpid()
 
 
-def require_compiler() -> None:
-    """Raise Unsupported in a child of the process that has the compiler's threads: it would wait for them forever."""
-    process = os.getpid()
-    if not _compiling:
-        _compiling.append(process)
-    if _compiling != [process]:
+def compiled(store: Any, source: str | bytes, name: str, hint: str | None = None) -> Any:
+    """Return wasmer's module for a binary module or text; raises what `at_compile` maps, and Unsupported.
+
+    A child of the process that has the compiler's threads has none of them, and would wait for them forever.
+    """
+    if _compiling_process() != os.getpid():
         raise Unsupported(
             "wasmer compiles with threads that stayed behind in the process that this one was forked from;"
             " prepare guests before the fork, or start processes with spawn or forkserver"
         )
+    with Boundary(at_compile, name, hint):
+        return wasmer.Module(store, source)
 
 
 def new_store() -> Any:
-    """A store with an engine of its own."""
+    """Return a store with an engine of its own."""
     return wasmer.Store(wasmer.engine.Universal(Compiler))
 
 
 def kind_of(type_: Any) -> str:
-    """The kind of an import or export by its type."""
-    return next(kind for class_, kind in _KINDS if isinstance(type_, class_))
+    """Return the kind of an import or export by its type."""
+    return next(kind for kind, class_ in _TYPES.items() if isinstance(type_, class_))
 
 
 class Signature:
-    """What a function takes and returns, as wasmer's numbers for types.
+    """The parameters and results of a function, as wasmer's numbers for types.
 
-    `several` says that it returns more than one value, `refers` that references are among them all.
+    `several` is true if it returns more than one value, `refers` if any of its values is a reference.
     """
 
     __slots__ = ("arity", "parameters", "refers", "results", "several")
@@ -124,7 +127,7 @@ class Signature:
 
 
 def passes_references(type_: Any) -> bool:
-    """True for an import or export by whose type guests can pass references to each other."""
+    """Return True if guests can pass references to each other by an import or export of this type."""
     kind = kind_of(type_)
     if kind == "func":
         return Signature(type_).refers
@@ -132,20 +135,19 @@ def passes_references(type_: Any) -> bool:
 
 
 def described(type_: Any) -> str:
-    """An import's type as a person reads it."""
+    """Return an import's type in a person's words."""
     kind = kind_of(type_)
     if kind != "func":
         return kind
-    signature = Signature(type_)
     parameters, results = (
-        ", ".join(wasmer.Type(number).name.lower() for number in side)
-        for side in (signature.parameters, signature.results)
+        ", ".join(wasmer.Type(int(each)).name.lower() for each in side)
+        for side in (type_.params, type_.results)
     )
     return f"func ({parameters}) -> ({results})"
 
 
 def misfit(arguments: tuple[Any, ...], parameters: tuple[int, ...]) -> str | None:
-    """Which of these arguments wasmer does not take; None if it complained about something else."""
+    """Return the sentence about the first argument that wasmer does not take, or None if it takes all."""
     for place, (value, type_) in enumerate(zip(arguments, parameters, strict=True), start=1):
         bounds, name = _INTEGERS.get(type_), wasmer.Type(type_).name.lower()
         if bounds is None:
@@ -159,55 +161,62 @@ def misfit(arguments: tuple[Any, ...], parameters: tuple[int, ...]) -> str | Non
 
 
 def export_of(exports: Any, name: str) -> Any:
-    """One of wasmer's exports by its name, which has to be one of theirs."""
+    """Return one of wasmer's exports by its name, which exists."""
     if name in _NOT_BY_ATTRIBUTE:
         return dict(iter(exports))[name]
     return getattr(exports, name)
 
 
 def address_of(memory: Any) -> int:
-    """Where a memory begins; wasmer knows that of an empty one, too."""
+    """Return the address of a memory; an empty one has an address, too."""
     return int(ffi.cast("uintptr_t", ffi.from_buffer(memory.buffer)))
 
 
-class Owner:
-    """The owner of a mapping: wasmer's memory, without which it is unmapped.
+class MemoryUser(Protocol):
+    """An object that has a memory in it and outlives the instances that use it."""
 
-    `holders` are the guests whose prepared imports have the memory in them.
+    def drop_memory(self) -> None:
+        """Drop the reference to the memory."""
+
+
+class Owner:
+    """The owner of a slot's mapping: wasmer's Memory, which unmaps it when its last reference goes.
+
+    `users` are the objects that have to drop the memory before, by weak references.
     """
 
-    __slots__ = ("holders", "memory", "namespace")
+    __slots__ = ("memory", "namespace", "users")
 
     def __init__(self, memory: Any) -> None:
         self.memory = memory
         self.namespace = {"memory": memory}
-        self.holders: set[weakref.ref[Compiled]] = set()
+        self.users: set[weakref.ref[Any]] = set()
 
     def forget(self) -> None:
-        """Drop the memory; wasmer unmaps it."""
-        for holder in self.holders:
-            compiled = holder()
-            if compiled is not None:
-                compiled.let_go()
-        self.holders.clear()
+        """Drop the memory, so that wasmer unmaps it: a slot in its mapping is destroyed and never covered."""
+        for reference in list(self.users):
+            user: MemoryUser | None = reference()
+            if user is not None:
+                user.drop_memory()
+        self.users.clear()
         self.namespace.clear()
         self.memory = None
 
 
 @functools.cache
 def reserved_bytes() -> int:
-    """How much address space wasmer maps for a memory: one is made, and looked at.
+    """Return the address space that wasmer maps for a memory, measured on one.
 
-    Raises SystemCallError where it cannot, and HostUnavailable if it moves memories that grow: a slot
-    cannot.
+    Raises SystemCallError if wasmer cannot map one, and HostUnavailable if it moves memories that grow: a slot cannot
+    move.
     """
     try:
         memory = wasmer.Memory(new_store(), wasmer.MemoryType(1, 2, False))
     except RuntimeError as error:
         raise system_call_error(errno.ENOMEM, f"mapping a memory in wasmer: {error}") from error
     base = end = address_of(memory)
-    # Behind it may be a neighbour, which other threads map and unmap meanwhile: that is not this memory's to cover.
-    for mapping in mappings(base, base + LARGEST_BYTES):
+    # Stop at the largest mapping: other threads map and unmap neighbours behind it, which a slot must not touch.
+    for mapping in mappings(base, base + _LARGEST_MAPPING):
         if mapping.start != end:
             break
         end = mapping.end
