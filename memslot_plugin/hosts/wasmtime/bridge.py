@@ -1,10 +1,10 @@
-"""The Python half of the bridge to wasmtime: binding the C half to the library, and what the C half calls back.
+"""The Python half of the bridge to wasmtime: binding the C half to the library, and the callbacks of the C half.
 
-The C half (`_core/wasmtime_*.c`) makes the hot calls without ctypes and gives wasmtime its
-memories.  It comes back here for three things: to decide about a growth, to lease a memory for
-somebody who uses a host's engine without us, and to run a host function.  None of them lets an
-exception escape: the exception is kept under a number that travels through wasmtime, and whoever
-made the call raises it (`memslot_plugin.hosts.wasmtime.errors`).
+The C half (`_core/wasmtime_*.c`) makes the hot calls without ctypes and gives wasmtime its memories.  It calls Python
+to decide about a growth, to lease a memory for an instance of bare wasmtime-py, and to run a host function.
+
+An exception that escapes from a callback aborts the process.  So each callback catches every exception and keeps it
+under a number, which travels through wasmtime; the entry raises it (`memslot_plugin.hosts.wasmtime.errors`).
 """
 
 from __future__ import annotations
@@ -34,34 +34,31 @@ except (ImportError, OSError, RuntimeError) as error:
         f"wasmtime cannot be imported ({error}); install it with: pip install 'memslot[wasmtime]'"
     ) from error
 
-__all__ = [
-    "Memories",
-    "address_of",
-    "bind",
-    "bindings",
-    "drop_functions",
-    "keep",
-    "taken",
-    "wasmtime",
-    "wasmtime_ffi",
-]
+__all__ = ["bindings", "wasmtime", "wasmtime_ffi"]
 
 _log = logging.getLogger("memslot.wasmtime")
 
 TESTED = "50"
-"""The versions of wasmtime that the bridge was tested with; others are tried, and refused if something is missing."""
+"""The version of wasmtime that the bridge was tested with.  `bind` refuses another one only if something is missing."""
 
 
 def address_of(pointer: Any) -> int:
-    """The address that a ctypes pointer or function holds."""
+    """Return the address in a ctypes pointer or function."""
     return ctypes.cast(pointer, ctypes.c_void_p).value or 0
+
+
+def error_at(address: int) -> wasmtime.WasmtimeError:
+    """Return the object of wasmtime-py's that owns the wasmtime_error_t at an address."""
+    # wasmtime-py has no public way to take over a pointer.
+    pointer = ctypes.cast(address, ctypes.POINTER(wasmtime_ffi.wasmtime_error_t))
+    return wasmtime.WasmtimeError._from_ptr(pointer)
 
 
 @functools.cache
 def bind() -> None:
-    """Give the C half the addresses of wasmtime's functions, once.
+    """Give the C half the addresses of wasmtime's functions, once per process.
 
-    Raises HostUnavailable if this wasmtime lacks one or lays its structures out differently.
+    Raises HostUnavailable if this wasmtime lacks one of them or has other layouts of its structures.
     """
     version = importlib.metadata.version("wasmtime")
     addresses, missing = [], []
@@ -96,7 +93,7 @@ def bind() -> None:
 
 
 def _layout() -> list[int]:
-    """What `ms_wt_layout` tells of our declarations, told of wasmtime-py's."""
+    """Return for wasmtime-py's declarations what `ms_wt_layout` returns for ours."""
     memory, creator = bindings.wasmtime_linear_memory, bindings.wasmtime_memory_creator
     sized: Sequence[Any] = (
         bindings.wasmtime_instance,
@@ -126,28 +123,28 @@ def _layout() -> list[int]:
 # -- exceptions on their way through wasmtime ----------------------------------------------------
 
 LOST = -1
-"""Stands for an exception that could not even be kept."""
+"""The number of an exception that could not be kept."""
 
 _kept: dict[int, BaseException] = {}
 _numbers = itertools.count(1)
 
 
 def keep(error: BaseException) -> int:
-    """Put an exception aside under a number."""
+    """Keep an exception, and return its number."""
     number = next(_numbers)
     _kept[number] = error
     return number
 
 
 def raised(error: BaseException) -> int:
-    """Have the innermost entry raise `error` instead of what it would have raised; returns its number."""
+    """Make the innermost entry raise `error` instead of an earlier exception; returns its number."""
     number = keep(error)
     _kept.pop(lib.ms_wt_raise(number), None)
     return number
 
 
 def taken(number: int) -> BaseException:
-    """The exception of that number, once."""
+    """Return the exception of that number, and forget it."""
     return _kept.pop(number, None) or RuntimeError(
         "an exception was lost on its way through wasmtime"
     )
@@ -171,7 +168,7 @@ CREATORS: weakref.WeakValueDictionary[int, Memories] = weakref.WeakValueDictiona
 
 
 def _refused(_: type, error: BaseException, __: object) -> int:
-    """An exception came before the callback below could catch it."""
+    """Keep an exception that came before `ms_wt_python_grow` could catch it, as a signal's handler may raise one."""
     return -keep(error) if lib.ms_wt_first_deferred() else 0
 
 
@@ -179,13 +176,13 @@ def _refused(_: type, error: BaseException, __: object) -> int:
 def ms_wt_python_grow(creator: int, token: int, index: int, byte_size: int) -> int:
     try:
         return int(CREATORS[creator].granted(token, index, byte_size))
-    except BaseException as error:  # noqa: BLE001 - it is raised where the call into wasmtime was made
+    except BaseException as error:  # noqa: BLE001  # escaping would abort the process; the entry raises it
         if lib.ms_wt_first_deferred():
             return -keep(error)
-        if lib.ms_wt_depth():  # the guest asked again, and would make us keep any number of them
+        if lib.ms_wt_depth():  # keep only the first one: a guest may ask again any number of times
             return 0
-        # wasmtime-py itself made the call, which has no place for the exception.
-        # As text: a kept record would keep the traceback, and with it what was to grow.
+        # wasmtime-py itself made the call, and cannot raise the exception.
+        # Log it as text: a kept record would keep the traceback, and with it the memory.
         _log.error(
             "a growth to %d bytes was refused, because deciding about it failed: %s",
             byte_size,
@@ -208,7 +205,7 @@ def ms_wt_python_lease(  # noqa: PLR0917 - C calls it
     try:
         token[0], memory = CREATORS[creator].leased(minimum, maximum)
         base[0], capacity[0] = memory.base, memory.request.reserved
-    except BaseException as error:  # noqa: BLE001 - it becomes an error of wasmtime's, which is what its caller knows
+    except BaseException as error:  # noqa: BLE001  # escaping would abort the process; bare wasmtime-py raises the text
         said = (
             "the host was closed"
             if isinstance(error, KeyError)
@@ -223,12 +220,13 @@ def ms_wt_python_lease(  # noqa: PLR0917 - C calls it
 # -- host functions ------------------------------------------------------------------------------
 
 HostFunction = Callable[[Any], None]
-"""Takes arguments from a buffer of 16 bytes each, and puts its results there."""
+"""A function of a buffer with 16 bytes per argument, into which it puts its results."""
 
 FUNCTIONS: dict[int, weakref.ref[Any]] = {}
-"""Objects of ours that linkers and stores need, by the identity that the C half knows them by: host functions, and
-shims of WASI.  Each belongs to its `BoundImports`, because a host function may know its instance: held from here, the
-two would never be collected.
+"""Host functions, and shims of WASI, by the identity that the C half calls them by.
+
+Their owner is a `BoundImports`.  The references here are weak: a host function may refer to its instance, and a strong
+reference from here would keep both for ever.
 """
 
 _identities = itertools.count(1)
@@ -247,7 +245,7 @@ def define(
 
     `foreign` says that the linker is for a store of the embedder's own.
     """
-    drop_functions()  # entries for imports of single instances would pile up until statistics are asked for
+    drop_functions()  # here, because each instance with imports of its own adds entries
     identity = next(_identities)
     FUNCTIONS[identity] = weakref.ref(function)
     module_bytes, name_bytes = module.encode(), name.encode()
@@ -261,33 +259,25 @@ def define(
         identity,
         foreign,
     )
-    _require_defined(failed)
+    if failed:
+        raise error_at(failed)
 
 
 def define_wait(
     linker: wasmtime.Linker, kind: wasmtime.FuncType, shim: Any, *, opens: bool, foreign: bool
 ) -> None:
-    """Put one of WASI's functions that wait into a linker, for as long as the caller keeps the shim; raises
-    WasmtimeError.
-    """
+    """Put a function of WASI that waits into a linker, until the caller drops the shim; raises WasmtimeError."""
     identity = next(_identities)
     FUNCTIONS[identity] = weakref.ref(shim)
     failed = lib.ms_wt_define_wait(
         address_of(linker.ptr()), address_of(kind.ptr()), identity, shim.given, opens, foreign
     )
-    _require_defined(failed)
-
-
-def _require_defined(failed: int) -> None:
-    """Raise the WasmtimeError that is at this address; 0 is none."""
     if failed:
-        raise wasmtime.WasmtimeError._from_ptr(
-            ctypes.cast(failed, ctypes.POINTER(wasmtime_ffi.wasmtime_error_t))
-        )
+        raise error_at(failed)
 
 
 def drop_functions() -> None:
-    """Forget the host functions that wasmtime no longer needs, and log the heaps that its finalizers leaked."""
+    """Drop the host functions that wasmtime no longer needs, and log the heaps that its finalizers leaked."""
     identities = ffi.new("uint64_t[]", 64)
     while count := lib.ms_wt_drain_functions(identities, 64):
         for identity in identities[0:count]:
@@ -302,34 +292,34 @@ def drop_functions() -> None:
 
 
 def _raised(_: type, error: BaseException, __: object) -> int:
-    """The same."""
+    """Keep an exception that came before `ms_wt_python_call` could catch it."""
     return keep(error) if lib.ms_wt_depth() else LOST
 
 
 @ffi.def_extern(error=LOST, onerror=_raised)  # type: ignore[untyped-decorator]
 def ms_wt_python_call(identity: int, values: Any, count: int) -> int:
     try:
-        function: Any = FUNCTIONS[identity]()  # there, because its link is
+        function: Any = FUNCTIONS[identity]()  # alive: the caller's `BoundImports` has it
         function(ffi.buffer(values, 16 * count))
-    except BaseException as error:  # noqa: BLE001 - it is raised where the call into wasmtime was made
+    except BaseException as error:  # noqa: BLE001  # escaping would abort the process; the entry raises it
         if lib.ms_wt_depth():
             return raised(error)
-        # wasmtime-py itself made the call, and raises what it finds there.
+        # wasmtime-py itself made the call, and raises the exception that it finds here.
         wasmtime_func.LAST_EXCEPTION = error  # type: ignore[assignment]
         return LOST
     return 0
 
 
 def raised_in_wasmtime_py(error: BaseException) -> None:
-    """Called within a host function that wasmtime-py runs: let our own entry raise the exception."""
+    """Make the innermost entry raise an exception of a host function that wasmtime-py runs."""
     if lib.ms_wt_depth():
         raised(error)
 
 
 def take_last_exception(error: BaseException | None = None) -> BaseException | None:
-    """The exception that wasmtime-py holds for whoever comes next, taken away from there.
+    """Return the exception that wasmtime-py's next call would raise, and take it away; None if there is none.
 
-    Only if it is `error`, where that is given.
+    With `error`, take away only that one.
     """
     last = wasmtime_func.LAST_EXCEPTION
     if last is None or (error is not None and last is not error):

@@ -27,7 +27,13 @@ from memslot_plugin.errors import (
 )
 from memslot_plugin.hosts.lazy import Lazy
 from memslot_plugin.hosts.live import ended
-from memslot_plugin.hosts.wasmtime.bridge import take_last_exception, taken, wasmtime, wasmtime_ffi
+from memslot_plugin.hosts.wasmtime.bridge import (
+    error_at,
+    take_last_exception,
+    taken,
+    wasmtime,
+    wasmtime_ffi,
+)
 from memslot_plugin.wasm import Offsets
 
 PYTHON_EXCEPTION = "python exception"
@@ -195,13 +201,12 @@ class Outcome:
             take_last_exception(self.raised)
         self.deferred = taken(outcome.deferred) if outcome.deferred else None
         self.native: wasmtime.Trap | wasmtime.WasmtimeError | None = None
-        # wasmtime-py has no public way to take over a pointer.
         if outcome.trap:
+            # wasmtime-py has no public way to take over a pointer.
             trap = ctypes.cast(outcome.trap, ctypes.POINTER(wasmtime_ffi.wasm_trap_t))
             self.native = wasmtime.Trap._from_ptr(trap)
         elif outcome.error:
-            error = ctypes.cast(outcome.error, ctypes.POINTER(wasmtime_ffi.wasmtime_error_t))
-            self.native = wasmtime.WasmtimeError._from_ptr(error)
+            self.native = error_at(outcome.error)
         lib.ms_wt_outcome_free(address)
 
     def exception(

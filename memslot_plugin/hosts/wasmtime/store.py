@@ -1,7 +1,7 @@
-"""Stores on wasmtime: the embedder's own that instances of ours live in, and views of ours for the embedder.
+"""Stores on wasmtime: the embedder's own in which instances of ours live, and views of our stores for the embedder.
 
-wasmtime ends the process when it meets an object of another store, or a store that was deleted.  So a store that is
-lent knows its instances and ends their use before it goes, and its identity is compared with that of each object.
+wasmtime ends the process if it meets an object of another store, or a deleted store.  So a lent store ends its
+instances before it is deleted, and its identity is compared with that of each object.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ class Tenant(Protocol):
 
 
 class LentStore(wasmtime.Store):
-    """A store that instances of ours live in: none of them can be entered once it goes."""
+    """A store of the embedder's in which instances of ours live; none of them can be entered once it is closed."""
 
     tenants: Living[Tenant]
     links: list[object]
-    """The links of its instances, which they may call for as long as the store lives."""
+    """The imports of its instances, which they may call for as long as the store lives."""
     identity: int
-    """wasmtime's number for the store, with which every object of it begins."""
+    """The store's number in wasmtime, with which every object of the store begins."""
 
     def running(self) -> int:
-        """Calls that are inside its instances now."""
+        """Return the number of calls that are inside its instances."""
         return sum(tenant.running for tenant in self.tenants.listed())
 
     def end_tenants(self) -> None:
-        """End the use of every instance; raises InUse while one of them runs."""
+        """End every instance; raises InUse while one of them runs."""
         for tenant in self.tenants.listed():
             if not tenant.running:
                 tenant.finish()
@@ -62,7 +62,7 @@ class LentStore(wasmtime.Store):
 
 
 class Limits(NamedTuple):
-    """Arguments of `wasmtime.Store.set_limits`; below 0 is no limit."""
+    """The arguments of `wasmtime.Store.set_limits`; a number below 0 is no limit."""
 
     memory_size: int = -1
     table_elements: int = -1
@@ -72,20 +72,20 @@ class Limits(NamedTuple):
 
 
 class BorrowedStore(wasmtime.Store):
-    """wasmtime-py's view of a store that belongs to an instance of ours: closing it does nothing to the store."""
+    """A store of one of our instances as an object of wasmtime-py's; closing the object does not close the store."""
 
     def __init__(
         self, engine: wasmtime.Engine, store: int, context: int, guest_name: str, limits: Limits
     ) -> None:
         self._limits = limits
-        # The package has no public way to wrap a store; what its own constructor sets is set here.
+        # wasmtime-py has no public way to wrap a store, so this sets what its constructor sets.
         self._set_ptr(ctypes.cast(store, ctypes.POINTER(wasmtime_ffi.wasmtime_store_t)))
         self._Store__context = ctypes.cast(context, ctypes.POINTER(wasmtime_ffi.wasmtime_context_t))
         self.engine = engine
         self.guest_name = guest_name
 
     def _context(self) -> Any:
-        if not self.open:  # the package's own would raise a ValueError
+        if not self.open:  # wasmtime-py would raise ValueError
             raise ended(self.guest_name)
         return super()._context()
 
@@ -95,7 +95,7 @@ class BorrowedStore(wasmtime.Store):
         return self._Store__context is not None
 
     def data(self) -> None:
-        """None: the store's data is the C half's, and not an object of wasmtime-py's."""
+        """Return None: the store's data is a structure of the C half's, and no object."""
 
     def set_limits(
         self,
@@ -105,7 +105,7 @@ class BorrowedStore(wasmtime.Store):
         tables: int = -1,
         memories: int = -1,
     ) -> None:
-        """Set limits of the store (`wasmtime.Store.set_limits`); those of the settings stay where they are lower."""
+        """Set limits of the store (`wasmtime.Store.set_limits`); a lower limit of the settings stays."""
         given = Limits(memory_size, table_elements, instances, tables, memories)
         super().set_limits(
             *(
@@ -119,11 +119,11 @@ class BorrowedStore(wasmtime.Store):
 
 
 _CLASSES: dict[type, type[LentStore]] = {}
-"""For each class of stores the one that they become once they are lent."""
+"""The class that a store gets when it is lent, by its class before."""
 
 
 def lent(store: wasmtime.Store, guest_name: str) -> LentStore:
-    """The store itself, as one that knows its instances; raises UsedAfterClose."""
+    """Make a store of the embedder's know its instances, and return it; raises UsedAfterClose."""
     identity = None
     try:
         store._context()
@@ -135,10 +135,10 @@ def lent(store: wasmtime.Store, guest_name: str) -> LentStore:
             f"the store for an instance of {guest_name} was closed; make a new one"
         ) from None
     if not isinstance(store, LentStore):
-        # Before it is one, and once: a signal or another thread may come in between, and close the store or lend it.
+        # Set the attributes before the class: another thread may close the store as soon as it is a LentStore.
         for name, value in ("identity", identity), ("tenants", Living()), ("links", []):
             store.__dict__.setdefault(name, value)
-        # The embedder made the object, and closes this very one, so it cannot be wrapped.
+        # Change the class of the object itself: a wrapper would not hear of it when the embedder closes the store.
         store.__class__ = _CLASSES.get(type(store)) or _CLASSES.setdefault(
             type(store), type(type(store).__name__, (LentStore, type(store)), {})
         )
@@ -147,5 +147,5 @@ def lent(store: wasmtime.Store, guest_name: str) -> LentStore:
 
 
 def identity_of(native: Any) -> int:
-    """wasmtime's number for the store that one of wasmtime-py's objects belongs to."""  # noqa: D403 - a name
+    """Return wasmtime's number for the store that one of wasmtime-py's objects belongs to."""
     return int(ctypes.c_uint64.from_buffer(native._as_extern().of).value)

@@ -1,8 +1,7 @@
-"""WASI preview 1 on wasmtime: what each instance is given of it, and its captured streams."""
+"""WASI preview 1 on wasmtime: the state of each instance, its captured streams, and bounds on waiting."""
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,14 @@ from typing import Any
 from memslot_plugin._core import ffi, lib
 from memslot_plugin.errors import SettingError, Unsupported
 from memslot_plugin.hosts.wasi import Wasi
-from memslot_plugin.hosts.wasmtime.bridge import address_of, define_wait, wasmtime, wasmtime_ffi
+from memslot_plugin.hosts.wasmtime.bridge import address_of, define_wait, error_at, wasmtime
 
 _NONE = ffi.NULL
 _set = lib.ms_wt_wasi_set
 
 
 class Streams:
-    """What a guest wrote to its captured streams; the C half collects it, also while another thread reads here."""
+    """The output of a guest to its captured streams.  The C half collects it, also while another thread reads."""
 
     def __init__(self, wasi: Wasi) -> None:
         self.outputs: dict[str, Any] = {}
@@ -29,7 +28,7 @@ class Streams:
                 self.outputs[name] = output
 
     def read(self, name: str) -> bytes:
-        """Everything so far, up to the limit; nothing for a stream that is not captured."""
+        """Return the output so far, up to the limit; nothing for a stream that is not captured."""
         output = self.outputs.get(name)
         if output is None:
             return b""
@@ -40,15 +39,16 @@ class Streams:
 
 
 class Environment:
-    """What instances get of WASI, made ready once; each gets its own of it with one call into C."""
+    """The WASI of many instances, as the C half takes it; each store gets a state of its own with one call."""
 
     def __init__(self, wasi: Wasi) -> None:
         self._wasi = wasi
         self._uncaptured = None if "capture" in (wasi.stdout, wasi.stderr) else Streams(wasi)
-        """What all instances share where none has a stream of its own."""
+        """The streams of all instances if none is captured."""
         self._folders = wasi.folders()
         self.has_folders = bool(self._folders)
         self._kept: list[Any] = []
+        """The texts and arrays that `_given` has bare pointers to."""
         self._given = ffi.new("ms_wt_wasi *")
         given = self._given
         given.argument_count = 1 + len(wasi.arguments)
@@ -72,7 +72,7 @@ class Environment:
         return array
 
     def require_workers(self) -> None:
-        """Raise Unsupported in a child of a fork where folders or captured streams may wait for ever."""
+        """Raise Unsupported in a child of a fork in which folders or captured streams may wait for ever."""
         if (self._uncaptured is None or self.has_folders) and lib.ms_wt_workers_lost():
             raise Unsupported(
                 "folders and captured output cannot be used in this child of a fork, because its parent used them and"
@@ -82,7 +82,7 @@ class Environment:
     def give(self, cell: Any) -> Streams:
         """Give the store of a cell a new state of WASI.
 
-        Raises SettingError where this machine does not have what it takes, and Unsupported as `require_workers`.
+        Raises SettingError if a folder or a text is refused, and Unsupported as `require_workers` does.
         """
         self.require_workers()
         streams = self._uncaptured or Streams(self._wasi)
@@ -93,11 +93,9 @@ class Environment:
         return streams
 
     def _refusal(self, refused: int, error: int) -> str:
-        """The sentence that says what was not taken."""
+        """Return the sentence that says which part was refused, and why."""
         if refused == lib.MS_WT_SET:
-            pointer = ctypes.cast(error, ctypes.POINTER(wasmtime_ffi.wasmtime_error_t))
-            why = str(wasmtime.WasmtimeError._from_ptr(pointer))
-            return f"wasi is refused by wasmtime: {why}"
+            return f"wasi is refused by wasmtime: {error_at(error)}"
         if refused < lib.MS_WT_FOLDER:
             what = "arguments" if refused == lib.MS_WT_ARGUMENTS else "environment"
             return f"wasi {what} is refused by wasmtime: it is not text"
@@ -107,7 +105,7 @@ class Environment:
 
 
 WAITS = ("poll_oneoff", "path_open")
-"""Functions of WASI that can wait past a deadline; path_open by opening a FIFO."""
+"""The functions of WASI that can wait past a deadline; path_open waits if it opens a FIFO."""
 
 _SHIM = """(module
   (import "wasi_snapshot_preview1" "poll_oneoff" (func $poll (param i32 i32 i32 i32) (result i32)))
@@ -130,17 +128,17 @@ _SHIM = """(module
 
 
 def shim_text(memory: wasmtime.MemoryType | None) -> str:
-    """The module through which the C half calls WASI on a guest's memory of this type."""
+    """Return the text of the module through which the C half calls WASI on a guest's memory of this type."""
     if memory is None:
         return _SHIM.replace("MEMORY", "0")
     index = "i64 " if memory.is_64 else ""
-    # A shared memory fits an import of no smaller maximum.
+    # An import of a shared memory must have the same maximum or a larger one.
     shared = f" {memory.limits.max} shared" if memory.is_shared else ""
     return _SHIM.replace("MEMORY", f"{index}0{shared}")
 
 
 class Shim:
-    """The shim compiled for an engine, and WASI for it; the C half makes an instance of it where a guest waits."""
+    """The shim compiled for an engine, and WASI for it.  The C half makes an instance of it when a guest waits."""
 
     def __init__(self, engine: wasmtime.Engine, module: wasmtime.Module) -> None:
         self._linker = wasmtime.Linker(engine)
@@ -152,12 +150,12 @@ class Shim:
         )
 
     def stand_before(self, linker: wasmtime.Linker, name: str, *, foreign: bool) -> None:
-        """Take the place of one of `WAITS`; `foreign` says that the linker is for one store of the embedder's."""
+        """Define one of `WAITS` again in the linker; `foreign` is true if that is for a store of the embedder's."""
         linker.allow_shadowing = True
         define_wait(linker, self._types[name], self, opens=name == "path_open", foreign=foreign)
         linker.allow_shadowing = False
 
 
 def provides(module: str) -> bool:
-    """Whether wasmtime's linker defines WASI under this import module."""
+    """Return true if wasmtime's linker defines WASI under this import module."""
     return module == "wasi_snapshot_preview1"
