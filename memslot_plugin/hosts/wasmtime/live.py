@@ -21,7 +21,6 @@ from memslot_plugin.errors import (
     UsedAfterClose,
     shown,
 )
-from memslot_plugin.hosts.lazy import Lazy
 from memslot_plugin.hosts.live import Binding, Live, ended, require_within
 from memslot_plugin.hosts.wasmtime.bridge import address_of, wasmtime, wasmtime_ffi
 from memslot_plugin.hosts.wasmtime.creator import Creator
@@ -95,6 +94,9 @@ class WasmtimeLive(Live):
         self._binding = binding
         self._functions: dict[str, Callable[..., Any]] = {}
         self._borrowed: BorrowedStore | None = None
+        self._saved: Any = None
+        """The saved globals: where they are, and the values that a reset puts back."""
+        # No cached_property: with one, CPython 3.11 keeps all attributes in a dict, and a reset is 10 % slower.
         self._saved_count = len(compiled.plan.saved_globals)
 
     @property
@@ -226,6 +228,8 @@ class WasmtimeLive(Live):
     # -- resets ------------------------------------------------------------------------------------------------------
 
     def hold(self, generation: int, key: int, *, alone: bool = False) -> None:
+        if self._saved is None:
+            self._own_globals()
         refused = _acquire(self.cell, generation, key, alone)
         if refused:
             outcome = Outcome(refused)  # first, because this frees the C half's outcome
@@ -255,7 +259,7 @@ class WasmtimeLive(Live):
 
     def set_globals(self) -> None:
         """Give every saved global its initial value."""
-        self.settle(lib.ms_wt_globals_write(self.cell, 0, self._saved, self._saved_count))
+        self.settle(lib.ms_wt_globals_write(self.cell, 0, self._own_globals(), self._saved_count))
 
     def let_go(self, key: int) -> bool:
         outcome = ffi.new("uintptr_t *")
@@ -264,17 +268,17 @@ class WasmtimeLive(Live):
             self.settle(outcome[0])
         return held
 
-    @Lazy
-    def _saved(self) -> Any:
-        """The saved globals of this instance: where they are, and the values that a reset puts back."""
-        template = self._compiled.saved
-        saved = ffi.new("ms_wt_global[]", self._saved_count)
-        ffi.memmove(saved, template, ffi.sizeof(template))
-        return saved
+    def _own_globals(self) -> Any:
+        """Return the saved globals, which the first use copies from the guest's."""
+        if self._saved is None:
+            saved = ffi.new("ms_wt_global[]", self._saved_count)
+            ffi.memmove(saved, self._compiled.saved, ffi.sizeof(saved))
+            self._saved = saved
+        return self._saved
 
     def read_globals(self) -> None:
         """Make the present values of the saved globals those that a reset puts back."""
-        self.settle(lib.ms_wt_globals_read(self.cell, 0, self._saved, self._saved_count))
+        self.settle(lib.ms_wt_globals_read(self.cell, 0, self._own_globals(), self._saved_count))
 
     def saved_values(self) -> dict[int, int | None]:
         plan, name = self._compiled.plan, self._compiled.guest_name
@@ -285,7 +289,7 @@ class WasmtimeLive(Live):
                     " use it without a snapshot"
                 )
         now = ffi.new("ms_wt_global[]", self._saved_count)
-        ffi.memmove(now, self._saved, ffi.sizeof(now))
+        ffi.memmove(now, self._own_globals(), ffi.sizeof(now))
         self.settle(lib.ms_wt_globals_read(self.cell, 0, now, self._saved_count))
         values: dict[int, int | None] = {}
         for each, saved in zip(plan.saved_globals, now, strict=True):
