@@ -1,4 +1,4 @@
-"""KeyboardInterrupt from real signals at random moments, while verbs are used: run as a process of its own.
+"""KeyboardInterrupt from real signals at random moments of verbs, in a process of its own.
 
 usage: python -m integration_tests.interrupted_by_signals HOST BACKEND SECONDS
 """
@@ -20,7 +20,7 @@ from .verbs import World
 
 
 def everything(guest: memslot.Guest) -> None:
-    """Verbs in turn, until the signal comes."""
+    """Use the verbs in turn, until the signal comes."""
     while True:
         with guest.instantiate() as instance:
             instance.call("fill", 0, 5000, 0xEE)
@@ -29,20 +29,18 @@ def everything(guest: memslot.Guest) -> None:
             instance.reset()
         with guest.lease() as instance:
             instance.call("store", 5, 5)
-        with guest.instantiate() as instance:
-            instance.fork(1)[0].close()
         guest.instantiate().call("fill", 0, 5000, 0xEE)
 
 
 def interrupted_once(world: World) -> None:
-    """From setting the timer to the KeyboardInterrupt; it rings again, for a finalizer swallows an interrupt."""
+    """Run verbs until a timer interrupts them. The timer rings again: a finalizer swallows an interrupt."""
     try:
         signal.signal(signal.SIGALRM, signal.default_int_handler)
         signal.setitimer(signal.ITIMER_REAL, 0.001 + random.random() * 0.01, 0.1)
         everything(world.guest)
     except KeyboardInterrupt:
         while signal.getsignal(signal.SIGALRM) is not signal.SIG_IGN:
-            with suppress(KeyboardInterrupt):  # it may ring again before that
+            with suppress(KeyboardInterrupt):  # the timer may ring before the signal is ignored
                 signal.signal(signal.SIGALRM, signal.SIG_IGN)
 
 
@@ -50,7 +48,7 @@ def main() -> None:
     name, backend, seconds = sys.argv[1:]
     faulthandler.dump_traceback_later(120, exit=True)
     swallowed: list[object] = []
-    sys.unraisablehook = swallowed.append  # a finalizer cannot raise it to a caller
+    sys.unraisablehook = swallowed.append  # a finalizer cannot raise to a caller
     with World(Cell(name, backend)):
         pass
     before = Footprint.now()
@@ -58,11 +56,11 @@ def main() -> None:
         times, end = 0, time.monotonic() + float(seconds)
         while time.monotonic() < end:
             interrupted_once(world)
-            swallowed.clear()  # what a finalizer raised holds what it was to end
+            swallowed.clear()  # an exception keeps the objects that its finalizer had to end
             world.serves()
             times += 1
-    # A signal between the runtime's package being given compiled code and keeping it loses that code, as it does
-    # without memslot; descriptors, images and reservations are memslot's.
+    # 2000 mappings: a signal while the runtime's package takes over compiled code loses that code, with and without
+    # memslot.
     lost = Footprint.now().lost_since(before, mappings=2000)
     assert not lost, lost
     print(times)

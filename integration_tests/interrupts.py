@@ -1,4 +1,4 @@
-"""An exception at any line of memslot's own code, as a signal or a refused allocation would raise it there."""
+"""Exceptions at any line of memslot's own code, as a signal or a refused allocation raises them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ import memslot_plugin as memslot
 FOLDERS = tuple(str(Path(package.__file__).parent) for package in (memslot, memslot_hooks))
 TESTS = str(Path(memslot.__file__).parent / "tests")
 EVENTS = ("call", "line", "return")
-"""The start of a frame, each of its lines, and its return to a caller that has not stored the result yet."""
+"""Start of a frame, each of its lines, and its return to a caller that has not stored the result yet."""
 
 
 def ours(code: CodeType) -> bool:
-    """True if the code is memslot's, and no finalizer: what is raised in one reaches no caller.
+    """Return True if the code is memslot's and no finalizer, whose exceptions reach no caller.
 
-    A generator that is not exhausted is closed by a finalizer too.
+    A finalizer closes a generator that is not exhausted, too.
     """
     name = code.co_filename
     finalizer = code.co_name in ("__del__", "<genexpr>")
@@ -31,11 +31,11 @@ def ours(code: CodeType) -> bool:
 
 @functools.cache
 def unreachable(code: CodeType) -> frozenset[int]:
-    """Offsets at which tracing shows a line and no exception can come: where nothing is done, where a block of
-    `with` has ended and its `__exit__` is about to be called, and where a handler is left at once.
+    """Return offsets at which tracing shows a line and no exception can come.
 
-    The interpreter looks for signals after calls and at jumps, and allocates nothing there.  From CPython 3.11 on, what
-    a trace function raises where a handler is left makes what was handled stay handled, and alive, on that thread.
+    They are instructions that do nothing, the end of a block of `with` before the call of `__exit__`, and the end of a
+    handler. CPython looks for signals after calls and at jumps, and allocates nothing there. From CPython 3.11 on, an
+    exception of a trace function at the end of a handler keeps the handled exception alive on that thread.
     """
     found = list(dis.get_instructions(code))
     ends = {
@@ -58,7 +58,7 @@ def unreachable(code: CodeType) -> frozenset[int]:
 
 
 def finalizing(frame: FrameType | None) -> bool:
-    """True if the frame was called by a finalizer."""
+    """Return True if a finalizer called the frame."""
     while frame is not None:
         if frame.f_code.co_name == "__del__":
             return True
@@ -66,22 +66,26 @@ def finalizing(frame: FrameType | None) -> bool:
     return False
 
 
-class Tracing:
-    """The events of what `run` is given, on the thread that runs it; `reached` is called with each place."""
+class Interruption:
+    """An exception at the `at`-th event of an action, or none. `places` are the events until then."""
 
-    def __init__(self) -> None:
+    def __init__(self, error: BaseException | None = None, at: int = 0) -> None:
         self.places: list[str] = []
+        self.error = error
+        self.at = at
 
-    def run(self, action: Callable[[], Any]) -> Any:
-        before = sys.gettrace()  # a measurement of coverage goes on afterwards
+    def cut(self, action: Callable[[], Any]) -> None:
+        """Run an action, and raise any exception of it but the interruption."""
+        before = sys.gettrace()  # coverage: its tracing goes on afterwards
         sys.settrace(self._enter)
         try:
-            return action()
+            action()
+        except BaseException as error:
+            if error is not self.error:
+                raise
         finally:
             sys.settrace(before)
-
-    def reached(self, frame: FrameType) -> None:
-        raise NotImplementedError
+        self.error = None  # its traceback keeps the frames that it went through
 
     def _enter(self, frame: FrameType, event: str, argument: Any) -> Any:
         return self._step(frame, event, argument) if ours(frame.f_code) else None
@@ -91,42 +95,7 @@ class Tracing:
         if event in EVENTS and frame.f_lasti not in unreachable(code):
             place = f"{event} at {Path(code.co_filename).name}:{frame.f_lineno} in {code.co_name}"
             self.places.append(place)
-            self.reached(frame)
+            if len(self.places) >= self.at and self.error is not None and not finalizing(frame):
+                sys.settrace(None)
+                raise self.error
         return self._step
-
-
-class Interruption(Tracing):
-    """Raises `error` at the `at`-th event, or never; the last of `places` is where that was."""
-
-    def __init__(self, error: BaseException | None = None, at: int = 0) -> None:
-        super().__init__()
-        self.error = error
-        self.at = at
-
-    def reached(self, frame: FrameType) -> None:
-        if len(self.places) >= self.at and self.error is not None and not finalizing(frame):
-            sys.settrace(None)
-            raise self.error
-
-    def cut(self, action: Callable[[], Any]) -> None:
-        """Run it, and let nothing but the interruption end it."""
-        try:
-            self.run(action)
-        except BaseException as error:
-            if error is not self.error:
-                raise
-        self.error = None  # its traceback holds what it went through
-
-
-class Halts(Tracing):
-    """Has each `every`-th event from the `first` one on wait until `halt`, which is told the place, has returned."""
-
-    def __init__(self, halt: Callable[[str], None], every: int, first: int) -> None:
-        super().__init__()
-        self.halt = halt
-        self.every = every
-        self.first = first
-
-    def reached(self, frame: FrameType) -> None:
-        if len(self.places) % self.every == self.first % self.every:
-            self.halt(self.places[-1])

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import os
-import queue
-import sys
-import threading
 
 import pytest
 
 import memslot_plugin as memslot
 from memslot_plugin.cli.doctor import diagnose
-from memslot_plugin.tests.profiles import LONG
 from memslot_plugin.tests.slots import Fork, every_fork
 
 from . import cells, javascript, toy
 from .cells import Cell
 from .children import run
-from .interrupts import Halts
-from .processes import beside, in_child, serve
+from .processes import in_child, serve
 from .toy import PAGE
 
 NOBODY = 65534
@@ -88,31 +83,6 @@ def test_forked_child_with_wasi_answers_or_refuses(real_cell: Cell, quickjs: byt
         guest.close()
 
 
-@every_fork
-def test_fork_while_another_thread_has_a_lock_serves_and_closes(
-    plain_cell: Cell, fork: Fork
-) -> None:
-    with plain_cell.serving(slots=3) as host:
-        guest = host.prepare(toy.A)
-        serve(host, guest)
-        locked, done = threading.Event(), threading.Event()
-
-        def hold() -> None:
-            with cells.pool(host)._lock:
-                locked.set()
-                done.wait()
-
-        with beside(hold):
-            locked.wait()
-            try:
-                said = in_child(lambda: (serve(host, guest), guest.close(), host.close()), fork)
-                assert said == ""
-            finally:
-                done.set()
-        serve(host, guest)
-        guest.close()
-
-
 @pytest.mark.parametrize("forked", [True, False], ids=["worker", "same process"])
 def test_process_that_gives_up_root_drops_pages_and_reports_why(
     plain_cell: Cell, forked: bool
@@ -145,42 +115,6 @@ def test_process_that_gives_up_root_drops_pages_and_reports_why(
                 assert found.detail.startswith("opening /proc/self/pagemap: Permission denied")
 
         assert in_child(child) == ""
-        guest.close()
-
-
-@pytest.mark.gate
-@pytest.mark.long
-def test_fork_while_another_thread_is_at_any_line_serves(plain_cell: Cell) -> None:
-    """The call that the other thread was in never ends in the child, which serves on; its slot stays leased there."""
-    if plain_cell.host == "wasmer":
-        pytest.skip("impossible: wasmer's objects live on one thread, the only one in its pool")
-    with plain_cell.serving(slots=8) as host:
-        guest = host.prepare(toy.A)
-        places: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        go_on = threading.Semaphore(0)
-
-        def halt(place: str) -> None:
-            places.put(place)
-            go_on.acquire()
-
-        def use() -> None:
-            serve(host, guest, 1, alone=False)
-            with guest.instantiate() as instance, instance.snapshot() as snapshot:
-                snapshot.instantiate().close()
-
-        def work() -> None:
-            try:
-                Halts(halt, 1 if LONG else 100, sys.version_info.minor).run(use)
-            finally:
-                places.put(None)
-
-        said = {}
-        with beside(work):
-            while (place := places.get()) is not None:
-                said[place] = in_child(lambda: serve(host, guest))
-                go_on.release()
-        assert {place: each for place, each in said.items() if each} == {}
-        assert len(said) > 10
         guest.close()
 
 

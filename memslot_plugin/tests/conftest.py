@@ -1,4 +1,4 @@
-"""Fixtures of the unit tests: counted system calls, and proof that nothing was left behind."""
+"""Fixtures of the unit tests: counted system calls, leak checks, slots, images and pools."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ profiles.load()
 
 @pytest.fixture(scope="session", autouse=True)
 def _probed() -> None:
-    """Probe first: its descriptor is kept for as long as the process lives."""
+    """Probe before any test: the process keeps the probe's descriptor, which would count as a leak."""
     probe()
     gc.collect()
-    gc.freeze()  # imported modules stay: later collections look at objects of tests only
+    gc.freeze()  # imported modules stay: later collections visit objects of tests only
 
 
 @pytest.fixture
 def resources() -> Callable[[], Footprint]:
-    """Read what this process holds now."""
+    """Return a function that measures the kernel's objects of this process."""
     return Footprint.now
 
 
 @pytest.fixture
 def no_leaks() -> Iterator[None]:
-    """The test has to give back every descriptor, image mapping and reservation."""
+    """Fail unless the test gives back every descriptor, image mapping and reservation."""
     before = Footprint.now()
     yield
     assert Footprint.now().lost_since(before) == []
@@ -44,13 +44,13 @@ def no_leaks() -> Iterator[None]:
 
 @pytest.fixture
 def calls() -> Any:
-    """`with calls() as made:`, see `counted`."""
+    """Return `counted`, for `with calls() as made:`."""
     return counted
 
 
 @pytest.fixture
 def inject() -> Iterator[Callable[..., None]]:
-    """`_core.inject`, disarmed when the test ends."""
+    """Return `_core.inject`, and disarm it when the test ends."""
     yield _core.inject
     for call in _core.CALLS:
         _core.inject(call, error=0)
@@ -58,7 +58,7 @@ def inject() -> Iterator[Callable[..., None]]:
 
 @pytest.fixture
 def child() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs Python source in a process of its own and returns it, ended well; its warnings are errors too."""
+    """Return a function that runs Python source in a child, which has to end well and without a warning."""
 
     def run(source: str, *prefix: str, **options: Any) -> subprocess.CompletedProcess[str]:
         command = [*prefix, sys.executable, "-W", "error", "-c", source]
@@ -78,7 +78,7 @@ def kind(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture
 def make_image(kind: Any) -> Iterator[Callable[..., Image]]:
-    """Makes an image of (page, bytes) runs."""
+    """Return a function that makes an image of (page, bytes) runs."""
     made: list[Image] = []
 
     def make(*runs: tuple[int, bytes], pages: int = 64) -> Image:
@@ -98,7 +98,7 @@ def reset(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture
 def reservation() -> Iterator[int]:
-    """Three ranges of RESERVED bytes, as a pool has; the address of the middle one."""
+    """Reserve three ranges of RESERVED bytes, as a pool does, and return the address of the middle one."""
     base = ffi.new("uintptr_t *")
     _core.check(lib.ms_reserve(3 * RESERVED, base), "reserving")
     yield base[0] + RESERVED

@@ -1,6 +1,6 @@
 """A writer of WebAssembly's binary format for test modules.
 
-It shares no code with `memslot_plugin.wasm`, because tests would then not see a mistake in it.
+It shares no code with `memslot_plugin.wasm`: a shared mistake would go unseen.
 """
 
 from __future__ import annotations

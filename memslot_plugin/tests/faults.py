@@ -1,7 +1,7 @@
-"""Failures of the core's system calls: the errnos that each may plausibly give, and a walk over all of them.
+"""Failures of the core's system calls: the plausible errnos of each, and a walk over all of them.
 
-A *life* is a function that uses memslot from beginning to end.  It is run once to count its system calls, and then
-once per fault: each call of it x each occurrence x each errno.
+A *life* is a function that uses memslot from beginning to end. A first run counts its system calls. A further run per
+fault follows: each call x each occurrence x each errno.
 """
 
 from __future__ import annotations
@@ -32,33 +32,33 @@ PLAUSIBLE: dict[str, tuple[int, ...]] = {
         "pagemap_scan": "ENOTTY EPERM EINVAL ENOMEM EINTR",
     }.items()
 }
-"""Answers of the manual pages, of a seccomp profile (EPERM, EACCES, ENOSYS) and of mseal(2) (EPERM)."""
+"""Errnos of the manual pages, of a seccomp profile (EPERM, EACCES, ENOSYS) and of mseal(2) (EPERM)."""
 
 MADE_AGAIN = {
     ("pwrite", errno.EINTR),
     ("pagemap_scan", errno.EINTR),
     ("memfd_create", errno.EINVAL),  # a kernel that does not know MFD_NOEXEC_SEAL
-    ("fcntl", errno.EBUSY),  # another holder of a page that is to be sealed
-    ("ftruncate", errno.EINVAL),  # of a new memfd, for the core makes both calls at once
+    ("fcntl", errno.EBUSY),  # a page of the file is pinned elsewhere
+    ("ftruncate", errno.EINVAL),  # of a new memfd: the core makes both calls at once
 }
-"""Failures after which the same call is made again, so that no error is raised."""
+"""Failures after which the core repeats the call, and no error is raised."""
 
 LEAKING = ("munmap", "close")
-"""Calls that give something back: what the kernel refuses to take is logged, counted and leaked."""
+"""Calls that give something back. A failure is logged and counted, and the object leaks."""
 
 DONE_WITHOUT = ("madvise", "open", "pagemap_scan")
-"""Calls that some of their callers do without: a reset is done by another one then, and its reason names the call."""
+"""Calls that a reset replaces by another one. The reason of that reset names the call."""
 
 
 def fail_next_reset(inject: Any, error: int) -> None:
-    """Let pages be neither dropped nor mapped over, once."""
+    """Make the next reset fail: its pages are neither dropped nor mapped over."""
     inject("madvise", error=error)
     inject("mmap", error=error)
 
 
 @dataclass(frozen=True)
 class Fault:
-    """The (skip + 1)-th call of this name fails with `error`."""
+    """A failure with `error` of the (skip + 1)-th call of this name."""
 
     call: str
     skip: int
@@ -80,7 +80,7 @@ class Fault:
 
 @dataclass
 class Injection:
-    """The outcome of a fault: true in `hit` if the life got that far, and memslot's log."""
+    """The outcome of a fault. `hit` is true if the life reached it; the log is memslot's."""
 
     fault: Fault
     hit: bool = False
@@ -89,7 +89,7 @@ class Injection:
 
 @contextmanager
 def injected(fault: Fault) -> Iterator[Injection]:
-    """Arms the fault for a block, and disarms it however the block ends."""
+    """Arm a fault for a block."""
     injection = Injection(fault)
     log, keeper = logging.getLogger("memslot"), logging.Handler(logging.WARNING)
     keeper.emit = lambda record: injection.logged.append(keeper.format(record))  # type: ignore[method-assign]
@@ -110,7 +110,7 @@ def injected(fault: Fault) -> Iterator[Injection]:
 
 
 def calls_of(life: Callable[[], object]) -> dict[str, int]:
-    """Count the system calls of a life in which nothing fails: the fewer of two, for one may be made again."""
+    """Count the system calls of a life without faults. Of two runs the fewer: a call may be repeated."""
     fewest: dict[str, int] = {}
     for _ in range(2):
         before = _core.counters()
@@ -123,7 +123,7 @@ def calls_of(life: Callable[[], object]) -> dict[str, int]:
 
 
 def every(made: dict[str, int], *, thorough: bool = LONG) -> Iterator[Fault]:
-    """Yield every fault of a life that makes so many calls; not `thorough`, with one errno per occurrence, in turn."""
+    """Yield each fault of a life with these calls. Unless `thorough`, each occurrence gets one errno, in turn."""
     for call, number in made.items():
         errors = PLAUSIBLE[call]
         for skip in range(number):

@@ -1,4 +1,4 @@
-"""The hosts as parameters of tests, and the guests that run on each of them."""
+"""Hosts as parameters of tests, and guests that run on each of them."""
 
 from __future__ import annotations
 
@@ -99,14 +99,14 @@ HOSTS = [
 RUNTIMES = HOSTS[1:]
 """Hosts that run code."""
 INSTALLED = [name for name in ("wasmtime", "wasmer") if missing(name) is None]
-"""The names of those that can be opened here."""
+"""Names of the runtimes' hosts that this Python can open."""
 DECIDING = HOSTS[:2]
-"""Hosts that ask before a memory grows, and whose instances may be used on any thread."""
+"""Hosts that ask before a memory grows, and whose instances serve any thread."""
 
 
 @functools.cache
 def assemble(text: str) -> bytes:
-    """WebAssembly text as a binary module, by an installed runtime."""
+    """Assemble WebAssembly text with an installed runtime."""
     for name in ("wasmtime", "wasmer"):
         if missing(name) is None:
             return bytes(importlib.import_module(name).wat2wasm(text))
@@ -139,11 +139,11 @@ FUNCTIONS = {
     "size": lambda live: live.locate(0)[1] // PAGE,
     "trap": _trap,
 }
-"""The fake host's half of ECHO."""
+"""Functions of ECHO for the fake host, which runs no code."""
 
 
 def opened(name: str, *, plugins: tuple[object, ...] = (), **options: Any) -> Any:
-    """The host of this name; `options` are settings or the host's own keywords."""
+    """Open the host of this name; `options` are settings or keywords of the host."""
     if name == "fake":
         options.setdefault("functions", FUNCTIONS)
     return open_host(name, plugins=plugins, **{"slots": 4, **options})
@@ -151,7 +151,7 @@ def opened(name: str, *, plugins: tuple[object, ...] = (), **options: Any) -> An
 
 @contextmanager
 def serving(name: str, **options: Any) -> Iterator[Any]:
-    """A host that must have nothing leased, sound slots and no failed reset at the end."""
+    """Open a host, and fail if it ends with a lease, an unsound slot or a failed reset."""
     with opened(name, **options) as host:
         yield host
         check(host)
@@ -160,35 +160,35 @@ def serving(name: str, **options: Any) -> Iterator[Any]:
 
 @contextmanager
 def started(name: str, text: str = ECHO, **options: Any) -> Iterator[Instance]:
-    """An instance of a guest on a host of its own."""
+    """Instantiate a guest on a host of its own."""
     with serving(name, **options) as host, prepare(host, text).instantiate() as instance:
         yield instance
 
 
 def in_use(host: Host) -> int:
-    """Slots that are leased."""
+    """Count the leased slots."""
     return sum(pool.in_use for pool in host.statistics().pools)
 
 
 def check(host: Host) -> None:
-    """Every slot is what its state says."""
+    """Raise unless each slot is as its state says."""
     for _, plugin in host.plugins.manager.list_name_plugin():
         if isinstance(plugin, PoolAllocator) and plugin.pool is not None:
             plugin.pool.check()
 
 
 def prepare(host: Host, text: str = ECHO, name: str = "echo") -> Guest:
-    """A guest of text, also for the fake host, which has no assembler."""
+    """Prepare a guest from text, for the fake host too, which has no assembler."""
     return host.prepare(assemble(text) if host.name == "fake" else text, name=name)
 
 
 def calling(host: Host, function: Any, text: str = CALLS_OUT) -> Guest:
-    """A guest whose functions call this one."""
+    """Prepare a guest whose functions call this one."""
     return host.prepare(text, imports={"env": {"f": function}})
 
 
 class InTheMiddle:
-    """Runs an action once, the next time that a memory is reset."""
+    """A plugin that runs an action once, within the next reset of a memory."""
 
     def __init__(self) -> None:
         self.action: Callable[[], None] | None = None
@@ -201,7 +201,7 @@ class InTheMiddle:
 
 
 class Growth:
-    """Notes to how many bytes memories shall grow, and answers or raises."""
+    """A plugin that records the sizes to which memories shall grow, and answers or raises."""
 
     def __init__(self, answer: bool | BaseException | None = None) -> None:
         self.answer = answer
@@ -216,7 +216,7 @@ class Growth:
 
 
 class Grown:
-    """Notes to how many bytes memories have grown, and raises if there is an error."""
+    """A plugin that records the sizes to which memories have grown, and raises its error."""
 
     def __init__(self) -> None:
         self.sizes: list[int] = []
@@ -231,7 +231,7 @@ class Grown:
 
 
 class Raises:
-    """A host function that raises one error, again and again."""
+    """A host function that raises one error at each call."""
 
     def __init__(self, error: BaseException) -> None:
         self.error = error
@@ -241,20 +241,20 @@ class Raises:
 
 
 def assert_raises(error: BaseException, call: Callable[[], object]) -> None:
-    """A call raises this very object."""
+    """Fail unless a call raises this very object."""
     with pytest.raises(type(error)) as caught:
         call()
     assert caught.value is error
 
 
 def elsewhere(function: Callable[[], Any]) -> Any:
-    """Return what a function returns or raises on another thread."""
+    """Run a function on another thread, and return its result or its exception."""
     outcome: list[Any] = []
 
     def run() -> None:
         try:
             outcome.append(function())
-        except BaseException as error:  # noqa: BLE001 - the caller looks at it
+        except BaseException as error:  # noqa: BLE001 - returned to the caller
             outcome.append(error)
 
     thread = threading.Thread(target=run)
@@ -265,7 +265,7 @@ def elsewhere(function: Callable[[], Any]) -> Any:
 
 @functools.cache
 def start_wasi() -> None:
-    """Let wasmtime start the runtime of its WASI, which keeps descriptors for as long as the process lives."""
+    """Start wasmtime's runtime for WASI, whose descriptors stay for as long as the process lives."""
     if missing("wasmtime") is None:
         wasi = Wasi(stdout="discard", preopened={"/": "."})
         with opened("wasmtime") as host, host.prepare(WASI, wasi=wasi).instantiate() as instance:

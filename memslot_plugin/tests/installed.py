@@ -8,7 +8,7 @@ from pathlib import Path
 def install(
     folder: Path, name: str, module: str, code: str, version: str = "1.5", **entries: str
 ) -> None:
-    """Install a module of this code; each entry is what follows the module's name, as in ":Class"."""
+    """Install a module of this code. An entry follows the module's name, as in ":Class"."""
     metadata = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     metadata.mkdir(parents=True)
     (folder / f"{module}.py").write_text(code)

@@ -21,20 +21,20 @@ PREAMBLE = """
   (data $d "data") (data $c "more")
   (elem $x funcref (ref.func $imported)) (elem $y funcref (ref.func $imported))
 """
-"""The things that the instructions refer to, one imported function among them."""
+"""Items that the instructions name, one imported function among them."""
 
 
 def module(texts: Iterable[str]) -> str:
-    """One function per instruction, which stands between two `unreachable`, where any operands are valid."""
+    """Return a module with one function per instruction, each between two `unreachable`."""
     bodies = (f"(func (local i32) unreachable {text} unreachable)" for text in texts)
     return f"(module {PREAMBLE} {' '.join(bodies)})"
 
 
 def expand(patterns: str) -> list[str]:
-    """One text per combination of the alternatives in braces; patterns stand on lines or between semicolons."""
+    """Return one text per combination of the alternatives in braces. Lines or semicolons end a pattern."""
     found: list[str] = []
     for pattern in filter(None, map(str.strip, re.split("[;\n]", patterns))):
-        parts = re.split("[{}]", pattern)  # what stands in braces has an odd place
+        parts = re.split("[{}]", pattern)  # alternatives in braces have an odd place
         choices = [part.split() if place % 2 else [part] for place, part in enumerate(parts)]
         found += map("".join, product(*choices))
     return found
@@ -78,7 +78,7 @@ i32.load $w offset=0xffffffffff; memory.size $w; v128.load $o align=16
 i64.{add128 sub128 mul_wide_s mul_wide_u}
 throw $e; throw_ref
 """
-"""Up to references, several memories, 64-bit addresses, wide arithmetic and exceptions."""
+"""Instructions up to references, several memories, 64-bit addresses, wide arithmetic and exceptions."""
 
 GC = """
 ref.eq; struct.new $s; struct.new_default $s; struct.get $s $a; struct.get_{s u} $s $b
@@ -148,7 +148,7 @@ LEGACY = {
     "try nop catch $e nop catch_all rethrow 0 end": "06 01 07 01 19 09 0b",
     "try try nop delegate 0 catch_all end": "06 06 01 18 19 0b",
 }
-"""Of the first exceptions, which wasmtime assembles and does not run."""
+"""Instructions of the first exceptions proposal, which wasmtime assembles and does not run."""
 
 _ACCESSES = expand(ACCESSES)
 PLAIN = [

@@ -1,4 +1,4 @@
-"""Errors that are copied, and that travel to other processes: what comes back is equal."""
+"""Errors that are copied or sent to another process, and come back equal."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from memslot_plugin.errors import MemslotError
 
 
 def travels(error: MemslotError) -> None:
-    """Check that an error comes back with its class, arguments, text and attributes by each way that Python has.
+    """Fail unless an error keeps its class, arguments, text and attributes by copy, deepcopy and pickle.
 
-    `native` may be None then, as the runtime's own errors belong to their process.
+    `native` may be None afterwards: the runtime's own errors belong to their process.
     """
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
         _check_equal(pickle.loads(pickle.dumps(error, protocol)), error)
@@ -29,9 +29,9 @@ def _check_equal(arrived: MemslotError, error: MemslotError) -> None:
 
 
 def _attributes(error: MemslotError) -> dict[str, Any]:
-    """All that can be read of an error; errors within it by their text."""
+    """Return the attributes of an error, with the text of each error within it."""
     names = {*dir(error)} - {*dir(Exception), "native"}
-    # An OSError's characters_written exists only once it was set.
+    # OSError.characters_written exists only once it was set.
     found = {each: getattr(error, each, None) for each in names if not each.startswith("_")}
     plain = {name: value for name, value in found.items() if not callable(value)}
     native = getattr(error, "native", None)
@@ -41,7 +41,7 @@ def _attributes(error: MemslotError) -> dict[str, Any]:
 
 
 def tree(kind: type[MemslotError] = MemslotError) -> Iterator[type[MemslotError]]:
-    """Every class of the tree but the base, those of the runtimes' adapters included."""
+    """Return each class of the tree but the base, with those of the adapters."""
     for each in kind.__subclasses__():
         yield each
         yield from tree(each)

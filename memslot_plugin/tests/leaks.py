@@ -1,4 +1,4 @@
-"""The kernel's objects that this process holds, before and after: descriptors, mappings and threads."""
+"""Descriptors, mappings and threads of this process, before and after a test."""
 
 from __future__ import annotations
 
@@ -13,24 +13,23 @@ from memslot_hooks import ResetResult
 from memslot_plugin._core import PAGE_SIZE
 
 ARENA = 64 << 20
-"""Bytes of a heap of malloc's on 64-bit machines (HEAP_MAX_SIZE in glibc), which starts at a multiple of them."""
+"""Size and alignment in bytes of an arena of malloc on 64-bit machines (HEAP_MAX_SIZE in glibc)."""
 
 SMALLEST = 128 << 10
-"""Bytes of the smallest reservation that counts: guard pages of stacks are smaller."""
+"""Bytes of the smallest reservation that counts. Guard pages of stacks are smaller."""
 
 OF_A_SANITIZER = range(0x5000_0000_0000, 0x6400_0000_0000)
-"""Where AddressSanitizer's allocator (and libubsan's) has its heap, which grows and shrinks by itself."""
+"""Addresses of the heap of AddressSanitizer's and libubsan's allocator, which changes its size by itself."""
 
 OF_THE_RUNTIME = "tokio-rt-worker"
-"""Threads with which wasmtime reads and writes for WASI: it starts them when it needs them, for the whole process, and
-ends them when they were idle for ten seconds.
-"""
+"""Threads with which wasmtime reads and writes for WASI. It starts them on demand and ends them after 10 idle s."""
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """`reserved` is address space (bytes) that nothing can access and that is not malloc's; `image_mappings` are those
-    of memslot's memfds, `mappings` all of them; `threads` leaves out those of the runtime.
+    """Counts of kernel objects. `reserved` is inaccessible address space in bytes, without malloc's arenas.
+
+    `image_mappings` are those of memslot's memfds; `threads` leaves out those of the runtime.
     """
 
     descriptors: Counter[str] = field(default_factory=Counter)
@@ -42,7 +41,7 @@ class Footprint:
 
     @classmethod
     def now(cls) -> Footprint:
-        """Collect garbage, and measure; what `gc.freeze` froze is not collected."""
+        """Collect garbage and measure. Objects that `gc.freeze` froze are not collected."""
         gc.collect()
         maps = Path("/proc/self/maps").read_text(errors="surrogateescape").splitlines()
         threads = _of_each("task", lambda thread: (thread / "comm").read_text().strip())
@@ -50,16 +49,16 @@ class Footprint:
             descriptors=Counter(_of_each("fd", lambda link: str(link.readlink()))),
             image_mappings=sum("/memfd:memslot" in line for line in maps),
             mappings=len(maps),
-            # The guard page of a stack may lie beside a reservation, and the kernel lists them as one.
+            # The guard page of a stack may lie beside a reservation: the kernel lists both as one.
             reserved=sum(length - length % SMALLEST for length in _reserved(maps)),
             threads=sum(name != OF_THE_RUNTIME for name in threads),
             resident=int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_SIZE,
         )
 
     def lost_since(self, before: Footprint, *, mappings: int | None = None) -> list[str]:
-        """Return what was not there before, in words; `mappings` more of them are allowed.
+        """Return in words the objects that were not there before. `mappings` more mappings are allowed.
 
-        Without that number, neither mappings nor threads are compared.
+        Without that number, mappings and threads are not compared.
         """
         allowed = {"image_mappings": 0, "reserved": 0}
         if mappings is not None:
@@ -73,7 +72,7 @@ class Footprint:
 
 
 def _reserved(maps: list[str]) -> Iterator[int]:
-    """Yield the length of each range that nothing can access, without the ends of malloc's arenas.
+    """Yield the length of each inaccessible range, without the ends of malloc's arenas.
 
     An arena is accessible from a multiple of ARENA on, and reserved from there to the next multiple.
     """
@@ -100,5 +99,5 @@ def _of_each(folder: str, read: Callable[[Path], str]) -> list[str]:
 
 
 def count_objects() -> int:
-    """Objects that the garbage collector tracks, without results of resets: a bounded number of those is kept."""
+    """Count the objects that the collector tracks, without results of resets, whose number is bounded."""
     return sum(type(each) is not ResetResult for each in gc.get_objects())

@@ -1,7 +1,6 @@
-"""Modules with something wrong in them: bytes changed, added, lost and cut, mostly where a reader comes to see it.
+"""Modules with something wrong: bytes changed, added, lost and cut, mostly where a reader notices.
 
-A change inside a section mostly gets the right section size too. Every reader notices a wrong size at once, and then
-looks no further.
+A change inside a section mostly keeps the section size right: a reader that finds a wrong size looks no further.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import random
 from memslot_plugin.tests.encode import HEADER, name, section, unsigned
 
 ODD = b"\x00\x01\x02\x03\x04\x0b\x23\x40\x41\x6f\x70\x7f\x80\xd0\xd2\xfb\xfc\xfd\xfe\xff"
-"""Bytes that mean something in many places."""
+"""Bytes with a meaning in many places."""
 
 
 def mutated(rng: random.Random, module: bytes) -> bytes:
@@ -69,7 +68,7 @@ def _in_a_section(rng: random.Random, module: bytes) -> bytes:
         what = rng.choice(("drop", "twice", "swap", "number", "custom"))
     if what == "bytes":
         parts[place] = number, change_bytes(rng, content)
-    elif what == "count":  # how many entries it says that it has
+    elif what == "count":  # the number of entries
         claimed = rng.choice((0, 1, 2, 3, 127, 1000, 2**32 - 1))
         parts[place] = number, unsigned(claimed) + content[1:]
     elif what == "drop":

@@ -26,13 +26,13 @@ LONG = _name == "long"
 
 
 def examples(count: int) -> int:
-    """Examples that a test tries in this tier; `count` is the number in T0."""
+    """Return the number of examples of a test in this tier; `count` is the number in T0."""
     return count * FACTOR
 
 
 def load() -> None:
-    """Let hypothesis follow the tier, also where a test names no number of examples."""
-    # No deadlines: they measure a busy machine. In T0 and T1 the examples of one run are those of the next.
+    """Set the tier's number of examples as the default of hypothesis."""
+    # No deadlines: a busy machine would miss them. In T0 and T1 each run tries the same examples.
     settings.register_profile(
         "memslot", deadline=None, derandomize=not LONG, max_examples=examples(25)
     )

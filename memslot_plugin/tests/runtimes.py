@@ -1,4 +1,4 @@
-"""Runtimes that this Python can open; without pytest, for children too."""
+"""Runtimes that this Python can open. Imports no pytest, so that children can use it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 
 def missing(name: str) -> str | None:
-    """The reason why the host of this name cannot be opened by this Python, or None."""
+    """Return the reason why this Python cannot open the host of this name, or None."""
     if name == "wasmer" and sys.version_info >= (3, 11):
         return "impossible: the last wasmer, 1.1.0, has no build for CPython 3.11 and later"
     if name != "fake" and importlib.util.find_spec(name) is None:

@@ -1,4 +1,4 @@
-"""Files of guests for tests: good ones, and ones as an attacker would write them."""
+"""Files of guests for tests: valid ones, and ones as an attacker writes them."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def read_bytes(data: bytes, **options: Any) -> Container:
 
 
 def with_right_digest(data: bytes) -> bytes:
-    """Return the file with its digest made anew, as an attacker would write it."""
+    """Return the file with a right digest, as an attacker writes it."""
     plain = data[:80] + bytes(32) + data[112:]
     return data[:80] + hashlib.sha256(plain).digest() + data[112:]
 

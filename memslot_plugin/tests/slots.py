@@ -1,4 +1,4 @@
-"""Helpers of the slots' and pools' tests: the bytes that a memory holds or must hold, and the calls of the core."""
+"""Helpers for tests of slots and pools: the bytes of a memory, children, and counted system calls."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ EVERY_RESET = [
 
 Fork = Callable[[], int]
 foreign_fork: Fork = ctypes.PyDLL(None).fork
-"""A fork that Python is not told of, as a C library makes it."""
+"""A fork behind the back of Python, as a C library makes it."""
 
 every_fork = pytest.mark.parametrize("fork", [os.fork, foreign_fork], ids=["python", "foreign"])
 
@@ -42,7 +42,7 @@ def in_child(check: Callable[[], object], fork: Fork = os.fork) -> None:
     if not pid:
         try:
             check()
-        except BaseException:  # noqa: BLE001 - told by the exit status
+        except BaseException:  # noqa: BLE001 - the exit status reports it
             os.write(2, f"in the child: {traceback.format_exc()}\n".encode())
             os._exit(1)
         os._exit(0)
@@ -50,11 +50,11 @@ def in_child(check: Callable[[], object], fork: Fork = os.fork) -> None:
 
 
 class Holder:
-    """The holder of a lease: when it goes, the slot comes back at the pool's next call."""
+    """The holder of a lease. After its end the slot comes back at the next call of the pool."""
 
 
 def sparse(length: int, *runs: tuple[int, bytes]) -> bytearray:
-    """Zeros with runs of (offset, bytes) written over them, in order."""
+    """Return zeros with runs of (offset, bytes) written over them, in order."""
     content = bytearray(length)
     for offset, data in runs:
         content[offset : offset + len(data)] = data
@@ -78,7 +78,7 @@ def content(slot: Slot) -> bytes:
 
 
 def expected(image: Image | None, length: int) -> bytes:
-    """The bytes of a pristine memory: the image's extents over zeros."""
+    """Return the bytes of a pristine memory: the image's extents over zeros."""
     memory = bytearray(length)
     for i, extent in enumerate(image.extents if image is not None else ()):
         assert image is not None
@@ -97,7 +97,7 @@ def cycle(pool: Pool, guest: object, image: Image | None = None, pages: int = 4)
 
 
 class Runtime:
-    """Makes ranges as a runtime does: readable and writable at first, faulting above, unmapped when forgotten."""
+    """A runtime that maps ranges: accessible at first, faulting above, unmapped when forgotten."""
 
     def __init__(self, accessible: int, reserved: int, *, shape: object = None) -> None:
         self.accessible, self.reserved, self.shape = accessible, reserved, shape
@@ -119,7 +119,7 @@ class Runtime:
 
 @contextmanager
 def counted() -> Iterator[dict[str, int]]:
-    """Fill the dictionary, when the block ends, with the core's system calls by name."""
+    """Yield a dictionary that gets the core's system calls by name when the block ends."""
     made: dict[str, int] = {}
     before = _core.counters()
     yield made

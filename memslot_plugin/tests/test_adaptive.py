@@ -1,4 +1,4 @@
-"""Rent or buy for pages: when a history says that dropping them is cheaper, on prices that are made up."""
+"""Decisions of the adaptive reset about idle pages, from histories and made-up prices."""
 
 from __future__ import annotations
 

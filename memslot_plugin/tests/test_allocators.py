@@ -1,4 +1,4 @@
-"""Our own allocators, called as a host calls them: answers, refusals, and memories that come back."""
+"""The built-in allocators, called as a host calls them: answers, refusals and released memories."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PRISTINE = bytes(5) + b"hello" + bytes(70_000 - 10) + b"world" + bytes(2 * PAGE 
 
 @pytest.fixture(params=[MemfdAllocator, AnonymousAllocator], ids=["memfd", "anonymous"])
 def make(request: pytest.FixtureRequest) -> Iterator[Make]:
-    """Opens an allocator with settings."""
+    """Return a function that opens an allocator with settings."""
     opened: list[Allocator] = []
 
     def opener(**settings: Any) -> Allocator:
@@ -106,7 +106,7 @@ def test_memory_after_a_failed_release_is_not_used_again(make: Make, inject: Any
     ):
         with pytest.raises(UsedAfterClose, match="memory of toy#1 was released before"):
             hook(memory)
-    allocator.memslot_release_memory(created(allocator, request_for()))  # its only slot is not lost
+    allocator.memslot_release_memory(created(allocator, request_for()))  # the only slot is not lost
 
 
 def test_hook_given_a_memory_of_another_owner_answers_none(make: Make) -> None:

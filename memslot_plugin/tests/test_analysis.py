@@ -30,7 +30,7 @@ from memslot_plugin.wasm.binary import Reader
 wasmtime = pytest.importorskip("wasmtime", reason="wasmtime, which assembles and validates")
 
 PREFIXES = {0xFB: 0x20, 0xFC: 0x20, 0xFD: 0x120, 0xFE: 0x60}
-"""The opcodes that go on, and up to where their tables are looked at: past the last one known."""
+"""Prefixes of longer opcodes, each with a limit past its last known opcode."""
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ RUNNABLE = [each for each in ENCODED if each.text not in instructions.LEGACY]
 REVERSIBLE = ("memory.grow", "global.set", "memory.atomic.wait", "memory.atomic.notify")
 """Instructions that the walk looks for and that cost no reset in place."""
 IMPORTED = 1
-"""Functions that the catalogue imports."""
+"""Number of functions that the catalogue imports."""
 
 
 def opcodes(encoded: Encoded) -> set[str]:
@@ -207,7 +207,7 @@ def test_instructions_in_any_order_and_nesting_are_counted_one_by_one(
         body, depth = bytearray(LOCALS), 0
         for each in data.draw(st.lists(st.sampled_from([None, *RUNNABLE]), max_size=40)):
             body += b"\x00"  # unreachable: any operands are valid then
-            if each is None:  # another block around what comes
+            if each is None:  # another block around the rest
                 body += b"\x02\x40"
                 depth += 1
                 counted += 2
@@ -243,7 +243,7 @@ def summed(sites: Sequence[tuple[str, int, int]]) -> tuple[int, int, int, int]:
     return len(sites), len({each for _, each, _ in sites}), function, offset
 
 
-# What is reported
+# The report
 
 
 MARKING = f"""(module {instructions.PREAMBLE}
@@ -387,7 +387,7 @@ def test_lying_count_in_a_body_is_cut_off_where_the_bytes_end(
     assert fault(vector(sized(body))) == lib.MS_CODE_CUT
 
 
-# Against the judgement of a runtime
+# Compared with a runtime
 
 
 @given(st.lists(st.sampled_from(RUNNABLE), min_size=1, max_size=8), st.integers(0, 2**64))

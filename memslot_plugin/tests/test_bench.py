@@ -1,4 +1,4 @@
-"""The benchmark: how it measures, how a run is kept and shown, and when a limit holds."""
+"""The benchmark: measuring, keeping and showing a run, and judging its limits."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ needs_a_runtime = pytest.mark.skipif(not HOSTS, reason="no runtime is installed"
 
 
 class Once(Bench):
-    """A benchmark that measures each case in one round."""
+    """A benchmark with one round per case."""
 
     def rounds(self, subjects: Any, seconds: float, **_: int) -> dict[str, list[float]]:
         return super().rounds(subjects, seconds, fewest=1, most=1, warm_up=0)
@@ -66,7 +66,7 @@ def guest() -> Iterator[Guestless]:
 
 
 def content(guest: Guestless) -> list[bytes]:
-    """The bytes of each page."""
+    """Return the bytes of each page."""
     return [ctypes.string_at(guest.slot.base + at, P) for at in range(0, guest.byte_size, P)]
 
 
@@ -149,7 +149,7 @@ MADE: list[Any] = [
 
 
 def row(ratio: float, cost: float, labels: dict[str, Any]) -> r.Row:
-    """A row whose samples are alike."""
+    """Return a row of equal samples."""
     one, other = (r.Spread(each, each, each, 1) for each in (ratio, cost))
     return r.Row(labels, "x", one, other, other)
 
@@ -186,7 +186,7 @@ def test_claim_about_two_workers_is_made_only_if_two_bare_loops_scale(
 
 
 def made(*names: str) -> r.Run:
-    """A run of made families, each of which could not measure something."""
+    """Return a run of made families, each with a case that could not be measured."""
     families = []
     for name in names:
         rows = [row(*numbers) for family, *numbers, _ in MADE if family == name]
@@ -219,7 +219,7 @@ def invoke(*arguments: str | Path) -> Result:
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> Measure:
-    """Measures a family once, with smaller constants, by the command; its tables have to be rectangles."""
+    """Measure a family once by the command, with smaller constants, and check that its tables are rectangles."""
 
     def measured(name: str, *options: str | Path, **small: object) -> r.Family:
         monkeypatch.setattr(bench, "Bench", Once)
@@ -243,7 +243,7 @@ def values(family: r.Family, label: str) -> set[r.Label]:
 
 
 def cells(family: r.Family) -> int:
-    """Ratios that the tables show."""
+    """Return the ratios in the tables."""
     shown = (cell for grid in grids(family) for line in grid.rows for cell in line)
     return sum(cell.endswith(("x", ")")) for cell in shown)
 
@@ -303,7 +303,7 @@ GUEST = """(module (import "rb-js-abi-host" "eval" (func)) (memory (export "memo
     (param i32 i32) (result i32) (select (i32.const 8) (i32.const 4) (local.get 1)))
   (func (export "rstring-ptr: func(value: handle<rb-abi-value>) -> string") (param i32) (result i32)
     (i32.const 0)))"""
-"""Answers 42 to every script, as QuickJS and as CRuby; an empty script fails."""
+"""A guest that answers 42 to each script, as QuickJS and as CRuby. An empty script fails."""
 
 
 @needs_a_runtime
@@ -445,7 +445,6 @@ except SettingError as error:
 
 
 def test_plot_is_a_picture_in_both_formats(tmp_path: Path) -> None:
-    """In a process of its own, for numpy has threads that stay."""
     svg, png, nowhere = tmp_path / "run.svg", tmp_path / "run.png", tmp_path / "none" / "run.svg"
     command = [sys.executable, "-c", DRAW, *map(str, (svg, png, nowhere))]
     document = json.dumps(made("hooks", "analysis").document())

@@ -1,4 +1,4 @@
-"""The command line: every command, its JSON, its refusals, and how it ends."""
+"""The command line: each command, its JSON, its refusals and its end."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ REACTOR = """(module (memory (export "memory") 1)
 
 
 def memslot(*words):
-    """The command in this process, at a wide terminal; it holds few instances, each of which reads all of smaps."""
+    """Run the command in this process, at a wide terminal and with few instances, each of which reads all of smaps."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare, "MOST_INSTANCES", 2)
         return CliRunner(env={"COLUMNS": "200"}).invoke(main, [str(word) for word in words])
 
 
 def shown_by(*arguments, exit_code=0):
-    """Standard output for people, as one line."""
+    """Return the readable standard output as one line."""
     result = memslot(*arguments)
     assert (result.exit_code, result.stderr) == (exit_code, ""), result.output
     return " ".join(result.stdout.split())
@@ -68,7 +68,7 @@ def json_of(command, *arguments, exit_code=0):
 
 
 def refusal(*arguments, exit_code=2):
-    """The one sentence on standard error of a command that writes nothing else."""
+    """Return the sentence on standard error of a command that writes nothing else."""
     result = memslot(*arguments)
     assert (result.exit_code, result.stdout) == (exit_code, ""), result.output
     assert result.stderr.startswith("memslot: ")
@@ -77,7 +77,7 @@ def refusal(*arguments, exit_code=2):
 
 
 def done(*words, program=("-m", "memslot_plugin"), **options):
-    """Exit code, standard output and standard error of the command in a process of its own."""
+    """Run the command in a child; return its exit code, standard output and standard error."""
     command = [sys.executable, *program, *map(str, words)]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
     found = subprocess.run(command, text=True, timeout=120, check=False, **streams)
@@ -168,7 +168,9 @@ def test_help_names_every_command_with_examples_and_exit_codes():
 def test_every_command_has_help_and_json(command):
     shown = memslot(command, "--help").stdout
     assert "--json" in shown
-    assert ("--settings" in shown) is (command != "bench")  # which measures the defaults
+    assert ("--settings" in shown) is (
+        command != "bench"
+    )  # without options: the defaults are measured
     assert "\\b" not in shown
     examples = [line for line in shown.splitlines() if line.startswith("  memslot ")]
     assert all(line.count("memslot ") == 1 for line in examples)  # each on a line of its own
@@ -229,7 +231,7 @@ INSPECTED = {
     "05040103 0101": ["On a host like wasmtime or wasmer", "Memory 0 is shared between threads"],
     f"0503010001 0bb501 {SEGMENTS}": ["... and 10 more"],
 }
-# How an instance is reset, by the code of a function.
+# The way of a reset, by the code of a function.
 RESETS = {
     "41001a": "reset in place: memories and globals are put back",
     "410040001a": "to watch: The code has memory.grow in function 0, at byte 0x",
@@ -326,7 +328,7 @@ def test_doctor_says_what_answers_and_fails_if_nothing_does_or_a_limit_is_passed
 
 
 def run_of(host, *words, exit_code=0):
-    """JSON of a run of three requests."""
+    """Return the JSON of a run of three requests."""
     return json_of("run", "--host", host, "--requests", 3, *words, exit_code=exit_code)
 
 
@@ -492,7 +494,7 @@ compare.Side.observe = interrupted
 main(["run", *sys.argv[1:]], prog_name="memslot")
 """
 
-# wasmer holds the interpreter's lock while guest code runs: only a signal that kills ends it.
+# wasmer keeps the GIL while guest code runs: Ctrl-C cannot end an endless call there.
 ENDLESS = [(host, "example") for host in hosts.INSTALLED]
 ENDLESS += [(host, "forever.wat") for host in hosts.INSTALLED if host != "wasmer"]
 

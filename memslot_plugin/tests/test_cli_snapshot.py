@@ -1,4 +1,4 @@
-"""`memslot snapshot`, and what `memslot run` and `memslot inspect` make of the file that it writes."""
+"""`memslot snapshot`, and its files in `memslot run` and `memslot inspect`."""
 
 from __future__ import annotations
 

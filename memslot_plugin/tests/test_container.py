@@ -1,4 +1,4 @@
-"""Containers: what is written comes back, anything else is refused by name, and a failed writing leaves no trace."""
+"""Containers: read as written, refused by name if damaged, and written whole or not at all."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def written(tmp_path: Path) -> Path:
     return path
 
 
-# What is written comes back
+# Reading
 
 
 def test_header_of_a_written_file_is_as_documented(written: Path) -> None:
@@ -123,7 +123,7 @@ def test_contents_of_any_shape_are_read_as_written(
     assert found.extents == (data if keep else None)
 
 
-# What is refused
+# Refusals
 
 
 def test_file_of_each_wrong_kind_is_refused_with_its_own_sentence(
@@ -177,7 +177,7 @@ def test_file_with_a_key_is_read_with_that_key_alone(tmp_path: Path) -> None:
 
 @pytest.mark.scales
 def test_file_with_any_byte_or_length_changed_is_refused() -> None:
-    """A sample of the bytes in T0, every byte in T1, every bit in T2."""
+    """Change a sample of the bytes in T0, each byte in T1, each bit in T2."""
     rng = random.Random(3)
     piece = {"images": {0: [Stored(0, P, 0, 0)]}, "pieces": [memoryview(b"a" * P)]}
     with memfd() as fd:
@@ -234,7 +234,7 @@ def test_metadata_that_cannot_be_true_is_refused_although_the_digest_is_right(
 
 
 def test_metadata_of_other_releases_is_read() -> None:
-    """Earlier releases escaped what is not ASCII, and later ones may add what this one does not know."""
+    """Earlier releases escaped other characters than ASCII. Later ones may add unknown fields."""
     about = {**ABOUT, "name": "tüy \0", "later": [[{}]]}
     text = json.dumps({"more": 1, "about": about, "module": 0, "code": [["ü", 0]], "images": []})
     found = read_bytes(with_metadata(text.encode()))
@@ -264,7 +264,7 @@ def test_hostile_metadata_when_read_takes_at_most_16_times_its_bytes(item: str) 
 
 
 def measured(data: bytes, byte_size: int, **options: Any) -> tuple[Any, int]:
-    """Return what reading these bytes and then holes raises, and the most memory it took."""
+    """Read these bytes and then holes; return the error and the peak of memory in bytes."""
     tracemalloc.start()
     try:
         with memfd(data) as fd:

@@ -1,4 +1,4 @@
-"""The C core: its gate is honest, its loops are exact, and its errors name the limit that lifts them."""
+"""The C core: its gate for system calls, its scans and copies, and errors that name the limit."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def pages() -> Iterator[Pages]:
 
 
 class Described:
-    """The contents that `[base, base + accessible)` must have: `view` cut into extents of (offset, length)."""
+    """Contents of `[base, base + accessible)`: `view` cut into extents of (offset, length)."""
 
     def __init__(
         self, base: int, accessible: int, view: bytes = b"", *extents: tuple[int, int]
@@ -74,7 +74,7 @@ def test_injecting_into_an_unknown_call_is_refused(inject: Any) -> None:
 
 
 def test_close_that_fails_has_closed_all_the_same(inject: Any) -> None:
-    # close(2) releases the descriptor early, whatever it returns: a second close would hit another owner's.
+    # close(2) releases the descriptor even if it fails: a second close would hit another owner's.
     fd = ffi.new("int *")
     assert lib.ms_memfd(b"memslot:test", 1, 0, fd) == 0
     inject("close", error=errno.EIO)
@@ -84,7 +84,7 @@ def test_close_that_fails_has_closed_all_the_same(inject: Any) -> None:
 
 
 def extents_by_definition(content: bytes, gap: int) -> list[tuple[int, int, int]]:
-    """Pages that are not all zero, joined over short gaps, as (offset, length, file offset)."""
+    """Return the pages with a byte that is not zero, joined over short gaps, as (offset, length, file offset)."""
     runs: list[list[int]] = []
     for at in range(0, len(content), P):
         if any(content[at : at + P]):
@@ -120,7 +120,7 @@ def test_extents_of_any_bytes_equal_their_definition(
     count = lib.ms_find_extents(source, len(content), P, gap * P, found, capacity)
     assert count == len(expected)
     kept = min(count, capacity)
-    # The last one that fits may have been reported before later runs were joined to it, never after.
+    # The last extent that fits may lack the runs that are joined to it later.
     assert [(e.offset, e.length, e.file_offset) for e in found[0:kept]] == expected[:kept]
     assert found[capacity].offset == 12345
 
@@ -157,7 +157,7 @@ def test_reset_restores_more_runs_than_one_scan_lists(pages: Pages, calls: Any, 
     report = memory.report
     assert result == report.dirty_pages + report.dropped_pages
     assert lib.ms_first_difference(memory.c) == -1
-    # Every other one of the extent's five pages was written again; the rest are private all the same.
+    # Every other page of the five was written again; the others are private all the same.
     private = runs + (2 if view else 0)
     assert report.private_pages == private
     assert report.dropped_pages == max(private - kept, 0)

@@ -1,4 +1,4 @@
-"""Handles that are dropped instead of closed give everything back, on every host and whenever a collection comes."""
+"""Handles that are dropped instead of closed: a collection at any moment gives everything back, on each host."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 
 @contextmanager
 def collecting_every(objects: int) -> Iterator[None]:
-    """Have the garbage collector come after so many allocations."""
+    """Collect garbage after this many allocations."""
     before = gc.get_threshold()
     gc.set_threshold(objects)
     try:
@@ -36,7 +36,7 @@ def collecting_every(objects: int) -> Iterator[None]:
 
 
 class Response:
-    """A response that streams what a guest makes, and knows itself: only a collection ends it."""
+    """A response that streams the output of a guest and refers to itself: only a collection ends it."""
 
     def __init__(self, guest: Guest, how: str) -> None:
         self.itself = self
@@ -89,7 +89,7 @@ SUM = """(module
 
 @contextmanager
 def knowing_itself(host: Host, given_to: str) -> Iterator[Instance]:
-    """An instance that its own host function knows, which is given to the guest or to the instance."""
+    """Make an instance that its own host function refers to. The guest or the instance is given the function."""
     known: list[object] = []
 
     def add(one: int, other: int) -> int:

@@ -1,4 +1,4 @@
-"""Handles are good for one lease: each use of one is an entry, which is refused once the lease has ended."""
+"""Entries: each use of a handle is one, and is refused once the lease of the handle has ended."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SECRET = b"a secret"
 
 @pytest.fixture
 def eager_switches() -> Iterator[None]:
-    """Threads take turns as often as they can."""
+    """Switch threads as often as CPython can."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield
@@ -29,7 +29,7 @@ def eager_switches() -> Iterator[None]:
 
 
 def handles(instance: memslot.Instance) -> dict[str, Callable[[], object]]:
-    """Uses of everything that an instance hands out, each through a handle made now."""
+    """Return a use of each handle that an instance hands out, made now."""
     memory, get, put = instance.memory, instance.function("get"), instance.function("set")
     return {
         "call": lambda: instance.call("set", 64, 1),
@@ -112,7 +112,7 @@ def test_instance_is_in_use_and_not_closed_while_a_reset_makes_another_one(
             handles_of_now = {
                 name: use
                 for name, use in handles(instance).items()
-                if "function" not in name  # those are of the instance that goes
+                if "function" not in name  # these handles are of the instance that ends
             }
             middle.action = look
             instance.reset()
@@ -123,7 +123,7 @@ def test_instance_is_in_use_and_not_closed_while_a_reset_makes_another_one(
 
 @pytest.mark.parametrize("name", DECIDING)
 def test_close_and_reset_of_one_instance_give_its_memory_back_once(name: str) -> None:
-    """The close begins when the reset has ended what is live, and has not taken its memories yet."""
+    """The close begins after the reset ended the live instance, and before it took the memories."""
     with hosts.serving(name) as host, hosts.prepare(host) as guest:
         instance = guest.instantiate()
         instance.memory.grow(1)  # no reset in place
@@ -137,7 +137,7 @@ def test_close_and_reset_of_one_instance_give_its_memory_back_once(name: str) ->
             return done
 
         live.dispose = dispose_and_close
-        with suppress(memslot.UsedAfterClose):  # where the other thread was first
+        with suppress(memslot.UsedAfterClose):  # if the other thread was first
             instance.reset()
         assert hosts.in_use(host) == (not instance.closed)
         instance.close()
@@ -170,7 +170,7 @@ def test_instance_closed_while_a_reset_begins_is_closed_after_it(name: str) -> N
 
 @pytest.mark.parametrize("name", DECIDING)
 def test_reset_by_an_old_handle_does_not_end_the_next_lease(name: str) -> None:
-    """The lease ends when the reset was already let through."""
+    """The lease ends after the reset was let in."""
     with hosts.serving(name) as host, hosts.prepare(host) as guest:
         lease = guest.lease()
         old = lease.__enter__()
@@ -190,7 +190,7 @@ def test_reset_by_an_old_handle_does_not_end_the_next_lease(name: str) -> None:
         live.dispose = lease_again
         with pytest.raises(memslot.UsedAfterClose):
             old.reset()
-        host.statistics()  # the host's next call, which ends what was dropped
+        host.statistics()  # the next call of the host ends dropped instances
         assert kept[0].memory.read(64, 8) == SECRET
         following.__exit__(None, None, None)
 

@@ -1,4 +1,4 @@
-"""The fake host, whose functions are Python; and how any host counts resets and ends in silence."""
+"""The fake host, whose functions are Python, and the counting of resets on any host."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SMALL: dict[str, Any] = {"reserved": 1 << 20, "guard": PAGE}
 
 
 class Watcher:
-    """Notes how memories were reset, and why so."""
+    """A plugin that records the way of each reset and its reason."""
 
     def __init__(self) -> None:
         self.resets: list[str] = []

@@ -1,4 +1,4 @@
-"""Each system call of a pool's life fails once, at each point: a clear error, nothing lost, every lease pristine."""
+"""Each system call of a pool fails once, at each point: a clear error, nothing lost, each lease pristine."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 
 
 class Life:
-    """A pool's whole life in steps, of which any may fail once; the pool is checked after each."""
+    """The life of a pool in steps, with a check of the pool after each. Any step may fail once."""
 
     def __init__(self, kind: Any, allocation: str, growth: str, reset: str) -> None:
         self.kind = kind
@@ -79,7 +79,7 @@ class Life:
     def grow(self, slot: Slot, pages: int) -> None:
         before = slot.accessible
         self.attempt(lambda: slot.grow(pages * P))
-        if slot.accessible == before:  # refused: it has its size, and is usable
+        if slot.accessible == before:  # refused: the slot keeps its size, and is usable
             fill(slot)
             slot.grow(pages * P)
         assert content(slot)[before:] == bytes(slot.accessible - before)
@@ -169,13 +169,13 @@ ATTEMPTED = {
     "pwrite": r"writing the image of",
     "fcntl": r"sealing the image of",
 }
-"""Beginnings of the sentences by which a failed call is told, or logged."""
+"""Beginnings of the sentences that report a failed call."""
 LEAKED = r"leaked (\d+ bytes of address space|the (view of the )?image of .+|the extension of a slot|\d+ pages .+)"
-"""All that is said of a munmap or close that failed."""
+"""Sentences about a munmap or close that failed."""
 
 
 def leaks(fault: Fault) -> bool:
-    """Return True if something stays mapped, or is logged as open, after this fault."""
+    """Return True if a mapping or a descriptor leaks after this fault."""
     return fault.call in faults.LEAKING
 
 
@@ -215,7 +215,7 @@ def test_pool_survives_each_system_call_failing_once(
             assert _core.leaks.total() == leaked + 1
             before = resources()
         assert resources().lost_since(before) == []
-        # The ftruncate of a new memfd is made again, that of a memory which grows is not.
+        # The core repeats the ftruncate of a new memfd, and not that of a growing memory.
         assert not (heard and fault.is_made_again) or fault.call == "ftruncate", fault
     request.node.user_properties.append(("faults", count))
 

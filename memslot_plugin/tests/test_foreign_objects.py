@@ -1,4 +1,4 @@
-"""Objects of another store, engine or kind on wasmtime, and closed stores: one error, and the process lives."""
+"""Objects of another store, engine or kind on wasmtime, and closed stores: an error instead of a crash."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def guest(host: WasmtimeHost) -> memslot.Guest:
 
 
 def refuses(error: type[Exception], said: str, *uses: Callable[[], object]) -> None:
-    """Every use raises the error with a message that matches."""
+    """Fail unless each use raises this error with a message that matches."""
     for use in uses:
         with pytest.raises(error, match=said) as caught:
             use()
@@ -419,6 +419,6 @@ def test_close_that_came_too_late_leaves_the_next_lease_alone(host: WasmtimeHost
             cell = live.cell
         with guest.lease() as second:
             assert second._now is live
-            cell.closing = 1  # as another thread does that looked during the first lease
+            cell.closing = 1  # another thread that looked during the first lease does this
             assert [second.call("next"), second.call("next")] == [6, 7]
             assert (host.statistics().instances, second.closed) == (1, False)

@@ -1,7 +1,7 @@
 """The reader, the rewriting and the walk over code, given damaged modules.
 
-Every sequence of bytes must get an answer in a number of steps that its size bounds. A rewritten module is accepted
-by the runtime exactly if the given one is, and means the same.
+Every sequence of bytes gets an answer in a number of steps that its size bounds. The runtime accepts a rewritten
+module exactly if it accepts the given one, and both mean the same.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ BITS = {"i32": 32, "i64": 64, "f32": 32, "f64": 64, "v128": 128}
 
 modules = st.builds(
     mutated, st.randoms(use_true_random=False), st.sampled_from(CORPUS)
-) | st.builds(  # with hypothesis's own idea of randomness it goes less far from what it has seen
+) | st.builds(  # not hypothesis's own randomness, which stays close to examples that it has seen
     lambda seed, module: mutated(random.Random(seed), module),
     st.integers(0, 2**64),
     st.sampled_from(CORPUS),

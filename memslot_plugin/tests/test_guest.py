@@ -1,4 +1,4 @@
-"""The plan for a guest: which memories get an image, which segments stay, and the reasons."""
+"""The plan for a guest: memories with an image, segments that stay, and the reasons."""
 
 from __future__ import annotations
 
@@ -332,7 +332,7 @@ def test_planning_takes_steps_linear_in_the_bytes_of_the_module(
             sys.settrace(before)
         return taken
 
-    steps(1)  # what is done once per process
+    steps(1)  # work that is done once per process
     once, twice, four_times = map(steps, (100, 200, 400))
     assert four_times - twice <= 2.2 * (twice - once)
 

@@ -1,4 +1,4 @@
-"""The specifications: typed, documented by examples that run, and printed as a page that is current."""
+"""Hook specifications: typed, documented by examples that run, and printed as a current page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every host does the same: calls, growth, traps and ends; and each mistake is a clear error."""
+"""Calls, growth, traps and ends on every host, and a clear error for each mistake."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ on_deciding_hosts = pytest.mark.parametrize("name", hosts.DECIDING, indirect=Tru
 
 @pytest.fixture(params=hosts.HOSTS)
 def name(request: pytest.FixtureRequest) -> str:
-    """The host's name."""
+    """Return the name of the host."""
     return str(request.param)
 
 
 @pytest.fixture
 def serve(name: str, no_leaks: None) -> Serve:
-    """Opens the host with settings of the test's own."""
+    """Return a function that opens the host with settings of the test."""
     return functools.partial(hosts.serving, name)
 
 
@@ -296,7 +296,7 @@ def test_trap_of_a_start_function_gives_the_slot_back(serve: Serve) -> None:
             with pytest.raises(memslot.GuestTrap, match="unreachable"):
                 guest.instantiate()
             assert in_use(host) == 0
-        # The start function grew the memory, which wasmer does by itself: such slots are destroyed.
+        # wasmer grew the memory in the start function by itself: such slots are destroyed.
         assert host.statistics().pools[0].destroyed == (3 if host.name == "wasmer" else 0)
         with hosts.prepare(host).instantiate() as instance:
             assert instance.call("get", 8) == ord("h")
@@ -334,7 +334,7 @@ def test_failed_reset_closes_the_instance_and_loses_no_slot(
 
 
 class Refuses:
-    """Lets every release fail, as a kernel may refuse a reset."""
+    """A plugin that fails each release, as a kernel may refuse a reset."""
 
     failing = True
 

@@ -1,4 +1,4 @@
-"""Files of guests with anything in them and right digests: each is refused or loaded, and leaves nothing."""
+"""Files of guests with any contents and right digests: each is refused or loaded, and leaves nothing."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_verdict_of_a_loaded_guest_is_judged_anew(host: memslot.FakeHost, tmp_pa
 
 
 def mangled(rng: random.Random, value: Any) -> Any:
-    """Return a JSON value with one thing in it changed to something unexpected."""
+    """Return a JSON value with one part changed to an unexpected one."""
     odd: list[Any] = [None, -1, 2**70, 1.5, "x", [], {}, True, 7, P, 1 << 61, [[[]]], {"a": 1}]
     if rng.random() < 0.3 or not isinstance(value, (dict, list)) or not value:
         return rng.choice(odd)
@@ -116,7 +116,7 @@ def mangled(rng: random.Random, value: Any) -> Any:
 
 
 def hostile(rng: random.Random) -> bytes:
-    """Return a file as an attacker would write it: only its digest is sure to be right."""
+    """Return a file with a right digest and any contents."""
     images = [[0, [[0, P, 0, 0], [2 * P, P, 0, P], [5 * P, P, rng.randrange(2), 2 * P]]]]
     good: Any = {"about": ABOUT, "module": len(EMPTIED), "code": [["k", 3]], "images": images}
     changes = rng.randrange(4)

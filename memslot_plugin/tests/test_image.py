@@ -1,4 +1,4 @@
-"""Images: the contents of the file, its seals, and that it is given back once and not too early."""
+"""Images: the contents of the file, its seals, and its end."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ GAP = images.MIN_GAP
 
 
 def bytes_of(image: Image, length: int) -> bytes:
-    """The bytes of a memory of this length after the image was laid."""
+    """Return the bytes of a memory of this length with the image mapped."""
     slot = Slot.create(length)
     slot.instantiate(image, length)
     seen = content(slot)
@@ -100,7 +100,7 @@ def test_image_keeps_the_bytes_of_any_buffer_when_the_source_changes(
     before, items = bytes(source), memoryview(array.array("I", list(source)))  # of four bytes each
     with kind("source", source) as image, kind("items", items) as wide:
         source[:1] = b"!"
-        source.append(0)  # raises BufferError if a buffer of it is still held
+        source.append(0)  # raises BufferError if a buffer of it is still exported
         for made, stored in ((image, before), (wide, items.tobytes())):
             assert made.byte_size == _core.align_up(len(stored))
             assert bytes_of(made, 16 * P) == stored + bytes(16 * P - len(stored))
@@ -149,7 +149,7 @@ def test_image_of_any_name_is_built(kind: Kind, name: str) -> None:
 def test_copied_image_needs_no_call_to_build_and_no_madvise_to_unmap(
     slot: Slot, calls: Any
 ) -> None:
-    """Some kernels ignore MADV_DONTNEED (old user-mode qemu): the next guest would see this image."""
+    """Old user-mode qemu ignores MADV_DONTNEED: the next guest would see this image."""
     with calls() as made:
         image = BytesImage("lifted", b"x" * P)
     assert made == {}
@@ -215,7 +215,7 @@ def test_forgotten_image_gives_back_what_it_has(kind: Kind) -> None:
 
 
 def test_image_closed_by_many_threads_at_once_closes_once(kind: Kind, calls: Any) -> None:
-    """A second close would close a descriptor of another owner that got the same number in between."""
+    """A second close would hit another owner that got the descriptor's number in between."""
     with ThreadPoolExecutor(4) as threads:
         for _ in range(30):
             image = kind("contended", b"x" * P)
@@ -231,7 +231,7 @@ def test_image_closed_by_many_threads_at_once_closes_once(kind: Kind, calls: Any
 def test_image_closed_while_a_slot_maps_it_is_refused(
     image: Image, slot: Slot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another thread closes a guest between the check that it is open and its mapping."""
+    """Another thread closes the guest between the check and the mapping."""
     require_open = type(image).require_open
 
     def then_close(self: Image) -> None:

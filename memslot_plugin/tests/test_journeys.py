@@ -88,7 +88,7 @@ def test_error_of_any_class_copied_or_pickled_comes_back_equal() -> None:
             hosts.opened(name).close()
     classes = set(tree())
     assert len(classes) > 25
-    # A trap of a runtime's is nothing without the runtime's own: see above.
+    # A runtime's trap cannot exist without the runtime's own error: it is tested above.
     for each in classes - {*tree(memslot.GuestTrap)}:
         error = each("what happened")
         error.attribute = ["of the embedder's"]  # type: ignore[attr-defined]

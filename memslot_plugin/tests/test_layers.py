@@ -1,4 +1,4 @@
-"""Layered images: they store what differs, have the rest from their parent, and need no parent any more."""
+"""Layered images: stored differences, extents inherited from the parent, and no need of the parent."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
 class Live(AbstractContextManager["Live"]):
-    """A slot in which an image lies, for a block, and the bytes that it should hold."""
+    """A slot with an image mapped, and the bytes that it must hold."""
 
     def __init__(self, image: Image, pages: int = PAGES) -> None:
         self.image, self.size = image, pages * P
@@ -57,7 +57,7 @@ class Live(AbstractContextManager["Live"]):
 
 
 def bytes_of(image: Image, pages: int = PAGES) -> bytes:
-    """Return what a guest finds in a slot of this image; the slot is sound over resets of each kind."""
+    """Return the bytes in a slot of this image, and check the slot over resets of each kind."""
     slot = Slot.create(pages * P, pages * P)
     slot.instantiate(image, pages * P)
     slot.check()
@@ -74,11 +74,11 @@ def bytes_of(image: Image, pages: int = PAGES) -> bytes:
 
 
 def extents_of(image: Image) -> list[tuple[int, int]]:
-    """Return first page and pages of each extent."""
+    """Return the first page and the number of pages of each extent."""
     return [(each.offset // P, each.length // P) for each in image.extents]
 
 
-# Pages of the parent, what its instance writes, the child's (stored, inherited) pages, its extents.
+# Pages of the parent, pages that its instance writes, (stored, inherited) pages of the child, its extents.
 CHILDREN: dict[str, Any] = {
     "pages that differ": (100, [(40 * P + 5, b"x")], (1, 99), [(0, 40), (40, 1), (41, 59)]),
     "nothing, and a page is private by now": (3, [(0, b"p")], (0, 3), [(0, 3)]),
@@ -186,7 +186,7 @@ def test_layer_when_made_faults_as_many_pages_as_were_written() -> None:
     with MemfdImage("parent", b"p" * pages * P) as parent:
         faults(1)
         few, many = faults(2), faults(200)
-        # Reading all of the slot would take a fault for each 16 pages, at the best.
+        # Reading the whole slot would take at least a fault per 16 pages.
         assert few < pages / 16 / 8 < many, (few, many)
 
 

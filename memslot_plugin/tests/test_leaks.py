@@ -1,4 +1,4 @@
-"""The footprint by which tests find what was left behind, without what malloc keeps for itself."""
+"""The footprint by which tests find leaks, without the memory that malloc keeps."""
 
 from __future__ import annotations
 

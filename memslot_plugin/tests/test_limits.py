@@ -1,4 +1,4 @@
-"""Limits on the memory that a guest can make its host keep, also for guests left to the runtime."""
+"""Limits on the memory that a guest can make its host keep, for guests left to the runtime too."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _configure(config: Any) -> None:
     _bindings.wasmtime_config_wasm_gc_set(config.ptr(), True)
 
 
-# Memories that the runtime makes itself
+# Memories of the runtime
 
 RUNTIMES_OWN = {
     "wide addresses and no maximum": "(memory {export} i64 {minimum})",
@@ -83,7 +83,7 @@ def test_memory_of_the_runtimes_own_takes_the_place_of_a_slot(kind: str) -> None
             assert in_use(host) == 1
         with other.lease():
             assert in_use(host) == 1
-        with guest.lease():  # what only waits makes room
+        with guest.lease():  # a waiting instance makes room
             assert in_use(host) == 1
         guest.close()
 
@@ -148,7 +148,7 @@ def test_memory_of_wasmers_own_has_a_lower_maximum() -> None:
             host.prepare(text.replace('"m") 1', '"m") 4'), imports=imports)
 
 
-# How many, and tables
+# Numbers of memories and tables
 
 GROWS_TABLE = """(module (memory (export "m") 1) (table $t (export "t") {limits} funcref)
   (func (export "g") (param i32) (result i32) (table.grow $t (ref.null func) (local.get 0))))"""
@@ -264,7 +264,7 @@ def test_heaps_are_as_many_as_slots() -> None:
 
 
 def _holding_at_start(text: str) -> str:
-    """HOLDS with a start function that holds 20 arrays."""
+    """Return HOLDS with a start function that keeps 20 arrays."""
     named = text.replace('(func (export "hold")', '(func $hold (export "hold")').rstrip()
     return f"{named[:-1]} (func $begin (call $hold (i32.const 20))) (start $begin))"
 
@@ -280,7 +280,7 @@ def test_heap_past_its_limit_at_start_is_refused_by_name() -> None:
 @on_wasmtime
 def test_bare_instance_on_our_engine_is_within_the_limits() -> None:
     with serving("wasmtime", slots=2, memory_limit=3 * PAGE, configure=_configure) as host:
-        # The second looks as a heap does: it begins empty and has no maximum.
+        # The second memory looks like a heap: it begins empty and has no maximum.
         for minimum in (1, 0):
             text = f"""(module (memory (export "m") {minimum})
               (func (export "g") (param i32) (result i32) (memory.grow (local.get 0))))"""

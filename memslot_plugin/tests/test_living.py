@@ -1,4 +1,4 @@
-"""Sets of objects that others own: listing them survives a collection in the middle."""
+"""Sets of objects with other owners: a listing survives a collection in the middle."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from memslot_plugin.hosts.living import Living
 
 
 class Owned:
-    """Unreachable and not yet collected once its last name goes."""
+    """An object that refers to itself, so that only a collection ends it."""
 
     def __init__(self) -> None:
         self.itself = self
@@ -19,7 +19,7 @@ class Owned:
 
 @pytest.fixture
 def collections() -> Iterator[None]:
-    """Threshold and state of the collector are what they were afterwards."""
+    """Restore the threshold and the state of the collector afterwards."""
     threshold = gc.get_threshold()
     yield
     gc.set_threshold(*threshold)

@@ -1,4 +1,4 @@
-"""Offsets in traps and refusals are those of the given module, although another one was compiled."""
+"""Offsets in traps and refusals: those of the given module, although a rewritten one was compiled."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from memslot_plugin.tests import hosts
 
 on_runtimes = pytest.mark.parametrize("name", hosts.RUNTIMES)
 
-# What is rewritten lies before the code: an import, a minimum, exports, initial values, a count of segments.
+# Rewritten parts lie before the code: an import, a minimum, exports, initial values, a count of segments.
 TEXT = """(module (memory (export "memory") 1) (global $g (mut i64) (i64.const 1)) (global $h (mut i32) (i32.const 2))
   (data (i32.const 0) "some data") (data (i32.const 70) "more")
   (func $inner (param i32) (result i32) (i32.div_u (i32.const 7) (local.get 0)))

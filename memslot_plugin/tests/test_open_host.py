@@ -1,4 +1,4 @@
-"""Hosts by name: memslot's own are plugins, and so are those of the embedder and of other distributions."""
+"""Hosts by name: plugins of memslot, of the embedder and of other distributions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OWN = ["wasmtime", "wasmer", "fake"]
 
 
 class Adds:
-    """Registers hosts and notes how often it is made."""
+    """A plugin that registers hosts and counts its instances."""
 
     made = 0
 
@@ -73,7 +73,7 @@ assert not {"wasmtime", "wasmer"} & set(sys.modules), sorted(sys.modules)
 def test_host_of_an_embedders_plugin_gets_settings_options_and_the_plugins() -> None:
     def factory(settings: Settings, *, plugins: Any, **options: Any) -> memslot.FakeHost:
         assert (settings.slots, options) == (3, {"colour": "blue"})
-        assert list(plugins) == [adds]  # as before plugins were handed on
+        assert list(plugins) == [adds]
         return memslot.FakeHost(settings, plugins=plugins)
 
     adds = Adds(tiny=factory)

@@ -1,4 +1,4 @@
-"""The plugin manager: the mistakes it names, each hook, and the calls that arming saves."""
+"""The plugin manager: named mistakes, each hook, and the calls that arming saves."""
 
 from __future__ import annotations
 
@@ -106,10 +106,10 @@ DECIDED: dict[str, tuple[Any, ...]] = {
     "memslot_reset_memory": (MEMORY, RESULT, "clean", "ResetResult"),
     "memslot_release_memory": (MEMORY, RESULT, True, "ResetResult"),
 }
-"""Arguments, an answer, one of a wrong type, and the name of the right type."""
+"""Arguments, an answer, an answer of a wrong type, and the name of the right type."""
 
 SILENCE = {"memslot_build_image": None, "memslot_warm_memory": 0, "memslot_grow_memory": False}
-"""The answer if no plugin has one; elsewhere that is an error, for it must never pass for a reset."""
+"""Answers of hooks if no plugin answers. Elsewhere a missing answer is an error: it must never pass for a reset."""
 
 
 @pytest.mark.parametrize("hook", DECIDING)
@@ -204,7 +204,7 @@ def test_arguments_may_be_left_out_and_reordered(plugins: Plugins) -> None:
 
 
 def entered_by(call: Callable[[], object]) -> list[str]:
-    """The Python functions that `call` enters, in order, each with the folder of its file."""
+    """Return the Python functions that `call` enters, in order, each with the folder of its file."""
     entered: list[str] = []
 
     def note(frame: FrameType, event: str, _: object) -> None:
@@ -348,7 +348,7 @@ def test_end_hook_that_raises_still_calls_the_others_and_raises_the_first_except
 
 
 class Listener:
-    """Writes down which hosts open and close, and raises at the events given, each time once."""
+    """A plugin that records hosts as they open and close, and raises once at each of the given events."""
 
     def __init__(self, *failing: str) -> None:
         self.heard: list[str] = []

@@ -1,4 +1,4 @@
-"""Refusals of a pool, and that it gives everything back also after a failure."""
+"""Refusals of a pool, and failures after which it gives everything back."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Make = Callable[..., Pool]
 
 @pytest.fixture
 def pool(make_pool: Make) -> Pool:
-    """A pool of one slot."""
+    """Return a pool of one slot."""
     return make_pool(1)
 
 
@@ -123,7 +123,7 @@ def test_waiting_lease_is_woken_by_another_thread(pool: Pool, event: str) -> Non
             holders.clear()
             pool.statistics()
         elif event == "close":
-            with pool._lock:  # no other lease may come between release and close
+            with pool._lock:  # no other lease may begin between release and close
                 pool.release(slot)
                 pool._closed = True
         else:

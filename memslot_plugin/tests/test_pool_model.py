@@ -1,4 +1,4 @@
-"""A state machine: any steps on a pool leave in every memory exactly the bytes that a bytearray would have."""
+"""A state machine: after any steps on a pool each memory holds exactly the bytes of a bytearray model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 SLOTS = 3
 PAGES = 40
 STEPS = examples(150)
-"""The least number of steps that each of the eight models takes: 600 in the gate, 36,000 at length."""
+"""Least number of steps of each of the eight models: 600 in the gate, 36,000 at length."""
 
 sizes = st.integers(0, 20)
 places = st.builds(
@@ -42,7 +42,7 @@ which = st.integers(0, 11)
 
 
 class Lease:
-    """The holder of a leased slot, and the bytes that its memory must hold."""
+    """A leased slot with the bytes that its memory must hold."""
 
     slot: Slot
 
@@ -52,7 +52,7 @@ class Lease:
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """A pool of drawn settings, its images and leases; the kind of image and the reset are set from outside."""
+    """A pool of drawn settings, its images and leases. Subclasses set the kind of image and the reset."""
 
     kind: type[MemfdImage | BytesImage] = MemfdImage
     reset_name = "auto"

@@ -1,4 +1,4 @@
-"""Names that a guest, a file or a caller chose reach no terminal and no log as they are."""
+"""Names that a guest, a file or a caller chose: escaped before they reach a terminal or a log."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TEXT = f"""(module (import "{NAME}" "{NAME}" (func)) (memory (export "{NAME}") 1
 
 
 FUNCTION_NAME = r"\01\0b\01\00\08\1b[31mred"
-"""The contents of a name section: function 0 has such a name."""
+"""Return a name section that gives function 0 this name."""
 
 
 class Terminal(io.StringIO):
@@ -85,7 +85,7 @@ def test_names_in_refusals_reports_and_logs_are_printable(name: str, tmp_path: P
             lambda: host.load(f"/nowhere/{EVIL}"),
         ):
             if name == "fake" and call == guest.instantiate:
-                continue  # it links nothing
+                continue  # the fake host links no import
             with pytest.raises(memslot.MemslotError) as raised:
                 call()
             assert str(raised.value).isprintable()

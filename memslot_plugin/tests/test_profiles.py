@@ -47,7 +47,7 @@ def test_skipped(reason):
 
 
 def gate(folder: Path, *options: str) -> tuple[int, str]:
-    """Run the sample as `pytest -m gate` in a process of its own; return its exit status and output."""
+    """Run the sample as `pytest -m gate` in a child; return its exit status and output."""
     (folder / "test_sample.py").write_text(SAMPLE)
     command = [sys.executable, "-m", "pytest", "-p", "memslot_plugin.tests.tiers", "-m", "gate"]
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""The public surface: `__all__` is what is there and documented; the errors are the tree that is drawn."""
+"""The public names: listed, documented, frozen and importable alone; the tree of errors is as drawn."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def test_every_public_name_is_documented() -> None:
     missing = []
     for name, value in PUBLIC:
         if isinstance(value, (str, tuple)):
-            continue  # documented where it is defined: a constant has no docstring at run time
-        # A generated docstring is the signature again and documents nothing.
+            continue  # a constant has no docstring at run time: it is documented at its definition
+        # A generated docstring repeats the signature and documents nothing.
         if (inspect.getdoc(value) or "(").startswith((f"{name.rpartition('.')[2]}(", "(")):
             missing.append(name)
         if inspect.isclass(value) and not issubclass(value, (enum.Enum, tuple)):
@@ -140,12 +140,12 @@ ATTRIBUTES: dict[str, tuple[tuple[object, ...], dict[str, Any]]] = {
     "PoolExhausted": (("none left",), {"limit": 4, "in_use": 3}),
     "PoolTimeout": (("none left",), {"limit": 4, "in_use": 3}),
 }
-"""Arguments and attributes; the latter are given by keyword to those of the pool."""
+"""Arguments and attributes of each error. The attributes of the pool's errors are keywords."""
 
 
 @pytest.mark.parametrize("leaf", LEAVES, ids=lambda leaf: leaf.__name__)
 def test_error_in_another_process_keeps_its_attributes(leaf: type[MemslotError]) -> None:
-    """An exception that cannot be unpickled breaks the pool of processes that it was raised in."""
+    """An exception that cannot be unpickled breaks its pool of processes."""
     arguments, attributes = ATTRIBUTES.get(leaf.__name__, (("what happened",), {}))
     error = leaf(*arguments, **attributes if "limit" in attributes else {})
     error.added_by_the_embedder = [1]  # type: ignore[attr-defined]

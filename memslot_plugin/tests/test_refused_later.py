@@ -1,6 +1,4 @@
-"""System calls that worked when they were probed, and are refused later: each reset is done by another way, which its
-reason says, and no slot is lost.
-"""
+"""System calls that are refused after the probe: another way resets the slot and says why, and no slot is lost."""
 
 from __future__ import annotations
 
@@ -27,7 +25,7 @@ MCL_CURRENT, MCL_ONFAULT = 1, 4
 
 
 def serve(pool: Pool, image: Image) -> None:
-    """One request, which looks for another tenant's bytes and leaves its own."""
+    """Serve a request that looks for bytes of another tenant and leaves its own."""
     slot = pool.lease(image, 8 * P, affinity="a")
     assert content(slot) == expected(image, 8 * P)
     fill(slot)
@@ -61,7 +59,7 @@ def test_call_refused_after_the_probe_is_done_without(
         assert (now.failed_resets, now.destroyed) == (0, 0)
         pool.check()
 
-    in_child(check)  # which opens a pagemap of its own
+    in_child(check)  # the child opens a pagemap of its own
 
 
 @needs_pagemap
@@ -86,7 +84,7 @@ def test_pagemap_refused_after_the_probe_changes_are_found_and_warming_has_no_mo
 def test_pages_locked_after_the_probe_are_put_back_and_no_slot_is_destroyed(
     make_pool: Make, make_image: Callable[..., Image], strategy: str
 ) -> None:
-    """madvise(2): MADV_DONTNEED of locked pages gives EINVAL."""
+    """MADV_DONTNEED of locked pages fails with EINVAL (madvise(2))."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.mlockall(MCL_CURRENT | MCL_ONFAULT):
         pytest.skip(f"impossible: mlockall: {os.strerror(ctypes.get_errno())}")

@@ -1,4 +1,4 @@
-"""Resets that the core does without asking Python: which pages it compares, and in how many scans it finds them."""
+"""Resets in the core without Python: the pages that it compares, and the number of its scans."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def slot() -> Iterator[Slot]:
 
 
 def once(slot: Slot, reset: Any, *pages: int) -> Any:
-    """Write to these pages as a request does, and reset."""
+    """Write to these pages, as a request does, and reset."""
     for page in pages:
         ctypes.memset(slot.base + page * P + page % P, page % 251 + 1, 3)
-    # A busy machine makes scans slow, which would count as pages that were read.
+    # A busy machine makes scans slow: the reset would count pages as read.
     if slot.history is not None:
         slot.history.limits.unexplained_ns = 1 << 60
     result = slot.reset(reset)
@@ -154,7 +154,7 @@ def test_exception_in_the_slow_path_of_a_reset_leaves_the_slot_unknown(slot: Slo
 
     reset = Wrong(8 * P)
     once(slot, reset, 1)
-    ctypes.memset(slot.base, 1, 20 * P)  # more than may stay, which is no ordinary reset
+    ctypes.memset(slot.base, 1, 20 * P)  # more than may stay: the slow path
     with pytest.raises(KeyboardInterrupt):
         slot.reset(reset)
     assert slot.state is State.UNKNOWN

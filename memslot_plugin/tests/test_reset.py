@@ -1,4 +1,4 @@
-"""The probe finds out what the kernel does, and a reset is chosen by that."""
+"""The probe of the kernel, prices, and the choice of a reset."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def fresh_probe() -> Iterator[None]:
 
 @pytest.fixture
 def slot() -> Iterator[Slot]:
-    """A leased slot that grew; every byte was written."""
+    """Return a leased slot that grew, with each byte written."""
     made = Slot.create(16 * P)
     with MemfdImage("reset", b"x" * 2 * P) as image:
         made.instantiate(image, 8 * P)
@@ -75,7 +75,9 @@ def test_probe_reports_a_refused_call_as_a_finding_with_its_reason(
     finding = getattr(probe(), wrong)
     assert not finding.works
     assert os.strerror(errno.EPERM) in finding.detail
-    assert probe().dontneed.works == (call != "madvise")  # without a memfd, it is tried on zeros
+    assert probe().dontneed.works == (
+        call != "madvise"
+    )  # without a memfd the probe tries the scan on zeros
     assert probe() is probe()
 
 
@@ -118,7 +120,7 @@ TIMES = (1_000, 130_000, 2_000, 600_000, 88_000, 257_000)
 def test_prices_ignore_a_measurement_that_was_disturbed(
     monkeypatch: pytest.MonkeyPatch, disturbed: int
 ) -> None:
-    """A page that costs nothing would never be given back."""
+    """A page with the price 0 would never be given back."""
     calls = itertools.count()
 
     def measured(call: Callable[[], object]) -> int:

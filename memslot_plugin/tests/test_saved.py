@@ -1,4 +1,4 @@
-"""Guests saved and loaded on a host without a runtime: what comes back, from where, and what is refused."""
+"""Guests saved and loaded on a host without a runtime: equal bytes, mapped or copied files, and refusals."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ BOTH = pytest.mark.parametrize("backend", BACKENDS)
 
 @pytest.fixture
 def backend() -> str:
-    """The plugin that builds images, unless a test is parametrized with BOTH."""
+    """Return the plugin that builds images; a test with BOTH overrides it."""
     return "memfd"
 
 
@@ -67,7 +67,7 @@ EXPECTED[70000:70004] = b"data"
 EXPECTED[5 * P : 5 * P + 7] = b"written"
 
 
-# What comes back
+# Saved and loaded
 
 
 def test_guest_whose_path_is_not_utf_8_is_saved_and_loaded(
@@ -179,7 +179,7 @@ def test_reseed_export_of_a_saved_guest_is_kept_unless_another_is_named(
 def test_memory_without_an_image_saved_and_loaded_keeps_its_data(
     host: memslot.FakeHost, tmp_path: Path
 ) -> None:
-    # Its data ends behind the memory.
+    # The data ends behind the memory.
     guest = host.prepare(MODULE.replace(b"\x41\xf0\xa2\x04\x0b", b"\x41\xff\xff\x0b\x0b"))
     assert guest.images == {}
     guest.save(tmp_path / "guest")
@@ -304,7 +304,7 @@ def test_file_that_is_replaced_or_deleted_leaves_its_guests_alone_even_without_p
     assert [content(guest) for guest in guests] == [EXPECTED, EXPECTED]
 
 
-# What is refused
+# Refusals
 
 
 def test_path_that_is_missing_no_file_or_unreadable_is_refused(

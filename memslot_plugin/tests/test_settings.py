@@ -1,4 +1,4 @@
-"""Settings: where values come from, and one clear sentence for each wrong one."""
+"""Settings: origins of values, sizes, and a clear sentence for each wrong value."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def toml(tmp_path: Path) -> Toml:
-    """Writes a settings file."""
+    """Return a function that writes a settings file."""
 
     def write(text: str) -> Path:
         path = tmp_path / "service.toml"
@@ -104,7 +104,7 @@ def test_variable_that_is_no_setting_is_refused_with_the_nearest(
         with pytest.raises(SettingError, match=said):
             make()
     monkeypatch.delenv(variable)
-    # For a service called memslot, and for our own tests.
+    # Variables of a service called memslot, and of these tests.
     for other in ("MEMSLOT_SERVICE_HOST", "MEMSLOT_PORT_80_TCP_ADDR", "MEMSLOT_PROFILE", "MEMSLO"):
         monkeypatch.setenv(other, "1")
     assert Settings() == found
@@ -145,11 +145,11 @@ def test_size_of_a_whole_number_is_exact(number: int, unit: str) -> None:
 def test_size_with_blanks_small_letters_or_a_fraction_is_read() -> None:
     texts = ("64 MiB", " 1gib ", "1.5GiB", "4.35kB", "2TB")
     found = [Settings(memory_limit=text).memory_limit for text in texts]
-    # 4350 is not 4349.99, as a float would have it.
+    # 4350 and not 4349.99, as with floats.
     assert found == [64 * MIB, GIB, GIB * 3 // 2, 4350, 2 * 10**12]
 
 
-# Wrong values: one sentence, with setting, value and what is allowed
+# Wrong values: a sentence with setting, value and allowed values
 
 NUMBERS = [
     "slots",

@@ -1,7 +1,6 @@
-"""The slot's behaviours with their system calls counted, what a slot refuses, and what it is after a failure.
+"""Steps of a slot with their system calls counted, and refused steps.
 
-The numbers are those of the design, section 5; behaviours of images are in test_image.py, of pools in test_pool.py.
-The bytes of any sequence of steps are compared in test_pool_model.py, failures of any call in test_faults.py.
+test_pool_model.py compares the bytes of any sequence of steps; test_faults.py fails each call.
 """
 
 from __future__ import annotations
@@ -39,8 +38,10 @@ COSTS: dict[str, tuple[Step, int, int, int]] = {
     "07 no image": (lambda slot, *_: slot.instantiate(None, 50 * P), 2, 0, 0),
     "11 destroyed": (lambda slot, *_: slot.destroy(), 1, 0, 0),
 }
-"""Steps from a clean slot with an image of two extents of 50 pages: the numbers of mmap calls, of further ones unless
-images are copied, and of mprotect calls. That no image stays behind where there is none is CVE-2022-39393.
+"""Steps from a clean slot with an image of two extents of 50 pages, and their numbers of calls.
+
+The numbers count mmap, further mmap unless images are copied, and mprotect. CVE-2022-39393 was an image that stayed in
+a slot without one.
 """
 
 
@@ -234,7 +235,7 @@ print([slot.base, P, {name: n - before[name] for name, n in _core.counters().ite
     for flag in ("PROT_NONE", "MAP_PRIVATE", "MAP_FIXED", "MAP_ANONYMOUS", "MAP_NORESERVE"):
         assert flag in cover
     assert seen["extend"] == [("mprotect", 64, 4), ("mmap", 68, 28)]
-    # The counters are kept by the measured code: compare them with the kernel's record of the pool's life.
+    # The measured code keeps the counters: compare them with the record of the kernel.
     for name in (*by_address, *others):
         of_pool = [
             call

@@ -1,4 +1,4 @@
-"""`Slot.check()` finds each way in which the invariant can be broken; no private page and no fork escapes a reset."""
+"""`Slot.check()` finds each breach of the invariant; no private page and no fork escapes a reset."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def image() -> Iterator[MemfdImage]:
 
 @pytest.fixture
 def slot(image: MemfdImage) -> Iterator[Slot]:
-    """A clean slot: two extents, 32 of 64 pages accessible."""
+    """Return a clean slot: two extents, 32 of 64 pages accessible."""
     made = Slot.create(RESERVED)
     made.instantiate(image, 32 * P)
     use(made)
@@ -95,7 +95,7 @@ TAMPERED: dict[str, Callable[[Slot], object]] = {
     "a hole in front": lambda s: lib.ms_unmap(s.base, P),
     "a hole in what is accessible": lambda s: lib.ms_unmap(s.base + 9 * P, P),
 }
-"""Changes of mappings, not of bytes: a dirty slot shows them as well."""
+"""Changes of mappings and not of bytes: a check of a dirty slot finds them too."""
 
 
 @pytest.mark.parametrize("how", TAMPERED)
@@ -142,7 +142,7 @@ def test_check_finds_an_extension_that_is_not_as_recorded(tamper: Callable[[Slot
 
 
 def advised(address: int, advice: int) -> object:
-    return LIBC.madvise(address, P, advice)  # advice that this kernel does not know changes nothing
+    return LIBC.madvise(address, P, advice)  # an older kernel does not know this advice
 
 
 def write(address: int) -> object:
@@ -162,7 +162,7 @@ PRIVATE: dict[str, Callable[[int], object]] = {
 @pytest.mark.parametrize("reset", ["pagemap", "auto"])
 @pytest.mark.parametrize("how", PRIVATE)
 def test_scan_misses_no_private_page(image: MemfdImage, reset: str, how: str) -> None:
-    """In an extent, at its borders, in the zeros, and in what had grown."""
+    """Pages in an extent, at its borders, in the zeros, and in a growth."""
     for page in (0, 1, 2, 17, 29, 30, 31, 32, 47):
         slot = Slot.create(RESERVED)
         slot.instantiate(image, 32 * P)
@@ -201,7 +201,7 @@ def test_page_of_an_image_that_became_the_shared_page_of_zeros_is_put_back(
 def test_fork_resets_the_childs_own_pages(
     slot: Slot, strategy: str, resources: Any, fork: Fork
 ) -> None:
-    """The parent's pagemap descriptor would list the parent's pages, and leave the child's as they are."""
+    """The parent's pagemap would list the parent's pages: the child's would stay as they are."""
     found, descriptor = probe(), pagemap_descriptor()
     path = str(Path(f"/proc/self/fd/{descriptor}").readlink())
     assert not os.get_inheritable(descriptor)
@@ -222,7 +222,7 @@ def test_fork_resets_the_childs_own_pages(
 def test_fork_gives_the_child_extensions_of_its_own(
     make_pool: Callable[..., Pool], fork: Fork
 ) -> None:
-    """Tenants of two processes would meet in a file that is mapped shared, and in its length."""
+    """Tenants of two processes would otherwise share a mapped file and its length."""
     pool = make_pool(3, growth="ftruncate")
     leased, idle = (pool.lease(None, 4 * P, affinity=i) for i in range(2))
     pool.release(idle)

@@ -1,9 +1,8 @@
-"""Two threads, or a signal's handler, at one instance: the other one acts where CPython may switch to it."""
+"""Two threads, or a thread and a signal handler, at one instance. The other acts where CPython may switch to it."""
 
 from __future__ import annotations
 
 import importlib
-import os
 import signal
 import threading
 from collections.abc import Callable
@@ -22,7 +21,7 @@ SECRET = b"a secret"
 
 
 def before(holder: Any, name: str, action: Callable[[], object]) -> None:
-    """Once, as `holder` is asked for what `name` does, something else happens first."""
+    """Run `action` once, just before the next call of the method `name` of `holder`."""
     original = getattr(holder, name)
 
     def switched(*arguments: Any, **named: Any) -> Any:
@@ -39,7 +38,7 @@ def at_the_call(holder: Any, name: str, action: Callable[[], object]) -> None:
 
 
 class Library:
-    """The C core with another `ms_wt_close`, which gets the real one."""
+    """The C core with another `ms_wt_close`, which is given the real one."""
 
     def __init__(self, core: Any, close: Callable[[Callable[[], int]], int]) -> None:
         self._core, self._close = core, close
@@ -52,7 +51,7 @@ class Library:
 
 
 def closing_by(monkeypatch: pytest.MonkeyPatch, close: Callable[[Callable[[], int]], int]) -> None:
-    """From now on the host closes cells by this."""
+    """Replace the function by which the host closes cells."""
     module: Any = importlib.import_module("memslot_plugin.hosts.wasmtime.creator")
     monkeypatch.setattr(module, "lib", Library(module.lib, close))
 
@@ -75,7 +74,7 @@ def test_slot_in_a_store_of_the_embedder_stays_if_two_threads_close_its_instance
 
 
 class Keeps:
-    """A plugin that has each memory until it is released."""
+    """A plugin that keeps each memory until its release."""
 
     def __init__(self) -> None:
         self.kept: list[LinearMemory] = []
@@ -93,7 +92,7 @@ class Keeps:
 def test_two_closes_at_once_release_the_memory_and_tell_the_plugins(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second one looks at the memories before the first has released them, and ends after that."""
+    """The second close looks at the memories before the first has released them, and ends afterwards."""
     reached, go_on, plugin = threading.Event(), threading.Event(), Keeps()
     with hosts.serving(name, plugins=(plugin,)) as host, hosts.prepare(host) as guest:
         instance = guest.instantiate()
@@ -134,7 +133,7 @@ def test_native_objects_are_not_given_away_in_the_middle_of_the_end_of_a_lease(n
 @pytest.mark.parametrize("use", ["reset", "snapshot"])
 @pytest.mark.parametrize("name", HOSTS)
 def test_handler_that_is_refused_as_a_hold_begins_leaves_nothing_held(name: str, use: str) -> None:
-    """Its InUse is raised as `hold` returns."""
+    """The handler raises InUse as `hold` returns."""
     with hosts.serving(name) as host, hosts.prepare(host) as guest:
         instance = guest.instantiate()
         live: Any = instance._now
@@ -204,7 +203,7 @@ def test_lease_on_the_fake_host_does_not_end_under_a_running_call() -> None:
 
 @pytest.mark.parametrize("name", [WASMTIME])
 def test_lease_never_begins_with_an_instance_that_ended(name: str) -> None:
-    """A close was let through while the lease ended; the end of the lease does it."""
+    """A close is let in while the lease ends: the end of the lease closes the instance."""
     holding, go_on, answers = threading.Event(), threading.Event(), list[int]()
     middle = hosts.InTheMiddle()
 
@@ -240,7 +239,7 @@ def test_lease_never_begins_with_an_instance_that_ended(name: str) -> None:
 def test_instance_that_a_call_ended_is_kept_by_nothing(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The call returns before the close has noted that it will end the instance."""
+    """The call returns before the close has recorded that it will end the instance."""
     inside, leave = threading.Event(), threading.Event()
 
     def wait(number: int) -> int:
@@ -329,7 +328,7 @@ def test_close_by_an_old_handle_takes_nothing_from_the_close_of_the_next_lease(
 
 
 class Interrupts(dict[int, Any]):
-    """Raises KeyboardInterrupt once, as something that was there has been taken out."""
+    """A container that raises KeyboardInterrupt once, after an entry was taken out."""
 
     armed = True
 
@@ -353,41 +352,6 @@ def test_close_that_is_interrupted_is_finished_by_the_next_call(name: str, taken
         host.statistics()
         assert (instance.closed, hosts.in_use(host)) == (True, 0)
         guest.instantiate().close()
-
-
-@pytest.mark.parametrize("name", [WASMTIME])
-def test_child_of_a_fork_gives_back_what_was_closed_while_it_forked(name: str) -> None:
-    """Another thread closes the instance whose call forks; in the child that call ends it."""
-    ready, go_on, processes = threading.Event(), threading.Event(), list[int]()
-
-    def fork(number: int) -> int:
-        go_on.set()
-        closing.join()
-        processes.append(os.fork())
-        return number
-
-    with hosts.serving(name, slots=1) as host, hosts.calling(host, fork) as guest:
-        instance = guest.instantiate()
-        run = instance.function("run")
-
-        def stop() -> None:
-            ready.set()
-            go_on.wait()
-
-        before(instance._now, "dispose", stop)
-        closing = threading.Thread(target=instance.close)
-        closing.start()
-        ready.wait()
-        assert run(5) == 5
-        if processes == [0]:
-            status = 1
-            with suppress(BaseException):
-                assert hosts.in_use(host) == 0
-                guest.instantiate().close()
-                status = 0
-            os._exit(status)
-        assert os.waitstatus_to_exitcode(os.waitpid(processes[0], 0)[1]) == 0
-        assert hosts.in_use(host) == 0
 
 
 def test_call_that_begins_as_the_fake_host_closes_reads_its_own_bytes() -> None:

@@ -53,7 +53,7 @@ REFUSED = {
 }
 
 CAPTURED = ("segment", "Global", "starts each")
-"""Words in the reasons of what a snapshot captures, though a reset in place would not restore it."""
+"""Words in reasons about state that a snapshot captures and a reset in place would not restore."""
 
 
 @pytest.mark.parametrize(("text", "reason"), REFUSED.items())

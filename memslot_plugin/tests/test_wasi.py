@@ -1,4 +1,4 @@
-"""WASI that a hostile guest calls: folders that it may only read, and waits that a deadline ends."""
+"""Hostile calls of WASI: folders that are read-only, and waits that a deadline ends."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _SIGNATURES = {
 
 
 def _text(*, memory: str = "1") -> str:
-    """A guest that exports what it imports from WASI: the bytes in its memory are the test's to write."""
+    """Return a guest that exports its imports from WASI. The test writes the arguments into its memory."""
     imports, functions = [], []
     for name, signature in _SIGNATURES.items():
         kinds = ["i64" if kind == "I" else "i32" for kind in signature]
@@ -70,7 +70,7 @@ def host(request: pytest.FixtureRequest, no_leaks: None) -> Iterator[Host]:
 
 
 class Calls:
-    """A guest's calls of WASI on paths in its first folder."""
+    """Calls of WASI by a guest on paths in its first folder."""
 
     def __init__(self, instance: Instance) -> None:
         self.instance = instance
@@ -83,7 +83,7 @@ class Calls:
     def open(
         self, path: str, *, flags: int = 0, rights: int = _READ, follow: int = 1, at: int = _PATH
     ) -> int:
-        """The errno of path_open; `descriptor` is then what it gave."""
+        """Return the errno of path_open, and store the descriptor in `descriptor`."""
         place = self.path(path, at)
         return int(
             self.instance.call(
@@ -102,7 +102,7 @@ class Calls:
         return _VECTOR, 1
 
     def changes(self, descriptor: int) -> dict[str, int]:
-        """The errno of every way to change the folder, or the file that was opened in it."""
+        """Return the errno of each way to change the folder, or a file that was opened in it."""
         call, folder = self.instance.call, self.folder
         note, other = self.path("note"), self.path("other", _OTHER)
         empty = self.path("empty", _OTHER + 64)
@@ -129,7 +129,7 @@ def _filled(folder: Path) -> str:
 
 
 def _state(folder: Path) -> dict[str, Any]:
-    """All that a guest could change, but the times of access."""
+    """Return the state that a guest could change, without the times of access."""
     state: dict[str, Any] = {"": folder.stat().st_mtime_ns}
     for each in sorted(folder.rglob("*")):
         found = each.lstat()
@@ -276,7 +276,7 @@ def _subscription(
 
 
 def _poll(instance: Instance, *subscriptions: bytes) -> tuple[int, list[tuple[int, int, int]]]:
-    """The errno of poll_oneoff, and the name, errno and tag of each event."""
+    """Return the errno of poll_oneoff, and the name, errno and tag of each event."""
     instance.memory.write(64, b"".join(subscriptions))
     errno = instance.call("poll", 64, 1024, len(subscriptions), 4096)
     events = int.from_bytes(instance.memory.read(4096, 4), "little")
@@ -284,7 +284,7 @@ def _poll(instance: Instance, *subscriptions: bytes) -> tuple[int, list[tuple[in
 
 
 def test_poll_answers_as_the_runtime_does(host: Host) -> None:
-    """Each of these is over at once or after milliseconds; wasmtime's own answers are the right ones."""
+    """Each poll ends at once or after milliseconds. wasmtime's own answers are the right ones."""
     with host.prepare(_POLL, wasi=Wasi()).instantiate() as instance:
         soon, later = 3 * _MILLISECOND, _HOUR
         one, other = _subscription(7, timeout=soon), _subscription(8, timeout=later)
@@ -323,7 +323,7 @@ def test_poll_answers_as_the_runtime_does(host: Host) -> None:
 
 @pytest.fixture
 def ticking(no_leaks: None) -> Iterator[Host]:
-    """A host whose guests have a deadline of a few milliseconds."""
+    """Open a host whose guests have a deadline of a few milliseconds."""
 
     def configure(config: Any) -> None:
         config.epoch_interruption = config.shared_memory = True
@@ -441,7 +441,7 @@ def test_wasi_call_after_a_fork_answers_or_refuses_instead_of_waiting_for_ever(
     def check() -> None:
         with captured.instantiate(wasi=Wasi()) as instance:
             assert not instance.call("fd_write", 1, *Calls(instance).vector(b"dropped"), _RESULT)
-        for use in write, write, read:  # the first lease is of an instance that waited
+        for use in write, write, read:  # the first lease gets the instance that waited
             if host.name == "wasmer":
                 use()
                 continue

@@ -1,4 +1,4 @@
-"""Reading and rewriting core modules that are put together byte by byte; no runtime is needed."""
+"""Reading core modules that are put together byte by byte, without a runtime."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from memslot_plugin.wasm.types import MemoryType, read_memory_type
 
 
 def calls_of(action: Callable[[], object]) -> int:
-    """Count the functions of Python and C that an action calls: a measure of work that no busy machine distorts."""
+    """Count the functions of Python and C that an action calls: a busy machine does not change the number."""
     calls = Counter[str]()
 
     def count(frame: Any, event: str, argument: Any) -> None:
@@ -52,7 +52,7 @@ def calls_of(action: Callable[[], object]) -> int:
     return calls["call"] + calls["c_call"]
 
 
-# What is no module at all
+# Bytes that are no module
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_module_that_is_cut_anywhere_is_invalid_or_a_shorter_module() -> None:
     assert len(HEADER) in read
 
 
-# What is left to the runtime
+# Sections that are left to the runtime
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_body_of_any_length_costs_as_little_work_as_a_short_one() -> None:
     assert calls_of(lambda: wasm.parse(long)) <= calls_of(lambda: wasm.parse(short)) + 2
 
 
-# What is read
+# Reading
 
 
 def test_module_with_everything_is_read_completely() -> None:

@@ -1,4 +1,4 @@
-"""wasmer alone: memories that it maps and grows itself, its errors, its WASI, and the thread of its objects."""
+"""wasmer alone: memories that it maps and grows by itself, its errors, its WASI, and the thread of its objects."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def host(no_leaks: None) -> Iterator[WasmerHost]:
 
 
 def destroyed(host: WasmerHost) -> int:
-    """Slots that were retired, as each is whose memory has grown."""
+    """Count the slots that were retired because their memory grew."""
     return sum(pool.destroyed for pool in host.statistics().pools)
 
 
@@ -157,7 +157,7 @@ def test_growth_by_the_native_handle_is_found_at_release(host: WasmerHost) -> No
 
 
 def test_errors_and_calls_keep_neither_instance_nor_host_alive() -> None:
-    """Or else the garbage collector ends a host and its code together, on any thread."""
+    """Otherwise a collection would end a host and its code together, on any thread."""
     host = hosts.opened("wasmer")
     guest = calling(host, {}.__getitem__)
     gc.collect()

@@ -1,4 +1,4 @@
-"""wasmtime alone: its own objects and stores, its errors, the modules that only it runs, and its configuration."""
+"""wasmtime alone: its own objects, errors, references and vectors, and stores of the embedder."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_native_instance_gives_the_objects_of_wasmtime(host: WasmtimeHost) -> No
         assert exports["next"](native.store) == 6
         assert instance.call("next") == 7
         assert bytes(exports["memory"].read(native.store, 8, 13)) == b"hello"
-        native.store.close()  # ends nothing: the instance is the host's to end
+        native.store.close()  # ends nothing: the host ends the instance
         assert instance.call("next") == 8
     with pytest.raises(ValueError, match="closed"):
         exports["next"](native.store)
@@ -215,7 +215,7 @@ OF_THE_EMBEDDER = """(module (import "e" "g" (global $g (mut i32))) (import "e" 
 
 
 def objects_of(store: wasmtime.Store, value: wasmtime.Val) -> tuple[Any, Any]:
-    """A global with this value and a memory of a page."""
+    """Make a global with this value and a memory of a page."""
     made = wasmtime.Global(store, wasmtime.GlobalType(value.type, True), value)
     return made, wasmtime.Memory(store, wasmtime.MemoryType(wasmtime.Limits(1, None)))
 
@@ -296,7 +296,7 @@ def test_own_store_collected_on_another_thread_gives_its_slots_back(host: Wasmti
         cycle: list[Any] = [store]
         cycle.append(cycle)
 
-    gc.disable()  # the collection shall come on the other thread
+    gc.disable()  # the collection must run on the other thread
     try:
         for _ in range(4):
             make()

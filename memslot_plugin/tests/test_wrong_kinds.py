@@ -1,4 +1,4 @@
-"""Arguments of the wrong kind or size, wherever an embedder gives one: a sentence of memslot's, and nothing happens."""
+"""Arguments of a wrong kind or size, at each place where an embedder gives one: a sentence, and no effect."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from memslot_plugin import Wasi
 from memslot_plugin.tests import hosts
 
 HUGE = 10**5000
-"""Python refuses to write out its digits."""
+"""An integer whose digits Python refuses to print."""
 
 USES: dict[str, tuple[Callable[[memslot.Instance, Any], object], tuple[Any, ...]]] = {
     "i32": (lambda it, given: it.call("same32", given), ("x", None, 1.5, [], 2**32, HUGE)),

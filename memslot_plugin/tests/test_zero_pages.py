@@ -1,4 +1,4 @@
-"""Pages of an image that the kernel itself turns into its shared page of zeros, after a guest wrote zeros to them."""
+"""Pages of an image that a guest filled with zeros, and that the kernel turned into its shared page of zeros."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ every_reset = pytest.mark.parametrize("reset", ["pagemap", "auto"])
 
 
 def advise(address: int, length: int, advice: int) -> None:
-    """Skip the test if the kernel refuses."""
+    """Call madvise(2), and skip the test if the kernel refuses."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), advice):
         pytest.skip(f"impossible: madvise {advice}: {os.strerror(ctypes.get_errno())}")
 
 
 def is_private(address: int) -> bool:
-    """False for the shared page of zeros."""
+    """Return True unless the page is the shared page of zeros."""
     report = ffi.new("ms_reset_report *")
     assert (
         lib.ms_list_private(
@@ -53,7 +53,7 @@ def assert_reset_puts_back(slot: Slot, reset: str) -> None:
 
 @every_reset
 def test_page_of_a_copied_image_that_a_split_made_zero_is_put_back(reset: str) -> None:
-    """Since Linux 6.12 splitting a huge page maps the shared page of zeros for the part that is zeros."""
+    """Since Linux 6.12 a split of a huge page maps the shared page of zeros for its zeros."""
     slot = Slot.create(3 * HUGE)
     with BytesImage("split", IMAGE) as image:
         slot.instantiate(image, 3 * HUGE)
@@ -70,7 +70,7 @@ def test_page_of_a_copied_image_that_a_split_made_zero_is_put_back(reset: str) -
 
 @contextmanager
 def merging() -> Iterator[None]:
-    """Let the kernel merge equal pages, those of zeros into the shared one."""
+    """Let the kernel merge equal pages; those of zeros become the shared page."""
     wanted = {"use_zero_pages": "1", "pages_to_scan": "10000", "sleep_millisecs": "1", "run": "1"}
     folder = Path("/sys/kernel/mm/ksm")
     before = {}

@@ -4,8 +4,8 @@ pytest              T0, the README's test command: everything that carries no ma
 pytest -m gate      T1, the gate: also what is marked `gate`; tests that scale try 4 times as much
 pytest -m long      T2, a night or a release: what is marked `long`; tests that scale try 240 times as much
 
-Any other expression after -m selects by marker alone.  A test that scales is a property test (hypothesis) or is marked
-`scales`: it belongs to each tier, and takes its number of examples from `profiles.examples`.
+Any other expression after -m selects by marker alone. A test that scales is a property test (hypothesis) or is marked
+`scales`. It belongs to each tier, and takes its number of examples from `profiles.examples`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pytest
 TIERS = ("gate", "long")
 
 IMPOSSIBLE = "impossible: "
-"""The beginning of each reason of a skip that --require-hosts allows."""
+"""Start of each skip reason that --require-hosts allows."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -58,7 +58,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class Skips:
-    """The run's skips, one line per reason; unless `hosts` is None, the run fails on each that was possible."""
+    """The skips of the run, one line per reason. Unless `hosts` is None, a skip of a possible test fails the run."""
 
     def __init__(self, hosts: str | None) -> None:
         self.strict = hosts is not None
@@ -74,7 +74,7 @@ class Skips:
         if report.skipped and not hasattr(report, "wasxfail"):
             self._count(report.nodeid, report.longrepr)
         elif report.passed and report.when == "call":
-            # The parameters in a test's name say which host it used: [wasmtime-madvise].
+            # The parameters in a test's name contain its host: [wasmtime-madvise].
             self.missing.difference_update(re.findall(r"[a-z]+", report.nodeid.partition("[")[2]))
 
     def _count(self, nodeid: str, where: object) -> None:

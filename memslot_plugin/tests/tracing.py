@@ -1,4 +1,4 @@
-"""System calls of a child as strace saw them, by section."""
+"""System calls of a child, recorded by strace, by section."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Traced:
 def trace(
     source: str, *arguments: str, calls: tuple[str, ...], log: Path, **options: Any
 ) -> tuple[str, dict[str, list[Traced]]]:
-    """Run Python source under strace; return its output, and these calls by section.
+    """Run Python source under strace; return its output, and its calls by section.
 
     In the source, `mark(name)` begins a section.
     """
