@@ -19,6 +19,8 @@ ffi: Any = _lib.ffi
 lib: Any = _lib.lib
 FastRegion = _region.Region
 """The base class of a region (region.c)."""
+InstanceReset = _region.InstanceReset
+"""The reset in place of one instance on wasmtime (region.c)."""
 read = _region.read
 """Copy bytes of a wasmtime memory within one entry; returns them, or the flag (`enum ms_wt_flag`) that refused."""
 
@@ -66,11 +68,11 @@ def inject(call: str, *, skip: int = 0, error: int) -> None:
 
 def install_fast_path(dirty: object, clean: object, result_type: type) -> None:
     """Tell `FastRegion` two states of a slot and the type of a reset's result."""
-    reset, copy = (
-        int(ffi.cast("uintptr_t", ffi.addressof(lib, name)))
-        for name in ("ms_reset_fast", "ms_wt_copy")
+    names = ("ms_reset_fast", "ms_wt_copy", "ms_wt_acquire", "ms_wt_release", "ms_wt_restore")
+    reset, copy, acquire, release, restore = (
+        int(ffi.cast("uintptr_t", ffi.addressof(lib, name))) for name in names
     )
-    _region.install(reset, copy, dirty, clean, result_type)
+    _region.install(reset, copy, acquire, release, restore, dirty, clean, result_type)
 
 
 leaks: Counter[str] = Counter()

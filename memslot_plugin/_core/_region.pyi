@@ -14,7 +14,21 @@ class Region:
     def reset(self, strategy: Any, /) -> Any: ...
     def reset_in_lease(self, strategy: Any, /) -> None: ...
 
+class InstanceReset:
+    def __init__(
+        self, cell: int, saved: int, count: int, resets: tuple[Any, ...], keep: object, /
+    ) -> None: ...
+    def run(self, live: Any, generation: int, next_generation: int, key: int, /) -> int: ...
+
 def read(cell: int, generation: int, address: int, length: int, /) -> bytes | int: ...
 def install(
-    reset_fast: int, copy: int, dirty: object, clean: object, result_type: type, /
+    reset_fast: int,
+    copy: int,
+    acquire: int,
+    release: int,
+    restore: int,
+    dirty: object,
+    clean: object,
+    result_type: type,
+    /,
 ) -> None: ...

@@ -1,7 +1,7 @@
-/* The base of memslot_plugin.memory.region.Region: a ms_slot inside of a Python object, and the fast path of its reset.
+/* The fast paths that hold Python objects: the reset of a region, and the reset in place of an instance on wasmtime.
  *
- * A module of its own, because cffi's takes no Python objects.  It makes no system call itself: Python passes it the address of
- * ms_reset_fast, so that the gate that counts system calls exists once in the process. */
+ * A module of its own, because cffi's takes no Python objects.  It makes no system call itself: Python passes it the addresses
+ * of the core's functions, so that the gate that counts system calls exists once in the process. */
 #include <Python.h>
 #include <structmember.h>
 #include <unistd.h>
@@ -15,7 +15,10 @@ enum { BRIEF_NANOSECONDS = 5000 };
 /* Set by `install`, once per process. */
 static int (*reset_fast)(ms_slot *slot);
 static unsigned (*copy)(ms_wt_cell *cell, uint64_t generation, uintptr_t to, const char *from, size_t length);
-static PyObject *dirty, *clean, *result_type, *slow_reset, *pagemap, *no_reason;
+static uintptr_t (*acquire)(ms_wt_cell *cell, uint64_t generation, uint64_t key, int exclusive);
+static int (*release)(ms_wt_cell *cell, uint64_t key, uintptr_t *outcome);
+static uintptr_t (*restore)(ms_wt_cell *cell, uint64_t generation, ms_wt_global *globals, size_t count);
+static PyObject *dirty, *clean, *result_type, *can_restore, *slow_reset, *pagemap, *no_reason;
 static size_t page;
 
 typedef struct {
@@ -117,12 +120,16 @@ static PyObject *reset_in_lease(PyObject *object, PyObject *strategy)
 static PyObject *install(PyObject *module, PyObject *arguments)
 {
     (void)module;
-    unsigned long long reset_address, copy_address;
+    unsigned long long at[5];
     PyObject *given[3];
-    if (!PyArg_ParseTuple(arguments, "KKOOO:install", &reset_address, &copy_address, &given[0], &given[1], &given[2]))
+    if (!PyArg_ParseTuple(arguments, "KKKKKOOO:install", &at[0], &at[1], &at[2], &at[3], &at[4], &given[0], &given[1],
+                          &given[2]))
         return NULL;
-    reset_fast = (int (*)(ms_slot *))(uintptr_t)reset_address;
-    copy = (unsigned (*)(ms_wt_cell *, uint64_t, uintptr_t, const char *, size_t))(uintptr_t)copy_address;
+    reset_fast = (int (*)(ms_slot *))(uintptr_t)at[0];
+    copy = (unsigned (*)(ms_wt_cell *, uint64_t, uintptr_t, const char *, size_t))(uintptr_t)at[1];
+    acquire = (uintptr_t(*)(ms_wt_cell *, uint64_t, uint64_t, int))(uintptr_t)at[2];
+    release = (int (*)(ms_wt_cell *, uint64_t, uintptr_t *))(uintptr_t)at[3];
+    restore = (uintptr_t(*)(ms_wt_cell *, uint64_t, ms_wt_global *, size_t))(uintptr_t)at[4];
     put(&dirty, given[0]);
     put(&clean, given[1]);
     put(&result_type, given[2]);
@@ -235,10 +242,133 @@ static PyType_Spec spec = {
     .slots = slots,
 };
 
+/* ---- the reset in place of an instance ---- */
+
+typedef struct {
+    PyObject_HEAD
+    PyObject *keep;   /* what owns the cell and the globals */
+    PyObject *resets; /* a tuple of calls without arguments, one for each memory */
+    ms_wt_cell *cell;
+    ms_wt_global *globals;
+    size_t count;
+} InstanceReset;
+
+static PyObject *new_instance_reset(PyTypeObject *type, PyObject *arguments, PyObject *named)
+{
+    (void)named;
+    unsigned long long cell, globals;
+    Py_ssize_t count;
+    PyObject *resets, *keep;
+    if (!PyArg_ParseTuple(arguments, "KKnO!O:InstanceReset", &cell, &globals, &count, &PyTuple_Type, &resets, &keep))
+        return NULL;
+    InstanceReset *self = (InstanceReset *)PyType_GenericAlloc(type, 0);
+    if (!self)
+        return NULL;
+    self->cell = (ms_wt_cell *)(uintptr_t)cell;
+    self->globals = (ms_wt_global *)(uintptr_t)globals;
+    self->count = (size_t)count;
+    put(&self->resets, resets);
+    put(&self->keep, keep);
+    return (PyObject *)self;
+}
+
+/* Reset each memory of an acquired instance; -1 with an exception, 0 if only a new instance is pristine, else 1. */
+static int reset_memories(InstanceReset *self, PyObject *live)
+{
+    PyObject *allowed = PyObject_CallMethodObjArgs(live, can_restore, NULL);
+    int may = allowed ? PyObject_IsTrue(allowed) : -1;
+    Py_XDECREF(allowed);
+    Py_ssize_t count = PyTuple_Size(self->resets);
+    for (Py_ssize_t i = 0; may == 1 && i < count; i++) {
+        PyObject *done = PyObject_CallNoArgs(PyTuple_GetItem(self->resets, i));
+        if (!done)
+            return -1;
+        Py_DECREF(done);
+    }
+    return may;
+}
+
+static PyObject *run(PyObject *object, PyObject *const *arguments, Py_ssize_t count)
+{
+    InstanceReset *self = (InstanceReset *)object;
+    if (count != 4)
+        return PyErr_Format(PyExc_TypeError, "run takes 4 arguments, not %zd", count);
+    uint64_t generation = PyLong_AsUnsignedLongLong(arguments[1]), next = PyLong_AsUnsignedLongLong(arguments[2]);
+    uint64_t key = PyLong_AsUnsignedLongLong(arguments[3]);
+    if (PyErr_Occurred())
+        return NULL;
+    uintptr_t outcome = acquire(self->cell, generation, key, 1);
+    if (outcome)
+        return PyLong_FromLongLong(-(long long)outcome);
+    int done = reset_memories(self, arguments[0]);
+    if (done < 0)
+        return NULL; /* still acquired: the caller ends the instance */
+    if (done)
+        outcome = restore(self->cell, next, self->globals, self->count);
+    else
+        release(self->cell, key, &outcome);
+    return outcome ? PyLong_FromVoidPtr((void *)outcome) : PyBool_FromLong(done);
+}
+
+static int traverse_instance_reset(PyObject *object, visitproc visit, void *arg)
+{
+    InstanceReset *self = (InstanceReset *)object;
+    Py_VISIT(Py_TYPE(object));
+    Py_VISIT(self->keep);
+    Py_VISIT(self->resets);
+    return 0;
+}
+
+static int clear_instance_reset(PyObject *object)
+{
+    InstanceReset *self = (InstanceReset *)object;
+    Py_CLEAR(self->keep);
+    Py_CLEAR(self->resets);
+    return 0;
+}
+
+static void dealloc_instance_reset(PyObject *object)
+{
+    PyTypeObject *type = Py_TYPE(object);
+    PyObject_GC_UnTrack(object);
+    clear_instance_reset(object);
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(object);
+    Py_DECREF(type);
+}
+
+static PyMethodDef instance_reset_methods[] = {
+    {"run", (PyCFunction)(void (*)(void))run, METH_FASTCALL,
+     PyDoc_STR("run($self, live, generation, next_generation, key, /)\n--\n\n"
+               "Acquire the instance, reset its memories and restore its globals: True.\n\n"
+               "False, and nothing happened, if `live.can_restore()` says that only a new instance is pristine.\n"
+               "A positive integer is the outcome of the restore, a negative one, negated, that of a refusal.\n"
+               "After an exception the instance is still acquired with `key`.")},
+    {0},
+};
+
+static PyType_Slot instance_reset_slots[] = {
+    {Py_tp_doc, PyDoc_STR("InstanceReset(cell, globals, count, resets, keep, /)\n--\n\n"
+                          "The reset in place of one instance on wasmtime, as one call.")},
+    {Py_tp_new, new_instance_reset},
+    {Py_tp_traverse, traverse_instance_reset},
+    {Py_tp_clear, clear_instance_reset},
+    {Py_tp_dealloc, dealloc_instance_reset},
+    {Py_tp_methods, instance_reset_methods},
+    {0},
+};
+
+static PyType_Spec instance_reset_spec = {
+    .name = "memslot_plugin._core._region.InstanceReset",
+    .basicsize = sizeof(InstanceReset),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
+    .slots = instance_reset_slots,
+};
+
 static PyMethodDef functions[] = {
     {"install", install, METH_VARARGS,
-     PyDoc_STR("install($module, reset_fast, copy, dirty, clean, result_type, /)\n--\n\n"
-               "Set the addresses of ms_reset_fast and ms_wt_copy, two states of a slot, and ResetResult.")},
+     PyDoc_STR("install($module, reset_fast, copy, acquire, release, restore, dirty, clean, result_type, /)\n--\n\n"
+               "Set the addresses of ms_reset_fast and of four functions of the bridge, two states of a slot, and\n"
+               "ResetResult.")},
     {"read", read_bytes, METH_VARARGS,
      PyDoc_STR("read($module, cell, generation, address, length, /)\n--\n\n"
                "Copy bytes of an instance's memory, or return the flag with which ms_wt_copy refused.")},
@@ -248,7 +378,7 @@ static PyMethodDef functions[] = {
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
     .m_name = "memslot_plugin._core._region",
-    .m_doc = PyDoc_STR("The fast path of a slot's reset."),
+    .m_doc = PyDoc_STR("The fast paths of resets."),
     .m_size = -1,
     .m_methods = functions,
 };
@@ -258,15 +388,15 @@ PyMODINIT_FUNC PyInit__region(void)
     page = (size_t)sysconf(_SC_PAGESIZE);
     PyObject *module = PyModule_Create(&definition);
     PyObject *type = PyType_FromSpec(&spec);
+    PyObject *instance_type = PyType_FromSpec(&instance_reset_spec);
+    can_restore = PyUnicode_InternFromString("can_restore");
     slow_reset = PyUnicode_InternFromString("_slow_reset");
     pagemap = PyUnicode_InternFromString("pagemap");
     no_reason = PyUnicode_InternFromString("");
-    if (!module || !type || !slow_reset || !pagemap || !no_reason ||
-        PyModule_AddObjectRef(module, "Region", type)) {
-        Py_XDECREF(type);
-        Py_XDECREF(module);
-        return NULL;
-    }
-    Py_DECREF(type);
+    if (!module || !type || !instance_type || !can_restore || !slow_reset || !pagemap || !no_reason ||
+        PyModule_AddObjectRef(module, "Region", type) || PyModule_AddObjectRef(module, "InstanceReset", instance_type))
+        Py_CLEAR(module);
+    Py_XDECREF(type);
+    Py_XDECREF(instance_type);
     return module;
 }

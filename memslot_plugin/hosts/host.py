@@ -544,7 +544,6 @@ class Host(abc.ABC):
 
     def _list(self, live: Live) -> None:
         """A live instance has its handle."""
-        live.bind_resets(self._armed)
         self._live[id(live)] = weakref.ref(live), live.memories
         live.dropped, live.open = self._dropped, True
         self._begun.pop(id(live), None)

@@ -155,8 +155,11 @@ class Instance:
         instance is closed and its slot back in the pool or destroyed.  Raises InUse while a call
         runs, and UsedAfterClose where the guest was closed; the instance goes on then.
         """
-        live = self._live()
-        guest = self.guest
+        live, guest = self._now, self.guest
+        if live is None or not live.open or live.generation != self._generation:
+            live = self._live()
+        if guest.host.thread_confined:
+            guest.host._require_thread()
         if guest.closed:
             raise UsedAfterClose(
                 f"the guest {guest.name} was closed: its instances go on and cannot be reset; prepare it again"
@@ -244,32 +247,33 @@ class Instance:
 
     def _reset_in_place(self, live: Live, next_generation: int) -> bool:
         """Reset what is live for the lease of that number; False if only a new instance is pristine."""
-        guest = self.guest
-        if not guest.in_place or self._binding.store is not None:
-            return False
-        host = guest.host
-        armed = host._armed
-        held, key = False, next(HOLDS)
+        host, key = self.guest.host, next(HOLDS)
+        if live.bound_to is not host._armed.epoch:
+            live.bind_resets(host._armed)
+        fast_reset = live.fast_reset
         try:
-            live.hold(self._generation, key, alone=True)
-            held = True
-            # Asked once nothing can run any more: a call on another thread may have ended just now.
-            if not live.can_restore():
-                live.let_go(key)
-                return False
-            if live.bound_to is not armed.epoch:
-                live.bind_resets(armed)
-            for reset in live.resets:
-                reset()
-            live.restore(next_generation)
+            if fast_reset is not None:
+                done = fast_reset(live, self._generation, next_generation, key)
+                if done is True:
+                    live.generation = next_generation
+                elif done is not False:
+                    live.settle_reset(done, self._generation, next_generation, key)
+            else:
+                done = (
+                    self.guest.in_place
+                    and self._binding.store is None
+                    and live.reset(self._generation, next_generation, key)
+                )
         except BaseException:
-            if not live.let_go(key) and not held:
+            if not live.let_go(key) and live.spoiled_by != key:
                 raise
             self._now = None
             if live.open:
                 with suppress(MemslotError):  # what is wrong is being raised already
                     host._end(live)
             raise
+        if done is False:
+            return False
         host._resets_in_place += 1
         return True
 

@@ -102,7 +102,7 @@ class Live(abc.ABC):
     """The lease whose handles may enter: `generation`, or 0 while the instance is held."""
 
     resets: tuple[Callable[[], object], ...] = ()
-    """The resets of `memories`, bound at the lease."""
+    """The resets of `memories`, bound at the first reset: an instance that is used once needs none."""
     bound_to: object = None
     """The epoch of the plugins that `resets` are bound to."""
 
@@ -192,6 +192,32 @@ class Live(abc.ABC):
             if memory.byte_size != memory.request.minimum:
                 return False
         return not self.given_away and not self.outgrown
+
+    fast_reset: Callable[[Live, int, int, int], int] | None = None
+    """`reset` as one call into C, with the live instance first, or None; `settle_reset` takes other answers."""
+    spoiled_by: int = 0
+    """The key of a reset from when it begins to change the instance until it has succeeded, else 0."""
+
+    def reset(self, generation: int, next_generation: int, key: int) -> bool:
+        """Reset in place for the lease `next_generation`; False if only a new instance is pristine.
+
+        If it raises, the instance may still be acquired with `key`.
+        """
+        self.hold(generation, key, alone=True)
+        # Asked once nothing can run any more: a call on another thread may have ended just now.
+        if not self.can_restore():
+            self.let_go(key)
+            return False
+        self.spoiled_by = key
+        for reset in self.resets:
+            reset()
+        self.restore(next_generation)
+        self.spoiled_by = 0
+        return True
+
+    def settle_reset(self, outcome: int, generation: int, next_generation: int, key: int) -> None:
+        """Raise what became of a `fast_reset` that answered neither True nor False."""
+        raise NotImplementedError
 
     def hold(self, generation: int, key: int, *, alone: bool = False) -> None:
         """Keep other threads' entries out until `restore` or `let_go`, and with `alone` those of this thread;

@@ -8,10 +8,10 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from memslot_hooks.types import LinearMemory
-from memslot_plugin._core import ffi, lib, read
+from memslot_plugin._core import InstanceReset, ffi, lib, read
 from memslot_plugin.errors import (
     ArgumentError,
     ExportNotFound,
@@ -42,6 +42,9 @@ from memslot_plugin.hosts.wasmtime.values import (
     indirect_call,
 )
 from memslot_plugin.hosts.wasmtime.wasi import Environment, Streams
+
+if TYPE_CHECKING:
+    from memslot_plugin.plugins.arming import Armed
 
 _VALUES = (struct.Struct("<i"), struct.Struct("<q"), struct.Struct("<f"), struct.Struct("<d"))
 """The value at the begin of a global's 16 bytes, by kind."""
@@ -232,13 +235,46 @@ class WasmtimeLive(Live):
             self._own_globals()
         refused = _acquire(self.cell, generation, key, alone)
         if refused:
-            outcome = Outcome(refused)  # first, because this frees the C half's outcome
-            if self.cell.depth and generation == self.generation:
-                raise InUse(
-                    f"the instance of {self.guest_name} cannot be closed, reset or captured while a call of it runs, by"
-                    " its host functions or another thread; let the call return first"
-                )
-            self.settle_outcome(outcome)
+            self._refuse_acquire(refused, generation)
+
+    def _refuse_acquire(self, refused: int, generation: int) -> None:
+        outcome = Outcome(refused)  # first, because this frees the C half's outcome
+        if self.cell.depth and generation == self.generation:
+            raise InUse(
+                f"the instance of {self.guest_name} cannot be closed, reset or captured while a call of it runs, by"
+                " its host functions or another thread; let the call return first"
+            )
+        self.settle_outcome(outcome)
+
+    def bind_resets(self, armed: Armed) -> None:
+        super().bind_resets(armed)
+        self.fast_reset = None
+
+    def _bind_fast_reset(self) -> None:
+        """Make the reset in place one call, if nothing but memories and globals is to be renewed."""
+        if self.environment is None and self._configure_store is None:
+            saved = self._saved
+            self.fast_reset = InstanceReset(
+                int(ffi.cast("uintptr_t", self.cell)),
+                int(ffi.cast("uintptr_t", saved)),
+                self._saved_count,
+                self.resets,
+                (self.cell, saved),
+            ).run
+
+    def reset(self, generation: int, next_generation: int, key: int) -> bool:
+        done = super().reset(generation, next_generation, key)
+        self._bind_fast_reset()  # for the next one
+        return done
+
+    def settle_reset(self, outcome: int, generation: int, next_generation: int, key: int) -> None:
+        """Raise what became of a reset that was refused (`outcome` is negative then), or did not end well."""
+        if outcome < 0:
+            self._refuse_acquire(-outcome, generation)
+            return
+        self.spoiled_by, self.generation = key, next_generation
+        self._settle_restore(outcome)
+        self.spoiled_by = 0
 
     def wake(self) -> None:
         if self.environment is not None:
@@ -253,9 +289,12 @@ class WasmtimeLive(Live):
         self.generation = generation
         outcome = _restore(self.cell, generation, self._saved, self._saved_count)
         if outcome:
-            self.settle(outcome)
-            if not self.cell.context:  # closed meanwhile
-                raise ended(self.guest_name)
+            self._settle_restore(outcome)
+
+    def _settle_restore(self, outcome: int) -> None:
+        self.settle(outcome)
+        if not self.cell.context:  # its holder closed it meanwhile
+            raise ended(self.guest_name)
 
     def set_globals(self) -> None:
         """Give every saved global its initial value."""
