@@ -31,7 +31,7 @@ from memslot_plugin.hosts.wasmtime.values import (
     Maker,
     Name,
     Signature,
-    checked_result,
+    checked_results,
     host_function,
     kind_of,
 )
@@ -384,7 +384,9 @@ def _watched(signature: Signature, function: Callable[..., Any], label: str) -> 
     @functools.wraps(function)
     def watched(*arguments: Any) -> Any:
         try:
-            return checked_result(signature, function(*arguments), f"what {label} returned")
+            result = function(*arguments)
+            values = checked_results(signature.results, result, f"what {label} returned")
+            return values if len(values) > 1 else values[0] if values else None
         except (
             BaseException
         ) as error:  # of any kind: it has to come out of the call that the embedder made

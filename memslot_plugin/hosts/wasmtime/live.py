@@ -6,7 +6,6 @@ Objects of wasmtime-py's are made only for a caller that asks for them.
 from __future__ import annotations
 
 import ctypes
-import struct
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -35,6 +34,7 @@ from memslot_plugin.hosts.wasmtime.link import BoundImports, Compiled
 from memslot_plugin.hosts.wasmtime.store import BorrowedStore, LentStore
 from memslot_plugin.hosts.wasmtime.values import (
     KIND_NAMES,
+    NUMBERS,
     V128,
     bare,
     direct_call,
@@ -45,9 +45,6 @@ from memslot_plugin.hosts.wasmtime.wasi import Environment, Streams
 
 if TYPE_CHECKING:
     from memslot_plugin.plugins.arming import Armed
-
-_VALUES = (struct.Struct("<i"), struct.Struct("<q"), struct.Struct("<f"), struct.Struct("<d"))
-"""The value at the begin of a global's 16 bytes, by kind."""
 
 _READABLE = ("(ref null func)", "(ref null extern)")
 """The types of references that wasmtime's C API can read; any other ends the process."""
@@ -208,8 +205,7 @@ class WasmtimeLive(Live):
         label = self._compiled.name(name)
         found = ffi.new(_GLOBAL, (label.utf8, label.length))
         self.settle(lib.ms_wt_globals_read(self.cell, generation, found, 1))
-        content = bytes(ffi.buffer(found.value))
-        return content if kind == V128 else _VALUES[kind].unpack_from(content)[0]
+        return NUMBERS[kind].unpack(ffi.buffer(found.value))[0]
 
     def set_global(self, name: str, value: Any, generation: int) -> None:
         kind, mutable = self._compiled.global_kind(name)
@@ -223,9 +219,8 @@ class WasmtimeLive(Live):
                 generation, lambda: self.native_export(name).set_value(self.store(), value)
             )
             return
-        content = value if kind == V128 else _VALUES[kind].pack(value)
         label = self._compiled.name(name)
-        given = ffi.new(_GLOBAL, (label.utf8, label.length, kind, content))
+        given = ffi.new(_GLOBAL, (label.utf8, label.length, kind, NUMBERS[kind].pack(value)))
         self.settle(lib.ms_wt_globals_write(self.cell, generation, given, 1))
 
     # -- resets ------------------------------------------------------------------------------------------------------

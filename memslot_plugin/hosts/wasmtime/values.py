@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import operator
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,9 @@ KIND_NAMES = (
 )
 
 _FORMATS = ("i12x", "q8x", "f12x", "d8x", "16s")
+NUMBERS = tuple(struct.Struct("<" + each) for each in _FORMATS)
+"""The layout of a single value, by kind."""
+
 _REFERENCE = 5
 """wasmtime_valtype_kind_t of all references."""
 _HEAP_KINDS = {0: EXTERNREF, 2: FUNCREF}
@@ -75,34 +78,25 @@ class Name:
         self.length = len(encoded)
 
 
+def _layout(kinds: Iterable[int]) -> struct.Struct:
+    return struct.Struct("<" + "".join(_FORMATS[kind] for kind in kinds if kind <= V128))
+
+
 @dataclass(frozen=True, slots=True)
 class Signature:
     """The kinds of a function's parameters and results, and their layout."""
 
     parameters: tuple[int, ...]
     results: tuple[int, ...]
-    pack_into: Callable[..., None]
-    unpack_parameters: Callable[..., tuple[Any, ...]]
-    pack_results: Callable[..., None]
-    unpack_from: Callable[..., tuple[Any, ...]]
+    taking: struct.Struct
+    giving: struct.Struct
 
     @classmethod
     def of(cls, function_type: wasmtime.FuncType) -> Signature:
         """Return the signature of a function type of wasmtime-py's."""
         parameters = tuple(kind_of(each) for each in function_type.params)
         results = tuple(kind_of(each) for each in function_type.results)
-        taking, giving = (
-            struct.Struct("<" + "".join(_FORMATS[kind] for kind in kinds if kind <= V128))
-            for kinds in (parameters, results)
-        )
-        return cls(
-            parameters,
-            results,
-            taking.pack_into,
-            taking.unpack_from,
-            giving.pack_into,
-            giving.unpack_from,
-        )
+        return cls(parameters, results, _layout(parameters), _layout(results))
 
     @property
     def count(self) -> int:
@@ -225,7 +219,7 @@ def direct_call(label: Name, signature: Signature, what: str) -> Maker:
     argument's `__index__`.
     """
     count, parameters = signature.count, signature.parameters
-    pack, unpack = signature.pack_into, signature.unpack_from
+    pack, unpack = signature.taking.pack_into, signature.giving.unpack_from
     takes = bool(parameters)
     single, several = len(signature.results) == 1, len(signature.results) > 1
     if not signature.packs_as_given:
@@ -290,52 +284,35 @@ def indirect_call(label: Name, signature: Signature, what: str) -> Maker:
 # -- host functions ------------------------------------------------------------------------------
 
 
-def checked_result(signature: Signature, result: Any, what: str) -> Any:
-    """Return the result of a host function with references, as wasmtime-py takes it; raises ArgumentError."""
-    kinds = signature.results
-    if not kinds:
-        return _require_none(result, what)
-    values = [result] if len(kinds) == 1 else _several(kinds, result, what)
-    checked = fitted(kinds, values, what)
-    return checked[0] if len(kinds) == 1 else checked
-
-
-def _require_none(result: Any, what: str) -> None:
-    if result is not None:
+def checked_results(kinds: Sequence[int], result: Any, what: str) -> list[Any]:
+    """Return the results of a host function, as `fitted` does; raises ArgumentError."""
+    if not kinds and result is not None:
         raise ArgumentError(f"{what}: nothing is wanted and {result!r} was given")
-
-
-def _several(kinds: Sequence[int], result: Any, what: str) -> Sequence[Any]:
+    if len(kinds) <= 1:
+        return fitted(kinds, [result] if kinds else [], what)
     if not isinstance(result, Sequence):
         raise ArgumentError(
             f"{what}: a sequence of {len(kinds)} values is wanted and {result!r} was given"
         )
-    return result
+    return fitted(kinds, result, what)
 
 
 def host_function(signature: Signature, function: Callable[..., Any], what: str) -> HostFunction:
     """Return `function` over a buffer of values; it raises ArgumentError if its result is not of the signature."""
-    unpack, pack = signature.unpack_parameters, signature.pack_results
+    unpack, pack = signature.taking.unpack_from, signature.giving.pack_into
     results = signature.results
     returned = f"what {what} returned"
-
-    def nothing(values: Any) -> None:
-        result = function(*unpack(values))
-        if result is not None:
-            _require_none(result, returned)
 
     def one(values: Any) -> None:
         result = function(*unpack(values))
         try:
             pack(values, 0, result)
         except PACKING:
-            pack(values, 0, *fitted(results, [result], returned))
+            pack(values, 0, *checked_results(results, result, returned))
 
     def checked(values: Any) -> None:
         result = function(*unpack(values))
-        result = [result] if len(results) == 1 else _several(results, result, returned)
-        pack(values, 0, *fitted(results, result, returned))
+        if results or result is not None:
+            pack(values, 0, *checked_results(results, result, returned))
 
-    if not results:
-        return nothing
-    return one if results != (V128,) and len(results) == 1 else checked
+    return one if len(results) == 1 and results != (V128,) else checked
