@@ -142,6 +142,16 @@ def test_growth_is_reported_and_the_slot_retired(host: WasmerHost) -> None:
     assert destroyed(host) == 2
 
 
+def test_memory_of_a_destroyed_slot_is_unmapped_while_its_guest_lives(host: WasmerHost) -> None:
+    guest = hosts.prepare(host)
+    with guest.instantiate() as instance:
+        base = instance._live().locate(0)[0]
+        instance.call("grow", 1)
+    assert (destroyed(host), list(mappings(base, base + PAGE))) == (1, [])
+    with guest.instantiate() as instance:
+        assert instance.memory.read(8, 5) == b"hello"
+
+
 def test_growth_is_seen_inside_the_call_that_grew(host: WasmerHost) -> None:
     instance: Any
     with calling(host, lambda _: instance.memory.byte_size).instantiate() as instance:

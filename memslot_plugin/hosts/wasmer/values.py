@@ -193,7 +193,9 @@ class Owner:
         self.users: set[weakref.ref[Any]] = set()
 
     def forget(self) -> None:
-        """Drop the memory, so that wasmer unmaps it: a slot in its mapping is destroyed and never covered."""
+        """Drop the memory, so that wasmer unmaps it."""
+        # A slot here is never covered or unmapped by memslot: wasmer unmaps the range once more when the memory goes,
+        # and with it whatever another thread has mapped there since.
         for reference in list(self.users):
             user: MemoryUser | None = reference()
             if user is not None:

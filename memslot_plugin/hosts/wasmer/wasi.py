@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from memslot_plugin.errors import SettingError
 from memslot_plugin.hosts.wasi import Wasi
+from memslot_plugin.hosts.wasmer.errors import Boundary, at_instantiate
 from memslot_plugin.hosts.wasmer.folders import (
     CHANGE,
     FAULT,
@@ -216,7 +217,8 @@ class Shims:
                 getattr(streams if name == "write" else methods, name),
                 wasmer.FunctionType([i32] * parameters, [i32] * results),
             )
-        instance = wasmer.Instance(shim, {"wasi": behind, "memslot": ours})
+        with Boundary(at_instantiate, f"the shim before {module}"):
+            instance = wasmer.Instance(shim, {"wasi": behind, "memslot": ours})
         return {name: getattr(instance.exports, name) for name in behind}, (instance, behind, ours)
 
 
