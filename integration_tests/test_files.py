@@ -87,7 +87,7 @@ def test_guest_without_a_snapshot_loads_with_its_code(real_cell: Cell, tmp_path:
             again = host.load(tmp_path / "guest", trust_code=True)
             assert again.report.native == guest.report.native
             assert loaded(again).compiled_because is None
-            assert not again.sets_globals
+            assert not again.compiled.sets_globals
         with again.instantiate() as instance:
             assert instance.call("bump") == 8
 
@@ -111,12 +111,12 @@ def test_compiled_code_is_used_if_it_is_trusted(
             monkeypatch.setattr(runtime, "Module", Counting)
         guest = host.load(tmp_path / "guest", trust_code=trust == "trust_code", key=key)
         monkeypatch.undo()
-        assert guest.reused_code == (trust != "no")
+        assert guest.compiled.reused == (trust != "no")
         assert loaded(guest).authentic == (trust == "key")
         because = "the file's code is not trusted (trust_code, or a key)" if trust == "no" else None
         assert loaded(guest).compiled_because == because
         assert bool(compiled) == (trust == "no" and real_cell.host == "wasmtime")
-        assert guest.sets_globals == (trust != "no"), "the code is its parent's"
+        assert guest.compiled.sets_globals == (trust != "no"), "the code is its parent's"
         assert loaded(guest).shares_file == (real_cell.backend == "memfd")
         expected = bytearray(toy.pristine(toy.A))
         expected[7] = 77
@@ -153,7 +153,7 @@ def test_code_that_does_not_fit_is_compiled_again(real_cell: Cell, tmp_path: Pat
         container.write(path, container.Contents(*rest, code, *tail))
         with real_cell.serving(slots=2, image_limit="64MiB", **settings) as host:
             guest = host.load(path, trust_code=True)
-            assert not guest.reused_code
+            assert not guest.compiled.reused
             assert loaded(guest).compiled_because.startswith(said)
             with guest.instantiate() as instance:
                 assert instance.call("load", 7) == 77
@@ -169,7 +169,7 @@ def test_guest_saved_by_one_host_loads_on_another(writer: str, reader: str, tmp_
     save_started(Cell(writer, "memfd"), tmp_path / "guest")
     with Cell(reader, "memfd").serving(slots=2, image_limit="64MiB") as host:
         guest = host.load(tmp_path / "guest", trust_code=True)
-        assert not guest.reused_code
+        assert not guest.compiled.reused
         with guest.instantiate() as instance:
             assert instance.call("load", 7) == 77
             if "fake" not in (writer, reader):

@@ -59,7 +59,7 @@ def test_large_guest_saved_after_booting_is_loaded_and_reset_in_place(
 
     with cell.open(image_limit="128MiB", audit=0) as host:
         guest = host.load(path, imports=imports, wasi=wasi, key=KEY)
-        assert guest.reused_code
+        assert guest.compiled.reused
         for _ in range(LEASES):
             with guest.lease() as instance:
                 assert ruby.evaluate(instance, ASK) == ANSWER

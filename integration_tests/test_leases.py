@@ -126,7 +126,7 @@ def test_lease_that_ends_makes_room_for_a_thread_that_waits(counter: memslot.Gue
         thread = threading.Thread(target=lambda: second.instantiate(wait_timeout=60).close())
         with counter.lease(), counter.lease():
             thread.start()
-            while thread.is_alive() and not host._waiting:
+            while thread.is_alive() and not host.leases.waiting:
                 time.sleep(0.001)
         thread.join()
         assert host.statistics().instances == 3

@@ -12,8 +12,8 @@ from typing import Any
 
 from memslot_plugin._core import ffi
 from memslot_plugin.allocators import SlotMemory
-from memslot_plugin.hosts.host import Host
 from memslot_plugin.hosts.instance import Instance
+from memslot_plugin.hosts.leases import Handle, Leases
 from memslot_plugin.hosts.live import HOLDS, Live, require_within
 from memslot_plugin.hosts.memory import Memory
 
@@ -35,7 +35,7 @@ def _every_live() -> list[type[Live]]:
 
 def _handles_outlive_their_lease() -> None:
     reset = Instance._reset_in_place
-    Instance._reset_in_place = lambda self, live, _: reset(self, live, self._generation)  # type: ignore[method-assign]
+    Instance._reset_in_place = lambda self, live, _: reset(self, live, self.handle.generation)  # type: ignore[method-assign]
 
 
 def _memory_is_read_outside_of_an_entry() -> None:
@@ -44,7 +44,7 @@ def _memory_is_read_outside_of_an_entry() -> None:
     def read(self: Memory, offset: int, length: int) -> bytes:
         if not isinstance(offset, int):
             return checked(self, offset, length)
-        base, byte_size = self._instance._live().locate(self.index)
+        base, byte_size = self._handle.enter().locate(self.index)
         require_within(self.index, offset, length, byte_size)
         time.sleep(0.001)
         return bytes(ffi.buffer(ffi.cast("char *", base + offset), length))
@@ -83,12 +83,12 @@ def _globals_are_not_reset() -> None:
 
 
 def _ready_instances_are_not_reset() -> None:
-    def pass_on(self: Instance, live: Live) -> Instance:
-        following = Instance(self.guest, live, self.guest.binding)
-        self._now = None
+    def pass_on(self: Instance, live: Live) -> Handle:
+        following = Handle(self.handle.leases, live)
+        self.handle.live = None
         return following
 
-    Instance._pass_on = pass_on  # type: ignore[method-assign]
+    Instance.pass_on = pass_on  # type: ignore[method-assign]
 
 
 def _exposed_slots_are_handed_on() -> None:
@@ -116,7 +116,7 @@ def _children_do_not_reset() -> None:
     def in_the_parent(self: Instance, live: Live, generation: int) -> bool:
         if os.getpid() == process:
             return reset(self, live, generation)
-        live.hold(self._generation, next(HOLDS), alone=True)
+        live.hold(self.handle.generation, next(HOLDS), alone=True)
         live.restore(generation)
         return True
 
@@ -124,23 +124,23 @@ def _children_do_not_reset() -> None:
 
 
 def _dropped_handles_are_kept() -> None:
-    Host._end_dropped = lambda self: None  # type: ignore[method-assign]
+    Leases.end_dropped = lambda self: None  # type: ignore[method-assign]
 
 
 def _finalizers_want_a_lock() -> None:
-    lock, drop, lease = threading.Lock(), Host._drop, Host._lease
+    lock, drop, lease = threading.Lock(), Handle.__del__, Leases.lease
     gc.set_threshold(20)
 
-    def drop_locked(self: Host, live: Live) -> None:
+    def drop_locked(self: Handle) -> None:
         with lock:
-            drop(self, live)
+            drop(self)
 
-    def lease_locked(self: Host, requests: Any) -> Any:
+    def lease_locked(self: Leases, requests: Any) -> Any:
         with lock:
             return lease(self, requests)
 
-    Host._drop = drop_locked  # type: ignore[method-assign]
-    Host._lease = lease_locked  # type: ignore[method-assign]
+    Handle.__del__ = drop_locked  # type: ignore[method-assign]
+    Leases.lease = lease_locked  # type: ignore[method-assign]
 
 
 MUTANTS = {

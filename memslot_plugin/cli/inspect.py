@@ -13,13 +13,13 @@ from memslot_plugin.cli.options import json_option, key_option, settings_options
 from memslot_plugin.cli.output import Output, byte_size, report, some
 from memslot_plugin.cli.source import Source, read_source
 from memslot_plugin.errors import Unsupported
+from memslot_plugin.files.guests import contents_in
 from memslot_plugin.guest import plan as guests
 from memslot_plugin.guest.analysis import find_sites
 from memslot_plugin.guest.portable import saved_plan
 from memslot_plugin.guest.report import report_on
 from memslot_plugin.guest.target import MOST_GLOBALS, Target
 from memslot_plugin.guest.verdict import IRREVERSIBLE
-from memslot_plugin.hosts.saved import contents_in
 from memslot_plugin.memory.image import extents_of
 from memslot_plugin.settings import Settings
 

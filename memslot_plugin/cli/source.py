@@ -12,8 +12,8 @@ from memslot_plugin.cli.output import some
 from memslot_plugin.errors import ArgumentError, ExportNotFound, InvalidModule, LinkError
 from memslot_plugin.files import container
 from memslot_plugin.files.container import Container
+from memslot_plugin.files.guests import read_module, read_saved
 from memslot_plugin.hosts import Guest, Host, Wasi
-from memslot_plugin.hosts.saved import read_module, read_saved
 from memslot_plugin.hosts.wasi import MODULES, Stream
 from memslot_plugin.wasm import FunctionType
 

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from memslot_plugin.errors import HostUnavailable, SettingError
+from memslot_plugin.files.guests import Loaded
 from memslot_plugin.hosts.builtin import AUTOMATIC, load_plugins
 from memslot_plugin.hosts.fake import FakeHost
 from memslot_plugin.hosts.guest import Guest, Lease
 from memslot_plugin.hosts.host import Host, HostStatistics
 from memslot_plugin.hosts.instance import Instance
 from memslot_plugin.hosts.memory import Memory
-from memslot_plugin.hosts.saved import Loaded
 from memslot_plugin.hosts.wasi import Folder, Wasi
 from memslot_plugin.settings import Settings
 

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Mapping
-from threading import get_ident
 from typing import Any, Literal
 
 from memslot_hooks.types import LinearMemory
 from memslot_plugin._core import ffi
 from memslot_plugin.errors import ExportNotFound, GrowthRefused, GuestTrap, InvalidModule
-from memslot_plugin.hosts.guest import Guest
+from memslot_plugin.guest.plan import Plan
 from memslot_plugin.hosts.host import Host
+from memslot_plugin.hosts.leases import Leases
 from memslot_plugin.hosts.live import Binding, Live
-from memslot_plugin.hosts.memory import WASM_PAGE
+from memslot_plugin.hosts.runtime import Compiled, Reuse, Runtime
+from memslot_plugin.wasm import WASM_PAGE
 
 
 class FakeHost(Host):
@@ -26,62 +27,72 @@ class FakeHost(Host):
     its own arguments.
     """
 
-    name = "fake"
-    checks_bounds_in_code = True
-
     def __init__(
         self, *args: Any, functions: Mapping[str, Callable[..., Any]] | None = None, **kwargs: Any
     ) -> None:
         self.functions = dict(functions or {})
-        super().__init__(*args, **kwargs)
+        super().__init__(FakeRuntime(self.functions), *args, **kwargs)
 
-    def _open_runtime(self) -> None:
-        """There is none."""
 
-    def _close_runtime(self) -> None:
-        """There is none."""
+class FakeRuntime(Runtime):
+    """Python functions in the place of a runtime."""
 
-    def _leave_behind(self) -> None:
-        """In a child of a fork: what another thread held is let go by none, and no thread waits for it."""
-        for live in self._listed():
-            assert isinstance(live, FakeLive)
-            if (live.held or live.running) and live.thread != get_ident():
-                self._unlist(live)
-                live.held, live.ended = 0, True
-                live.entries.clear()
+    name = "fake"
+    checks_bounds_in_code = True
 
-    def _assemble(self, text: str) -> bytes:
+    def __init__(self, functions: Mapping[str, Callable[..., Any]]) -> None:
+        self.functions = functions
+
+    def open(self, leases: Leases) -> None:
+        """Keep the leases."""
+        self.leases = leases
+
+    def close(self) -> None:
+        """Do nothing."""
+
+    def assemble(self, text: str) -> bytes:
+        """Raise InvalidModule."""
         raise InvalidModule("the fake host has no assembler; give it the bytes of a module")
 
-    def _compile(self, guest: Guest) -> Any:
-        if guest.plan.native is not None:
-            raise InvalidModule(
-                f"the fake host has no runtime for {guest.name}: {guest.plan.native}"
-            )
-        return guest.plan
+    def compile(
+        self, plan: Plan, name: str, binding: Binding, reuse: Reuse
+    ) -> Compiled:  # has no imports
+        """Return the plan alone."""
+        if plan.native is not None:
+            raise InvalidModule(f"the fake host has no runtime for {name}: {plan.native}")
+        return Compiled(plan, name)
 
-    def _function_names(self, guest: Guest) -> Collection[str]:
+    def function_names(self, plan: Plan) -> Collection[str]:  # all guests have them
+        """Return the names of the Python functions."""
         return self.functions
 
-    def _start(self, guest: Guest, memories: tuple[LinearMemory, ...], binding: Binding) -> Live:
-        return FakeLive(self, guest, memories)
+    def live(
+        self, compiled: Compiled, memories: tuple[LinearMemory, ...], binding: Binding
+    ) -> Live:
+        """Return an instance."""
+        return FakeLive(self, compiled, memories, binding)
 
 
 class _Entry:
-    """One call that runs: gone with its frame, also if an exception comes before the call's last line."""
+    """A call that runs: collected with its frame, also if an exception comes before the call's last line."""
 
 
 class FakeLive(Live):
-    """A live fake instance, and what its functions get: `read`, `write` and `grow` on its own
+    """A live fake instance, and the first argument of its functions: `read`, `write` and `grow` on its own
     memories.
     """
 
-    def __init__(self, host: FakeHost, guest: Guest, memories: tuple[LinearMemory, ...]) -> None:
-        self._host = host
-        self._guest = guest
+    def __init__(
+        self,
+        runtime: FakeRuntime,
+        compiled: Compiled,
+        memories: tuple[LinearMemory, ...],
+        binding: Binding,
+    ) -> None:
         self.memories = memories
-        self.thread = 0
-        """The thread that was inside last."""
+        self.binding = binding
+        self._runtime = runtime
+        self._compiled = compiled
         self.entries: weakref.WeakSet[_Entry] = weakref.WeakSet()
 
     @property
@@ -89,20 +100,20 @@ class FakeLive(Live):
         """The number of calls that run."""
         return len(self.entries)
 
-    def hold(self, generation: int, key: int, *, alone: bool = False) -> None:
-        self.thread = get_ident()
-        super().hold(generation, key, alone=alone)
-
     @property
     def guest_name(self) -> str:
-        return self._guest.name
+        """The guest's name, for errors."""
+        return self._compiled.guest_name
+
+    def start(self) -> None:
+        """Do nothing: no code runs."""
 
     def read(self, index: int, offset: int, length: int) -> bytes:
-        """`length` bytes at `offset` of memory `index`; traps outside of it."""
+        """Return `length` bytes at `offset` of memory `index`; traps outside of it."""
         return bytes(ffi.buffer(self._at(index, offset, length), length))
 
     def write(self, index: int, offset: int, data: bytes) -> None:
-        """Put `data` at `offset` of memory `index`; traps outside of it."""
+        """Write `data` at `offset` of memory `index`; traps outside of it."""
         ffi.memmove(self._at(index, offset, len(data)), data, len(data))
 
     def _at(self, index: int, offset: int, length: int) -> Any:
@@ -114,79 +125,90 @@ class FakeLive(Live):
         return ffi.cast("uint8_t *", base + offset)
 
     def function(self, name: str) -> Callable[..., Any]:
+        """Return a Python function, bound to this instance."""
+        functions = self._runtime.functions
         try:
-            implementation = self._host.functions[name]
+            implementation = functions[name]
         except KeyError:
             raise ExportNotFound(
-                f"the fake host has no function {name!r}; it has {', '.join(sorted(self._host.functions)) or 'none'}"
+                f"the fake host has no function {name!r}; it has {', '.join(sorted(functions)) or 'none'}"
             ) from None
 
         def call(generation: int, *arguments: Any) -> Any:
             entry = _Entry()
             self.entries.add(entry)
-            self.thread = get_ident()
             try:
-                if generation != self.admits or self.ended:
-                    self.refuse(generation)
+                self._admit(generation)
                 return implementation(self, *arguments)
             finally:
                 self.entries.discard(entry)
 
         return call
 
-    def exports(self) -> Mapping[str, str]:
-        return dict.fromkeys(self._host.functions, "func")
-
-    def global_value(self, name: str, generation: int) -> Any:
+    def _admit(self, generation: int) -> None:
         if generation != self.admits or self.ended:
             self.refuse(generation)
+
+    def exports(self) -> Mapping[str, str]:
+        """Return the Python functions as exports."""
+        return dict.fromkeys(self._runtime.functions, "func")
+
+    def global_value(self, name: str, generation: int) -> Any:
+        """Raise ExportNotFound."""
+        self._admit(generation)
         raise ExportNotFound(f"a fake guest has no globals, so none is called {name!r}")
 
-    def set_global(self, name: str, value: Any, generation: int) -> None:
+    def set_global(self, name: str, value: Any, generation: int) -> None:  # there is none to set
+        """Raise ExportNotFound."""
         self.global_value(name, generation)
 
-    def locate(self, index: int) -> tuple[int, int]:
+    def _own(self, index: int) -> LinearMemory:
         for memory in self.memories:
             if memory.request.memory_index == index:
-                return memory.base, memory.byte_size
-        raise ExportNotFound(f"memory {index} of {self._guest.name} is not one of its own")
+                return memory
+        raise ExportNotFound(f"memory {index} of {self.guest_name} is not one of its own")
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """Return address and accessible bytes of a leased memory."""
+        memory = self._own(index)
+        return memory.base, memory.byte_size
 
     def grow(self, index: int, pages: int, generation: int | None = None) -> int:
-        """Grow memory `index` by `pages` of 64 KiB; returns the pages before, raises
-        GrowthRefused.
-        """
-        if generation is not None and (generation != self.admits or self.ended):
-            self.refuse(generation)
-        for memory in self.memories:
-            if memory.request.memory_index == index:
-                before = memory.byte_size
-                if pages < 0 or not self._host._grow(memory, before + pages * WASM_PAGE):
-                    raise GrowthRefused(
-                        f"memory {index} of {self._guest.name} may not grow by {pages} pages"
-                    )
-                return before // WASM_PAGE
-        raise ExportNotFound(f"memory {index} of {self._guest.name} is not one of its own")
+        """Grow memory `index` by `pages` of 64 KiB; return the pages before.  Raises GrowthRefused."""
+        if generation is not None:
+            self._admit(generation)
+        memory = self._own(index)
+        before = memory.byte_size
+        if pages < 0 or not self._runtime.leases.grow(memory, before + pages * WASM_PAGE):
+            raise GrowthRefused(
+                f"memory {index} of {self.guest_name} may not grow by {pages} pages"
+            )
+        return before // WASM_PAGE
 
-    def output(self, stream: Literal["stdout", "stderr"]) -> bytes:
+    def output(self, stream: Literal["stdout", "stderr"]) -> bytes:  # it has no streams
+        """Return nothing."""
         return b""
 
     def restore(self, generation: int) -> None:
-        """Its memories are all that it has."""
+        """Let the handles of that lease in: memories are all that the instance has."""
         self.held = 0
         self.generation = self.admits = generation
 
     def saved_values(self) -> dict[int, int | None]:
-        return {each.index: each.initial for each in self._guest.plan.saved_globals}
+        """Return the first values of the globals, which no code changes."""
+        return {each.index: each.initial for each in self._compiled.plan.saved_globals}
 
     def dispose(self, generation: int | None = None) -> bool | None:
+        """Refuse every entry from here on."""
         if generation not in (None, self.generation):
             return None
-        if self.running:  # a call began just now: the host's next call after it ends the instance
-            self._host._drop(self)
+        if self.running:  # a call has just begun: the host's next call after it ends the instance
+            self._runtime.leases.dropped.append(self)
             return None
-        self.admits = -1  # no lease: no call begins from here on
+        self.admits = -1  # no lease
         return True
 
     @property
     def native(self) -> Any:
+        """The instance itself."""
         return self

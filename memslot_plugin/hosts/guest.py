@@ -6,18 +6,19 @@ import itertools
 import logging
 import os
 import sys
-import threading
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
-from memslot_hooks.types import Image, InitialContent, LinearMemory, MemoryRequest, Segment
-from memslot_plugin._core import catch_up, ffi
+from memslot_hooks.types import Image, MemoryRequest
+from memslot_plugin._core import catch_up
 from memslot_plugin.errors import (
     ArgumentError,
+    ExportNotFound,
     InUse,
     MemoryTooLarge,
     RepeatedRandomness,
@@ -27,24 +28,22 @@ from memslot_plugin.errors import (
     printable,
     shown,
 )
+from memslot_plugin.files import guests as files
+from memslot_plugin.files.share import SharedGuest
 from memslot_plugin.guest import plan as guests
+from memslot_plugin.guest.plan import Plan
 from memslot_plugin.guest.reasons import image_too_large
 from memslot_plugin.guest.report import GuestReport, report_on
-from memslot_plugin.hosts import saved
 from memslot_plugin.hosts.instance import Instance
-from memslot_plugin.hosts.live import HOLDS, Binding, Imports
-from memslot_plugin.hosts.living import Living
-from memslot_plugin.hosts.wasi import MODULES
+from memslot_plugin.hosts.leases import Handle, Leases, Ready
+from memslot_plugin.hosts.live import Binding, Imports
+from memslot_plugin.hosts.runtime import Compiled, Reuse, Runtime, key_of_code
+from memslot_plugin.hosts.snapshot import captured, draws, require_capturable
+from memslot_plugin.hosts.wasi import Wasi
 from memslot_plugin.memory import image as images
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-    from memslot_plugin.files.share import SharedGuest
-    from memslot_plugin.hosts.host import Host
-    from memslot_plugin.hosts.live import Live
-    from memslot_plugin.hosts.saved import Loaded
-    from memslot_plugin.hosts.wasi import Wasi
 
 _log = logging.getLogger("memslot.lease")
 
@@ -54,121 +53,88 @@ _NUMBERS = itertools.count(1)
 class Guest:
     """A prepared module: rewritten bytes, compiled code, and one image per memory.
 
-    `in_place` is whether its instances can be reset in place.
+    `in_place` is true if its instances can be reset in place.
     """
 
-    in_place = False
-    captures = False
-    """Whether what globals begin with is known only when an instance has begun."""
-
-    def __init__(
+    def __init__(  # noqa: PLR0917  # `make` alone calls it
         self,
-        host: Host,
+        host: Any,
+        runtime: Runtime,
         name: str,
-        plan: guests.Plan,
+        plan: Plan,
+        binding: Binding,
+        images: dict[int, Image],
+        compiled: Compiled,
+        *,
+        reseed: str | None,
+    ) -> None:
+        self.host = host
+        """The host that prepared the guest, which lives as long as the guest does."""
+        self.runtime = runtime
+        self.name = name
+        self.guest_id = f"{name}#{next(_NUMBERS)}"
+        self.plan = plan
+        self.binding = binding
+        self.images = images
+        self.compiled: Compiled | None = compiled
+        self.reseed = reseed
+        self.loaded: files.Loaded | None = None
+        self.closed = False
+        self.in_place = plan.verdict.in_place
+        self.leases: Leases = runtime.leases
+        self._ready = Ready()
+        self.requests = tuple(self._native_requests() if plan.native else self._requests())
+        self.leases.ready.add(self._ready)
+        self.leases.guests.add(self)
+
+    @classmethod
+    def make(
+        cls,
+        host: Any,
+        runtime: Runtime,
+        name: str,
+        plan: Plan,
         binding: Binding,
         *,
-        code: Mapping[str, bytes] | None = None,
-        parent: Guest | None = None,
-    ) -> None:
-        """`code` is what a runtime may already have compiled of the module, by its key; `parent` the
-        guest whose snapshot this is.
-        """
+        reuse: Reuse | None = None,
+        reseed: str | None = None,
+    ) -> Self:
+        """Build the images of a plan and compile its module; `reuse` is code that may serve."""
         if not isinstance(name, str):
             raise ArgumentError(f"a guest's name is a string, and not {shown(name)}")
-        self.host = host
-        self.name = name = printable(name)
-        self.guest_id = f"{name}#{next(_NUMBERS)}"
-        self.binding = binding
-        self.closed = False
-        self._gave_back = False
-        self.reseed: str | None = None
-        self._ready: list[Instance] = []
-        """A handle for each instance that waits, which nobody else has: with it goes the instance."""
-        self.images: dict[int, Image] = {}
-        self.plan = plan
-        self.loaded: Loaded | None = None
-        self._saved_code = {} if code is None else code
-        self.reused_code = False
-        """Whether its code came with it, from a file or another process."""
-        self._parent = parent
-        self._forks: Living[Live] = Living()
-        """Live instances of the guest of a fork, which ends with the last one."""
-        self.sets_globals = False
-        """Whether its code is its parent's, so that globals get their values when an instance begins."""
+        name = printable(name)
         too_large = guests.reason_too_large(plan)
         if too_large is not None:
             raise MemoryTooLarge(f"{name} {too_large}")
-        try:
-            if self.plan.native is None:
-                self._build_images()
-            self.compiled = host._compile(self)
-            self._saved_code, self._parent = {}, None
-            self.in_place = self.plan.verdict.in_place
-            self.captures = self.in_place and any(
-                each.initial is None for each in self.plan.saved_globals
-            )
-            self.requests = tuple(self._places() if self.plan.native else self._requests())
-        except BaseException:
-            self._close_images()
-            raise
+        with ExitStack() as undo:
+            built: dict[int, Image] = {}
+            undo.callback(_close_images, runtime.leases, built)
+            if plan.native is None:
+                plan = _build_images(runtime.leases, name, plan, built)
+            compiled = runtime.compile(plan, name, binding, reuse or Reuse())
+            _require_reseed(runtime, plan, name, reseed)
+            guest = cls(host, runtime, name, plan, binding, built, compiled, reseed=reseed)
+            undo.pop_all()
+        return guest
 
-    @classmethod
-    def of_module(cls, host: Host, name: str, source: bytes, binding: Binding) -> Self:
-        """A guest that starts as the module says."""
-        return cls(host, name, guests.plan(source, host.target), binding)
+    def announce(self) -> None:
+        """Notify the watchers that the guest is prepared."""
+        prepared = self.leases.armed.guest_prepared
+        if prepared is not None:
+            prepared(self.guest_id, self.report)
 
-    def _build_images(self) -> None:
-        for index, content in self.plan.contents.items():
-            if self.plan.has_contents:
-                self._require_small(content)
-            image = self.host._armed.build_image(replace(content, name=self.name))
-            if (
-                image is None
-            ):  # no plugin builds images: the runtime copies its data segments as it always did
-                self._close_images()
-                self.images = {}
-                if self.plan.has_contents:
-                    raise SnapshotRefused(
-                        "no plugin builds images, and nothing else holds a snapshot or a saved guest; load memfd or"
-                        " anonymous (settings plugins and blocked)"
-                    )
-                target = replace(self.plan.target, builds_images=False)
-                self.plan = guests.plan(self.plan.source, target)
-                return
-            self.images[index] = image
-        # Drop the contents: they refer to a live memory or a file that others may change or close.
-        self.plan = replace(self.plan, contents={})
+    def _native_requests(self) -> Iterator[MemoryRequest]:
+        """Return a request per memory that the runtime makes itself, for its place alone: `slots` limits them all.
 
-    def _require_small(self, content: InitialContent) -> None:
-        span, limit = images.span_of(content), self.host.settings.image_limit
-        if span > limit:
-            raise MemoryTooLarge(f"the image of {self.name} {image_too_large(span, limit)}")
-
-    def _places(self) -> Iterator[MemoryRequest]:
-        """One request per memory that the runtime makes itself, of which it takes the place only: `slots`
-        bounds them all.  What was not understood may have one memory.
+        A module that was not understood may have one memory.
         """
-        host, settings = self.host, self.host.settings
         defined = [each.index for each in self.plan.memories if each.imported is None]
         for index in [0] if self.plan.structure is None else defined:
-            yield MemoryRequest(
-                minimum=0,
-                maximum=0,
-                reserved=settings.reserved,
-                guard=settings.guard,
-                image=None,
-                guest_id=self.guest_id,
-                memory_index=index,
-                host=host.name,
-                bounds_checks="code" if host.checks_bounds_in_code else settings.bounds_checks,
-                wait_timeout=settings.wait_timeout,
-            )
+            yield MemoryRequest(minimum=0, maximum=0, image=None, **self._request_for(index))
 
     def _requests(self) -> Iterator[MemoryRequest]:
-        """One request per memory that the module defines; the same object serves every instance."""
-        host, settings = self.host, self.host.settings
-        limit = settings.largest_memory
+        """Return a request per memory that the module defines; the same object serves every instance."""
+        limit = self.leases.settings.largest_memory
         for memory in self.plan.memories:
             if memory.imported is not None:
                 continue
@@ -176,18 +142,25 @@ class Guest:
             yield MemoryRequest(
                 minimum=memory.minimum_bytes,
                 maximum=maximum,
-                reserved=settings.reserved,
-                guard=settings.guard,
                 image=self.images.get(memory.index),
-                guest_id=self.guest_id,
-                memory_index=memory.index,
-                host=host.name,
-                growth=host.growth,
-                bounds_checks="code" if host.checks_bounds_in_code else settings.bounds_checks,
-                wait_timeout=settings.wait_timeout,
-                map_host_memory=host._map_host_memory(memory, maximum),
+                growth=self.runtime.growth,
+                map_host_memory=self.runtime.map_host_memory(memory, maximum),
                 host_shape=(memory.minimum_bytes, maximum),
+                **self._request_for(memory.index),
             )
+
+    def _request_for(self, index: int) -> dict[str, Any]:
+        """Return the fields that all requests for a memory share."""
+        settings, in_code = self.leases.settings, self.runtime.checks_bounds_in_code
+        return {
+            "reserved": settings.reserved,
+            "guard": settings.guard,
+            "guest_id": self.guest_id,
+            "memory_index": index,
+            "host": self.runtime.name,
+            "bounds_checks": "code" if in_code else settings.bounds_checks,
+            "wait_timeout": settings.wait_timeout,
+        }
 
     @property
     def report(self) -> GuestReport:
@@ -203,7 +176,7 @@ class Guest:
         store: Any = None,
         wait_timeout: float | None = None,
     ) -> Instance:
-        """A fresh instance in a leased slot; close it, or use it in a with statement.
+        """Start a fresh instance in a leased slot; close it, or use it in a with statement.
 
         `tenant` travels to the plugins in the memory's request.  `imports` replaces those of
         `prepare`.  `store` is a store of the embedder's own, for imports that are bound to one
@@ -212,13 +185,12 @@ class Guest:
         PoolTimeout, LinkError, GuestTrap (a start function), UsedAfterClose, WrongThread; the slot
         is back in the pool then.
         """
-        host = self.host
-        if host._closed or (host.thread_confined and threading.get_ident() != host._thread):
-            host._require_usable()
-        if self.closed:
-            raise UsedAfterClose(f"the guest {self.name} was closed; prepare it again")
-        if host._dropped:
-            host._end_dropped()
+        leases = self.leases
+        if leases.closed or (leases.thread_confined and get_ident() != leases.thread):
+            leases.require_usable()
+        compiled = self._open()
+        if leases.dropped:
+            leases.end_dropped()
         requests = self.requests
         if tenant is not None or wait_timeout is not None:
             changes: dict[str, Any] = {"tenant": tenant}
@@ -232,40 +204,36 @@ class Guest:
                 binding.wasi if wasi is None else wasi,
                 store,
             )
-        memories = host._lease(requests)
-        live = None
-        try:
-            live = host._start(self, memories, binding)
-            instance = Instance(self, live, binding)
-            host._list(live)
-            host._instances += 1
-        except BaseException:
-            if live is None:
-                host._cut_short(memories)
-                host._release(memories)
-            else:
-                host._end(live)
-            raise
+        live = self.runtime.live(compiled, leases.lease(requests), binding)
+        instance = Instance(self, Handle(leases, leases.start(live)))
+        leases.instances += 1
         if self.plan.is_snapshot:
-            self._restored(instance)
+            self.restored(instance)
         return instance
 
-    def _restored(self, instance: Instance) -> None:
-        """An instance of a snapshot is where the snapshot was taken: give it randomness of its own."""
-        told = self.host._armed.instance_restored
+    def restored(self, instance: Instance) -> None:
+        """Give an instance of a snapshot randomness of its own, because it starts where all others do."""
+        notify = self.leases.armed.instance_restored
         try:
             if self.reseed is not None:
                 instance.call(self.reseed)
-            if told is not None:
-                told(instance)
+            if notify is not None:
+                notify(instance)
         except BaseException:
-            instance.close()  # nobody shall have one that repeats what others drew
+            instance.close()  # otherwise it repeats the numbers that others drew
             raise
+
+    def _open(self) -> Compiled:
+        """Return the compiled code; raises UsedAfterClose."""
+        compiled = self.compiled
+        if self.closed or compiled is None:
+            raise UsedAfterClose(f"the guest {self.name} was closed; prepare it again")
+        return compiled
 
     # -- leases
 
     def lease(self, *, wait_timeout: float | None = None) -> Lease:
-        """An instance for one request: `with guest.lease() as instance: instance.call(...)`.
+        """Return an instance for one request: `with guest.lease() as instance: instance.call(...)`.
 
         It is one that waits ready since an earlier lease, or a new one; at the end of the block it
         is reset, however the block ended, and waits for the next.  At most `ready_instances` (a
@@ -277,142 +245,105 @@ class Guest:
             wait_timeout = _seconds(wait_timeout)
         return Lease(self, wait_timeout)
 
-    def _take_ready(self) -> Instance | None:
-        """One of the instances that wait for a lease; None if there is none."""
-        while True:
+    def begin_lease(self, wait_timeout: float | None) -> Instance:
+        """Return an instance for one lease; see `lease`."""
+        leases = self.leases
+        if leases.closed or (leases.thread_confined and get_ident() != leases.thread):
+            leases.require_usable()
+        if not self.closed and (handle := self._ready.take()) is not None:
             try:
-                ready = self._ready.pop()
-            except IndexError:  # also if another thread took the last one
-                return None
-            # What `closed` says, without the call, as in _end_lease: this is in the path of every request.
-            live = ready._now
-            if live is not None and live.open and live.generation == ready._generation:
-                return ready
-
-    def _begin_lease(self, wait_timeout: float | None) -> Instance:
-        host = self.host
-        if host._closed or (host.thread_confined and threading.get_ident() != host._thread):
-            host._require_usable()
-        if not self.closed and (ready := self._take_ready()) is not None:
-            try:
-                live = ready._now
-                assert live is not None
-                live.wake()
-            except BaseException:
-                host._end_ready(ready)
+                handle.enter().wake()
+            except Exception:
+                leases.end_ready(handle)
                 raise
-            return ready
+            return Instance(self, handle)
         return self.instantiate(wait_timeout=wait_timeout)
 
-    def _end_lease(self, instance: Instance) -> None:
-        host, live = self.host, instance._now
-        if live is None or not live.open or live.generation != instance._generation:
+    def end_lease(self, instance: Instance) -> None:
+        """Reset the instance for the next lease, or close it if enough are ready."""
+        leases, handle = self.leases, instance.handle
+        live = handle.live
+        if live is None or not live.open or live.generation != handle.generation:
             if not instance.closed:
-                raise instance._refusal(live)
+                raise handle.refusal()
             return
-        if host.thread_confined and threading.get_ident() != host._thread:
-            host._require_thread()
-        if self.closed or len(self._ready) >= host.settings.ready_instances:
+        leases.require_thread()
+        if self.closed or len(self._ready) >= leases.settings.ready_instances:
             instance.close()
             return
         try:
-            ready = instance._pass_on(live)
+            following = instance.pass_on(live)
         except Exception:  # the embedder's too: reseeding calls host functions and plugins
-            if instance._now is not None:
+            if handle.live is not None:
                 raise
-            # The request itself was served, and the pool counts the slot that was lost.
-            # As text, as in the pool.
+            # The request was served, and the pool counts the lost slot.  As text, because a kept record would keep
+            # the traceback, and with it the slot's memory.
             _log.error(
                 "an instance of %s could not be reset after its lease: %s",
                 self.name,
                 traceback.format_exc(),
             )
             return
-        self._ready.append(ready)
-        # Looked at after the instance can be found there, so that nobody waits for what is ready.
-        if self.closed or host._waiting:
-            given = self._take_ready()
-            if given is not None:
-                host._end_ready(given)
+        self._ready.add(following)
+        # Only now, because a request that begins to wait between the two finds the ready instance.
+        if (self.closed or leases.waiting) and (given := self._ready.take()) is not None:
+            leases.end_ready(given)
 
-    def _end_ready(self) -> None:
+    def end_ready(self) -> None:
         """End every instance that waits for a lease."""
-        while (ready := self._take_ready()) is not None:
-            self.host._end_ready(ready)
+        while (handle := self._ready.take()) is not None:
+            self.leases.end_ready(handle)
 
-    def _snapshot_of(
-        self, live: Live, name: str | None, binding: Binding, *, generation: int, depth: int
-    ) -> Guest:
-        """A guest that starts where a live instance of this one is; raises SnapshotRefused."""
+    def snapshot_of(self, handle: Handle, name: str | None) -> Guest:
+        """Return a guest that starts where an instance of this one is; the caller announces it.
+
+        Raises SnapshotRefused, InUse, UsedAfterClose, MemoryTooLarge.
+        """
+        live = handle.enter()
+        self.leases.require_idle(live)
         catch_up()
-        plan, what = self.plan, f"the instance of {self.name} cannot be captured"
-        reason = guests.reason_against_snapshots(plan, native_exposed=live.given_away)
-        if reason is not None:
-            raise SnapshotRefused(f"{what}: {reason}")
-        drawn = _draws(plan)
-        if drawn and self.reseed is None and self.host._armed.instance_restored is None:
+        plan = self.plan
+        require_capturable(plan, self.name, native_exposed=live.given_away)
+        drawn = draws(plan)
+        if drawn and self.reseed is None and self.leases.armed.instance_restored is None:
             warnings.warn(
                 f"{self.name} imports {' and '.join(drawn)}, and every instance of its snapshot repeats what it"
                 " has drawn from there; name an export that draws anew, prepare(reseed=...), or have a"
                 " plugin do it (memslot_instance_restored)",
                 RepeatedRandomness,
-                stacklevel=depth,
+                stacklevel=3,
             )
-        key = next(HOLDS)
-        try:
-            live.hold(generation, key)
-            descriptors = live.descriptors_changed()
-            if descriptors is not None:
-                raise SnapshotRefused(
-                    f"{what}: {descriptors}; initialise it without, or take the snapshot before"
-                )
-            contents = {}
-            leased = _by_index(live.memories)
-            for memory in plan.memories:
-                if memory.imported is None:
-                    base, byte_size = live.locate(memory.index)
-                    now = memoryview(ffi.buffer(ffi.cast("uint8_t *", base), byte_size))
-                    contents[memory.index] = InitialContent(
-                        byte_size,
-                        (Segment(0, now),) if byte_size else (),
-                        name or self.name,
-                        leased.get(memory.index),
-                    )
-            taken = guests.snapshot(plan, contents=contents, values=live.saved_values())
-            guest = type(self)(
+        binding = Binding(live.binding.imports, live.binding.wasi)
+        name = name or self.name
+        with captured(plan, self.name, live, handle.generation, name) as taken:
+            return type(self).make(
                 self.host,
-                name or self.name,
+                self.runtime,
+                name,
                 taken,
-                Binding(binding.imports, binding.wasi),
-                parent=self,
+                binding,
+                reuse=Reuse(parent=self.compiled),
+                reseed=self.reseed,
             )
-            guest.reseed = self.reseed
-            live.let_go(key)
-        except BaseException:
-            live.let_go(key)
-            raise
-        return guest
 
     def warm(self, count: int) -> int:
-        """Make up to `count` unused slots ready for this guest, in idle time; how many are ready
-        now.
+        """Make up to `count` unused slots ready for this guest, in idle time; return how many are ready.
 
-        Their images are laid, and the pages that the guest usually writes, learned from the slot
+        Their images are mapped, and the pages that the guest usually writes, learned from the slot
         that it used last, are made resident ahead of their faults.  Raises UsedAfterClose,
         WrongThread, SystemCallError.
         """
-        self.host._require_usable()
-        if self.closed:
-            raise UsedAfterClose(f"the guest {self.name} was closed; prepare it again")
+        self.leases.require_usable()
+        self._open()
         if not isinstance(count, int):
             raise ArgumentError(f"a number of slots is an integer, and not {count!r}")
-        warm = self.host._armed.warm_memory
+        warm = self.leases.armed.warm_memory
         return min((warm(request, count) for request in self.requests), default=0)
 
     def save(
         self, path: str | os.PathLike[str], *, key: bytes | None = None, code: bool = True
     ) -> int:
-        """Write the guest to a file that `Host.load` reads, on this runtime or another; its bytes.
+        """Write the guest to a file that `Host.load` reads, on this runtime or another; return its bytes.
 
         The file is written whole or not at all, and one that is there is replaced at once.  Imports
         and WASI are not part of it.  With `code` it has what the runtime compiled, where that can be
@@ -421,38 +352,46 @@ class Guest:
         ArgumentError, UsedAfterClose, WrongThread, and Unsupported for images of another plugin's
         kind.
         """
-        return saved.save(self, path, key=key, with_code=code)
+        return files.save(self._saved(with_code=code), path, key=key)
 
     def share(self) -> SharedGuest:
-        """The guest as something that can be handed to another process, whose host attaches it.
+        """Return the guest as something that can be handed to another process, whose host attaches it.
 
         Images that lie in files are passed as descriptors, and both processes have the same pages;
         those of the plugin `anonymous` are copied.  Raises SystemCallError, UsedAfterClose,
         WrongThread, and Unsupported as `save` does.
         """
-        return saved.share(self)
+        return files.share(self._saved(with_code=True))
+
+    def _saved(self, *, with_code: bool) -> files.Saved:
+        """Return the record of the guest for a file."""
+        self.leases.require_usable()
+        compiled = self._open()
+        key = None
+        if with_code:
+            circumstances = self.runtime.code_key(self.plan)
+            key = key_of_code(self.plan, circumstances, sets_globals=compiled.sets_globals)
+        return files.Saved(
+            name=self.name,
+            writer=f"memslot on {self.runtime.name}",
+            plan=self.plan,
+            images=dict(self.images),
+            code={} if key is None else {key: compiled.serialise()},
+            reseed=self.reseed,
+        )
 
     def close(self) -> None:
-        """Drop the images and the compiled code; unused slots give the image's memory back.  Live
-        instances go on.
+        """Drop the images and the compiled code; unused slots give the image's memory back.
 
-        Twice is a no-op, unless an image could not be given back (SystemCallError): that is tried
-        again.
+        Live instances go on.  Idempotent; raises SystemCallError if a slot cannot give an image back.
         """
-        if self._gave_back:
+        if self.closed:
             return
         self.closed = True
-        self._end_ready()
+        self.end_ready()
         self.compiled = None
-        self._close_images()
-        self.host._guests.discard(self)
-        self._gave_back = True
-
-    def _close_images(self) -> None:
-        with ExitStack() as each:  # also after one of them failed
-            for image in self.images.values():
-                each.callback(self.host.plugins.forget_image, image)
-                each.callback(image.close)
+        self.leases.guests.discard(self)
+        _close_images(self.leases, self.images)
 
     def __enter__(self) -> Self:
         return self
@@ -462,12 +401,12 @@ class Guest:
 
     def __del__(self) -> None:
         # The images end by themselves, and on any thread.
-        host = getattr(self, "host", None)
-        if host is not None and host.thread_confined:
-            host._relics.append(getattr(self, "compiled", None))
+        leases = getattr(self, "leases", None)
+        if leases is not None and leases.thread_confined:
+            leases.dropped_code.append(self.compiled)
 
     def __repr__(self) -> str:
-        return f"<Guest {self.guest_id} on {self.host.name}{', closed' * self.closed}>"
+        return f"<Guest {self.guest_id} on {self.runtime.name}{', closed' * self.closed}>"
 
 
 class Lease:
@@ -483,18 +422,55 @@ class Lease:
     def __enter__(self) -> Instance:
         if self._instance is not None:
             raise InUse(f"a lease of {self._guest.name} is for one block; ask for another one")
-        self._instance = self._guest._begin_lease(self._wait_timeout)
+        self._instance = self._guest.begin_lease(self._wait_timeout)
         return self._instance
 
     def __exit__(self, *_: object) -> None:
         instance, self._instance = self._instance, None
         if instance is not None:
-            self._guest._end_lease(instance)
+            self._guest.end_lease(instance)
 
 
-def _by_index(memories: Iterable[LinearMemory]) -> dict[int, LinearMemory]:
-    """Leased memories by their index; a comprehension in a function of its own, as in the pool."""
-    return {memory.request.memory_index: memory for memory in memories}
+def _build_images(leases: Leases, name: str, plan: Plan, built: dict[int, Image]) -> Plan:
+    """Put the images of a plan into `built`, and return the plan without their contents."""
+    for index, content in plan.contents.items():
+        span, limit = images.span_of(content), leases.settings.image_limit
+        if plan.has_contents and span > limit:
+            raise MemoryTooLarge(f"the image of {name} {image_too_large(span, limit)}")
+        image = leases.armed.build_image(replace(content, name=name))
+        if image is None:  # no plugin builds images: the runtime copies the data segments
+            if plan.has_contents:
+                raise SnapshotRefused(
+                    "no plugin builds images, and nothing else holds a snapshot or a saved guest; load memfd or"
+                    " anonymous (settings plugins and blocked)"
+                )
+            _close_images(leases, built)
+            built.clear()
+            return guests.plan(plan.source, replace(plan.target, builds_images=False))
+        built[index] = image
+    # Drop the contents: they refer to a live memory or a file that others may change or close.
+    return replace(plan, contents={})
+
+
+def _close_images(leases: Leases, built: dict[int, Image]) -> None:
+    with ExitStack() as each:  # also after one of them failed
+        for image in built.values():
+            each.callback(leases.plugins.forget_image, image)
+            each.callback(image.close)
+
+
+def _require_reseed(runtime: Runtime, plan: Plan, guest_name: str, reseed: str | None) -> None:
+    """Raise ExportNotFound or ArgumentError if the guest cannot be called by `reseed` after each restore."""
+    if reseed is None:
+        return
+    if not isinstance(reseed, str):
+        raise ArgumentError(f"reseed is the name of an export, and not {reseed!r}")
+    functions = runtime.function_names(plan)
+    if functions is not None and reseed not in functions:
+        raise ExportNotFound(
+            f"the guest {guest_name} exports no function {reseed!r} to be called after each restore"
+            f" (reseed); it exports: {', '.join(sorted(functions)[:20]) or 'none'}"
+        )
 
 
 def _seconds(wait_timeout: float) -> float:
@@ -504,13 +480,3 @@ def _seconds(wait_timeout: float) -> float:
             f"wait_timeout = {shown(wait_timeout)} is not allowed: it is seconds, at least 0"
         )
     return float(min(wait_timeout, sys.float_info.max))
-
-
-def _draws(plan: guests.Plan) -> tuple[str, ...]:
-    """What the module imports of WASI that differs from one moment to the next."""
-    imports = () if plan.structure is None else plan.structure.imports
-    return tuple(
-        each.name.name
-        for each in imports
-        if each.name.module in MODULES and each.name.name in ("random_get", "clock_time_get")
-    )

@@ -1,12 +1,11 @@
-"""Instances: the handles of live guests in leased slots."""
+"""Instances: calls, resets and the end of a live guest in a leased slot."""
 
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from memslot_plugin.errors import (
     ArgumentError,
@@ -16,27 +15,14 @@ from memslot_plugin.errors import (
     UsedAfterClose,
     shown,
 )
-from memslot_plugin.hosts.live import HOLDS, being_reset, ended
+from memslot_plugin.hosts.leases import RENEWAL, Handle
+from memslot_plugin.hosts.live import HOLDS, Group, Live, being_reset, ended
 from memslot_plugin.hosts.memory import Memory
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from memslot_hooks.types import LinearMemory
     from memslot_plugin.hosts.guest import Guest
-    from memslot_plugin.hosts.live import Binding, Live
-
-_T = TypeVar("_T")
-
-
-class _Renewal:
-    """Stands where a live instance was while a reset makes another one: the handle has not ended, and admits none."""
-
-    open = False
-    generation = 0  # no lease has this number
-
-
-RENEWAL: Any = _Renewal()
 
 
 class Instance:
@@ -46,35 +32,12 @@ class Instance:
     back at once.
     """
 
-    __slots__ = ("__weakref__", "_binding", "_generation", "_now", "guest")
+    __slots__ = ("__weakref__", "guest", "handle")
 
-    def __init__(self, guest: Guest, live: Live, binding: Binding) -> None:
+    def __init__(self, guest: Guest, handle: Handle) -> None:
         self.guest = guest
-        self._binding = binding
-        self._generation = live.generation
-        """The lease of `live` that this handle is good for; every entry compares it."""
-        self._now: Live | None = live  # last, for who has it is dropped by its guest's host
-
-    def _live(self) -> Live:
-        """The live instance, to be entered; the entry decides if this handle may."""
-        live, host = self._now, self.guest.host
-        if live is None or not live.open or live.generation != self._generation:
-            raise self._refusal(live)
-        if host.thread_confined and threading.get_ident() != host._thread:
-            host._require_thread()
-        return live
-
-    def _refusal(self, live: Live | None) -> MemslotError:
-        """The exception for a handle behind which nothing is open."""
-        return (being_reset if live is RENEWAL else ended)(self.guest.name)
-
-    def _seen(self, look: Callable[[Live], _T]) -> _T:
-        """Look at something while another thread may call: the lease has not ended before it was seen."""
-        live = self._live()
-        seen = look(live)
-        if live.generation != self._generation:
-            live.refuse(self._generation)
-        return seen
+        self.handle = handle
+        """The right to enter the live instance; memslot's own."""
 
     def call(self, name: str, *arguments: Any) -> Any:
         """Call an exported function with Python numbers: None, one value, or a list of several.
@@ -82,59 +45,63 @@ class Instance:
         Raises ExportNotFound, ArgumentError, GuestTrap, GuestExit, and whatever a host function
         raised.
         """
-        # What _live says, without the call, for this is in the path of every request; the function looks at the thread.
-        live = self._now
+        # Not by `enter`, because this is in the path of every request: the function compares generation and thread.
+        handle = self.handle
+        live = handle.live
         if live is None or not live.open:
-            live = self._live()
+            live = handle.enter()
         try:
             function = live.function(name)
         except TypeError:  # an object that is in no dictionary
             raise _no_name(name) from None
-        return function(self._generation, *arguments)
+        return function(handle.generation, *arguments)
 
     def function(self, name: str) -> Callable[..., Any]:
-        """The exported function itself, looked up once; valid until the instance is closed, its lease ends,
-        or it is reset by a new instance: UsedAfterClose from then on.
+        """Return the exported function, looked up once.
+
+        It is valid until the instance is closed, its lease ends, or it is reset by a new instance:
+        UsedAfterClose from then on.
         """
         _require_name(name)
-        return functools.partial(self._live().function(name), self._generation)
+        handle = self.handle
+        return functools.partial(handle.enter().function(name), handle.generation)
 
     @property
     def exports(self) -> Mapping[str, str]:
         """Every export's kind by name."""
-        return self._live().exports()
+        return self.handle.enter().exports()
 
     @property
     def memory(self) -> Memory:
         """Memory 0; raises ExportNotFound if the guest has none."""
         if not self.guest.plan.memories:
             raise ExportNotFound(f"the guest {self.guest.name} has no linear memory")
-        return Memory(self, 0)
+        return Memory(self.handle, 0)
 
     @property
     def memories(self) -> tuple[Memory, ...]:
         """Every linear memory in index order, imported ones first."""
-        return tuple(Memory(self, memory.index) for memory in self.guest.plan.memories)
+        return tuple(Memory(self.handle, memory.index) for memory in self.guest.plan.memories)
 
     def global_value(self, name: str) -> Any:
-        """The value of an exported global."""
+        """Return the value of an exported global."""
         _require_name(name)
-        return self._live().global_value(name, self._generation)
+        return self.handle.enter().global_value(name, self.handle.generation)
 
     def set_global(self, name: str, value: Any) -> None:
         """Set an exported mutable global."""
         _require_name(name)
-        self._live().set_global(name, value, self._generation)
+        self.handle.enter().set_global(name, value, self.handle.generation)
 
     @property
     def stdout(self) -> bytes:
-        """What the guest wrote to a captured standard output since it was instantiated or reset."""
-        return self._seen(lambda live: live.output("stdout"))
+        """The captured standard output since the instance was instantiated or reset."""
+        return self.handle.seen(lambda live: live.output("stdout"))
 
     @property
     def stderr(self) -> bytes:
-        """The same of standard error."""
-        return self._seen(lambda live: live.output("stderr"))
+        """The captured standard error since the instance was instantiated or reset."""
+        return self.handle.seen(lambda live: live.output("stderr"))
 
     @property
     def native(self) -> Any:
@@ -143,185 +110,151 @@ class Instance:
         Its holder can change what no reset in place restores, so the next `reset` makes a new instance, and
         where the runtime's objects outlive that one (wasmer) the slot is not handed on.
         """
-        return self._live().give_native(self._generation)
+        return self.handle.enter().give_native(self.handle.generation)
 
     def reset(self) -> None:
-        """Back to the guest's pristine state, same handle.
+        """Return to the guest's pristine state; the handle stays good.
 
-        In place, in the time of the pages that were written, where it is proven that memories and
+        The reset is in place, in the time of the pages that were written, if it is proven that memories and
         globals are all that can have changed (`guest.report.verdict`), no memory has grown, no heap
-        of a garbage collector passed `keep_resident` and `native` was not given away; else by a new
-        instance over the reset slot.  If it raises, the
+        of a garbage collector passed `keep_resident` and `native` was not given away.  Else a new
+        instance starts over the reset slot.  If it raises, the
         instance is closed and its slot back in the pool or destroyed.  Raises InUse while a call
         runs, and UsedAfterClose where the guest was closed; the instance goes on then.
         """
-        live, guest = self._now, self.guest
-        if live is None or not live.open or live.generation != self._generation:
-            live = self._live()
-        if guest.host.thread_confined:
-            guest.host._require_thread()
+        handle, guest = self.handle, self.guest
+        live = handle.live
+        if live is None or not live.open or live.generation != handle.generation:
+            live = handle.enter()
+        if handle.leases.thread_confined:
+            handle.leases.require_thread()
         if guest.closed:
             raise UsedAfterClose(
                 f"the guest {guest.name} was closed: its instances go on and cannot be reset; prepare it again"
             )
-        if not self._reset_in_place(live, self._generation):
-            self._begin_again(live, self)
+        if not self._reset_in_place(live, handle.generation):
+            renewed = self._restart(live, RENEWAL)
+            if handle.live is not RENEWAL:  # its holder closed it when this had just begun
+                handle.leases.end(renewed)
+                raise ended(guest.name)
+            handle.live, handle.generation = renewed, renewed.generation
         if guest.plan.is_snapshot:
-            guest._restored(self)
+            guest.restored(self)
 
-    def _pass_on(self, live: Live) -> Instance:
-        """End this lease, and return the handle of the next one, over the same live instance or a new one,
-        pristine; raises what `reset` raises.
+    def pass_on(self, live: Live) -> Handle:
+        """End this lease; return the handle of the next one, over the same live instance or a new one, pristine.
+
+        Raises what `reset` raises.
         """
-        if self._reset_in_place(live, self._generation + 1):
-            following = Instance(self.guest, live, self.guest.binding)
-        else:
-            following = self._begin_again(live, None)
-        # Once another handle has what is live: it would have no owner after an interrupt in between.
-        self._now = None
+        handle = self.handle
+        if not self._reset_in_place(live, handle.generation + 1):
+            live = self._restart(live, None)
+        following = Handle(handle.leases, live)
+        handle.live = None
         if self.guest.plan.is_snapshot:
-            self.guest._restored(following)
+            self.guest.restored(Instance(self.guest, following))
         return following
 
-    def _begin_again(self, live: Live, handle: Instance | None) -> Instance:
-        """Put a new live instance over the memories of this one, which are reset, behind `handle` or a new one."""
-        host = self.guest.host
-        if self._binding.store is not None:
+    def _restart(self, live: Live, meanwhile: Any) -> Live:
+        """Start a new live instance over the reset memories of this one; the handle has `meanwhile` until then."""
+        handle, leases, guest = self.handle, self.handle.leases, self.guest
+        if live.binding.store is not None:
             raise InUse(
                 "an instance in a store of the embedder's own cannot be reset: end the store instead"
             )
-        host._require_idle(live)
-        if live.generation != self._generation:
-            live.refuse(self._generation)
-        if self._now is not live:  # another thread was first
-            raise (ended if self._now is None else being_reset)(self.guest.name)
-        renewed: Live | None = None
-        memories: tuple[LinearMemory, ...] = ()
-        disposed: bool | None = False
+        leases.require_idle(live)
+        if live.generation != handle.generation:
+            live.refuse(handle.generation)
+        if handle.live is not live:  # another thread was first
+            raise (ended if handle.live is None else being_reset)(guest.name)
+        group = live.group
         try:
-            self._now = None if handle is None else RENEWAL
-            disposed = live.dispose(self._generation)
-            if disposed is None:
-                live.refuse(self._generation)
-            host._unlist(live)
-            if not disposed:
-                raise InUse(f"a call began in an instance of {self.guest.name} while it was reset")
-            # Taken in one step, as an end does: only one of two threads has them.
-            memories, live.memories = live.memories, ()
-            if len(memories) < len(self.guest.requests):
-                raise ended(self.guest.name)
-            for place in range(len(memories)):
-                memory = memories[place]
-                memory.exposed = live.given_away
-                memories = (*memories[:place], *memories[place + 1 :])  # what fails releases it
-                memory = host._renew(memory)
-                memories = (*memories[:place], memory, *memories[place:])
-            renewed = host._start(self.guest, memories, self._binding)
-            renewed.fork, live.fork = live.fork, None
-            if renewed.fork is not None:
-                renewed.fork._forks.add(renewed)
-                renewed.fork._forks.discard(live)
-            live.ended = True
-            host._list(renewed)
-            if handle is None:
-                handle = Instance(self.guest, renewed, self.guest.binding)
-            elif handle._now is not RENEWAL:  # its holder closed it when this had just begun
-                raise ended(self.guest.name)
-            else:
-                handle._now, handle._generation = renewed, renewed.generation
+            handle.live = meanwhile
+            memories = leases.detach(live, handle.generation)
+            if memories is None:  # the live instance serves another lease, and goes on
+                live.refuse(handle.generation)
+            if len(memories) < len(guest.requests):
+                if not live.memories:  # another thread has ended it
+                    raise ended(guest.name)
+                raise InUse(f"a call began in an instance of {guest.name} while it was reset")
+            memories = leases.renew(memories)
+            renewed = leases.start(guest.runtime.live(guest.compiled, memories, live.binding))
+            if group is not None:
+                renewed.group = group
+                group.add(renewed)
         except BaseException:
-            self._now = None
-            if disposed is None:  # what is live serves another lease, and goes on
-                raise
-            if renewed is not None:
-                host._drop(renewed)
-            host._drop(live)
-            with suppress(MemslotError):  # what is wrong is being raised already
-                if renewed is None:
-                    host._cut_short(memories)
-                    host._release(memories)
-                host._end_dropped()
+            handle.live = None
             raise
-        host._resets_by_instantiation += 1
-        return handle
+        finally:
+            if group is not None and live.ended:
+                group.discard(live)
+        leases.resets_by_instantiation += 1
+        return renewed
 
     def _reset_in_place(self, live: Live, next_generation: int) -> bool:
         """Reset what is live for the lease of that number; False if only a new instance is pristine."""
-        host, key = self.guest.host, next(HOLDS)
-        if live.bound_to is not host._armed.epoch:
-            live.bind_resets(host._armed)
+        handle, key = self.handle, next(HOLDS)
+        armed = handle.leases.armed
+        if live.bound_to is not armed.epoch:
+            live.bind_resets(armed)
         fast_reset = live.fast_reset
         try:
             if fast_reset is not None:
-                done = fast_reset(live, self._generation, next_generation, key)
+                done = fast_reset(live, handle.generation, next_generation, key)
                 if done is True:
                     live.generation = next_generation
                 elif done is not False:
-                    live.settle_reset(done, self._generation, next_generation, key)
+                    live.settle_reset(done, handle.generation, next_generation, key)
             else:
                 done = (
                     self.guest.in_place
-                    and self._binding.store is None
-                    and live.reset(self._generation, next_generation, key)
+                    and live.binding.store is None
+                    and live.reset(handle.generation, next_generation, key)
                 )
         except BaseException:
             if not live.let_go(key) and live.spoiled_by != key:
                 raise
-            self._now = None
+            handle.live = None
             if live.open:
                 with suppress(MemslotError):  # what is wrong is being raised already
-                    host._end(live)
+                    handle.leases.end(live)
             raise
         if done is False:
             return False
-        host._resets_in_place += 1
+        handle.leases.resets_in_place += 1
         return True
 
     def snapshot(self, name: str | None = None) -> Guest:
-        """A new guest whose instances start where this one is now, between two calls; it goes on.
+        """Return a new guest whose instances start where this one is now, between two calls; it goes on.
 
         Memories, their sizes and every mutable global are captured; imports and WASI are the ones that this
         instance was given, and no start function runs.  Raises SnapshotRefused with the reason where
         there is more state than that, InUse while a call runs, MemoryTooLarge beyond the setting
         image_limit.
         """
-        return self._snapshot(name, depth=4)
-
-    def _snapshot(self, name: str | None, *, depth: int) -> Guest:
-        """`depth` is how many calls from whoever raises a warning the embedder is."""
-        live = self._live()
-        host = self.guest.host
-        host._require_idle(live)
-        return host._prepared(
-            self.guest._snapshot_of(
-                live, name, self._binding, generation=self._generation, depth=depth
-            )
-        )
+        guest = self.guest.snapshot_of(self.handle, name)
+        guest.announce()
+        return guest
 
     def fork(self, count: int = 1) -> list[Instance]:
-        """`count` independent instances that start where this one is now; it goes on.
+        """Return `count` independent instances that start where this one is now; it goes on.
 
         They share every page that none of them has written.  A reset of one goes back to this
         point.  Raises what `snapshot` raises, ArgumentError, and PoolExhausted: none is left then.
         """
         if not isinstance(count, int) or count < 0:
             raise ArgumentError(f"a number of forks is an integer, at least 0, and not {count!r}")
-        live = self._live()
-        host = self.guest.host
-        host._require_idle(live)
-        guest = self.guest._snapshot_of(
-            live, None, self._binding, generation=self._generation, depth=3
-        )
-        host._guests.add(guest)
+        guest = self.guest.snapshot_of(self.handle, None)
+        group = Group(guest.close)
         forks: list[Instance] = []
         try:
             for _ in range(count):
                 fork = guest.instantiate()
-                assert fork._now is not None
-                fork._now.fork = guest
-                guest._forks.add(fork._now)
                 forks.append(fork)
-        except BaseException:
+                live = fork.handle.enter()
+                live.group = group
+                group.add(live)
+        except Exception:
             for fork in forks:
                 fork.close()
             raise
@@ -331,34 +264,19 @@ class Instance:
         return forks
 
     def close(self) -> None:
-        """End the instance and give its slot back, pristine; twice is a no-op."""
-        live, host = self._now, self.guest.host
-        if live is not None and live.open:
-            if host.thread_confined and threading.get_ident() != host._thread:
-                host._require_thread()
-            host._end(live, self._generation)
-            self._now = None
-        elif live is RENEWAL:
-            raise self._refusal(live)
+        """End the instance and give its slot back, pristine; idempotent."""
+        self.handle.close()
 
     @property
     def closed(self) -> bool:
-        """True once the instance has ended, or the lease that this handle is of."""
-        live = self._now
-        if live is RENEWAL:
-            return False
-        return live is None or live.generation != self._generation or not live.open
+        """True once the instance has ended, or the lease of this handle."""
+        return self.handle.live is not RENEWAL and not self.handle.is_open
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def __del__(self) -> None:
-        live = getattr(self, "_now", None)
-        if live is not None and live.generation == self._generation:
-            self.guest.host._drop(live)
 
     def __repr__(self) -> str:
         return f"<Instance of {self.guest.guest_id}{', closed' * self.closed}>"

@@ -1,14 +1,16 @@
-"""What a runtime holds for one instance, as the rest of the host sees it."""
+"""Live instances: the runtime's part of one instance, as the floors above see it."""
 
 from __future__ import annotations
 
 import abc
 import itertools
+import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import Any, Generic, Literal, NoReturn, TypeVar
 
+from memslot_hooks.types import LinearMemory
 from memslot_plugin._core import ffi
 from memslot_plugin.errors import (
     AccessOutOfBounds,
@@ -19,15 +21,13 @@ from memslot_plugin.errors import (
     shown,
 )
 from memslot_plugin.hosts.wasi import Wasi
-
-if TYPE_CHECKING:
-    from memslot_hooks.types import LinearMemory
-    from memslot_plugin.hosts.guest import Guest
-    from memslot_plugin.plugins.arming import Armed
+from memslot_plugin.plugins.arming import Armed
 
 # Looked up once: a request reads and writes as often as it calls.
 _BYTES = ffi.typeof("char *")
 _cast, _unpack, _memmove = ffi.cast, ffi.unpack, ffi.memmove
+
+_T = TypeVar("_T")
 
 Imports = Mapping[str, Mapping[str, Any]]
 """Module name -> import name -> a Python callable, or an object of the runtime's own."""
@@ -67,19 +67,46 @@ class Binding:
             raise ArgumentError(f"wasi is a memslot.Wasi, and not {shown(self.wasi)}")
 
 
-class Live(abc.ABC):
-    """What a runtime holds for one instance: from `Host._start` to `dispose`.
+class Living(Generic[_T]):
+    """The living among objects that others own; any thread may add, discard and list them at any time.
 
-    A live instance serves one lease after another.  `generation` numbers them, and every handle has
-    the number of the lease that it was made in.  Each use of a handle is an *entry*: it compares the
-    two once nothing can end the lease any more, and refuses with UsedAfterClose if they differ, or
-    with InUse while the instance is held.  What is here serves hosts that are confined to one
-    thread; wasmtime's entries are in C.
+    A weakref.WeakSet raises RuntimeError if another thread adds while it is listed.
+    """
+
+    __slots__ = ("__weakref__", "_references")
+
+    def __init__(self) -> None:
+        self._references: set[weakref.ref[_T]] = set()
+
+    def add(self, each: _T) -> None:
+        """Count an object until it is collected or discarded."""
+        self._references.add(weakref.ref(each, self._references.discard))
+
+    def discard(self, each: _T) -> None:
+        """Count an object no longer; idempotent."""
+        self._references.discard(weakref.ref(each))
+
+    def listed(self) -> list[_T]:
+        """Return the living, in no order."""
+        # Copy into a list: allocating a tuple may start a collection between two looks at the set.
+        return [each for found in list(self._references) if (each := found()) is not None]
+
+    def __len__(self) -> int:
+        return len(self._references)
+
+
+class Live(abc.ABC):
+    """One instance of a runtime, from `Runtime.live` over `start` to `dispose`.
+
+    Its entries (see `hosts.leases`) compare the generation of a handle last.  Those here serve hosts that are
+    confined to one thread; wasmtime's are in C.
 
     `memories` are the leased memories in the order of the guest's requests.
     """
 
     memories: tuple[LinearMemory, ...]
+    binding: Binding
+    """The imports, and the store of the embedder's own if there is one."""
     running: int = 0
     """Entries that are on the stack now; an instance that runs cannot end."""
     given_away: bool = False
@@ -87,20 +114,19 @@ class Live(abc.ABC):
     outgrown: bool = False
     """True once the heap of a garbage collector, which no reset in place empties, has passed `keep_resident`."""
     open: bool = False
-    """True from when its host lists it until it has ended it, or begun to."""
+    """True from the end of its start until its end has begun."""
     ended: bool = False
-    """Whether the host has ended it, and all of its memories are back."""
-    fork: Guest | None = None
-    """The guest of a fork, which ends together with its last instance."""
-    dropped: deque[Live]
-    """The list in which its host finds instances that are open and have lost their handle."""
+    """True once it has ended, and its memories are back or with the runtime."""
+    group: Group | None = None
+    """The instances of a fork, whose guest ends with the last one."""
+    dropped: deque[Live] | None = None
+    """The list of live instances without a handle, once `Leases.start` has begun."""
     generation: int = 1
     """The lease that is served now."""
     held: int = 0
     """The key of `hold`, until `restore` or `let_go`: a signal's handler or a finalizer cannot end it meanwhile."""
     admits: int = 1
     """The lease whose handles may enter: `generation`, or 0 while the instance is held."""
-
     resets: tuple[Callable[[], object], ...] = ()
     """The resets of `memories`, bound at the first reset: an instance that is used once needs none."""
     bound_to: object = None
@@ -111,8 +137,8 @@ class Live(abc.ABC):
         self.resets, self.bound_to = tuple(map(armed.bound_reset, self.memories)), armed.epoch
 
     def __del__(self) -> None:
-        # The handle's finalizer says so too, and earlier; but it is Python, and a signal may cut it short.
-        if self.open:
+        # Append here too: an exception may come before there is a handle, or cut the handle's finalizer short.
+        if self.dropped is not None and not self.ended:
             self.dropped.append(self)
 
     # -- entries
@@ -150,7 +176,14 @@ class Live(abc.ABC):
         require_within(index, offset, length, byte_size)
         return _cast(_BYTES, base + offset)
 
-    # -- what an adapter provides
+    # -- the adapter's part
+
+    @abc.abstractmethod
+    def start(self) -> None:
+        """Link and instantiate over `memories`, and set or read the saved globals; called once.
+
+        Raises LinkError, GuestTrap, and the exceptions of host functions; `dispose` follows then.
+        """
 
     @abc.abstractmethod
     def function(self, name: str) -> Callable[..., Any]:
@@ -287,6 +320,22 @@ class Live(abc.ABC):
             self.refuse(generation)
         self.given_away = True
         return native
+
+
+class Group(Living[Live]):
+    """Live instances of one guest that is closed with the last of them."""
+
+    __slots__ = ("_close",)
+
+    def __init__(self, close: Callable[[], None]) -> None:
+        super().__init__()
+        self._close = close
+
+    def discard(self, each: Live) -> None:
+        """Take out a live instance that has ended; after the last one the guest is closed."""
+        super().discard(each)
+        if not self:
+            self._close()
 
 
 def being_reset(name: str) -> InUse:

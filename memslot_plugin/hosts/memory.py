@@ -2,42 +2,37 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from memslot_plugin._core import ffi
 from memslot_plugin.errors import ArgumentError, shown
-
-if TYPE_CHECKING:
-    from memslot_plugin.hosts.instance import Instance
-
-WASM_PAGE = 65536
-"""Bytes per page of a linear memory (WebAssembly core specification, 4.2.8)."""
+from memslot_plugin.hosts.leases import Handle
 
 
 class Memory:
     """One linear memory of a live instance; offsets and sizes are bytes."""
 
-    __slots__ = ("_instance", "index")
+    __slots__ = ("_handle", "index")
 
-    def __init__(self, instance: Instance, index: int) -> None:
-        self._instance = instance
+    def __init__(self, handle: Handle, index: int) -> None:
+        self._handle = handle
         self.index = index
 
     @property
     def byte_size(self) -> int:
-        """How many bytes are accessible now."""
+        """The number of bytes that are accessible now."""
         index = self.index
-        return self._instance._seen(lambda live: live.locate(index)[1])
+        return self._handle.seen(lambda live: live.locate(index)[1])
 
     def read(self, offset: int, length: int) -> bytes:
-        """`length` bytes at `offset`.  Raises AccessOutOfBounds, ArgumentError, UsedAfterClose, InUse."""
+        """Return `length` bytes at `offset`.  Raises AccessOutOfBounds, ArgumentError, UsedAfterClose, InUse."""
         if not (isinstance(offset, int) and isinstance(length, int)):
-            self._refuse(offset, length)
-        instance = self._instance
-        return instance._live().read_memory(instance._generation, self.index, offset, length)
+            _refuse(offset, length)
+        handle = self._handle
+        return handle.enter().read_memory(handle.generation, self.index, offset, length)
 
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
-        """Put `data` at `offset`.  Raises AccessOutOfBounds, ArgumentError, UsedAfterClose, InUse, and writes
+        """Write `data` at `offset`.  Raises AccessOutOfBounds, ArgumentError, UsedAfterClose, InUse, and writes
         nothing then.
         """
         source: Any = data
@@ -50,9 +45,9 @@ class Memory:
                 ) from None
         length = len(source)
         if not isinstance(offset, int):
-            self._refuse(offset, length)
-        instance = self._instance
-        instance._live().write_memory(instance._generation, self.index, offset, source, length)
+            _refuse(offset, length)
+        handle = self._handle
+        handle.enter().write_memory(handle.generation, self.index, offset, source, length)
 
     def grow(self, pages: int) -> int:
         """Grow by `pages` of 64 KiB as memory.grow does, and return the size in pages before.
@@ -61,16 +56,17 @@ class Memory:
         """
         if not isinstance(pages, int):
             raise ArgumentError(f"a number of pages is an integer, and not {pages!r}")
-        instance = self._instance
-        return instance._live().grow(self.index, pages, instance._generation)
-
-    def _refuse(self, offset: object, length: object) -> NoReturn:
-        raise ArgumentError(
-            f"offset and length are integers, in bytes, and not {shown(offset)} and {shown(length)}"
-        )
+        handle = self._handle
+        return handle.enter().grow(self.index, pages, handle.generation)
 
     def __len__(self) -> int:
         return self.byte_size
 
     def __repr__(self) -> str:
-        return f"<Memory {self.index} of {self._instance!r}>"
+        return f"<Memory {self.index} of {self._handle.guest_name}>"
+
+
+def _refuse(offset: object, length: object) -> NoReturn:
+    raise ArgumentError(
+        f"offset and length are integers, in bytes, and not {shown(offset)} and {shown(length)}"
+    )

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from memslot_plugin import Guest, Host, Instance
+from memslot_plugin.hosts.leases import Handle
 from memslot_plugin.tests import hosts
 from memslot_plugin.tests.leaks import Footprint
 
@@ -155,7 +156,7 @@ def test_host_that_is_dropped_is_gone_after_a_collection(name: str) -> None:
 @on_hosts
 def test_slot_of_a_dropped_pool_stays_mapped_while_a_memory_has_it(name: str) -> None:
     instance = hosts.prepare(hosts.opened(name)).instantiate()
-    memory = instance._live().memories[0]
+    memory = instance.handle.enter().memories[0]
     del instance
     gc.collect()
     assert ctypes.string_at(memory.base, 1)
@@ -165,14 +166,14 @@ def test_slot_of_a_dropped_pool_stays_mapped_while_a_memory_has_it(name: str) ->
 def test_instance_whose_finalizer_is_cut_short_comes_back(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(_: Instance) -> None:
+    def interrupted(_: Handle) -> None:
         raise KeyboardInterrupt
 
     heard: list[Any] = []
     with hosts.serving(name) as host:
         guest = hosts.prepare(host)
         with monkeypatch.context() as patch:
-            patch.setattr(Instance, "__del__", interrupted)
+            patch.setattr(Handle, "__del__", interrupted)
             patch.setattr(sys, "unraisablehook", lambda each: heard.append(each.exc_type))
             guest.instantiate()
         assert heard == [KeyboardInterrupt]

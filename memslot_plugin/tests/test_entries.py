@@ -88,8 +88,8 @@ def test_ended_handle_while_another_thread_is_in_the_next_lease_is_refused(name:
         with guest.lease() as first:
             old = handles(first)
         with guest.lease() as second:
-            live: Any = second._now
-            live.hold(second._generation, 1)
+            live: Any = second.handle.live
+            live.hold(second.handle.generation, 1)
             assert hosts.elsewhere(lambda: refuses_all(old)) is None
             live.let_go(1)
 
@@ -101,14 +101,14 @@ def test_instance_is_in_use_and_not_closed_while_a_reset_makes_another_one(
     middle, seen = hosts.InTheMiddle(), list[object]()
 
     def look() -> None:
-        for use in (*handles_of_now.values(), instance.close, lambda: guest._end_lease(instance)):
+        for use in (*handles_of_now.values(), instance.close, lambda: guest.end_lease(instance)):
             with pytest.raises(memslot.InUse):
                 seen.append(use())
         assert not instance.closed
 
     with hosts.serving(name, plugins=(middle,)) as host, hosts.prepare(host) as guest:
         with guest.lease() as instance:
-            monkeypatch.setattr(instance._now, "can_restore", lambda: False)
+            monkeypatch.setattr(instance.handle.live, "can_restore", lambda: False)
             handles_of_now = {
                 name: use
                 for name, use in handles(instance).items()
@@ -127,8 +127,8 @@ def test_close_and_reset_of_one_instance_give_its_memory_back_once(name: str) ->
     with hosts.serving(name) as host, hosts.prepare(host) as guest:
         instance = guest.instantiate()
         instance.memory.grow(1)  # no reset in place
-        live: Any = instance._now
-        end, dispose = host._end, live.dispose
+        live: Any = instance.handle.live
+        end, dispose = host.leases.end, live.dispose
 
         def dispose_and_close(generation: int | None = None) -> bool | None:
             live.dispose = dispose
@@ -160,7 +160,7 @@ def test_instance_closed_while_a_reset_begins_is_closed_after_it(name: str) -> N
         instance.memory.grow(1)  # no reset in place
 
         def close() -> None:
-            instance._now = None  # as a close that had begun before the reset leaves it
+            instance.handle.live = None  # as a close that had begun before the reset leaves it
 
         middle.action = close
         with pytest.raises(memslot.UsedAfterClose):
@@ -174,14 +174,14 @@ def test_reset_by_an_old_handle_does_not_end_the_next_lease(name: str) -> None:
     with hosts.serving(name) as host, hosts.prepare(host) as guest:
         lease = guest.lease()
         old = lease.__enter__()
-        live: Any = old._now
+        live: Any = old.handle.live
         live.can_restore = lambda: False
         dispose, following = live.dispose, guest.lease()
         kept: list[memslot.Instance] = []
 
         def lease_again(generation: int | None = None) -> bool | None:
             del live.dispose, live.can_restore
-            old._now = live
+            old.handle.live = live
             lease.__exit__(None, None, None)
             kept.append(following.__enter__())
             kept[0].memory.write(64, SECRET)
@@ -439,11 +439,9 @@ def test_signal_in_the_middle_of_closing_finds_the_instance_closed(
     with hosts.serving(name) as host, hosts.prepare(host) as guest:
         instance = guest.instantiate()
         function, seen = instance.function("get"), []
-        unlist = host._unlist
+        release = host.leases.release
 
-        def interrupted(
-            live: Any,
-        ) -> None:  # the runtime's part is over, and the memories are not back
+        def interrupted(memories: Any) -> None:  # the runtime's part is over
             for use in (
                 lambda: instance.call("get", 64),
                 lambda: instance.call("size"),
@@ -455,8 +453,8 @@ def test_signal_in_the_middle_of_closing_finds_the_instance_closed(
             ):
                 with pytest.raises(memslot.UsedAfterClose):
                     seen.append(use())
-            unlist(live)
+            release(memories)
 
-        monkeypatch.setattr(host, "_unlist", interrupted)
+        monkeypatch.setattr(host.leases, "release", interrupted)
         instance.close()
         assert seen == []

@@ -11,7 +11,7 @@ import pytest
 import memslot_plugin as memslot
 from memslot_hooks import ResetResult, hookimpl
 from memslot_plugin._core import PAGE_SIZE
-from memslot_plugin.hosts.instance import Instance
+from memslot_plugin.hosts.leases import Handle
 from memslot_plugin.tests import hosts
 from memslot_plugin.tests.faults import fail_next_reset
 from memslot_plugin.tests.hosts import PAGE, assemble, in_use, serving
@@ -100,7 +100,7 @@ def test_statistics_and_watchers_learn_how_a_reset_was_done_and_why(
 
 
 def test_handle_that_was_cut_short_before_it_had_an_instance_ends_in_silence() -> None:
-    Instance.__new__(Instance).__del__()
+    Handle.__new__(Handle).__del__()
 
 
 def test_guest_that_another_thread_prepares_while_guests_are_looked_at_is_no_error() -> None:
@@ -111,7 +111,7 @@ def test_guest_that_another_thread_prepares_while_guests_are_looked_at_is_no_err
 
     with serving("fake", slots=1, **SMALL) as host:
         kept = [hosts.prepare(host)]
-        kept[0]._ready = Prepares()
+        kept[0]._ready._handles = Prepares()
         assert host.statistics().ready_instances == 0
         with kept[0].instantiate():
             with pytest.raises(memslot.PoolExhausted):
@@ -119,7 +119,7 @@ def test_guest_that_another_thread_prepares_while_guests_are_looked_at_is_no_err
             with pytest.raises(memslot.PoolTimeout):
                 kept[0].instantiate(wait_timeout=0.001)
         assert len(kept) > 3
-        kept[0]._ready = []
+        kept[0]._ready._handles = []
 
 
 def test_dropped_instance_that_another_thread_reclaims_first_is_left_alone() -> None:
@@ -129,9 +129,9 @@ def test_dropped_instance_that_another_thread_reclaims_first_is_left_alone() -> 
             raise IndexError
 
     with serving("fake", slots=2, **SMALL) as host:
-        host._dropped = Taken([None])
+        host.leases.dropped = Taken([None])
         assert host.statistics().live_instances == 0
-        host._dropped = collections.deque()
+        host.leases.dropped = collections.deque()
 
 
 def test_dropped_instance_whose_reset_fails_is_logged_without_its_frames(

@@ -415,10 +415,10 @@ def test_call_through_native_keeps_its_instance_from_ending(
 def test_close_that_came_too_late_leaves_the_next_lease_alone(host: WasmtimeHost) -> None:
     with hosts.prepare(host) as guest:
         with guest.lease() as first:
-            live: Any = first._now
+            live: Any = first.handle.live
             cell = live.cell
         with guest.lease() as second:
-            assert second._now is live
+            assert second.handle.live is live
             cell.closing = 1  # another thread that looked during the first lease does this
             assert [second.call("next"), second.call("next")] == [6, 7]
             assert (host.statistics().instances, second.closed) == (1, False)

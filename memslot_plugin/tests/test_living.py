@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from memslot_plugin.hosts.living import Living
+from memslot_plugin.hosts.live import Living
 
 
 class Owned:

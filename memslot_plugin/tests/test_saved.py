@@ -387,7 +387,8 @@ def test_module_in_a_file_of_holes_is_refused_and_in_a_pipe_it_is_read(
 
 def shared_and_attached(guest: memslot.Guest) -> memslot.Guest:
     with guest.share() as shared:
-        return guest.host.attach(shared)
+        attached: memslot.Guest = guest.host.attach(shared)
+        return attached
 
 
 STEPS: dict[str, Callable[[memslot.Instance, Path], memslot.Guest]] = {

@@ -64,7 +64,7 @@ def test_slot_in_a_store_of_the_embedder_stays_if_two_threads_close_its_instance
     with hosts.serving(name, slots=1) as host, hosts.prepare(host) as guest:
         store = wasmtime.Store(host.engine)
         instance = guest.instantiate(store=store)
-        at_the_call(instance._now, "forget_views", instance.close)
+        at_the_call(instance.handle.live, "forget_views", instance.close)
         instance.close()
         assert hosts.in_use(host) == 1
         with pytest.raises(memslot.PoolExhausted):
@@ -96,7 +96,7 @@ def test_two_closes_at_once_release_the_memory_and_tell_the_plugins(
     reached, go_on, plugin = threading.Event(), threading.Event(), Keeps()
     with hosts.serving(name, plugins=(plugin,)) as host, hosts.prepare(host) as guest:
         instance = guest.instantiate()
-        live: Any = instance._now
+        live: Any = instance.handle.live
         first = threading.Thread(target=instance.close)
 
         def stop() -> None:
@@ -104,7 +104,7 @@ def test_two_closes_at_once_release_the_memory_and_tell_the_plugins(
             go_on.wait()
 
         def let_the_first_begin() -> None:
-            before(host, "_release", stop)
+            before(host.leases, "release", stop)
             first.start()
             reached.wait()
 
@@ -136,7 +136,7 @@ def test_handler_that_is_refused_as_a_hold_begins_leaves_nothing_held(name: str,
     """The handler raises InUse as `hold` returns."""
     with hosts.serving(name) as host, hosts.prepare(host) as guest:
         instance = guest.instantiate()
-        live: Any = instance._now
+        live: Any = instance.handle.live
         hold = live.hold
 
         def interrupted(*arguments: Any, **named: Any) -> None:
@@ -163,7 +163,7 @@ def test_interrupt_of_a_refused_reset_leaves_the_outer_one_its_hold(name: str) -
     refused, middle = list[type[BaseException]](), hosts.InTheMiddle()
 
     def reset() -> None:
-        live: Any = instance._now
+        live: Any = instance.handle.live
         hold = live.hold
 
         def interrupted(*arguments: Any, **named: Any) -> None:
@@ -214,7 +214,7 @@ def test_lease_never_begins_with_an_instance_that_ended(name: str) -> None:
     with hosts.serving(name, plugins=(middle,)) as host, hosts.prepare(host) as guest:
         lease = guest.lease()
         instance = lease.__enter__()
-        live: Any = instance._now
+        live: Any = instance.handle.live
         ending = threading.Thread(target=lease.__exit__, args=(None, None, None))
         dispose = live.dispose
 
@@ -262,17 +262,17 @@ def test_instance_that_a_call_ended_is_kept_by_nothing(
     with hosts.serving(name) as host, hosts.calling(host, wait) as guest:
         instance = guest.instantiate()
         calling = threading.Thread(target=instance.call, args=("run", 1))
-        before(instance._now, "dispose", call)
+        before(instance.handle.live, "dispose", call)
         instance.close()
         monkeypatch.undo()
-        assert host._creator._ending == {}
+        assert host.runtime._creator._ending == {}
 
 
 @pytest.mark.parametrize("name", DECIDING)
 def test_second_reset_does_not_take_away_what_the_first_one_made(name: str) -> None:
     with hosts.serving(name) as host, hosts.prepare(host) as guest, guest.instantiate() as instance:
         instance.memory.grow(1)  # no reset in place
-        at_the_call(host, "_require_idle", instance.reset)
+        at_the_call(host.leases, "require_idle", instance.reset)
         with pytest.raises(memslot.InUse):
             instance.reset()
         assert not instance.closed
@@ -284,7 +284,7 @@ def test_reset_that_comes_late_does_not_revive_a_closed_instance(name: str) -> N
     text = '(module (table (export "t") 1 funcref) (func (export "get") (table.set 0 (i32.const 0) (ref.null func))))'
     with hosts.serving(name) as host, hosts.prepare(host, text) as guest:
         instance = guest.instantiate()
-        at_the_call(host, "_require_idle", instance.close)
+        at_the_call(host.leases, "require_idle", instance.close)
         with pytest.raises(memslot.UsedAfterClose):
             instance.reset()
         assert instance.closed
@@ -311,7 +311,7 @@ def test_close_by_an_old_handle_takes_nothing_from_the_close_of_the_next_lease(
     with hosts.serving(name, slots=1) as host, hosts.prepare(host) as guest:
         lease = guest.lease()
         old = lease.__enter__()
-        before(old._now, "forget_views", stop)
+        before(old.handle.live, "forget_views", stop)
         late = threading.Thread(target=old.close)
         late.start()
         begun.wait()
@@ -345,8 +345,8 @@ class Interrupts(dict[int, Any]):
 def test_close_that_is_interrupted_is_finished_by_the_next_call(name: str, taken_from: str) -> None:
     with hosts.serving(name, slots=1) as host, hosts.prepare(host) as guest:
         instance = guest.instantiate()
-        before = getattr(host._creator, taken_from)
-        setattr(host._creator, taken_from, Interrupts(before))
+        before = getattr(host.runtime._creator, taken_from)
+        setattr(host.runtime._creator, taken_from, Interrupts(before))
         with pytest.raises(KeyboardInterrupt):
             instance.close()
         host.statistics()
@@ -359,7 +359,7 @@ def test_call_that_begins_as_the_fake_host_closes_reads_its_own_bytes() -> None:
     functions = {"looks": lambda live: live.read(0, 64, 8)}
     with hosts.serving("fake", slots=1, functions=functions) as host, hosts.prepare(host) as guest:
         instance = guest.instantiate()
-        live: Any = instance._now
+        live: Any = instance.handle.live
         at = live._at
         calling = threading.Thread(target=lambda: found.append(instance.call("looks")))
 

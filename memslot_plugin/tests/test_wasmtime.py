@@ -46,8 +46,8 @@ def host() -> Iterator[WasmtimeHost]:
     with hosts.serving("wasmtime", slots=8) as host:
         yield host
         assert in_use(host) == 0
-        assert not host._creator._groups
-        assert not host._creator._retained
+        assert not host.runtime._creator._groups
+        assert not host.runtime._creator._retained
 
 
 @pytest.fixture
@@ -300,7 +300,7 @@ def test_own_store_collected_on_another_thread_gives_its_slots_back(host: Wasmti
     try:
         for _ in range(4):
             make()
-        assert len(host._creator._retained) == 4
+        assert len(host.runtime._creator._retained) == 4
         hosts.elsewhere(gc.collect)
     finally:
         gc.enable()
@@ -357,7 +357,7 @@ def test_call_in_progress_lets_other_threads_run_and_refuses_their_use(host: Was
         done: list[Any] = []
         thread = threading.Thread(target=lambda: done.append(instance.call("wait")))
         thread.start()
-        while not instance._live().running:
+        while not instance.handle.enter().running:
             time.sleep(0.001)
         with pytest.raises(memslot.InUse, match="another thread is inside"):
             instance.call("wait")
@@ -378,12 +378,12 @@ def test_instance_ended_during_a_call_ends_when_the_call_returns(host: WasmtimeH
         return number
 
     instance = hosts.calling(host, end).instantiate()
-    live = instance._live()
+    live = instance.handle.enter()
     function = instance.function("run")
-    host._unlist(live)
     assert (function(5), in_use(host)) == (5, 0)
     with pytest.raises(memslot.UsedAfterClose):
         function(5)
+    instance.close()
 
 
 def test_host_forgotten_at_the_end_of_the_process_ends_in_silence(child: Any) -> None:

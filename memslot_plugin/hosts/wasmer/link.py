@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from memslot_plugin.errors import LinkError, MemslotError, Unsupported
 from memslot_plugin.guest.plan import Plan, offsets
+from memslot_plugin.hosts import runtime
 from memslot_plugin.hosts.wasi import Wasi
 from memslot_plugin.hosts.wasmer.errors import Boundary, at_compile, at_instantiate
 from memslot_plugin.hosts.wasmer.state import SavedGlobals
@@ -134,7 +135,7 @@ class BoundImports:
         self.imports.register(self._memory_module, {})
 
 
-class Compiled:
+class Compiled(runtime.Compiled):
     """A guest's code, and the types and imports that all of its instances share.
 
     `kinds` are the kinds of its exports by name.  `wasi` are the names that it imports from WASI, by module.
@@ -143,9 +144,9 @@ class Compiled:
     """
 
     def __init__(self, code: Code, plan: Plan, name: str, binding: Binding) -> None:
+        super().__init__(plan, name)
         self.code = code
         self.module = code.module
-        self._name = name
         self._binding = binding
         self.saved = SavedGlobals(plan, name)
         self.instantiating = Boundary(at_instantiate, name, code.offsets)
@@ -179,6 +180,10 @@ class Compiled:
         self._given: tuple[Namespaces, list[_HostFunction]] | None = None
         """The guest's own imports for every instance that gets WASI beside them."""
 
+    def serialise(self) -> bytes:
+        """Return the code for another process."""
+        return bytes(self.module.serialize())
+
     def bind(self, binding: Binding, owner: Owner | None) -> BoundImports:
         """Return the imports of an instance over the memory of `owner`, or over none of ours.
 
@@ -206,7 +211,7 @@ class Compiled:
         """Return imports with an environment of their own; those of the embedder come before its functions."""
         if self.kinds.get("memory") != "memory":
             raise LinkError(
-                f"{self._name} imports WASI, which works on an exported memory of the name"
+                f"{self.guest_name} imports WASI, which works on an exported memory of the name"
                 " 'memory', and it exports none"
             )
         if imports is not self._binding.imports:
@@ -257,7 +262,9 @@ class Compiled:
         return namespaces, functions
 
     def _wrong(self, module: str, name: str, type_: Any, what: str) -> LinkError:
-        return LinkError(f"{self._name} imports {module}.{name}, a {described(type_)}, and {what}")
+        return LinkError(
+            f"{self.guest_name} imports {module}.{name}, a {described(type_)}, and {what}"
+        )
 
     def _imported_memory(self, given: Namespaces) -> Any:
         """Return the memory that the guest imports by its own choice, for WASI to work on."""
@@ -265,7 +272,7 @@ class Compiled:
             if kind_of(type_) == "memory":
                 return given[module][name]
         raise Unsupported(
-            f"{self._name} is left to wasmer alone, and WASI is possible only for a guest whose"
+            f"{self.guest_name} is left to wasmer alone, and WASI is possible only for a guest whose"
             " memory is ours or imported; memslot inspect says why"
         )
 

@@ -11,9 +11,12 @@ through a table that it shares, so a guest that imports a table is left to wasme
 from __future__ import annotations
 
 import errno
+import hashlib
 import logging
+import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NoReturn
 
 from memslot_hooks.types import HostMapping, LinearMemory
@@ -27,12 +30,11 @@ from memslot_plugin.errors import (
     Unsupported,
     cause_of,
 )
-from memslot_plugin.guest.plan import MemoryReport
-from memslot_plugin.hosts import saved
-from memslot_plugin.hosts.guest import Guest
+from memslot_plugin.guest.plan import MemoryReport, Plan
 from memslot_plugin.hosts.host import Host
+from memslot_plugin.hosts.leases import Leases
 from memslot_plugin.hosts.live import Binding, Live, ended
-from memslot_plugin.hosts.memory import WASM_PAGE
+from memslot_plugin.hosts.runtime import Reuse, Runtime
 from memslot_plugin.hosts.versions import installed_version
 from memslot_plugin.hosts.wasmer.errors import (
     VALUE_ERRORS,
@@ -54,6 +56,8 @@ from memslot_plugin.hosts.wasmer.values import (
     reserved_bytes,
     wasmer,
 )
+from memslot_plugin.settings import Settings
+from memslot_plugin.wasm import WASM_PAGE
 
 _log = logging.getLogger("memslot.wasmer")
 
@@ -61,60 +65,83 @@ _log = logging.getLogger("memslot.wasmer")
 class WasmerHost(Host):
     """Runs guests on wasmer-python 1.1.0; every use has to be on the thread that opened it."""
 
+    runtime: WasmerRuntime
+
+    def __init__(self, settings: Settings | None = None, *, plugins: Iterable[object] = ()) -> None:
+        super().__init__(WasmerRuntime(), settings, plugins=plugins)
+
+    @property
+    def store(self) -> Any:
+        """The wasmer.Store of imports; None once the host is closed."""
+        return self.runtime.store
+
+
+class WasmerRuntime(Runtime):
+    """The store of a `WasmerHost`."""
+
     name = "wasmer"
     imports_memory = True
     growth: ClassVar[Literal["decide", "report"]] = "report"
     thread_confined = True
 
-    def _open_runtime(self) -> None:
+    def open(self, leases: Leases) -> None:
+        """Make the store."""
+        self.leases = leases
         self.store = new_store()
         self._reserved = reserved_bytes()
 
-    def _close_runtime(self) -> None:
+    def close(self) -> None:
+        """Drop the store."""
         self.store = None
 
-    def _assemble(self, text: str) -> bytes:
+    def assemble(self, text: str) -> bytes:
+        """Return WebAssembly text as a binary module; raises InvalidModule."""
         with Boundary(at_compile, "the text"):
             return bytes(wasmer.wat2wasm(text))
 
-    def _compile(self, guest: Guest) -> Compiled:
-        plan = guest.plan
-        parent: Compiled | None = self._parents_code(guest)
+    def compile(self, plan: Plan, name: str, binding: Binding, reuse: Reuse) -> Compiled:
+        """Compile a guest's module, or take code that serves again; raises InvalidModule, Unsupported."""
+        parent: Compiled | None = reuse.of_parent(plan)
+        found = None if parent is not None else self._saved(plan, name, reuse)
         if parent is not None:
-            guest.sets_globals = bool(plan.saved_globals)
-            code = parent.code
+            code, sets_globals = parent.code, bool(plan.saved_globals)
+        elif found is not None:
+            code, sets_globals = found
         else:
-            code = self._loaded(guest) or Code.compile(self.store, plan, guest.name)
-        compiled = Compiled(code, plan, guest.name, guest.binding)
+            code, sets_globals = Code.compile(self.store, plan, name), False
+        compiled = Compiled(code, plan, name, binding)
+        compiled.sets_globals, compiled.reused = sets_globals, found is not None
         if plan.structure is None:
             raise Unsupported(
-                f"{guest.name} cannot be bounded by the settings, because wasmer has no limits of its own."
+                f"{name} cannot be bounded by the settings, because wasmer has no limits of its own."
                 f" {plan.native}"
             )
         return compiled
 
-    def _loaded(self, guest: Guest) -> Code | None:
-        """Return the code that came with the guest, or None if none fits."""
-        found = self._saved_code(guest)
+    def _saved(self, plan: Plan, name: str, reuse: Reuse) -> tuple[Code, bool] | None:
+        """Return code that came with the guest, and true if globals are to be set; None if none fits."""
+        found = reuse.saved(plan, self.code_key(plan))
         if found is None:
             return None
         try:
-            code = Code.load(self.store, guest.plan, guest.name, found[0])
+            return Code.load(self.store, plan, name, found[0]), found[1]
         except MemslotError as error:
-            _log.info("the code of %s is compiled again: %s", guest.name, error)
+            _log.info("the code of %s is compiled again: %s", name, error)
             return None
-        guest.reused_code, guest.sets_globals = True, found[1]
-        return code
 
-    def _code_key(self, guest: Guest) -> str | None:
+    def code_key(self, plan: Plan) -> str:  # all code is for this machine
+        """Return the version, and the machine with the features of its processor."""
         # wasmer compiles for the very processor that it runs on, and does not look when it loads.
-        return f"wasmer {installed_version(self.name)}, {saved.machine()}"
+        return f"wasmer {installed_version(self.name)}, {_machine()}"
 
-    def _serialise(self, guest: Guest) -> bytes:
-        compiled: Compiled = guest.compiled
-        return bytes(compiled.module.serialize())
+    def live(
+        self, compiled: Compiled, memories: tuple[LinearMemory, ...], binding: Binding
+    ) -> WasmerLive:
+        """Return an instance that has not started."""
+        return WasmerLive(self.leases, compiled, memories, binding)
 
-    def _map_host_memory(self, memory: MemoryReport, maximum: int) -> Callable[[], HostMapping]:
+    def map_host_memory(self, memory: MemoryReport, maximum: int) -> Callable[[], HostMapping]:
+        """Return the call that makes a memory of wasmer's, which reserves its address range."""
         minimum, largest = (
             memory.minimum_bytes // WASM_PAGE,
             min(maximum, WASM32_BYTES) // WASM_PAGE,
@@ -136,30 +163,17 @@ class WasmerHost(Host):
 
         return create
 
-    def _start(
-        self, guest: Guest, memories: tuple[LinearMemory, ...], binding: Binding
-    ) -> WasmerLive:
-        compiled: Compiled = guest.compiled
-        owner = _owner_of(memories[0]) if memories and guest.plan.native is None else None
-        if binding.store is not None:
-            raise Unsupported("wasmer's stores belong to their hosts; use the host of that store")
-        with compiled.instantiating:
-            bound = compiled.bind(binding, owner)
-            # What a failure leaves behind is never used again: wasmer may free the instance while its functions stay in
-            # a table that it shares.  A guest that imports a table has no slot, so none of them reaches one.
-            instance = wasmer.Instance(compiled.module, bound.imports)
-        memory = None if owner is None else owner.memory
-        live = WasmerLive(guest, memories, memory, instance, bound)
-        if guest.sets_globals:
-            live._attach()()
-        if guest.captures:
-            live.read_globals()
-        return live
 
-    def _cut_short(self, memories: tuple[LinearMemory, ...]) -> None:
-        for memory in memories:  # a start function may have come far
-            if memory.mapping is not None:
-                self._report_growth(memory, _owner_of(memory).memory.data_size)
+def _machine() -> str:
+    """Return the kind of this machine, with a digest of the features of its processor."""
+    try:
+        described = Path("/proc/cpuinfo").read_bytes()
+    except OSError:
+        described = b""
+    features = sorted(
+        {line for line in described.splitlines() if line.startswith((b"flags", b"Features"))}
+    )
+    return f"{os.uname().machine} {hashlib.sha256(b''.join(features)).hexdigest()[:16]}"
 
 
 def _owner_of(memory: LinearMemory) -> Owner:
@@ -182,32 +196,49 @@ class WasmerLive(Live):
 
     def __init__(
         self,
-        guest: Guest,
+        leases: Leases,
+        compiled: Compiled,
         memories: tuple[LinearMemory, ...],
-        memory: Any,
-        instance: Any,
-        bound: BoundImports,
+        binding: Binding,
     ) -> None:
         self.memories = memories
-        self._host = guest.host
-        self._guest = guest
-        self._compiled: Compiled = guest.compiled
-        self._memory = memory
-        self._instance = instance
-        self._exports = instance.exports
-        self._bound: BoundImports | None = bound
+        self.binding = binding
+        self._leases = leases
+        self._compiled = compiled
+        self._memory: Any = None
+        self._instance: Any = None
+        self._exports: Any = None
+        self._bound: BoundImports | None = None
         self._functions: dict[str, Callable[..., Any]] = {}
         self._natives: dict[str, Any] = {}
 
     @property
     def guest_name(self) -> str:
-        return self._guest.name
+        return self._compiled.guest_name
+
+    def start(self) -> None:
+        compiled = self._compiled
+        if self.binding.store is not None:
+            raise Unsupported("wasmer's stores belong to their hosts; use the host of that store")
+        owner = None
+        if self.memories and compiled.plan.native is None:
+            owner = _owner_of(self.memories[0])
+            self._memory = owner.memory  # first, because a start function may grow it and trap
+        with compiled.instantiating:
+            self._bound = compiled.bind(self.binding, owner)
+            # What a failure leaves behind is never used again: wasmer may free the instance while its functions stay in
+            # a table that it shares.  A guest that imports a table has no slot, so none of them reaches one.
+            self._instance = wasmer.Instance(compiled.module, self._bound.imports)
+        self._exports = self._instance.exports
+        if compiled.sets_globals:
+            self._attach()()
+        if compiled.reads_globals:
+            self.read_globals()
 
     def function(self, name: str) -> Callable[..., Any]:
         found = self._functions.get(name)
         if found is None:
-            if threading.get_ident() != self._host._thread:
-                self._host._require_thread()
+            self._leases.require_thread()
             make = self._compiled.callables.get(name)
             if make is None:
                 make = self._compiled.callables[name] = self._maker(name)
@@ -225,20 +256,20 @@ class WasmerLive(Live):
             self._no_export(name, "func")
         if signature.refers:
             raise Unsupported(
-                f"{name} of {self._guest.name} takes or returns references, which wasmer-python"
+                f"{name} of {self.guest_name} takes or returns references, which wasmer-python"
                 " cannot hand to Python"
             )
         arity, several, parameters = signature.arity, signature.several, signature.parameters
         calls_out, may_grow, offsets = compiled.calls_out, compiled.may_grow, compiled.code.offsets
-        thread, get_ident, guest_name = self._host._thread, threading.get_ident, self._guest.name
+        thread, get_ident, guest_name = self._leases.thread, threading.get_ident, self.guest_name
 
         def make(live: WasmerLive, natives: dict[str, Any]) -> Callable[..., Any]:
             # Not kept by `make`: a cycle of host and code could end on another thread.
-            host = live._host
+            leases = live._leases
 
             def call(generation: int, *arguments: Any) -> Any:
                 if get_ident() != thread:
-                    host._require_thread()
+                    leases.require_thread()
                 if len(arguments) != arity:
                     raise ArgumentError(
                         f"{name} of {guest_name} takes {arity} arguments, and {len(arguments)} were given"
@@ -286,14 +317,14 @@ class WasmerLive(Live):
     def set_global(self, name: str, value: Any, generation: int) -> None:
         found = self._global(name)
         if not found.mutable:
-            raise ArgumentError(f"the global {name} of {self._guest.name} is not mutable")
+            raise ArgumentError(f"the global {name} of {self.guest_name} is not mutable")
         if generation != self.admits or self.ended:
             self.refuse(generation)
         try:
             found.value = value
         except (TypeError, OverflowError) as error:
             wrong = misfit((value,), (int(self._compiled.globals[name].type),)) or error
-            raise ArgumentError(f"the global {name} of {self._guest.name}: {wrong}") from error
+            raise ArgumentError(f"the global {name} of {self.guest_name}: {wrong}") from error
 
     def _global(self, name: str) -> Any:
         type_ = self._compiled.globals.get(name)
@@ -301,14 +332,14 @@ class WasmerLive(Live):
             self._no_export(name, "global")
         if int(type_.type) in REFERENCES:
             raise Unsupported(
-                f"the global {name} of {self._guest.name} is a reference, which wasmer-python cannot"
+                f"the global {name} of {self.guest_name} is a reference, which wasmer-python cannot"
                 " hand to Python"
             )
         return self._export(name)
 
     def _export(self, name: str) -> Any:
         if self._exports is None:  # a signal's handler came while it was being closed
-            raise ended(self._guest.name)
+            raise ended(self.guest_name)
         return export_of(self._exports, name)
 
     def locate(self, index: int) -> tuple[int, int]:
@@ -327,9 +358,9 @@ class WasmerLive(Live):
         try:
             before: int = memory.grow(pages)
         except RuntimeError as error:
-            raise GrowthRefused(f"memory {index} of {self._guest.name}: {error}") from error
+            raise GrowthRefused(f"memory {index} of {self.guest_name}: {error}") from error
         except (TypeError, OverflowError) as error:
-            raise ArgumentError(f"memory {index} of {self._guest.name}: {error}") from error
+            raise ArgumentError(f"memory {index} of {self.guest_name}: {error}") from error
         self._report()
         return before
 
@@ -370,11 +401,11 @@ class WasmerLive(Live):
         self._captured = self._compiled.saved.attach(self._exports, None).read()
 
     def saved_values(self) -> dict[int, int | None]:
-        saved = self._guest.plan.saved_globals
+        saved = self._compiled.plan.saved_globals
         for each in saved:
             if each.type.startswith("(ref "):
                 raise SnapshotRefused(
-                    f"global {each.index} of {self._guest.name} holds references, {each.type}, which"
+                    f"global {each.index} of {self.guest_name} holds references, {each.type}, which"
                     " wasmer-python cannot read; use wasmtime, or keep the reference in a table"
                 )
         values = self._compiled.saved.attach(self._exports, None).read()
@@ -405,18 +436,18 @@ class WasmerLive(Live):
         if self._memory is not None:
             size = self._memory.data_size
             if size != self.memories[0].byte_size:
-                self._host._report_growth(self.memories[0], size)
+                self._leases.report_growth(self.memories[0], size)
 
     def _foreign_memory(self, index: int) -> Any:
         """A memory that is not ours: exported by a guest that runs natively, or imported."""
-        memories = self._guest.plan.memories
+        memories = self._compiled.plan.memories
         if 0 <= index < len(memories) and memories[index].exported_as:
             return self._export(memories[index].exported_as[0])
         raise ExportNotFound(
-            f"memory {index} of {self._guest.name} cannot be reached: the guest does not export it"
+            f"memory {index} of {self.guest_name} cannot be reached: the guest does not export it"
         )
 
     def _no_export(self, name: str, kind: str) -> NoReturn:
         is_ = self._compiled.kinds.get(name)
         what = "nothing of that name" if is_ is None else f"a {is_} of that name"
-        raise ExportNotFound(f"{self._guest.name} has no {kind} {name!r}: it exports {what}")
+        raise ExportNotFound(f"{self.guest_name} has no {kind} {name!r}: it exports {what}")

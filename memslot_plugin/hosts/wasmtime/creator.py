@@ -10,14 +10,15 @@ import itertools
 import logging
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from memslot_hooks.types import LinearMemory, MemoryRequest
 from memslot_plugin._core import ffi, lib
 from memslot_plugin.errors import InUse, MemoryTooLarge, MemslotError
+from memslot_plugin.hosts.leases import Leases
 from memslot_plugin.settings import Settings
 
 _log = logging.getLogger("memslot.wasmtime")
@@ -30,14 +31,6 @@ _UNUSED, _LINGERING, _LATER, _ENDED_BEFORE = range(4)
 
 _BATCH = 64
 """Tokens that one call drains."""
-
-
-class Leases(NamedTuple):
-    """A host's way to lease, release and grow memories."""
-
-    lease: Callable[[Sequence[MemoryRequest]], tuple[LinearMemory, ...]]
-    release: Callable[[Sequence[LinearMemory]], None]
-    grow: Callable[[LinearMemory, int], bool]
 
 
 class Tenant(Protocol):
@@ -72,7 +65,7 @@ class Cells(dict[int, Any]):
 class Creator:
     """The memory creator of one engine.  Any thread may call any method, also within a garbage collection."""
 
-    def __init__(self, settings: Settings, host: str, leases: Leases) -> None:
+    def __init__(self, settings: Settings, leases: Leases) -> None:
         self.identity = next(_identities)
         """The creator's name in callbacks of the C half."""
         self.raw = ffi.gc(
@@ -92,7 +85,7 @@ class Creator:
             image=None,
             guest_id="wasmtime#engine",
             memory_index=0,
-            host=host,
+            host=leases.name,
             bounds_checks=settings.bounds_checks,
             wait_timeout=settings.wait_timeout,
         )
@@ -126,7 +119,7 @@ class Creator:
         self._retained.add(token)
         return token, memories[0]
 
-    # -- an instance of ours: begin, finish, or abandon
+    # -- an instance of ours: begin and finish
 
     def begin(self, cell: Any, memories: tuple[LinearMemory, ...]) -> int:
         """Keep the memories for an instance that is about to begin in the cell, and return its token."""
@@ -183,20 +176,6 @@ class Creator:
                 self._retained.discard(token)
             self._cells.pop(token, None)
         return answer
-
-    def abandon(self, memories: tuple[LinearMemory, ...]) -> None:
-        """End the instance over these memories, of which an exception has left nothing else."""
-        for token, group in list(self._groups.items()):
-            cell = self._cells.get(token)
-            if group is memories and cell is not None:
-                self._close(token, cell, 0)
-
-    def unused(self, memories: Sequence[LinearMemory]) -> Sequence[LinearMemory]:
-        """Return those memories that wasmtime does not use any more."""
-        if not self._retained:
-            return memories
-        kept = {id(each) for token in list(self._retained) for each in self._groups.get(token, ())}
-        return [memory for memory in memories if id(memory) not in kept]
 
     # -- memories on their way back
 

@@ -6,6 +6,7 @@ Each class here inherits from wasmtime-py's too, so that a caller catches what b
 from __future__ import annotations
 
 import ctypes
+import functools
 import re
 from typing import Any, NamedTuple
 
@@ -25,7 +26,6 @@ from memslot_plugin.errors import (
     cause_of,
     printable,
 )
-from memslot_plugin.hosts.lazy import Lazy
 from memslot_plugin.hosts.live import ended
 from memslot_plugin.hosts.wasmtime.bridge import (
     error_at,
@@ -81,7 +81,7 @@ class WasmtimeTrap(_Native, GuestTrap, wasmtime.Trap):
         GuestTrap.__init__(self, message, native)
         self._offsets = offsets
 
-    @Lazy
+    @functools.cached_property
     def message(self) -> str:
         """wasmtime's message, with a backtrace at offsets of the module that was given."""  # noqa: D403  # a name
         moved = {
@@ -96,7 +96,7 @@ class WasmtimeTrap(_Native, GuestTrap, wasmtime.Trap):
         text = re.sub(r"(?m)^( *\d+: +)(0x[0-9a-f]+)", given, self.native.message)
         return "\n".join(map(printable, text.split("\n")))
 
-    @Lazy
+    @functools.cached_property
     def frames(self) -> list[Frame]:  # type: ignore[override]  # these can be pickled
         """The functions that were running, the innermost first, at offsets of the module that was given."""
         frames = [
@@ -110,7 +110,7 @@ class WasmtimeTrap(_Native, GuestTrap, wasmtime.Trap):
             for each in frames
         ]
 
-    @Lazy
+    @functools.cached_property
     def trap_code(self) -> wasmtime.TrapCode | None:
         """The kind of the trap."""
         return self.native.trap_code

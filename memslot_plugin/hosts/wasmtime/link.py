@@ -10,8 +10,7 @@ from typing import Any
 from memslot_plugin._core import ffi, lib
 from memslot_plugin.errors import ExportNotFound, LinkError, Unsupported, cause_of
 from memslot_plugin.guest.plan import Plan
-from memslot_plugin.hosts import wasi
-from memslot_plugin.hosts.lazy import Lazy
+from memslot_plugin.hosts import runtime, wasi
 from memslot_plugin.hosts.live import Binding, Imports
 from memslot_plugin.hosts.wasi import Wasi
 from memslot_plugin.hosts.wasmtime.bridge import (
@@ -101,7 +100,7 @@ class BoundImports:
         )
 
 
-class Compiled:
+class Compiled(runtime.Compiled):
     """A module compiled for one engine."""
 
     def __init__(
@@ -110,14 +109,15 @@ class Compiled:
         module: wasmtime.Module,
         plan: Plan,
         name: str,
+        binding: Binding,
         *,
         settings: Settings,
         creator: Any,
     ) -> None:
+        super().__init__(plan, name)
         self.offsets: Offsets | None = None
         self.engine = engine
-        self.plan = plan
-        self.guest_name = name
+        self.binding = binding
         self.settings = settings
         self.creator = creator
         """The ms_wt_creator of the host."""
@@ -136,7 +136,11 @@ class Compiled:
         self.callables: dict[str, Maker] = {}
         """Makers of exported functions, by name."""
 
-    @Lazy
+    def serialise(self) -> bytes:
+        """Return the code for another process."""
+        return bytes(self.module.serialize())
+
+    @functools.cached_property
     def limits(self) -> Limits:
         """The limits of a store for this guest."""
         settings, plan = self.settings, self.plan
@@ -151,14 +155,14 @@ class Compiled:
             memories=1 if uncounted else -1,
         )
 
-    @Lazy
+    @functools.cached_property
     def _exports(self) -> dict[str, wasmtime.ExportType]:
         reserved = {each.export_name for each in self.plan.saved_globals}
         return {
             export.name: export for export in self.module.exports if export.name not in reserved
         }
 
-    @Lazy
+    @functools.cached_property
     def export_kinds(self) -> dict[str, str]:
         """Every export's kind by name."""
         kinds = {}
@@ -170,7 +174,7 @@ class Compiled:
             kinds[name] = _NAMES[number] if number < len(_NAMES) else "tag"
         return kinds
 
-    @Lazy
+    @functools.cached_property
     def opens(self) -> bool:
         """True if the guest imports a function that can give it another descriptor of WASI."""
         return any(
@@ -178,7 +182,7 @@ class Compiled:
             for each in self.module.imports
         )
 
-    @Lazy
+    @functools.cached_property
     def waits(self) -> list[str]:
         """The functions that the guest imports from WASI and that can wait past a deadline."""
         return [
@@ -187,14 +191,14 @@ class Compiled:
             if any(provides(each.module) and each.name == name for each in self.module.imports)
         ]
 
-    @Lazy
+    @functools.cached_property
     def memory_type(self) -> wasmtime.MemoryType | None:
         """The type of the memory that WASI works on, which is exported as "memory"."""
         export = self._exports.get("memory")
         declared = None if export is None else export.type
         return declared if isinstance(declared, wasmtime.MemoryType) else None
 
-    @Lazy
+    @functools.cached_property
     def saved(self) -> Any:
         """The globals that a reset restores, with their initial values if the module has them as constants."""
         every = ffi.new("ms_wt_global[]", len(self.plan.saved_globals))

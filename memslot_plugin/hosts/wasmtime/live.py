@@ -21,6 +21,7 @@ from memslot_plugin.errors import (
     shown,
 )
 from memslot_plugin.hosts.live import Binding, Live, ended, require_within
+from memslot_plugin.hosts.wasi import Wasi
 from memslot_plugin.hosts.wasmtime.bridge import address_of, wasmtime, wasmtime_ffi
 from memslot_plugin.hosts.wasmtime.creator import Creator
 from memslot_plugin.hosts.wasmtime.errors import (
@@ -73,25 +74,28 @@ class WasmtimeLive(Live):
     _address = 0
     """The address of the cell, or 0 until the first read."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0917  # `WasmtimeRuntime.live` alone calls it
         self,
         creator: Creator,
         compiled: Compiled,
         memories: tuple[LinearMemory, ...],
         binding: Binding,
+        connect: Callable[[], BoundImports],
         configure_store: Callable[[wasmtime.Store], None] | None,
     ) -> None:
         self.memories = memories
+        self.binding = binding
         self.streams: Streams | None = None
         self.environment: Environment | None = None
         self.cell = ffi.new(_CELL)
-        self.token = creator.begin(self.cell, memories)
+        self.token = 0
+        """The creator's number for the memories, once the instance has begun."""
         self.bound: BoundImports | None = None
         """Its imports, which it may call for as long as it lives."""
         self._creator = creator
+        self._connect = connect
         self._configure_store = configure_store
         self._compiled = compiled
-        self._binding = binding
         self._functions: dict[str, Callable[..., Any]] = {}
         self._borrowed: BorrowedStore | None = None
         self._saved: Any = None
@@ -102,6 +106,41 @@ class WasmtimeLive(Live):
     @property
     def guest_name(self) -> str:
         return self._compiled.guest_name
+
+    def start(self) -> None:
+        link = self.bound = self._connect()
+        compiled = self._compiled = link.compiled
+        self.token = self._creator.begin(self.cell, self.memories)
+        bases, store = [memory.base for memory in self.memories], self.binding.store
+        if link.environment is None and store is None and self._configure_store is None:
+            outcome = lib.ms_wt_start(self.cell, link.guest, self.token, bases)
+        else:
+            if store is None:
+                lib.ms_wt_open(self.cell, link.guest)
+            else:
+                store.tenants.add(self)  # first, because it is told if the store is closed
+                store.links.append(link)
+                self.enter_store()
+            # Within an entry, so that nothing that comes in between can close the store.
+            outcome = self.entered(0, lambda: self._begin(link, bases))
+        self.settle(outcome, starting=True)
+        if compiled.sets_globals:
+            self.set_globals()
+        if compiled.reads_globals:
+            self.read_globals()
+
+    def _begin(self, link: BoundImports, bases: list[int]) -> int:
+        """Instantiate, after what must be set in the store before; the outcome."""
+        self.require_store()
+        wasi, store = self.binding.wasi, self.binding.store
+        if link.environment is not None:
+            self.environment = link.environment
+            if wasi is not link.wasi:
+                self.environment = Environment(wasi or Wasi())
+            self.streams = self.environment.give(self.cell)
+        if self._configure_store is not None and store is None:
+            self._configure_store(self.store())
+        return int(lib.ms_wt_instantiate(self.cell, link.guest, self.token, bases))
 
     # -- the boundary ------------------------------------------------------------------------------------------------
 
@@ -139,7 +178,7 @@ class WasmtimeLive(Live):
                 kind = direct_call if signature.direct else indirect_call
                 make = compiled.callables[name] = kind(compiled.name(name), signature, what)
             found = make(self)
-            if self._binding.store is not None:
+            if self.binding.store is not None:
                 found = self._guarded(found)
             self._functions[name] = found
         return found
@@ -174,7 +213,7 @@ class WasmtimeLive(Live):
 
     def require_store(self) -> None:
         """Raise UsedAfterClose if the embedder's store was closed."""
-        if self._binding.store is not None:
+        if self.binding.store is not None:
             self._context_of_store()
 
     def enter_store(self) -> None:
@@ -183,7 +222,7 @@ class WasmtimeLive(Live):
 
     def _context_of_store(self) -> Any:
         try:
-            return self._binding.store._context()
+            return self.binding.store._context()
         except ValueError:
             raise UsedAfterClose(
                 f"the store of the instance of {self._compiled.guest_name} was closed;"
@@ -418,7 +457,7 @@ class WasmtimeLive(Live):
     def _locate_imported(self, index: int) -> tuple[int, int]:
         structure = self._compiled.plan.structure
         name = None if structure is None else structure.memories[index].imported
-        given = None if name is None else self._binding.imports.get(name.module, {}).get(name.name)
+        given = None if name is None else self.binding.imports.get(name.module, {}).get(name.name)
         if isinstance(given, wasmtime.Memory):
             store = self.store()
             return ctypes.addressof(given.data_ptr(store).contents), given.data_len(store)
@@ -457,9 +496,9 @@ class WasmtimeLive(Live):
 
     def store(self) -> wasmtime.Store:
         """Return wasmtime-py's view of the store; raises UsedAfterClose."""
-        if self._binding.store is not None:
+        if self.binding.store is not None:
             self.require_store()
-            given: wasmtime.Store = self._binding.store
+            given: wasmtime.Store = self.binding.store
             return given
         borrowed = self._borrowed
         if borrowed is not None and borrowed.open:
@@ -524,6 +563,8 @@ class WasmtimeLive(Live):
         self._creator.finish(self)
 
     def dispose(self, generation: int | None = None) -> bool | None:
+        if not self.token:  # the start has failed before wasmtime heard of the memories
+            return True
         return self._creator.finish(self, release=False, generation=generation)
 
     def forget_views(self) -> None:

@@ -14,9 +14,10 @@ import os
 import platform
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import cast
 
-from memslot_hooks.types import LinearMemory, MemoryRequest
+from memslot_hooks.types import LinearMemory
 from memslot_plugin._core import after_fork, catch_up, lib
 from memslot_plugin._core.limits import errno_in_text
 from memslot_plugin.errors import (
@@ -27,12 +28,13 @@ from memslot_plugin.errors import (
     cause_of,
 )
 from memslot_plugin.guest import plan as guests
+from memslot_plugin.guest.plan import Plan
 from memslot_plugin.guest.target import MOST_GLOBALS
-from memslot_plugin.hosts.guest import Guest
-from memslot_plugin.hosts.host import Host, HostStatistics
-from memslot_plugin.hosts.live import Binding, Live
+from memslot_plugin.hosts.host import Host
+from memslot_plugin.hosts.leases import Leases
+from memslot_plugin.hosts.live import Binding
+from memslot_plugin.hosts.runtime import Reuse, Runtime
 from memslot_plugin.hosts.versions import installed_version
-from memslot_plugin.hosts.wasi import Wasi
 from memslot_plugin.hosts.wasmtime.bridge import (
     CREATORS,
     address_of,
@@ -40,7 +42,7 @@ from memslot_plugin.hosts.wasmtime.bridge import (
     drop_functions,
     wasmtime,
 )
-from memslot_plugin.hosts.wasmtime.creator import Creator, Leases
+from memslot_plugin.hosts.wasmtime.creator import Creator
 from memslot_plugin.hosts.wasmtime.errors import (
     WasmtimeExit,
     WasmtimeFailure,
@@ -50,7 +52,7 @@ from memslot_plugin.hosts.wasmtime.errors import (
 from memslot_plugin.hosts.wasmtime.link import BoundImports, Compiled
 from memslot_plugin.hosts.wasmtime.live import NativeInstance, WasmtimeLive
 from memslot_plugin.hosts.wasmtime.store import lent
-from memslot_plugin.hosts.wasmtime.wasi import Environment, Shim, shim_text
+from memslot_plugin.hosts.wasmtime.wasi import Shim, shim_text
 from memslot_plugin.settings import Settings
 
 __all__ = ["NativeInstance", "WasmtimeExit", "WasmtimeFailure", "WasmtimeHost", "WasmtimeTrap"]
@@ -82,10 +84,7 @@ class WasmtimeHost(Host):
     again when its instance is reset in place and when it is leased after it waited.
     """
 
-    name = "wasmtime"
-    _native_engine: wasmtime.Engine | None = None
-    limits_what_grows = True
-    most_globals = MOST_GLOBALS
+    runtime: WasmtimeRuntime
 
     def __init__(
         self,
@@ -95,26 +94,55 @@ class WasmtimeHost(Host):
         configure: Callable[[wasmtime.Config], None] | None = None,
         configure_store: Callable[[wasmtime.Store], None] | None = None,
     ) -> None:
+        super().__init__(WasmtimeRuntime(configure, configure_store), settings, plugins=plugins)
+
+    @property
+    def engine(self) -> wasmtime.Engine:
+        """The engine whose memories are leased; bare wasmtime-py may use it too."""
+        return self.runtime.engine
+
+    @property
+    def native_engine(self) -> wasmtime.Engine:
+        """The engine of guests that run natively: wasmtime's defaults, changed by `configure` alone."""
+        return self.runtime.native_engine
+
+    def increment_epoch(self) -> None:
+        """Let a tick pass on both engines (`wasmtime.Engine.increment_epoch`); any thread may call this at any time."""
+        self.runtime.increment_epoch()
+
+
+class WasmtimeRuntime(Runtime):
+    """The engines of a `WasmtimeHost`, and the creator of their memories."""
+
+    name = "wasmtime"
+    limits_growth = True
+    most_globals = MOST_GLOBALS
+    _native_engine: wasmtime.Engine | None = None
+
+    def __init__(
+        self,
+        configure: Callable[[wasmtime.Config], None] | None,
+        configure_store: Callable[[wasmtime.Store], None] | None,
+    ) -> None:
         self._configure = configure
         self._configure_store = configure_store
         self._engine: wasmtime.Engine | None = None
         self._process = os.getpid()
         self._shims: dict[tuple[bool, str], Shim] = {}
         """By true for the native engine, and text."""
-        super().__init__(settings, plugins=plugins)
 
     # -- engines -----------------------------------------------------------------------------------------------------
 
     @property
     def engine(self) -> wasmtime.Engine:
-        """The engine whose memories are leased; bare wasmtime-py may use it too."""
+        """The engine whose memories are leased."""
         if self._engine is None:
             raise UsedAfterClose("the wasmtime host was closed; open a new one")
         return self._engine
 
     @property
     def native_engine(self) -> wasmtime.Engine:
-        """The engine of guests that run natively: wasmtime's defaults, changed by `configure` alone."""
+        """The engine of guests that run natively."""
         if self._native_engine is None:
             # Without a lock: a finalizer that runs in `configure` may come here too.  The first engine stays.
             made = wasmtime.Engine(self._native_config())
@@ -122,18 +150,18 @@ class WasmtimeHost(Host):
         return self._native_engine
 
     def increment_epoch(self) -> None:
-        """Let a tick pass on both engines (`wasmtime.Engine.increment_epoch`); any thread may call this at any time."""
+        """Let a tick pass on both engines."""
         self.engine.increment_epoch()
         if self._native_engine is not None:
             self._native_engine.increment_epoch()
 
-    def _open_runtime(self) -> None:
+    def open(self, leases: Leases) -> None:
+        """Make the engine whose memories are leased."""
         bind()
-        settings = self.settings
+        self.leases, settings = leases, leases.settings
         self.checks_bounds_in_code = settings.bounds_checks == "code"
-        self._creator = Creator(
-            settings, self.name, Leases(self._lease, super()._release, self._grow)
-        )
+        self._creator = Creator(settings, leases)
+        leases.settle = self._creator.drain
         self._engine = engine = wasmtime.Engine(self._engine_config())
         # Stores on it, also the embedder's, have memories of ours, which are unmapped when the creator is collected.
         engine.creator = self._creator  # type: ignore[attr-defined]
@@ -143,7 +171,7 @@ class WasmtimeHost(Host):
 
     def _engine_config(self) -> wasmtime.Config:
         """What the engine of our guests is made from."""
-        settings, config = self.settings, wasmtime.Config()
+        settings, config = self.leases.settings, wasmtime.Config()
         if self._configure is not None:
             self._configure(config)
         config.memory_init_cow = False
@@ -166,7 +194,8 @@ class WasmtimeHost(Host):
             config.parallel_compilation = False
         return config
 
-    def _close_runtime(self) -> None:
+    def close(self) -> None:
+        """Drop the engines."""
         self._engine = None
         self.__dict__.pop("_native_engine", None)
         self._shims.clear()
@@ -175,7 +204,8 @@ class WasmtimeHost(Host):
 
     # -- guests ------------------------------------------------------------------------------------------------------
 
-    def _assemble(self, text: str) -> bytes:
+    def assemble(self, text: str) -> bytes:
+        """Return WebAssembly text as a binary module; raises InvalidModule."""
         try:
             return bytes(wasmtime.wat2wasm(text))
         except wasmtime.WasmtimeError as error:
@@ -183,84 +213,80 @@ class WasmtimeHost(Host):
                 f"the text is not WebAssembly: {one_sentence(str(error))}"
             ) from cause_of(error)
 
-    def _compile(self, guest: Guest) -> Compiled:
-        native = guest.plan.native is not None
+    def compile(self, plan: Plan, name: str, binding: Binding, reuse: Reuse) -> Compiled:
+        """Compile a guest's module, or take code that serves again; raises InvalidModule."""
+        native = plan.native is not None
         engine = self.native_engine if native else self.engine
+        parent: Compiled | None = reuse.of_parent(plan)
+        found = None if parent is not None else self._saved(plan, name, reuse, engine)
         try:
-            module = self._reused(guest, engine)
-            if module is None:
-                module = self._compile_alone(engine, guest.plan.module, native=native)
+            if parent is not None:
+                module, sets_globals = parent.module, bool(plan.saved_globals)
+            elif found is not None:
+                module, sets_globals = found
+            else:
+                module = self._compile_alone(engine, plan.module, native=native)
+                sets_globals = False
+            compiled = self._compiled(engine, module, plan, name, binding)
         except wasmtime.WasmtimeError as error:
-            short = errno_in_text(one_sentence(str(error)), f"compiling {guest.name}")
+            short = errno_in_text(one_sentence(str(error)), f"compiling {name}")
             if short is not None:
                 raise short from cause_of(error)
             raise InvalidModule(
-                f"wasmtime refuses {guest.name}: {self._said_of_source(engine, guest, error)}"
+                f"wasmtime refuses {name}: {_said_of_source(engine, plan, error)}"
             ) from cause_of(error)
-        return self._compiled(engine, module, guest)
+        compiled.sets_globals, compiled.reused = sets_globals, found is not None
+        compiled.offsets = guests.offsets(plan) if parent is None else parent.offsets
+        return compiled
 
-    def _said_of_source(
-        self, engine: wasmtime.Engine, guest: Guest, error: wasmtime.WasmtimeError
-    ) -> str:
-        """The error at an offset of the module that was given, and not of the rewritten one."""
+    def _saved(
+        self, plan: Plan, name: str, reuse: Reuse, engine: wasmtime.Engine
+    ) -> tuple[wasmtime.Module, bool] | None:
+        """Return code that came with the guest, and true if globals are to be set; None if none fits."""
+        found = reuse.saved(plan, self.code_key(plan))
+        if found is None:
+            return None
         try:
-            if guest.plan.module is not guest.plan.source:
-                wasmtime.Module.validate(engine, guest.plan.source)
-        except wasmtime.WasmtimeError as of_source:
-            error = of_source
-        return one_sentence(str(error))
+            return wasmtime.Module.deserialize(engine, found[0]), found[1]
+        except wasmtime.WasmtimeError as error:  # it checks version, configuration and processor
+            _log.info("the code of %s is compiled again: %s", name, one_sentence(str(error)))
+            return None
 
-    def _compiled(self, engine: wasmtime.Engine, module: wasmtime.Module, guest: Guest) -> Compiled:
-        """A guest's module on an engine of ours, with the shim that its calls of WASI need."""
-        parents: Compiled | None = self._parents_code(guest)
+    def _compiled(
+        self,
+        engine: wasmtime.Engine,
+        module: wasmtime.Module,
+        plan: Plan,
+        name: str,
+        binding: Binding,
+    ) -> Compiled:
+        """Return a guest's module on an engine, with the shim that its calls of WASI need."""
         compiled = Compiled(
             engine,
             module,
-            guest.plan,
-            guest.name,
-            settings=self.settings,
+            plan,
+            name,
+            binding,
+            settings=self.leases.settings,
             creator=self._creator.raw,
         )
-        compiled.offsets = guests.offsets(guest.plan) if parents is None else parents.offsets
         if compiled.waits:
             native, text = engine is not self._engine, shim_text(compiled.memory_type)
             if (native, text) not in self._shims:
-                shim = self._compile_alone(engine, self._assemble(text), native=native)
+                shim = self._compile_alone(engine, self.assemble(text), native=native)
                 self._shims[native, text] = Shim(engine, shim)
             compiled.shim = self._shims[native, text]
         return compiled
 
-    def _reused(self, guest: Guest, engine: wasmtime.Engine) -> wasmtime.Module | None:
-        """The module of the parent, or from code that came with the guest; None where there is none that
-        fits.
-        """
-        parents: Compiled | None = self._parents_code(guest)
-        if parents is not None:
-            guest.sets_globals = bool(guest.plan.saved_globals)
-            return parents.module
-        found = self._saved_code(guest)
-        if found is None:
-            return None
-        try:
-            module = wasmtime.Module.deserialize(engine, found[0])
-        except wasmtime.WasmtimeError as error:  # it checks version, configuration and processor
-            _log.info("the code of %s is compiled again: %s", guest.name, one_sentence(str(error)))
-            return None
-        guest.reused_code, guest.sets_globals = True, found[1]
-        return module
-
-    def _code_key(self, guest: Guest) -> str | None:
-        settings = self.settings
+    def code_key(self, plan: Plan) -> str:
+        """Return the version, the machine, and the settings that compiled code depends on."""
+        settings = self.leases.settings
         engine = (
             f"slots of {settings.reserved} + {settings.guard}, bounds by {settings.bounds_checks}"
         )
-        if guest.plan.native is not None:
+        if plan.native is not None:
             engine = "its own memories"
         return f"wasmtime {installed_version(self.name)}, {platform.machine()}, {engine}"
-
-    def _serialise(self, guest: Guest) -> bytes:
-        compiled: Compiled = guest.compiled
-        return bytes(compiled.module.serialize())
 
     def _compile_alone(
         self, engine: wasmtime.Engine, module: bytes, *, native: bool
@@ -272,48 +298,22 @@ class WasmtimeHost(Host):
         alone = wasmtime.Engine(self._native_config() if native else self._engine_config())
         return wasmtime.Module.deserialize(engine, wasmtime.Module(alone, module).serialize())
 
-    def _start(self, guest: Guest, memories: tuple[LinearMemory, ...], binding: Binding) -> Live:
-        compiled: Compiled | None = guest.compiled
-        if compiled is None:
-            raise UsedAfterClose(f"the guest {guest.name} was closed; prepare it again")
-        if binding.store is None and binding.imports is guest.binding.imports:
-            link = compiled.default
-            if link is None:
-                link = compiled.default = compiled.bind(guest.binding)
-        else:
-            link = self._link(guest, compiled, binding)
-            compiled = link.compiled
-        live = WasmtimeLive(self._creator, compiled, memories, binding, self._configure_store)
-        live.bound, token = link, live.token
-        try:
-            bases = [memory.base for memory in memories]
-            if link.environment is None and binding.store is None and self._configure_store is None:
-                outcome = lib.ms_wt_start(live.cell, link.guest, token, bases)
-            else:
-                if binding.store is None:
-                    lib.ms_wt_open(live.cell, link.guest)
-                else:
-                    binding.store.tenants.add(live)  # first, for it is told if the store is closed
-                    binding.store.links.append(link)
-                    live.enter_store()
-                # Within an entry, so that nothing that comes in between can close the store.
-                outcome = live.entered(0, lambda: self._begin(live, link, binding, token, bases))
-            live.settle(outcome, starting=True)
-            if guest.sets_globals:
-                live.set_globals()
-            if guest.captures:
-                live.read_globals()
-        except BaseException:
-            # Of any kind: a start function may call a host function, which may raise KeyboardInterrupt or SystemExit.
-            self._creator.finish(live, release=False)
-            raise
-        return live
+    def live(
+        self, compiled: Compiled, memories: tuple[LinearMemory, ...], binding: Binding
+    ) -> WasmtimeLive:
+        """Return an instance that has not started."""
+        link = partial(self._link, compiled, binding)
+        return WasmtimeLive(self._creator, compiled, memories, binding, link, self._configure_store)
 
-    def _link(self, guest: Guest, compiled: Compiled, binding: Binding) -> BoundImports:
+    def _link(self, compiled: Compiled, binding: Binding) -> BoundImports:
         """Bind the imports; a guest without a memory of its own, for the engine of the store that was given."""
         store, name = binding.store, compiled.guest_name
         if store is None:
-            return compiled.bind(binding)
+            if binding.imports is not compiled.binding.imports:
+                return compiled.bind(binding)
+            if compiled.default is None:
+                compiled.default = compiled.bind(compiled.binding)
+            return compiled.default
         native = compiled.plan.native
         if not isinstance(store, wasmtime.Store) or store.engine not in (
             self._engine,
@@ -337,58 +337,31 @@ class WasmtimeHost(Host):
                 " memory is in a slot; a guest that it shall be linked with has to run from slots as well"
             )
         if compiled.elsewhere is None:
-            module = self._compile_alone(store.engine, guest.plan.module, native=True)
-            compiled.elsewhere = self._compiled(store.engine, module, guest)
+            module = self._compile_alone(store.engine, compiled.plan.module, native=True)
+            compiled.elsewhere = self._compiled(
+                store.engine, module, compiled.plan, name, compiled.binding
+            )
+            compiled.elsewhere.offsets = guests.offsets(compiled.plan)
         return compiled.elsewhere.bind(binding)
 
-    def _begin(
-        self, live: WasmtimeLive, link: BoundImports, binding: Binding, token: int, bases: list[int]
-    ) -> int:
-        """Instantiate, after what must be set in the store before; the outcome."""
-        cell = live.cell
-        live.require_store()
-        if link.environment is not None:
-            live.environment = link.environment
-            if binding.wasi is not link.wasi:
-                live.environment = Environment(binding.wasi or Wasi())
-            live.streams = live.environment.give(cell)
-        if self._configure_store is not None and binding.store is None:
-            self._configure_store(live.store())
-        return int(lib.ms_wt_instantiate(cell, link.guest, token, bases))
-
-    def _cut_short(self, memories: tuple[LinearMemory, ...]) -> None:
-        self._creator.abandon(memories)
-
-    def _lease(self, requests: Sequence[MemoryRequest]) -> tuple[LinearMemory, ...]:
-        self._creator.drain()
-        return super()._lease(requests)
-
-    def _release(self, memories: Sequence[LinearMemory]) -> None:
-        super()._release(self._creator.unused(memories))
-
-    # -- the host's own life -----------------------------------------------------------------------------------------
-
-    def statistics(self) -> HostStatistics:
-        self._require_usable()
+    def settle(self) -> None:
+        """Release memories and host functions that wasmtime no longer needs."""
         self._creator.drain()
         drop_functions()
-        return super().statistics()
 
-    def close(self, *, force: bool = False) -> None:
-        """Close guests, pools and the runtime; twice is a no-op.
-
-        Raises InUse while instances are live, and goes on serving; with `force` they are ended first.
-        Stores of the embedder's own and instances that bare wasmtime-py made on our engine cannot be
-        ended here: InUse, also with `force`.
-        """
-        if self._gave_back:
-            return
-        if force and not self._closed:
-            self._end_dropped()
-            for live in self._listed():
-                self._end_or_log(live)
+    def require_unused(self) -> None:
+        """Raise InUse if stores of the embedder's, or running calls, still use memories."""
         self._creator.require_unused()
-        super().close(force=force)
+
+
+def _said_of_source(engine: wasmtime.Engine, plan: Plan, error: wasmtime.WasmtimeError) -> str:
+    """Return the error at an offset of the given module, and not of the rewritten one."""
+    try:
+        if plan.module is not plan.source:
+            wasmtime.Module.validate(engine, plan.source)
+    except wasmtime.WasmtimeError as of_source:
+        error = of_source
+    return one_sentence(str(error))
 
 
 def _require_creator(engine: wasmtime.Engine) -> None:

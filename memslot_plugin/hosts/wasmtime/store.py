@@ -10,8 +10,7 @@ import ctypes
 from typing import Any, NamedTuple, Protocol
 
 from memslot_plugin.errors import InUse, UsedAfterClose
-from memslot_plugin.hosts.live import ended
-from memslot_plugin.hosts.living import Living
+from memslot_plugin.hosts.live import Living, ended
 from memslot_plugin.hosts.wasmtime.bridge import wasmtime, wasmtime_ffi
 
 

@@ -1,0 +1,414 @@
+"""Leases: the one place that decides who has which memory.
+
+A live instance (`Live`) serves one lease after another, and `Live.generation` numbers them.  A `Handle` has
+the number of its lease.  Each use of a handle is an *entry*: it compares the two numbers once nothing can end
+the lease any more.  If they differ the entry raises UsedAfterClose and touches nothing.  While the instance is
+reset or captured, entries raise InUse.
+
+    lease     ask the plugins for memories
+    start     run what a runtime makes of them; a handle of the first lease
+    renew     pristine memories for another live instance over the same slots
+    end       close what the runtime has, and release the memories
+
+A handle that is dropped instead of closed ends at the next call of its host, on the thread of that call.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from threading import get_ident
+from typing import Any, Protocol, TypeVar
+
+from memslot_hooks.types import RETIRED, LinearMemory, MemoryRequest
+from memslot_plugin._core import catch_up
+from memslot_plugin.errors import (
+    InUse,
+    MemslotError,
+    PoolExhausted,
+    UsedAfterClose,
+    WrongThread,
+)
+from memslot_plugin.hosts.live import Live, Living, being_reset, ended
+from memslot_plugin.plugins import Plugins
+from memslot_plugin.settings import Settings
+
+_log = logging.getLogger("memslot.hosts")
+
+_T = TypeVar("_T")
+
+
+class Prepared(Protocol):
+    """A guest, as far as its host has to end it."""
+
+    closed: bool
+
+    def close(self) -> None:
+        """Close the guest."""
+
+
+class _Renewal:
+    """The place of a live instance while a reset makes another one: open to no entry, and not ended either."""
+
+    open = ended = False
+    generation = 0  # no lease has this number
+
+
+RENEWAL: Any = _Renewal()
+
+
+class Handle:
+    """The right of one lease to enter a live instance."""
+
+    __slots__ = ("__weakref__", "generation", "guest_name", "leases", "live")
+
+    def __init__(self, leases: Leases, live: Live) -> None:
+        self.leases = leases
+        self.guest_name = live.guest_name
+        self.generation = live.generation
+        """The lease of `live` that the handle is good for; every entry compares it."""
+        self.live: Live | None = live
+        """The live instance; None once the lease has ended here, and `RENEWAL` during a reset that makes another."""
+
+    @property
+    def is_open(self) -> bool:
+        """True until the live instance, or the lease, has ended."""
+        live = self.live
+        return live is not None and live.open and live.generation == self.generation
+
+    def enter(self) -> Live:
+        """Return the live instance, to be entered with `generation`; raises UsedAfterClose, InUse, WrongThread."""
+        live = self.live
+        if live is None or not live.open or live.generation != self.generation:
+            raise self.refusal()
+        leases = self.leases
+        if leases.thread_confined and get_ident() != leases.thread:
+            leases.require_thread()
+        return live
+
+    def seen(self, look: Callable[[Live], _T]) -> _T:
+        """Return what `look` finds while another thread may call: the lease has not ended before."""
+        live = self.enter()
+        found = look(live)
+        if live.generation != self.generation:
+            live.refuse(self.generation)
+        return found
+
+    def refusal(self) -> MemslotError:
+        """Return the exception for a use of the handle while nothing behind it is open."""
+        return (being_reset if self.live is RENEWAL else ended)(self.guest_name)
+
+    def close(self) -> None:
+        """End the lease and the live instance; idempotent.  Raises InUse while a call runs."""
+        live = self.live
+        if live is RENEWAL:
+            raise self.refusal()
+        if live is not None and not live.ended:
+            self.leases.require_thread()
+            self.leases.end(live, self.generation)
+        self.live = None
+
+    def __del__(self) -> None:
+        live = getattr(self, "live", None)
+        if live is not None and live.generation == self.generation and not live.ended:
+            self.leases.dropped.append(live)
+
+
+class Ready:
+    """Handles of a guest's instances that wait for a lease, which have no other owner."""
+
+    __slots__ = ("__weakref__", "_handles")
+
+    def __init__(self) -> None:
+        self._handles: list[Handle] = []
+
+    def add(self, handle: Handle) -> None:
+        """Let an instance wait."""
+        self._handles.append(handle)
+
+    def take(self) -> Handle | None:
+        """Return the handle that came last, or None if there is none."""
+        while True:
+            try:
+                handle = self._handles.pop()
+            except IndexError:  # also if another thread has taken the last one
+                return None
+            live = handle.live
+            if live is not None and live.open and live.generation == handle.generation:
+                return handle
+
+    def __len__(self) -> int:
+        return len(self._handles)
+
+
+class Leases:
+    """The memories and live instances of one host."""
+
+    def __init__(
+        self, name: str, settings: Settings, plugins: Plugins, *, thread_confined: bool
+    ) -> None:
+        self.name = name
+        self.settings = settings
+        self.plugins = plugins
+        self.armed = plugins.armed
+        self.thread_confined = thread_confined
+        self.thread = get_ident()
+        self.closed = False
+        self.guests: Living[Prepared] = Living()
+        self.ready: Living[Ready] = Living()
+        self.dropped: collections.deque[Live] = collections.deque()
+        """Live instances that have lost their handle, or that were never finished; a finalizer only appends."""
+        self.dropped_code: collections.deque[object] = collections.deque()
+        """Compiled code of dropped guests, which has to be freed on the host's thread."""
+        self.waiting: set[object] = set()
+        """An object for each request that waits for a slot."""
+        self.settle: Callable[[], None] = lambda: None
+        """Release the memories that a runtime used longer than their instances; set by the runtime."""
+        self.instances = self.resets_in_place = self.resets_by_instantiation = 0
+        # A collection may find a live instance and its memories at once.  They are kept here, because its slot would
+        # go to another tenant before the runtime has closed it.
+        self._live: dict[int, tuple[weakref.ref[Live], tuple[LinearMemory, ...]]] = {}
+
+    # -- memories
+
+    def lease(self, requests: Sequence[MemoryRequest]) -> tuple[LinearMemory, ...]:
+        """Ask the plugins for every memory; all or none.  Instances that wait for a lease make room."""
+        self.settle()
+        leased: list[LinearMemory] = []
+        armed = self.armed
+        try:
+            for request in requests:
+                leased.append(memory := self._lease_one(request))
+                if armed.memory_created is not None:
+                    armed.memory_created(memory)
+        except Exception as error:
+            with suppress(MemslotError):  # the first failure is the one to raise
+                self.release(leased)
+            if isinstance(error, PoolExhausted) and armed.pool_exhausted is not None:
+                armed.pool_exhausted(request, error.limit, error.in_use)
+            raise
+        return tuple(leased)
+
+    def _lease_one(self, request: MemoryRequest) -> LinearMemory:
+        """Ask the plugins; ready instances end, one by one, before the request waits or fails."""
+        create = self.armed.create_memory
+        at_once = replace(request, wait_timeout=0.0) if request.wait_timeout else request
+        if not request.wait_timeout or any(map(len, self.ready.listed())):
+            while True:
+                try:
+                    memory = create(at_once)
+                except PoolExhausted:
+                    if self._end_a_ready_one():
+                        continue
+                    if not request.wait_timeout:
+                        raise
+                    break
+                memory.request = request
+                return memory
+        waiter = object()
+        try:
+            self.waiting.add(waiter)  # from now on the end of a lease gives its slot back
+            self._end_a_ready_one()
+            return create(request)
+        finally:
+            self.waiting.discard(waiter)
+
+    def _end_a_ready_one(self) -> bool:
+        """End an instance that waits for a lease, of the guest that has the most; False if there is none."""
+        for ready in sorted(self.ready.listed(), key=len, reverse=True):
+            handle = ready.take()
+            if handle is not None:
+                self.end_ready(handle)
+                return True
+        return False
+
+    def end_ready(self, handle: Handle) -> None:
+        """End an instance that waited for a lease, which has no other handle."""
+        if handle.live is not None:
+            self._end_or_log(handle.live)
+        handle.live = None
+
+    def release(self, memories: Sequence[LinearMemory]) -> None:
+        """Give every memory back, also if one of them fails; raises the first failure."""
+        failure: MemslotError | None = None
+        armed = self.armed
+        for memory in memories:
+            try:
+                result = armed.release_memory(memory)
+                if armed.memory_reset is not None and result.strategy != RETIRED:
+                    armed.memory_reset(memory, result)
+            except MemslotError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+
+    def renew(self, memories: Sequence[LinearMemory]) -> tuple[LinearMemory, ...]:
+        """Return leased memories pristine, or others where a runtime grew one that it cannot shrink.
+
+        If this raises, all of them are released.
+        """
+        left, renewed = list(memories), list[LinearMemory]()
+        armed = self.armed
+        try:
+            while left:
+                memory = left[0]
+                if memory.mapping is not None and (
+                    memory.exposed or memory.byte_size != memory.request.minimum
+                ):
+                    self.release([left.pop(0)])
+                    renewed += self.lease([memory.request])
+                    continue
+                armed.reset_and_notify(memory)
+                renewed.append(left.pop(0))
+        except Exception:
+            with suppress(MemslotError):  # the plugin says once more what is being raised already
+                self.release([*renewed, *left])
+            raise
+        return tuple(renewed)
+
+    def grow(self, memory: LinearMemory, byte_size: int) -> bool:
+        """Grow a memory to `byte_size` bytes; False if its maximum or a plugin refuses that."""
+        before, maximum = memory.byte_size, memory.request.maximum
+        if maximum is not None and byte_size > maximum:
+            return False
+        if not self.armed.grow_memory(memory, byte_size):
+            return False
+        memory.byte_size = byte_size
+        if self.armed.memory_grown is not None and byte_size != before:
+            self.armed.memory_grown(memory, byte_size)
+        return True
+
+    def report_growth(self, memory: LinearMemory, byte_size: int) -> None:
+        """Record that a runtime has grown a memory by itself, and notify the watchers."""
+        if byte_size != memory.byte_size:
+            memory.record_growth(byte_size)
+            if self.armed.memory_grown is not None:
+                self.armed.memory_grown(memory, byte_size)
+
+    # -- live instances
+
+    def start(self, live: Live) -> Live:
+        """Start a live instance over its leased memories.  If this raises, they are released."""
+        live.dropped = self.dropped
+        self._live[id(live)] = weakref.ref(live), live.memories
+        try:
+            live.start()
+            live.open = True
+        except BaseException:
+            # A start function may have written: end what the runtime has before a slot is handed on.
+            with suppress(MemslotError):  # the first failure is the one to raise
+                self.end(live)
+            raise
+        return live
+
+    def detach(self, live: Live, generation: int | None = None) -> tuple[LinearMemory, ...] | None:
+        """End what the runtime has of a live instance; return its memories, which the caller releases or renews.
+
+        They are none if the runtime still uses them, or if another thread was first.  Returns None, and
+        nothing happens, if the lease `generation` is given and has ended.  Raises InUse while a call runs.
+        """
+        if generation is not None and generation != live.generation:
+            return None
+        self.require_idle(live)
+        finished = False
+        try:
+            disposed = live.dispose(generation)
+            if disposed is None:
+                finished = True
+                return None
+            live.open = False
+            memories: tuple[LinearMemory, ...] = ()
+            if disposed:
+                # In one step: only one of two threads has them.
+                memories, live.memories = live.memories, ()
+                live.resets, live.fast_reset = (), None
+                if live.given_away:
+                    for memory in memories:
+                        memory.exposed = True
+            self._live.pop(id(live), None)
+            finished = live.ended = True
+        finally:
+            if not finished and generation in (None, live.generation):
+                self.dropped.append(live)  # the next call finishes what an exception has cut short
+        return memories
+
+    def end(self, live: Live, generation: int | None = None) -> None:
+        """End a live instance and release its memories, as `detach` does; idempotent."""
+        memories = self.detach(live, generation)
+        if memories is None:
+            return
+        try:
+            self.release(memories)
+        finally:
+            if live.group is not None:
+                live.group.discard(live)
+
+    def require_idle(self, live: Live) -> None:
+        """Raise InUse while a call runs in a live instance, or while it is reset or captured."""
+        if live.running or live.held:
+            raise InUse(
+                f"an instance on {self.name} cannot be closed or reset while a call of it runs, by its host functions"
+                " or another thread; let the call return first"
+            )
+
+    def end_dropped(self) -> None:
+        """End the instances whose handles were dropped without being closed."""
+        self.dropped_code.clear()
+        for _ in range(len(self.dropped)):
+            try:
+                live = self.dropped[0]  # it stays there until it has ended
+            except IndexError:  # another thread has ended the last one
+                break
+            self.dropped.rotate(-1)
+            if not live.ended and not live.running and not live.held:
+                self._end_or_log(live)
+            if live.ended:
+                with suppress(ValueError):  # another thread was first
+                    self.dropped.remove(live)
+
+    def end_all(self) -> None:
+        """End every live instance, also the dropped ones."""
+        for reference, _ in list(self._live.values()):
+            live = reference()
+            if live is not None:
+                self._end_or_log(live)
+        self.end_dropped()  # a collection since may have cleared references
+
+    def _end_or_log(self, live: Live) -> None:
+        """End an instance whose owner is not the caller: a reset that fails destroys its slot, and is logged."""
+        try:
+            self.end(live)
+        except InUse:
+            raise
+        except MemslotError as error:
+            # As text: a kept record would keep the traceback, and with it the slot's memory.
+            _log.error(
+                "an instance on %s could not be reset, its slot is destroyed: %s",
+                self.name,
+                str(error),
+            )
+
+    def __len__(self) -> int:
+        """Return the number of live instances."""
+        return len(self._live)
+
+    # -- the owner
+
+    def require_usable(self) -> None:
+        """Raise UsedAfterClose or WrongThread if the host cannot be used here."""
+        catch_up()
+        if self.closed:
+            raise UsedAfterClose(f"the {self.name} host was closed; open a new one")
+        self.require_thread()
+
+    def require_thread(self) -> None:
+        """Raise WrongThread if the runtime confines its objects to another thread than this one."""
+        if self.thread_confined and get_ident() != self.thread:
+            raise WrongThread(
+                f"the {self.name} host was opened on thread {self.thread} and used on {get_ident()};"
+                f" {self.name} confines its objects to their thread: open one host per thread"
+            )
