@@ -12,15 +12,20 @@ pool's lock protects it.
 
 from __future__ import annotations
 
+import functools
 import logging
+import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
+from typing import Any
 
-from memslot_hooks.types import HostMapping
+from memslot_hooks.types import HostMapping, PoolStatistics
 from memslot_plugin._core import align_up
 from memslot_plugin._core.proc import map_count, max_map_count
 from memslot_plugin.errors import InvariantBroken, MemslotError, SettingError
-from memslot_plugin.memory.free import FreeList
+from memslot_plugin.memory.backing import Holder
+from memslot_plugin.memory.extension import ExtensionSlot
+from memslot_plugin.memory.free import STRATEGIES, FreeList
 from memslot_plugin.memory.image import Image
 from memslot_plugin.memory.region import CLEAN, DESTROYED, Reservation
 from memslot_plugin.memory.slot import Slot
@@ -30,29 +35,51 @@ _log = logging.getLogger("memslot.pool")
 MAPPINGS_PER_SLOT = 3
 """Mappings (VMAs) of one slot with an image of one extent: guard and tail, image, zeros above it."""
 
+GROWTHS: dict[str, type[Slot]] = {"mprotect": Slot, "ftruncate": ExtensionSlot}
+
+ALLOCATIONS = ("pooling", "on-demand")
+
 OWN = object()
 """The shape of slots in ranges of ours; a runtime's ranges have the shape that the runtime names."""
 
 
 class Inventory:
-    """The slots of one pool.  `limit` is the number of places; `reserved` and `guard` are bytes per slot."""
+    """The slots of one pool; `memory.pool.Pool` explains the parameters.  Raises SettingError."""
 
     def __init__(
         self,
-        kind: type[Slot],
-        new_list: Callable[[], FreeList],
-        limit: int,
+        *,
+        slots: int,
         reserved: int,
         guard: int,
-        *,
-        on_demand: bool,
+        strategy: str,
+        max_unused_warm_slots: int | None,
+        allocation: str,
+        growth: str,
     ) -> None:
-        self._kind = kind
-        self._new_list = new_list
-        self._limit = limit
+        most = slots if max_unused_warm_slots is None else max_unused_warm_slots
+        for allowed, option, rule in (
+            (slots >= 1, slots, "slots must be at least 1"),
+            # With a stride shorter than a slot, tenants would share bytes.
+            (reserved >= 1, reserved, "reserved must be at least 1 byte"),
+            (guard >= 0, guard, "guard must be at least 0 bytes"),
+            (strategy in STRATEGIES, strategy, f"strategy must be one of {', '.join(STRATEGIES)}"),
+            (most >= 0, most, "max_unused_warm_slots must be at least 0"),
+            (
+                allocation in ALLOCATIONS,
+                allocation,
+                f"allocation must be {' or '.join(ALLOCATIONS)}",
+            ),
+            (growth in GROWTHS, growth, f"growth must be one of {', '.join(GROWTHS)}"),
+        ):
+            if not allowed:
+                raise SettingError(f"{rule}, not {option!r}")
+        self._kind = GROWTHS[growth]
+        self._new_list = functools.partial(FreeList, strategy, most)
+        self._limit = slots
         self._reserved = align_up(reserved)
         self._guard = align_up(guard)
-        self._on_demand = on_demand
+        self._on_demand = allocation == "on-demand"
         self._reservation: Reservation | None = None
         self._places: list[Slot | None] = []
         """As far as places were used; None for one that is vacant."""
@@ -163,6 +190,40 @@ class Inventory:
             slot.affinity = None
             self._make_free(slot)
 
+    def warm(
+        self,
+        count: int,
+        image: Image | None,
+        maximum: int | None,
+        *wanted: Any,
+    ) -> int:
+        """Make up to `count` slots clean with this image, and populated as the guest's latest one; return how many.
+
+        `wanted` are the arguments of `take`.
+        """
+        shape, affinity, byte_size, _ = wanted
+        model = self._free[shape].latest(affinity) if shape in self._free else None
+        usual = None if model is None else model.private_runs()
+        slots: list[Slot] = []
+        holder = (
+            Holder()
+        )  # goes with this frame; without a lease, reclaim would free the slots in the middle
+        try:
+            while len(slots) < count:
+                slot = self.take(*wanted)
+                if slot is None:
+                    break
+                slot.lease = weakref.ref(holder)
+                slots.append(slot)
+                slot.instantiate(image, byte_size, maximum=maximum)
+                slot.affinity = affinity
+                slot.populate(usual or [])
+                slot.state = CLEAN  # no guest has run in it
+        finally:
+            for slot in slots:
+                self.put_away(slot)
+        return len(slots)
+
     def reclaim(self) -> None:
         """Find the slots and places that an exception left neither free nor held."""
         self._vacant = [place for place, slot in enumerate(self._places) if slot is None]
@@ -181,16 +242,32 @@ class Inventory:
         """Yield every free slot."""
         return (slot for free in self._free.values() for slot in free)
 
-    def latest(self, shape: Hashable, affinity: Hashable) -> Slot | None:
-        """Return the free slot that the guest of this affinity used last, or None."""
-        return self._free[shape].latest(affinity) if shape in self._free else None
-
     def counts(self) -> Counter[str]:
         """Return the counters of all slots together, those that are gone included; safe for threads."""
         total = self._past + Counter(purged=self.purged)
         for slot in self.slots():
             total.update(slot.counts())
         return total
+
+    def statistics(self, name: str, more: Counter[str]) -> PoolStatistics:
+        """Return the statistics of the pool of this name, which has counted `more`; safe for threads."""
+        slots = list(self.slots())
+        idle = [slot for slot in slots if slot.lease is None]
+        count = self.counts() + more
+        resets_by = {key[1:]: number for key, number in count.items() if key[0] == "*"}
+        names = ("created", "destroyed", "remaps", "failed_resets", "exhausted", "purged", "audits")
+        return PoolStatistics(
+            plugin=name,
+            limit=self._limit,
+            in_use=len(slots) - len(idle),
+            idle=len(idle),
+            warm=sum(slot.image is not None for slot in idle),
+            leases=count["hits"] + count["remaps"],
+            affinity_hits=count["hits"],
+            resets=sum(resets_by.values()),
+            resets_by=resets_by,
+            **{each: count[each] for each in names},
+        )
 
     def check(self) -> None:
         """Check every slot's invariant, and that each place has one owner; raises InvariantBroken."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import queue
 import random
 import threading
 import time
@@ -30,12 +29,10 @@ from memslot_plugin.errors import (
     PoolExhausted,
     PoolTimeout,
     SettingError,
-    SlotError,
     UsedAfterClose,
 )
-from memslot_plugin.memory.extension import ExtensionSlot
-from memslot_plugin.memory.free import STRATEGIES, FreeList
 from memslot_plugin.memory.inventory import OWN, Inventory, destroy_or_log
+from memslot_plugin.memory.lease import Returns, SlotLease, holder_of, not_leased
 from memslot_plugin.memory.region import CLEAN, DIRTY, UNKNOWN
 from memslot_plugin.memory.slot import Slot
 
@@ -47,21 +44,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("memslot.pool")
 
-GROWTHS: dict[str, type[Slot]] = {"mprotect": Slot, "ftruncate": ExtensionSlot}
-
-
 _RETIRED = ResetResult(None, 0, RETIRED)
-
-
-class SlotLease(weakref.ref[object]):
-    """One lease of one slot.  When its holder is collected, C code alone puts the lease into the pool's queue."""
-
-    __slots__ = ("pool", "slot", "unreleased")
-
-    pool: Pool
-    slot: Slot
-    unreleased: list[None]
-    """Holds one item until the first release, which pops it: one C call, so only one of two threads gets it."""
 
 
 class Pool:
@@ -92,41 +75,22 @@ class Pool:
         audit: float = 0.0,
         name: str = "memfd",
     ) -> None:
-        for allowed, option, rule in (
-            (slots >= 1, slots, "slots must be at least 1"),
-            (strategy in STRATEGIES, strategy, f"strategy must be one of {', '.join(STRATEGIES)}"),
-            (
-                allocation in ("pooling", "on-demand"),
-                allocation,
-                "allocation must be pooling or on-demand",
-            ),
-            (growth in GROWTHS, growth, f"growth must be one of {', '.join(GROWTHS)}"),
-            # With a stride shorter than a slot, tenants would share bytes.
-            (reserved >= 1, reserved, "reserved must be at least 1 byte"),
-            (guard >= 0, guard, "guard must be at least 0 bytes"),
-            (0 <= audit <= 1, audit, "audit must be from 0 to 1"),
-            (
-                (max_unused_warm_slots or 0) >= 0,
-                max_unused_warm_slots,
-                "max_unused_warm_slots must be at least 0",
-            ),
-        ):
-            if not allowed:
-                raise SettingError(f"{rule}, not {option!r}")
+        if not 0 <= audit <= 1:
+            raise SettingError(f"audit must be from 0 to 1, not {audit!r}")
         self.name = name
         self.limit, self.reserved, self.guard, self.growth = slots, reserved, guard, growth
         self._on_demand, self._random = allocation == "on-demand", strategy == "random"
-        new_list = functools.partial(
-            FreeList, strategy, slots if max_unused_warm_slots is None else max_unused_warm_slots
-        )
         self._reset, self._audit = reset, audit
         self._inventory = Inventory(
-            GROWTHS[growth], new_list, slots, reserved, guard, on_demand=self._on_demand
+            slots=slots,
+            reserved=reserved,
+            guard=guard,
+            strategy=strategy,
+            max_unused_warm_slots=max_unused_warm_slots,
+            allocation=allocation,
+            growth=growth,
         )
-        # SimpleQueue.put is reentrant, so that finalizers and signal handlers may call it anywhere.
-        self._returned: queue.SimpleQueue[SlotLease | Image | None] = queue.SimpleQueue()
-        """Leases that have ended, images to purge, and None to wake a lease that waits."""
-        self._waiting = 0
+        self._returns = Returns()
         self._lock: Any = threading.RLock()
         self._closed = False
         self._counts: Counter[str] = Counter()
@@ -153,7 +117,7 @@ class Pool:
         UsedAfterClose, and InUse in a finalizer or a signal handler that interrupts the pool; then
         nothing stays leased.
         """
-        lease = SlotLease(self if holder is None else holder, self._returned.put)
+        lease = SlotLease(self if holder is None else holder, self._returns.put)
         lease.pool, lease.unreleased = self, [None]
         if map_host_memory is None:
             shape = OWN
@@ -170,7 +134,7 @@ class Pool:
             slot.affinity = affinity
         except BaseException:
             # A traceback may keep the holder alive for long.
-            self._returned.put(lease)
+            self._returns.put(lease)
             raise
         return slot
 
@@ -179,7 +143,7 @@ class Pool:
         if self._closed:
             raise UsedAfterClose("the pool was closed; make a new one")
         slot = None
-        if not self._returned.empty():
+        if not self._returns.empty():
             slot = self._hand_on(wanted[1])
         slot = slot or self._inventory.take(*wanted)
         if slot is not None:
@@ -191,11 +155,10 @@ class Pool:
 
         Every strategy except the random one would put it on the free list and take it from there.
         """
-        returned = other = self._next()
-        while (
-            other is returned is not None
-        ):  # a lease comes twice if its holder is collected after the release
-            other = self._next()
+        returned = other = self._returns.next()
+        # A lease comes twice if its holder is collected after the release.
+        while other is returned is not None:
+            other = self._returns.next()
         slot: Slot | None = getattr(returned, "slot", None)
         if (
             slot is not None
@@ -204,7 +167,7 @@ class Pool:
             and slot.affinity == affinity
             and slot.state is CLEAN
             and (slot.image is None or not slot.image.closed)
-            and not (self._waiting or self._random)
+            and not (self._returns.waiting or self._random)
         ):
             return slot
         self._settle(returned)
@@ -212,26 +175,11 @@ class Pool:
         self._drain()
         return None
 
-    def _next(self) -> SlotLease | Image | None:
-        """Take the next of what came back; None if there is none."""
-        if self._returned.empty():
-            return None
-        try:
-            return self._returned.get_nowait()
-        except queue.Empty:  # a lease that waits was faster
-            return None
-
     def _wait(self, lease: SlotLease, timeout: float, *wanted: Any) -> Slot:
         """Wait until a slot comes back; raises PoolTimeout, or PoolExhausted at once if `timeout` is not positive."""
         deadline = time.monotonic() + timeout
         while (left := deadline - time.monotonic()) > 0:
-            self._waiting += 1
-            try:
-                returned = self._returned.get(timeout=left)
-            except queue.Empty:
-                break
-            finally:
-                self._waiting -= 1
+            returned = self._returns.wait(left)
             with self._lock:
                 self._settle(returned)
                 slot = self._take(lease, *wanted)
@@ -271,26 +219,11 @@ class Pool:
         self._require_outside("warm slots")
         if map_host_memory is None:
             shape = OWN
-        leases: list[SlotLease] = []
         with self._lock:
             self._drain()
-            model = self._inventory.latest(shape, affinity)
-            usual = None if model is None else model.private_runs()
-            try:
-                while len(leases) < count:
-                    lease = SlotLease(self)
-                    slot = self._take(lease, shape, affinity, byte_size, map_host_memory)
-                    if slot is None:
-                        break
-                    leases.append(lease)
-                    slot.instantiate(image, byte_size, maximum=maximum)
-                    slot.affinity = affinity
-                    slot.populate(usual or [])
-                    slot.state = CLEAN  # no guest has run in it
-            finally:
-                for lease in leases:
-                    self._settle(lease)
-        return len(leases)
+            return self._inventory.warm(
+                count, image, maximum, shape, affinity, byte_size, map_host_memory
+            )
 
     # -- resets and releases
 
@@ -305,7 +238,7 @@ class Pool:
 
         Raises SystemCallError or SlotError; the slot is unknown then, and `release` will destroy it.
         """
-        self._require_lease(slot)
+        _holder = holder_of(slot, self)
         result = self._reset_slot(slot)
         slot.state = DIRTY
         return result
@@ -318,11 +251,11 @@ class Pool:
         before is destroyed without an error.  May be called anywhere, also in a finalizer and in a
         signal handler.
         """
-        lease = self._require_lease(slot)
+        _holder, lease = holder_of(slot, self), slot.lease
         try:
             lease.unreleased.pop()
         except IndexError:  # another thread was first
-            raise _not_leased() from None
+            raise not_leased() from None
         result = _RETIRED
         try:
             if retire or self._on_demand or slot.state is UNKNOWN:
@@ -334,15 +267,8 @@ class Pool:
             raise
         finally:
             # Without this line, after an interrupt, the lease ends with its holder.
-            self._returned.put(lease)
+            self._returns.put(lease)
         return result
-
-    def _require_lease(self, slot: Slot) -> SlotLease:
-        """Return the lease of a slot of this pool; raises SlotError if it has ended."""
-        lease: SlotLease | None = slot.lease
-        if lease is None or lease.pool is not self or not lease.unreleased or lease() is None:
-            raise _not_leased()
-        return lease
 
     def _reset_slot(self, slot: Slot) -> ResetResult:
         """Reset a slot from dirty to clean, and audit it at the rate that was set."""
@@ -365,10 +291,10 @@ class Pool:
 
     def _drain(self) -> None:
         """Under the lock: settle what came back."""
-        while not self._returned.empty():
-            self._settle(self._next())
-        if self._waiting and next(self._inventory.free(), None) is not None:
-            self._returned.put(None)
+        while not self._returns.empty():
+            self._settle(self._returns.next())
+        if self._returns.waiting and next(self._inventory.free(), None) is not None:
+            self._returns.put(None)
 
     def _settle(self, returned: SlotLease | Image | None) -> None:
         """Under the lock: end a lease, or purge an image; None is a wake-up alone."""
@@ -393,7 +319,7 @@ class Pool:
         """
         catch_up()
         if self._lock._is_owned():  # noqa: SLF001  # the lock's owner does it
-            self._returned.put(image)
+            self._returns.put(image)
             return 0
         with self._lock:
             before = self._inventory.purged
@@ -409,23 +335,7 @@ class Pool:
         if not self._lock._is_owned():  # noqa: SLF001
             with self._lock:
                 self._drain()
-        slots = list(self._inventory.slots())
-        idle = [slot for slot in slots if slot.lease is None]
-        count = self._inventory.counts() + self._counts
-        resets_by = {key[1:]: number for key, number in count.items() if key[0] == "*"}
-        names = ("created", "destroyed", "remaps", "failed_resets", "exhausted", "purged", "audits")
-        return PoolStatistics(
-            plugin=self.name,
-            limit=self.limit,
-            in_use=len(slots) - len(idle),
-            idle=len(idle),
-            warm=sum(slot.image is not None for slot in idle),
-            leases=count["hits"] + count["remaps"],
-            affinity_hits=count["hits"],
-            resets=sum(resets_by.values()),
-            resets_by=resets_by,
-            **{name: count[name] for name in names},
-        )
+        return self._inventory.statistics(self.name, self._counts)
 
     def check(self) -> None:
         """Check every slot's invariant, and that each place has one owner; raises InvariantBroken.
@@ -458,18 +368,12 @@ class Pool:
     def after_fork(self) -> None:
         """In a child: leased slots go on as private copies; the lock's owner may be a thread that is not here."""
         self._lock = threading.RLock()
-        self._waiting = 0
+        self._returns.waiting = 0
         for slot in self._inventory.slots():
             try:
                 slot.privatise()
             except MemslotError as error:
                 _log.error("a slot could not be made private after a fork: %s", str(error))
-
-
-def _not_leased() -> SlotError:
-    return SlotError(
-        "this slot is not leased from this pool: it was released before, or belongs elsewhere"
-    )
 
 
 _POOLS: weakref.WeakSet[Pool] = weakref.WeakSet()

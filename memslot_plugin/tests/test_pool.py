@@ -281,6 +281,8 @@ def test_warming_for_an_unknown_guest_maps_its_image_in_unused_slots_only(
     assert made == {}
     for slot in leased:
         warmed.release(slot)
+    assert warmed.warm(image, SIZE, affinity="new", count=9) == 8  # also of those that others used
+    warmed.check()
     on_demand = make_pool(2, allocation="on-demand")
     assert on_demand.warm(image, SIZE, affinity="guest", count=2) == 0
 

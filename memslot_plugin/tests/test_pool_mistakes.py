@@ -15,7 +15,8 @@ import memslot_plugin as memslot
 from memslot_plugin import Image, Pool, Slot
 from memslot_plugin._core import PAGE_SIZE as P
 from memslot_plugin.memory.inventory import Inventory
-from memslot_plugin.memory.pool import SlotLease
+from memslot_plugin.memory.lease import SlotLease
+from memslot_plugin.memory.reset import madvise
 from memslot_plugin.tests.faults import fail_next_reset
 from memslot_plugin.tests.slots import RESERVED as SLOT
 from memslot_plugin.tests.slots import Holder, content, cycle, fill
@@ -115,7 +116,7 @@ def test_waiting_lease_is_woken_by_another_thread(pool: Pool, event: str) -> Non
     slot = lease(pool, holder=holders[0])
 
     def later() -> None:
-        while not pool._waiting:
+        while not pool._returns.waiting:
             time.sleep(0.001)
         if event == "abandon":
             holders.clear()
@@ -163,12 +164,12 @@ def test_slot_given_back_is_not_taken_from_its_next_owner(pool: Pool, released: 
 
 def test_lease_that_was_cut_short_before_it_had_a_slot_is_dropped(pool: Pool) -> None:
     holder = Holder()
-    lease = SlotLease(holder, pool._returned.put)
+    lease = SlotLease(holder, pool._returns.put)
     del holder
-    assert pool._returned.qsize() == 1
+    assert not pool._returns.empty()
     del lease
     cycle(pool, "a")
-    assert pool._returned.empty()
+    assert pool._returns.empty()
 
 
 def test_pool_that_a_finalizer_interrupts_takes_a_slot_back_and_refuses_what_would_wait(
@@ -271,3 +272,19 @@ def test_check_of_a_pool_with_wrong_places_finds_them_and_lost_ones_come_back(
     for each in slots:
         pool.release(each)
     pool.check()
+
+
+def test_slot_whose_holder_goes_during_its_reset_is_not_handed_out_meanwhile(
+    make_pool: Make,
+) -> None:
+    holders = [Holder()]
+
+    def drops(region: Any) -> Any:
+        holders.clear()
+        with pytest.raises(memslot.PoolExhausted):
+            lease(small, "b")
+        return madvise(region)
+
+    small = make_pool(1, reset=drops)
+    small.release(lease(small, holder=holders[0]))
+    cycle(small, "b")

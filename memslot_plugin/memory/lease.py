@@ -1,0 +1,77 @@
+"""Leases of slots, and the queue in which they come back."""
+
+from __future__ import annotations
+
+import queue
+import weakref
+from typing import TYPE_CHECKING
+
+from memslot_plugin.errors import SlotError
+
+if TYPE_CHECKING:
+    from memslot_plugin.memory.image import Image
+    from memslot_plugin.memory.pool import Pool
+    from memslot_plugin.memory.slot import Slot
+
+
+class SlotLease(weakref.ref[object]):
+    """One lease of one slot.  When its holder is collected, C code alone puts the lease into the pool's queue."""
+
+    __slots__ = ("pool", "slot", "unreleased")
+
+    pool: Pool
+    slot: Slot
+    unreleased: list[None]
+    """Holds one item until the first release, which pops it: one C call, so only one of two threads gets it."""
+
+
+class Returns:
+    """What came back to a pool: leases that have ended, images to purge, and None to wake a lease that waits.
+
+    `put` is reentrant (queue.SimpleQueue), so that finalizers and signal handlers may call it anywhere.
+    """
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[SlotLease | Image | None] = queue.SimpleQueue()
+        self.put = self._queue.put
+        self.empty = self._queue.empty
+        self.waiting = 0
+        """Leases that wait."""
+
+    def next(self) -> SlotLease | Image | None:
+        """Take what came back first; None if nothing did."""
+        if self._queue.empty():
+            return None
+        try:
+            return self._queue.get_nowait()
+        except queue.Empty:  # a lease that waits was faster
+            return None
+
+    def wait(self, seconds: float) -> SlotLease | Image | None:
+        """Wait until something comes back, and take it; None if nothing did in time."""
+        self.waiting += 1
+        try:
+            return self._queue.get(timeout=seconds)
+        except queue.Empty:
+            return None
+        finally:
+            self.waiting -= 1
+
+
+def holder_of(slot: Slot, pool: Pool) -> object:
+    """Return the holder of a slot's lease in `pool`; raises SlotError if the lease has ended.
+
+    Keep it during a reset: its end would let another lease have the slot in the middle.
+    """
+    lease: SlotLease | None = slot.lease
+    holder = None if lease is None or lease.pool is not pool else lease()
+    if lease is None or holder is None or not lease.unreleased:
+        raise not_leased()
+    return holder
+
+
+def not_leased() -> SlotError:
+    """Return the exception for a slot that is not leased."""
+    return SlotError(
+        "this slot is not leased from this pool: it was released before, or belongs elsewhere"
+    )
