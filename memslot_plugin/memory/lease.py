@@ -26,7 +26,7 @@ class SlotLease(weakref.ref[object]):
 
 
 class Returns:
-    """What came back to a pool: leases that have ended, images to purge, and None to wake a lease that waits.
+    """The queue of a pool: leases that have ended, images to purge, and None to wake a lease that waits.
 
     `put` is reentrant (queue.SimpleQueue), so that finalizers and signal handlers may call it anywhere.
     """
