@@ -39,9 +39,7 @@ HOLDS = itertools.count(1)
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """What an instance is connected to: imports, WASI, and a store of the embedder's own where the
-    runtime has such.
-    """
+    """The connections of an instance: imports, WASI, and the embedder's own store if the runtime has such."""
 
     imports: Imports
     wasi: Wasi | None = None
@@ -49,7 +47,7 @@ class Binding:
 
     @classmethod
     def given(cls, imports: Imports | None, wasi: Wasi | None) -> Binding:
-        """What the embedder gave; a mapping that is empty may still make what it is asked for."""
+        """Return the embedder's imports and WASI; an empty mapping is kept, because it may make imports on demand."""
         return cls({} if imports is None else imports, wasi)
 
     def __post_init__(self) -> None:
@@ -110,7 +108,7 @@ class Live(abc.ABC):
     running: int = 0
     """Entries that are on the stack now; an instance that runs cannot end."""
     given_away: bool = False
-    """Whether the embedder was handed the runtime's own objects, and so may have changed anything."""
+    """True once the embedder got the runtime's own objects, and so may have changed anything."""
     outgrown: bool = False
     """True once the heap of a garbage collector, which no reset in place empties, has passed `keep_resident`."""
     open: bool = False
@@ -187,17 +185,18 @@ class Live(abc.ABC):
 
     @abc.abstractmethod
     def function(self, name: str) -> Callable[..., Any]:
-        """The exported function, to be called with the generation of a handle and Python numbers, which is an
-        entry; raises ExportNotFound, and WrongThread where the host is confined to its thread.
+        """Return the exported function, which takes the generation of a handle and Python numbers; a call is an entry.
+
+        Raises ExportNotFound, and WrongThread if the host is confined to its thread.
         """
 
     @abc.abstractmethod
     def exports(self) -> Mapping[str, str]:
-        """Every export's kind ("func", "memory", "global", "table", "tag") by name."""
+        """Return every export's kind ("func", "memory", "global", "table", "tag") by name."""
 
     @abc.abstractmethod
     def global_value(self, name: str, generation: int) -> Any:
-        """The value of an exported global, within an entry; raises ExportNotFound."""
+        """Return the value of an exported global, within an entry; raises ExportNotFound."""
 
     @abc.abstractmethod
     def set_global(self, name: str, value: Any, generation: int) -> None:
@@ -205,9 +204,7 @@ class Live(abc.ABC):
 
     @abc.abstractmethod
     def locate(self, index: int) -> tuple[int, int]:
-        """Address and accessible bytes of memory `index`; raises ExportNotFound if it cannot be
-        reached.
-        """
+        """Return address and accessible bytes of memory `index`; raises ExportNotFound if it cannot be reached."""
 
     @abc.abstractmethod
     def grow(self, index: int, pages: int, generation: int) -> int:
@@ -215,11 +212,12 @@ class Live(abc.ABC):
 
     @abc.abstractmethod
     def output(self, stream: Literal["stdout", "stderr"]) -> bytes:
-        """What the guest wrote to a captured stream so far."""
+        """Return the bytes that the guest has written to a captured stream."""
 
     def can_restore(self) -> bool:
-        """Whether nothing but memories, saved globals and what `restore` knows can have changed since
-        the instance began.  Asked only of guests whose code and host allow a reset in place.
+        """Return true if only memories, saved globals and the state that `restore` renews can have changed.
+
+        Called only for guests whose code and host allow a reset in place.
         """
         for memory in self.memories:
             if memory.byte_size != memory.request.minimum:
@@ -249,14 +247,14 @@ class Live(abc.ABC):
         return True
 
     def settle_reset(self, outcome: int, generation: int, next_generation: int, key: int) -> None:
-        """Raise what became of a `fast_reset` that answered neither True nor False."""
+        """Raise the exception of a `fast_reset` that answered neither True nor False."""
         raise NotImplementedError
 
     def hold(self, generation: int, key: int, *, alone: bool = False) -> None:
-        """Keep other threads' entries out until `restore` or `let_go`, and with `alone` those of this thread;
-        raises InUse while one runs, and UsedAfterClose.
+        """Keep other threads' entries out until `restore` or `let_go`, and with `alone` those of this thread too.
 
-        `key`, from `HOLDS`, says afterwards if it came to that: a signal's handler may raise as this returns.
+        Raises InUse while an entry runs, and UsedAfterClose.  `key`, from `HOLDS`, tells afterwards if the hold
+        began, because a signal's handler may raise as this method returns.
         """
         if generation != self.generation or self.ended:
             self.refuse(generation)
@@ -271,17 +269,13 @@ class Live(abc.ABC):
 
     @abc.abstractmethod
     def restore(self, generation: int) -> None:
-        """Give every saved global its initial value, renew what the instance has of WASI, and let the handles of
-        that lease in.
-        """
+        """Give every saved global its initial value, renew the instance's WASI, and admit the handles of that lease."""
 
     def wake(self) -> None:  # noqa: B027 - most have nothing that runs out
-        """A lease begins, and the instance may have waited for long: renew what runs out."""
+        """Renew deadlines at the start of a lease, because the instance may have waited for long."""
 
     def let_go(self, key: int) -> bool:
-        """Let entries in again, without having restored anything; False, and nothing happens, if it is not held
-        with this key.
-        """
+        """Admit entries again without restoring anything; False, and nothing happens, if `key` does not hold it."""
         if self.held != key:
             return False
         self.held = 0
@@ -290,22 +284,21 @@ class Live(abc.ABC):
 
     @abc.abstractmethod
     def saved_values(self) -> dict[int, int | None]:
-        """The bits that the plan's saved globals hold now, by index, as `wasm.encode_constant` takes
-        them; raises SnapshotRefused for one that cannot be told.
+        """Return the present bits of the plan's saved globals, by index, as `wasm.encode_constant` takes them.
+
+        Raises SnapshotRefused for a global that cannot be read.
         """
 
     def descriptors_changed(self) -> str | None:
-        """The sentence that says why the guest may have WASI descriptors that a new instance has not,
-        or None.
-        """
+        """Return why the guest may have WASI descriptors that a new instance lacks, as a sentence, or None."""
         return None
 
     @abc.abstractmethod
     def dispose(self, generation: int | None = None) -> bool | None:
-        """Let go of everything the runtime holds; True if the memories may be released now, False
-        if it still uses them.  Once more, after it was cut short or not, does what is left to do.
+        """Release everything that the runtime holds; idempotent, also after it was cut short.
 
-        None, and nothing happened, if the lease `generation` is given and has ended.
+        True if the memories may be released now, False if the runtime still uses them.  None, and nothing
+        happened, if the lease `generation` is given and has ended.
         """
 
     @property
@@ -314,7 +307,7 @@ class Live(abc.ABC):
         """The runtime's own instance."""
 
     def give_native(self, generation: int) -> Any:
-        """The runtime's own instance for the embedder, within an entry."""
+        """Return the runtime's own instance for the embedder, within an entry."""
         native = self.native
         if generation != self.admits or self.ended:  # compared last, as in read_memory
             self.refuse(generation)

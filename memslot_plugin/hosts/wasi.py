@@ -1,4 +1,4 @@
-"""What a WASI preview 1 guest may see of this machine: nothing, unless it is given here."""
+"""WASI preview 1: the parts of this machine that a guest may see, which are none by default."""
 
 from __future__ import annotations
 

@@ -170,7 +170,7 @@ class WasmtimeRuntime(Runtime):
         CREATORS[self._creator.identity] = self._creator
 
     def _engine_config(self) -> wasmtime.Config:
-        """What the engine of our guests is made from."""
+        """Return the configuration of the engine that guests run on."""
         settings, config = self.leases.settings, wasmtime.Config()
         if self._configure is not None:
             self._configure(config)
