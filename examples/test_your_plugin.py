@@ -1,7 +1,7 @@
 """Test a plugin of your own without a runtime: `FakeHost` leases, grows and resets memories like every host.
 
-A guest of the fake host is a real module with its data and limits.  Its functions are Python: each is called with the
-live instance, which reads, writes and grows the memory, and traps outside of it.
+A guest of the fake host is a real module with its data and limits. Its functions are Python: each gets the live
+instance, which reads, writes and grows the memory, and traps outside of it.
 
     python -m pytest examples/test_your_plugin.py
 """
@@ -25,7 +25,7 @@ MODULE = bytes.fromhex(
 
 
 class Meter:
-    """The plugin to be tested: counts the dirty bytes of each tenant, and limits memories to two pages."""
+    """The plugin under test: counts the dirty bytes of each tenant, and limits memories to two pages."""
 
     def __init__(self) -> None:
         self.dirty: Counter[str] = Counter()
@@ -40,7 +40,7 @@ class Meter:
 
 
 def shout(live, times):
-    """Run when the guest is called: a function of Python on the guest's memory."""
+    """Write to the memory when the guest is called."""
     live.write(0, 8, b"HELLO" * times)
     return len(live.read(0, 8, 5 * times))
 
@@ -52,7 +52,7 @@ def meter():
 
 @pytest.fixture
 def guest(meter):
-    # The strategy `copy` compares every page, so that it knows on any kernel how many bytes were dirty.
+    # The strategy `copy` compares each page: it counts the dirty bytes on any kernel.
     settings = memslot.Settings(slots=2, reset="copy")
     with memslot.FakeHost(settings, plugins=[meter], functions={"shout": shout}) as host:
         yield host.prepare(MODULE)

@@ -1,1 +1,1 @@
-"""The whole line, from module to reset: every cell of the matrix, real guests, and machines that refuse something."""
+"""Tests from module to reset: each cell of the matrix, real guests, and machines that refuse something."""

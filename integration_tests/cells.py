@@ -1,4 +1,4 @@
-"""The matrix: host x backend x allocation x reset x growth, and which of its cells cannot exist.
+"""The matrix host x backend x allocation x reset x growth, and its impossible cells.
 
 A cell is also the name in a test's brackets: `wasmtime-memfd-pooling-auto-mprotect`.
 """
@@ -28,7 +28,7 @@ GROWTHS = ("mprotect", "ftruncate")
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination of everything that a user can choose."""
+    """One combination of host, backend, allocation, reset and growth."""
 
     host: str
     backend: str
@@ -41,21 +41,21 @@ class Cell:
 
     @property
     def pairs(self) -> set[tuple[tuple[int, str], ...]]:
-        """All pairs of the five coordinates, with their places."""
+        """Return the pairs of the five coordinates, with their places."""
         return set(itertools.combinations(enumerate(astuple(self)), 2))
 
     @property
     def missing(self) -> str | None:
-        """The reason why this Python cannot open this cell's host, or None."""
+        """Return the reason why this Python cannot open the host of this cell, or None."""
         return runtimes.missing(self.host)
 
     @property
     def refused(self) -> bool:
-        """True if memslot refuses this cell: wasmer grows its mappings by mprotect itself."""
+        """Return True if memslot refuses this cell: wasmer grows its mappings by mprotect itself."""
         return self.host == "wasmer" and self.growth == "ftruncate"
 
     def settings(self, **changes: Any) -> memslot.Settings:
-        """The settings that make this cell."""
+        """Return the settings of this cell."""
         values = {
             "plugins": (self.backend,),
             "allocation": self.allocation,
@@ -64,12 +64,12 @@ class Cell:
             "slots": 4,
             "bounds_checks": "code" if self.growth == "ftruncate" else "guard",
             "image_limit": 512 * KIB,
-            "audit": 1.0,  # every reset is checked byte by byte
+            "audit": 1.0,  # each reset is checked byte by byte
         }
         return memslot.Settings(**{**values, **changes})
 
     def open(self, *, plugins: tuple[object, ...] = (), **changes: Any) -> memslot.Host:
-        """A host in this cell; `changes` are settings."""
+        """Open a host in this cell; `changes` are settings."""
         options = {"functions": toy.FUNCTIONS} if self.host == "fake" else {}
         return memslot.open_host(
             self.host, settings=self.settings(**changes), plugins=plugins, **options
@@ -77,33 +77,33 @@ class Cell:
 
     @contextmanager
     def serving(self, **changes: Any) -> Iterator[memslot.Host]:
-        """A host in this cell that must have nothing leased, and sound slots, at the end."""
+        """Open a host in this cell, and fail if it ends with a lease or an unsound slot."""
         with self.open(**changes) as host:
             yield host
             assert host.statistics().live_instances == 0
             check(host, in_use=0)
 
     def with_changes(self, **changes: str) -> Cell:
-        """This cell with some of its coordinates changed."""
+        """Return this cell with other coordinates."""
         return replace(self, **changes)
 
 
 def pools(host: memslot.Host) -> Iterator[tuple[str, memslot.Pool]]:
-    """Every pool behind a host, with the name of its plugin."""
+    """Return each pool behind a host, by the name of its plugin."""
     for name, plugin in host.plugins.manager.list_name_plugin():
         if isinstance(plugin, PoolAllocator) and plugin.pool is not None:
             yield name, plugin.pool
 
 
 def pool(host: memslot.Host) -> memslot.Pool:
-    """The only pool behind a host."""
+    """Return the only pool behind a host."""
     ((_, found),) = pools(host)
     return found
 
 
 def check(host: memslot.Host, *, in_use: int | None = None) -> None:
-    """Check every pool's invariant, and how many of its slots are leased."""
-    host.statistics()  # takes back what was dropped
+    """Check the invariant of each pool and its number of leased slots."""
+    host.statistics()  # takes back dropped slots
     for name, each in pools(host):
         each.check()
         if in_use is not None:
@@ -111,9 +111,10 @@ def check(host: memslot.Host, *, in_use: int | None = None) -> None:
 
 
 def pairwise(cells: Iterable[Cell]) -> tuple[Cell, ...]:
-    """A few of the cells, so that each two coordinates that one of `cells` has together are together in one of these.
+    """Choose a few cells that have each pair of coordinates of `cells`.
 
-    Greedy, and as small as a cover can be: 12 cells with wasmer, 8 without. Only the order of `cells` decides that.
+    The choice is greedy and as small as a cover can be: 12 cells with wasmer, 8 without. It depends on the order of
+    `cells` alone.
     """
     found, ordered = [], sorted(cells, key=lambda cell: (cell.reset, cell.host))
     missing = set().union(*(cell.pairs for cell in ordered))
@@ -132,13 +133,13 @@ RUNTIME_CELLS = tuple(cell for cell in POSSIBLE_CELLS if cell.host != "fake")
 PAIRWISE_CELLS = pairwise(POSSIBLE_CELLS)
 """The cells that T0 runs."""
 PLAIN_CELLS = tuple(Cell(host, backend) for host in HOSTS for backend in BACKENDS)
-"""One cell per host and backend, with the default of everything else."""
+"""One cell per host and backend, with defaults for the other coordinates."""
 SAMPLE_CELLS = (Cell("fake", "anonymous"), Cell("wasmtime", "memfd"), Cell("wasmer", "memfd"))
-"""The plain cells that T0 runs: each host and each backend."""
+"""Plain cells that T0 runs: each host and each backend."""
 TENANT_CELLS = (
     Cell("fake", "anonymous", "on-demand", "pagemap"),
     Cell("wasmtime", "memfd"),
     Cell("wasmtime", "anonymous", "on-demand", "copy", "ftruncate"),
     Cell("wasmer", "memfd", "on-demand", "madvise"),
 )
-"""The cells in which T0 has hostile tenants: each host, each backend and both allocations."""
+"""Cells in which T0 has hostile tenants: each host, each backend and both allocations."""

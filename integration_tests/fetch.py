@@ -1,4 +1,4 @@
-"""Files that are downloaded once, and kept in a folder of pytest's cache for every process that uses them."""
+"""Files that are downloaded once and kept in a folder of pytest's cache, for all processes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ATTEMPTS = 3
 
 
 def kept(path: Path, download: Callable[[Path], bytes]) -> bytes:
-    """The content of `path`. The process that comes first downloads it; `download` is given a folder to work in."""
+    """Return the content of `path`. The first process calls `download` with a folder to work in."""
     with (path.parent / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
@@ -25,9 +25,9 @@ def kept(path: Path, download: Callable[[Path], bytes]) -> bytes:
 
 
 def fetched(what: str, command: Sequence[str], folder: Path | None = None) -> None:
-    """Run a command in `folder`, up to three times, because a network may refuse something for a moment.
+    """Run a command in `folder`, up to three times: a network may fail for a moment.
 
-    An AssertionError says what could not be fetched, and why.
+    Raise AssertionError with the reason after the last failure.
     """
     for attempt in range(1, ATTEMPTS + 1):
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)

@@ -1,6 +1,6 @@
-"""An application for servers that fork: its guest is prepared, and has served, before the workers begin.
+"""An application for servers that fork. Its guest is prepared and has served before the workers begin.
 
-SERVED_BY names the host.  Each request looks for other tenants' bytes wherever they could be, and leaves its own there.
+SERVED_BY names the host. Each request looks for bytes of other tenants at each place, and leaves its own there.
 """
 
 from __future__ import annotations
@@ -29,10 +29,9 @@ _numbers = itertools.count()
 
 
 def tenant(instance: memslot.Instance) -> None:
-    """Find nothing but the guest's own bytes; leave a secret in its image, above it, at both ends, and in a global.
+    """Fail on bytes of others; leave a secret in the image, above it, at both ends, and in a global.
 
-    Some pages are drawn by each process for itself: what a worker writes where its master did not is what a reset of
-    the master's pages would miss.
+    Each process draws some pages for itself: a reset of the master's pages would miss writes of a worker to others.
     """
     assert instance.memory.byte_size == len(PRISTINE)
     assert instance.memory.read(0, len(PRISTINE)) == PRISTINE
@@ -44,7 +43,7 @@ def tenant(instance: memslot.Instance) -> None:
 
 
 def request(_number: int = 0) -> dict[str, Any]:
-    """Serve one request, by an instance that is leased and by one that is new; the process, and its pool's numbers."""
+    """Serve a request by a lease and by a new instance; return the process and the numbers of its pool."""
     with GUEST.lease() as leased, GUEST.instantiate() as new:
         tenant(leased)
         tenant(new)
@@ -62,7 +61,7 @@ def request(_number: int = 0) -> dict[str, Any]:
 
 
 HELD = GUEST.instantiate()
-"""An instance that is in use when the server forks."""
+"""Instance in use when the server forks."""
 tenant(HELD)
 for _ in range(3):
     request()
@@ -71,7 +70,7 @@ for _ in range(3):
 def application(
     environ: dict[str, Any], start_response: Callable[[str, list[tuple[str, str]]], object]
 ) -> Iterable[bytes]:
-    """WSGI; a request that finds something is answered by the server's own error."""
+    """Answer a WSGI request. The server answers with its own error if the request finds bytes of others."""
     start_response("200 OK", [("Content-Type", "application/json")])
     return [json.dumps(request()).encode()]
 

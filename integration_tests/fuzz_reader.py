@@ -2,9 +2,9 @@
 
 usage: python -m integration_tests.fuzz_reader [CORPUS] [-max_total_time=SECONDS] [-runs=N] [...]
 
-takes libFuzzer's options; atheris has builds for CPython 3.11 and later (pip install 'memslot[dev]'). For hours, give
-it a folder for the inputs that it keeps: python -m integration_tests.fuzz_reader corpus -max_total_time=36000.
-The checks are those of `memslot_plugin/tests/test_fuzz.py`; an input that fails them is written to a file.
+The options are libFuzzer's. atheris has builds for CPython 3.11 and later (pip install 'memslot[dev]'). A long run
+needs a folder for its inputs: python -m integration_tests.fuzz_reader corpus -max_total_time=36000.
+The checks are those of `memslot_plugin/tests/test_fuzz.py`. An input that fails them is written to a file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SEEDS = [*test_fuzz.CORPUS, *(generate(seed, FEATURES["wasmtime"]).binary for se
 
 
 def watch(watched: ModuleType) -> None:
-    """Instrument what a module defines; atheris's import hook does not see an editable installation."""
+    """Instrument the functions of a module: atheris's import hook does not see an editable installation."""
     for found in list(vars(watched).values()):
         if getattr(found, "__module__", None) == watched.__name__:
             for each in vars(found).values() if inspect.isclass(found) else [found]:
@@ -36,7 +36,7 @@ def watch(watched: ModuleType) -> None:
 
 
 def change(data: bytes, most: int, seed: int) -> bytes:
-    """Return one more input: a known module or this one, damaged."""
+    """Return another input: a known module or this one, damaged."""
     rng = random.Random(seed)
     start = rng.choice(SEEDS) if rng.random() < 0.05 or len(data) < 16 else data
     return mutations.mutated(rng, start)[:most]

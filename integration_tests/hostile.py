@@ -1,4 +1,4 @@
-"""Guests that try to leave a message for the next tenant, and accesses at every boundary there is."""
+"""Guests that try to leave a message for the next tenant, and accesses at each boundary."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from . import toy
 from .toy import PAGE
 
 MAXIMUM = 8
-"""Pages that a toy guest may have."""
+"""Most pages of a toy guest."""
 
 STATE = """
   (global $l (mut i64) (i64.const 12)) (global $v (mut v128) (v128.const i64x2 15 16))
@@ -31,8 +31,7 @@ STATE = """
     (call $fill (i32.const 0) (i32.const 70000) (i32.const 0xEE)) (call $help (local.get 0))
     (call $fill (i32.const 70000) (i32.const 100) (i32.const 0xEE)))
 """
-"""Globals that are not exported; a recursion without end that writes as it goes; a host function that is called in the
-middle of writing."""
+"""Hidden globals, an endless recursion that writes, and a host function that is called between writes."""
 
 TABLE = """
   (table $t 4 8 funcref) (elem (i32.const 0) $one) (elem $spare func $two) (data $words "secret")
@@ -43,7 +42,7 @@ TABLE = """
   (func (export "ask_table") (param i32) (result i32) (call_indirect $t (result i32) (local.get 0)))
   (func (export "read_words") (memory.init $words (i32.const 0) (i32.const 0) (i32.const 6)))
 """
-"""A table that changes, and segments that are dropped."""
+"""Code that changes a table and drops segments."""
 
 SUM_OF_GLOBALS = 12 + 15 + 16
 
@@ -56,7 +55,7 @@ GUESTS = {
     "smaller": (1, [(65532, "tiny")], ""),
     "larger": (6, [(5 * PAGE, "big")], ""),
 }
-"""Pages, data and further code of guests of one host; all have the functions of the toy guest, too."""
+"""Pages, data and further code of guests. Each has the functions of the toy guest too."""
 
 
 def text(name: str) -> str:
@@ -74,7 +73,7 @@ def pristine(name: str) -> bytes:
 IMPORTS = {"env": {"help": lambda _: 1 // 0}}
 
 
-# -- what an attacker does; all of it traps or returns, and the tenant then goes
+# -- attacks: each traps or returns, and the tenant then goes
 
 
 def traps(instance: memslot.Instance, *call: Any) -> None:
@@ -148,7 +147,7 @@ IN_CODE: tuple[Attack, ...] = (set_globals, overflowed_the_stack, host_function_
 
 
 def attacks(host: str) -> list[tuple[str, Attack]]:
-    """Guests and what each of them does; the fake host runs no code."""
+    """Return guests with their attacks. The fake host runs no code."""
     found = [("attacker", attack) for attack in ANYWHERE]
     found += [("no image", every_byte), ("no image", grown)]
     if host != "fake":
@@ -164,13 +163,13 @@ ACCESSES = {
     "v128.load": 16, "i32.store8": 1, "i32.store16": 2, "i32.store": 4, "i64.store32": 4, "i64.store": 8,
     "f32.store": 4, "f64.store": 8, "v128.store": 16,
 }  # fmt: skip
-"""Instructions, and how many bytes each reads or writes."""
+"""Instructions, and the number of bytes that each reads or writes."""
 OFFSETS = (0, 1, PAGE, 0x7FFFFFFF, 0xFFFFFFFF)
-"""Static ones."""
+"""Static offsets."""
 
 
 def accesses() -> str:
-    """A module with a function for each access of each width at each static offset, and the bulk operations."""
+    """Return a module with a function per access, width and static offset, and per bulk operation."""
     functions = []
     for name, offset in itertools.product(ACCESSES, OFFSETS):
         kind, _, verb = name.partition(".")
@@ -195,7 +194,7 @@ def signed(address: int) -> int:
 
 
 def edges(size: int, width: int) -> list[int]:
-    """Addresses, as an effective one, of which at least one byte is outside of `size`; the first is the nearest."""
+    """Return effective addresses with at least one byte outside of `size`, the nearest first."""
     page = memslot.probe().page_size
     return [
         *(size - width + 1 + each for each in range(width)),
@@ -206,7 +205,7 @@ def edges(size: int, width: int) -> list[int]:
 
 
 def out_of_bounds(size: int) -> list[tuple[str, int]]:
-    """(function, address argument) of accesses that have to trap in a memory of `size` bytes."""
+    """Yield (function, address argument) of accesses that have to trap in a memory of `size` bytes."""
     found = []
     for (name, width), offset in itertools.product(ACCESSES.items(), OFFSETS):
         for edge in edges(size, width):

@@ -1,6 +1,6 @@
 """A real guest: QuickJS compiled for WASI, taken from the wheel of the Python package quickjs-rs.
 
-The package drives it with wasmtime; here only its module is used, through memslot or a runtime alone.
+The package runs it on wasmtime. These tests use its module alone, through memslot or a runtime.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ REQUIREMENT = (
     " --hash=sha256:3591faae7eef58f41e01f50071795679f2b53042e40a64f3784546a6bde35339\n"
 )
 MODULE = "quickjs_rs/_guest.wasm"
-# The package wants Python 3.11, its module runs anywhere.
+# The package needs Python 3.11; its module does not.
 OPTIONS = "--quiet --no-deps --no-cache-dir --only-binary=:all: --ignore-requires-python"
 
 IMPORTS = {
@@ -31,11 +31,11 @@ IMPORTS = {
         "host_module_load": lambda *_: 0,
     }
 }
-"""A world without host functions and modules: a call of one fails inside the guest."""
+"""Imports without host functions and modules: a call of one fails inside the guest."""
 
 
 def fetch(folder: Path) -> bytes:
-    """The module; a failure to download it is an error."""
+    """Return the module. A failed download is an error."""
     return kept(folder / "quickjs-0.2.6.wasm", _download)
 
 
@@ -49,7 +49,7 @@ def _download(work: Path) -> bytes:
 
 
 class Pooled:
-    """An instance of memslot's as a machine."""
+    """A machine that is an instance of memslot."""
 
     def __init__(self, instance: memslot.Instance) -> None:
         self.call = instance.call
@@ -63,7 +63,7 @@ WRAPPED = """(() => {
 
 
 def evaluate(machine: Pooled, source: str) -> str:
-    """The value of a script as text; raises ValueError with what the script threw."""
+    """Return the value of a script as text. Raise ValueError with the exception of the script."""
     code = (WRAPPED % json.dumps(source)).encode()
     at = machine.call("qjs_alloc", len(code))
     machine.write(at, code)

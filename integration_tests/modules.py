@@ -1,6 +1,6 @@
-"""Modules of shapes that the generator does not hit, each with calls that tell whether it computes what it should.
+"""Modules of shapes that the generator misses, each with calls whose results can be compared.
 
-They lie at an exact boundary, or run natively for a reason, or have names that a generator would not choose.
+Each lies at an exact boundary, or runs natively for a reason, or has names that a generator would not choose.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ACCESS = """
 
 
 def calls(text: str) -> tuple[native.Call, ...]:
-    """Calls written as "function number number; function"."""
+    """Parse calls written as "function number number; function"."""
     words = map(str.split, text.split(";"))
     return tuple((function, *map(int, numbers)) for function, *numbers in words)
 
@@ -29,28 +29,28 @@ WALK = calls(
     "size; load 0; load 8; load64 65528; load64 65529; store 65535 7; store 65536 7; load 65535;"
     "grow 1; store 65536 9; load 65536; load -1; grow 1; grow -1; size; store 0 255; load 0"
 )
-"""Calls that touch both ends of the first page, grow, and touch what is new."""
+"""Calls that touch both ends of the first page, grow, and touch the new page."""
 
-MANY = 100  # parameters: few frames exhaust a stack then, and wasmer looks each of them up
+MANY = 100  # many parameters: few frames exhaust the stack, and wasmer looks up each frame
 EMBEDDED = (Import("memory", "memory", (1, 3)),)
 
 
 @dataclass(frozen=True)
 class Module:
-    """The fields of a module beside its memory and the functions above; without a memory all of its fields.
+    """Fields of a module beside its memory and the functions above; without a memory all of its fields.
 
-    `reason` is a part of what the report says if there is no image.
+    `reason` is a part of the sentence in the report if there is no image.
     """
 
     fields: str = ""
     calls: tuple[native.Call, ...] = WALK
     memory: str | None = '(memory (export "memory") 1 3)'
     images: tuple[bool, ...] | None = None
-    """For each memory: true if it has an image. By default one memory, with an image if there is no reason."""
+    """For each memory, true if it has an image. The default is one memory, with an image unless there is a reason."""
     reason: str = ""
     imports: tuple[Import, ...] = ()
     native_on: tuple[str, ...] = ()
-    """Hosts that cannot have any slot for it."""
+    """Hosts on which no slot can serve it."""
     probes: tuple[native.Call, ...] = ()
     snapshot_at: int = 2
 

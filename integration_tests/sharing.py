@@ -1,4 +1,4 @@
-"""Actions of other processes on a guest: importable by them, as multiprocessing demands."""
+"""Actions of other processes on a guest, importable as multiprocessing needs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def facts(instance: memslot.Instance) -> dict[str, Any]:
 
 
 def use(guest: memslot.Guest) -> dict[str, Any]:
-    """Call, write, reset and read, as a worker does, and return what was found."""
+    """Call, write, reset and read, as a worker does, and return the findings."""
     with guest.instantiate() as instance:
         before = instance.memory.read(0, instance.memory.byte_size)
         answers = [instance.call("load", 7)]
@@ -53,9 +53,7 @@ def use(guest: memslot.Guest) -> dict[str, Any]:
 def work(
     cell: Cell, connection: Any, shared: SharedGuest, more: tuple[Any, str, Path] | None
 ) -> None:
-    """Use, in a worker with a host of its own, what was its argument; then what comes through a queue, a socket
-    and a file.
-    """
+    """Use the guest of an argument on a host of this worker; then guests from a queue, a socket and a file."""
     with cell.serving(slots=2, image_limit="64MiB") as host:
 
         def attached(found: SharedGuest) -> memslot.Guest:

@@ -1,9 +1,9 @@
-"""The long run: every verb of a host and more, round after round, and what it costs.
+"""The long run: each verb of a host, round after round, and its costs.
 
 By hand: python -m integration_tests.soak HOST [SECONDS] [--quickjs FILE]
 
-A round is every act once, in an order of its own.  After each act every slot that a tenant gets has to be pristine, and
-every reset is audited byte by byte.
+A round does each act once, in a drawn order. After each act each slot of a new tenant has to be pristine. Each reset
+is audited byte by byte.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CALLS_OUT = f"""(module (import "env" "help" (func $help (param i32) (result i32
 
 
 class Refused(Exception):
-    """An error of the host function's, raised in mid-call."""
+    """Error that a host function raises in the middle of a call."""
 
 
 def help_(number: int) -> int:
@@ -48,7 +48,7 @@ def help_(number: int) -> int:
 
 
 class Soak:
-    """The acts of a round."""
+    """Acts of a round."""
 
     def __init__(self, world: World, quickjs: bytes | None) -> None:
         self.world = world
@@ -66,7 +66,9 @@ class Soak:
             self.acts.append(self.threads)
         if quickjs is not None:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", memslot.RepeatedRandomness)  # no call here draws
+                warnings.simplefilter(
+                    "ignore", memslot.RepeatedRandomness
+                )  # no call here draws a random number
                 self.javascript = world.host.prepare(
                     quickjs, imports=javascript.IMPORTS, wasi=memslot.Wasi(), init=boot
                 )
@@ -123,13 +125,13 @@ class Soak:
 
 
 def boot(instance: memslot.Instance) -> None:
-    """QuickJS with its runtime made, and once used."""
+    """Boot QuickJS and use it once."""
     instance.call("_initialize") if "_initialize" in instance.exports else None
     javascript.evaluate(javascript.Pooled(instance), "6 * 7")
 
 
 def soak(cell: Cell, seconds: float, quickjs: bytes | None = None) -> str:
-    """Rounds for so long, after a fifth of that to warm up; what they cost, once nothing is left of them."""
+    """Run rounds for these seconds, after a fifth of them to warm up; return the costs, after a leak check."""
     world = World(cell, slots=4, audit=1.0, wait_timeout=20, image_limit=64 * MIB)
     with world.host as host:
         run = Soak(world, quickjs)
@@ -137,7 +139,7 @@ def soak(cell: Cell, seconds: float, quickjs: bytes | None = None) -> str:
         warm = 0
         while warm < 3 or time.monotonic() < started + seconds / 5:
             run.round(seldom=True)
-            warm += 1  # what a process opens once is opened in these, on a slow machine too
+            warm += 1  # at least these rounds: a slow machine too has to open all that a process opens once
         before, objects = Footprint.now(), count_objects()
         took: list[float] = []
         begin = now = time.monotonic()
@@ -159,8 +161,7 @@ def soak(cell: Cell, seconds: float, quickjs: bytes | None = None) -> str:
         print(said, flush=True)
         assert audits > 0
         assert sum(pool.failed_resets for pool in pools) == 0
-        # Whose images lie in the idle slots, in how many extents, and how much of those slots the memories could access
-        # that they held last, is as chance has it; a reservation that is lost has gigabytes.
+        # Images, extents and accessible bytes of idle slots depend on chance. A lost reservation would have gigabytes.
         allowed = replace(
             before, image_mappings=before.image_mappings + 8, reserved=before.reserved + 64 * MIB
         )

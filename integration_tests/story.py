@@ -2,7 +2,8 @@
 
 usage: python -m integration_tests.story [--without-traps] HOST ... [SETTING=VALUE ...] [doctor]
 
-Prints a report per host with the default settings under "", then one per host under each SETTING=VALUE, then doctor's.
+Prints a report per host with the default settings under "", then one per host under each SETTING=VALUE, then the
+report of doctor.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ CALLS = (
     ("bump",),
 )
 TRAPS = {("load", 4 * PAGE), ("load", 2 * PAGE), ("fill_and_trap", 5, 5, 5)}
-"""A runtime learns of them by a signal, which an emulator may not pass on."""
+"""Calls that trap. A runtime learns of traps by a signal, which an emulator may not pass on."""
 
 PROC = Path("/proc/self/maps").exists()
 
@@ -52,8 +53,9 @@ def digest(instance: memslot.Instance) -> str:
 
 
 def tell(host: memslot.Host) -> dict[str, Any]:
-    """Two guests in turn: what they hold, compute, grow to, trap at, and hold after a reset.  Then warm a guest: the
-    error, and that its slots serve as before.
+    """Use two guests in turn; return their bytes, results, growth, traps, and bytes after a reset.
+
+    Then warm a guest; return the error, and the same after it.
     """
     happened: list[Any] = []
     guests = [host.prepare(module) for module in (toy.A, toy.B)]

@@ -1,4 +1,4 @@
-"""Bytes that are no module, or too large a one: a clear error, nothing leaked, and the host goes on serving."""
+"""Bytes that are no module, and modules that are too large: a clear error, no leak, and the host goes on serving."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from .toy import PAGE
 
 
 def test_bytes_that_are_no_module_are_refused(host: memslot.Host) -> None:
-    """The sentences for all kinds of such bytes are in memslot_plugin/tests/test_wasm.py."""
     for content, sentence in (
         (b"", "the module is empty (0 bytes); allowed is"),
         (toy.A[:-1], "the module is truncated: its custom section needs"),

@@ -1,4 +1,4 @@
-"""Too many at once, too late, twice, or on another thread: a clear error, no leak, and the host goes on serving."""
+"""Calls too many at once, too late or twice: a clear error, no leak, and the host goes on serving."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .expect import raises
 
 
 def each_raises(uses: Iterable[Callable[[], object]], said: str) -> None:
-    """Every use is refused because something was closed or released before."""
+    """Fail unless each use raises UsedAfterClose."""
     for use in uses:
         with raises(memslot.UsedAfterClose, said, ValueError):
             use()

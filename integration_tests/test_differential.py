@@ -46,7 +46,7 @@ def test_generated_module_does_what_it_does_natively(
     assert tally.counts["lives"] > 2 * len(seeds)
 
 
-# What the comparison is worth
+# Comparisons with a broken memslot
 
 
 def globals_stay(monkeypatch: pytest.MonkeyPatch, host: memslot.Host) -> None:
@@ -68,7 +68,7 @@ def tables_stay(monkeypatch: pytest.MonkeyPatch, host: memslot.Host) -> None:
 
 
 def data_is_cut(monkeypatch: pytest.MonkeyPatch, host: memslot.Host) -> None:
-    """Cut the last byte of each segment from the images."""
+    """Cut the last byte of each segment off the images."""
     right = guests.Segment
     monkeypatch.setattr(guests, "Segment", lambda offset, data: right(offset, data[:-1]))
 
@@ -89,7 +89,7 @@ SABOTAGE = {
     "start_runs_twice": (rewritten_with(drop_start=False), "instance of a snapshot"),
     "values_are_lost": (rewritten_with(initial_values=None), "instance of a snapshot"),
 }
-"""The sabotage, and a part of the name of the life that shows it."""
+"""Sabotage, and a part of the name of the life that shows it."""
 
 
 @pytest.mark.parametrize("sabotage", SABOTAGE)
@@ -149,11 +149,10 @@ WANTED = [
     *("data=b''", "image=True", "image=False", "belongs to the embedder"),
     *("instantiation traps", "is global", "is shared", "at the last byte", "a computed offset"),
 ]
-"""Parts of how a module and its plan are printed, and two things that do not show there."""
+"""Parts of the printed module and plan, and two items that are not printed."""
 
 
 def test_generated_modules_together_have_each_promised_kind_of_item() -> None:
-    """Find every promised kind of item among some hundreds of modules."""
     found: Counter[str] = Counter()
     for seed in range(400):
         binary = generate(seed, FEATURES["wasmtime"]).binary

@@ -1,4 +1,4 @@
-"""The examples run and print what they say, and the plugin among them is found where it is installed."""
+"""The examples: printed output as documented, and the plugin found where it is installed."""
 
 from __future__ import annotations
 
@@ -66,11 +66,11 @@ def test_example_when_run_prints_its_documented_output(
     command = [sys.executable, "-W", "error", EXAMPLES / name]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    bob = "refused" if host == "wasmtime" else "granted"  # wasmer grows before it tells
+    bob = "refused" if host == "wasmtime" else "granted"  # wasmer grows before it reports
     assert done.stdout == PRINTED[name].format(host=host, backend=backend, bob=bob)
 
 
-# A third party's plugin, found by its entry point: unpacked by hand in T0, installed by pip in T1
+# A plugin of another distribution, found by its entry point: unpacked by hand in T0, installed by pip in T1
 
 TENANT_LIMITS = EXAMPLES / "tenant_limits"
 PROGRAM = """

@@ -1,4 +1,4 @@
-"""Processes that run out of something: an error that names the limit, nothing lost, and served as before afterwards."""
+"""Processes that run out of something: an error that names the limit, no loss, and service as before afterwards."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LIMITS = {
 
 @functools.cache
 def told(cell: Cell) -> dict[str, Any]:
-    """Errors by way and amount, of one process that runs out of everything in turn."""
+    """Return errors by way and amount, of a process that runs out of each in turn."""
     every = "2" if FACTOR == 1 else "1"
     return dict(
         json.loads(output("-m", "integration_tests.exhausted", cell.host, cell.backend, every))
@@ -44,13 +44,13 @@ def test_process_that_runs_out_is_told_of_what_and_serves_on(plain_cell: Cell, w
 
 
 def takes(cell: Cell, way: str) -> bool:
-    """True if anything of a host's life takes some of it: an image is a file, and a runtime maps its code."""
+    """Return True if a host takes any of it: an image is a file, and a runtime maps its code."""
     if way in {"descriptors", "file_size"}:
         return cell.backend == "memfd"
-    if way == "data":  # which is where every growth counts
+    if way == "data":  # growth counts here alone
         return True
     if cell.host == "wasmer" and way == "mappings" and cell.backend == "anonymous":
-        return False  # it compiles nothing here
+        return False  # the fake host compiles nothing
     return cell.backend == "memfd" or cell.host in cells.REAL_HOSTS
 
 

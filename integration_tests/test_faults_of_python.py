@@ -1,4 +1,4 @@
-"""System calls that Python makes for memslot, which the core's gate does not see: strace lets each fail for real."""
+"""System calls that Python makes for memslot, past the gate of the core: strace makes each fail."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LIMIT = "/proc/sys/vm/max_map_count"
 
 @functools.cache
 def story(path: str = "", calls: str = "", fault: str = "") -> dict[str, Any]:
-    """The fake host's reports by setting, where system calls on a path fail as strace's option `inject` says it."""
+    """Return reports of the fake host by setting. strace's option `inject` makes system calls on a path fail."""
     require("strace", "-o", os.devnull)
     inject = ("-P", path, "-e", f"trace={calls}", "-e", f"inject={calls}:{fault}")
     told = output(
@@ -29,7 +29,7 @@ def story(path: str = "", calls: str = "", fault: str = "") -> dict[str, Any]:
 
 
 def one_of(*errors: str) -> pytest.MarkDecorator:
-    """The first error in T0, all of them in the gate."""
+    """Return the errors as parameters: the first in T0, all in the gate."""
     others = [pytest.param(error, marks=pytest.mark.gate) for error in errors[1:]]
     return pytest.mark.parametrize("error", [errors[0], *others])
 
@@ -105,6 +105,6 @@ assert not said, said
 
 @pytest.mark.parametrize("how", ["short", pytest.param("closed", marks=pytest.mark.gate)])
 def test_forked_child_opens_a_pagemap_of_its_own_or_drops_pages(how: str) -> None:
-    """Without a descriptor left one reset drops pages; a failure to close its parent's pagemap costs nothing."""
+    """Without a free descriptor one reset drops pages. A failed close of the parent's pagemap costs nothing."""
     done = run("-c", FORKED, how)
     assert (done.returncode, done.stderr) == (0, "")

@@ -1,6 +1,4 @@
-"""Each system call of the core fails once, at each point of each verb: an error that says so, nothing lost, and no byte
-of another tenant.
-"""
+"""Each system call of the core fails once, in each verb: an error that names it, no loss, no foreign byte."""
 
 from __future__ import annotations
 
@@ -35,7 +33,7 @@ def failed_resets(world: World) -> int:
 
 
 def fails(world: World, verb: str, fault: Fault) -> bool:
-    """One verb, with a fault in its action; return whether the action got that far."""
+    """Run a verb with a fault in its action; return True if the action reached it."""
     setup, action = VERBS[verb]
     given = setup(world)
     before = failed_resets(world)
@@ -44,13 +42,13 @@ def fails(world: World, verb: str, fault: Fault) -> bool:
         try:
             result = action(world, given)
         except memslot.GrowthRefused:
-            result = -1  # as an instruction of the guest says it
+            result = -1  # the answer of memory.grow
         except memslot.MemslotError as raised:
             error = str(raised)
             assert os.strerror(fault.error) in error.partition(": ")[2], error
             assert not verb.startswith("reset") or given.closed
     told = error or injection.logged or result == -1 or failed_resets(world) > before
-    if verb != "close a host":  # whose statistics go with it
+    if verb != "close a host":  # its statistics are gone
         assert told or fault.may_be_silent or not injection.hit, f"no error and no log: {fault}"
     finish(given)
     return injection.hit
@@ -66,7 +64,7 @@ def test_system_call_that_fails_once_in_a_verb_loses_nothing(
     hits = 0
     with World(tried, audit=1.0) as world:
         for call, errors in PLAUSIBLE.items():
-            if call in LEAKING:  # which test_faults.py looks at
+            if call in LEAKING:  # tested in test_faults.py
                 continue
             for skip in itertools.count():
                 chosen = errors if LONG else errors[skip % len(errors) :][:1]

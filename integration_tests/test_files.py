@@ -1,6 +1,6 @@
-"""Guests as files: saved by one host, loaded by another, with compiled code that is used only if it is trusted.
+"""Guests as files: saved by one host, loaded by another, with compiled code that is used if trusted.
 
-Processes that load one file share its pages: see test_sharing.py.
+Processes that load one file share its pages: test_sharing.py.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def test_initialised_guest_loads_grown_and_prepared_guest_runs_its_start(
         guest.save(path)
         again = host.load(path, imports=imports)
         assert again.report.memories[0].minimum_bytes == 10 * PAGE
-        # The places in the code move as a module is rewritten.
+        # Places in the code move in a rewritten module.
         verdicts = [str(each.report.verdict) for each in (guest, again)]
         assert len({re.sub("byte 0x[0-9a-f]+", "byte", verdict) for verdict in verdicts}) == 1
         assert again.report.changes == guest.report.changes
@@ -81,7 +81,7 @@ def test_guest_without_a_snapshot_loads_with_its_code(real_cell: Cell, tmp_path:
         text = """(module (import "env" "t" (table 1 funcref)) (memory (export "memory") 1)
           (data (i32.const 5) "x"))"""
     with real_cell.serving(slots=1) as host:
-        for module in (toy.assemble(text), toy.A):  # the first is left to the runtime
+        for module in (toy.assemble(text), toy.A):  # the first guest is left to the runtime
             guest = host.prepare(module)
             guest.save(tmp_path / "guest")
             again = host.load(tmp_path / "guest", trust_code=True)
@@ -144,7 +144,7 @@ def test_code_that_does_not_fit_is_compiled_again(real_cell: Cell, tmp_path: Pat
         ({key: b"not code at all"}, {}, "the file's code is for another runtime"),
         ({}, {}, "the file has no code"),
     ]
-    if real_cell.host == "wasmtime":  # no setting of ours changes what wasmer compiles
+    if real_cell.host == "wasmtime":  # no setting of memslot changes the code of wasmer
         changes += [
             (dict(found.code), {"bounds_checks": "code"}, "the file's code is for another runtime"),
             (dict(found.code), {"guard": "64MiB"}, "the file's code is for another runtime"),
@@ -208,7 +208,7 @@ def test_loaded_guest_that_maps_its_file_takes_no_memory_of_its_own(tmp_path: Pa
 def test_generated_module_loaded_from_its_file_goes_on_as_natively(
     real_cell: Cell, tmp_path: Path
 ) -> None:
-    """The differential proves that they go on from their snapshots."""
+    """test_differential.py proves it for snapshots without files."""
     runtime, compared = native.runtime(real_cell.host), 0
     with real_cell.serving(**differential.SETTINGS) as host:
         for seed in range(examples(16)):

@@ -1,4 +1,4 @@
-"""Servers of PyPI that fork their workers from a warmed master: no request finds another one's secret."""
+"""Servers of PyPI that fork workers from a warmed master: no request finds a secret of another."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ REFUSED = "madvise: PAGEMAP_SCAN: Permission denied"
 
 
 class Connection(http.client.HTTPConnection):
-    """HTTP through a Unix socket."""
+    """An HTTP connection through a Unix socket."""
 
     def __init__(self, path: Path) -> None:
         super().__init__("localhost", timeout=60)
@@ -51,14 +51,14 @@ def environment(host: str) -> dict[str, str]:
 
 @pytest.fixture
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Relative, because a Unix socket's name has 107 bytes at most (unix(7)), and uWSGI takes 102."""
+    """Return a relative path: the name of a Unix socket has at most 107 bytes (unix(7)), and 102 for uWSGI."""
     monkeypatch.chdir(tmp_path)
     return Path("socket")
 
 
 @contextmanager
 def serving(command: list[str], host: str, socket_path: Path) -> Iterator[None]:
-    """Start a server and end it; it has to answer within a minute."""
+    """Start a server, which has to answer within a minute, and end it."""
     log = socket_path.with_name("log")
     with log.open("wb") as output:
         server = subprocess.Popen(
@@ -80,7 +80,7 @@ def serving(command: list[str], host: str, socket_path: Path) -> Iterator[None]:
 
 
 def ask(socket_path: Path) -> list[dict[str, Any]]:
-    """The answers to all requests, of some clients at once."""
+    """Return the answers to all requests of some concurrent clients."""
 
     def client(_: int) -> list[dict[str, Any]]:
         answers = []

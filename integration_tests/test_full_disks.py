@@ -1,7 +1,4 @@
-"""Saving where it cannot succeed, for real: on a file system that is full, too small, or read-only.
-
-T0 has a sample of the same errors in test_container.py.
-"""
+"""Saving on a real file system that is full, too small, or read-only. test_container.py has a sample for T0."""
 
 from __future__ import annotations
 

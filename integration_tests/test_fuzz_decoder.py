@@ -28,9 +28,9 @@ Fuzz = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture
 def fuzz(tmp_path: Path) -> Fuzz:
-    """Compiles a decoder and runs it: a seed, rounds.
+    """Return a function that compiles a decoder and runs it with a seed and rounds.
 
-    The corpus is contents of code sections, each behind a byte that says how many things of each kind there are.
+    The corpus is contents of code sections, each behind a byte with the number of items of each kind.
     """
     constants = ("f32.const 1", "f64.const 1", "v128.const i64x2 1 1")
     sources = [toy.assemble(f"(module (func {f'(drop ({each}))' * 3}))") for each in constants]

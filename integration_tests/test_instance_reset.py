@@ -1,4 +1,4 @@
-"""After a reset an instance behaves as a new one does: in place, or by a new instance."""
+"""Resets of instances, in place or by a new instance: the instance then behaves as a new one."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ LOOK: tuple[tuple[Any, ...], ...] = (
 
 
 def done(instance: memslot.Instance, name: str, *arguments: Any) -> Any:
-    """Return the result of a call, or that it trapped."""
+    """Return the result of a call, or a note that it trapped."""
     try:
         return instance.call(name, *arguments)
     except memslot.GuestTrap:
@@ -59,7 +59,7 @@ def done(instance: memslot.Instance, name: str, *arguments: Any) -> Any:
 
 
 def seen(instance: memslot.Instance) -> list[Any]:
-    """Return all that the guest and the embedder can see of an instance."""
+    """Return the state of an instance that the guest and the embedder can see."""
     found: list[Any] = [instance.global_value("shown"), instance.memory.byte_size]
     return found + [done(instance, *call) for call in LOOK]
 
@@ -200,5 +200,5 @@ def test_reset_renews_captured_output_and_descriptors(real_cell: Cell, tmp_path:
         instance.reset()
         writes()
         assert instance.call("open", folder) == first
-        # wasmer has no new environment for an old instance.
+        # wasmer cannot give an old instance a new environment.
         assert resets(guest) == ((2, 0) if real_cell.host == "wasmtime" else (1, 1))

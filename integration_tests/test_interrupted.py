@@ -1,6 +1,6 @@
-"""KeyboardInterrupt and MemoryError in every verb: nothing is lost, and the host goes on serving.
+"""KeyboardInterrupt and MemoryError in the verbs of a request: no byte and no slot is lost, the host serves on.
 
-T0 and the gate interrupt each verb at some of its lines, and a night at every event, in more cells.
+T0 and the gate interrupt each verb at some of its lines, T2 at each event and in more cells.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ sampled = pytest.mark.parametrize(
 
 
 def interrupted(world: World, verb: str, interruption: Interruption) -> None:
-    """One verb, interrupted; its result and its arguments are dropped."""
+    """Interrupt one verb, and drop its result and arguments."""
     setup, action = VERBS[verb]
     given = setup(world)
     interruption.cut(lambda: action(world, given))
@@ -43,7 +43,7 @@ def interrupted(world: World, verb: str, interruption: Interruption) -> None:
 
 @contextmanager
 def judged(interruption: Interruption) -> Iterator[None]:
-    """Names the place in a failure; what finalizers and callbacks could not raise is one too."""
+    """Name the place of the interruption in a failure. An unraisable exception is a failure too."""
     heard: list[Any] = []
     before, sys.unraisablehook = sys.unraisablehook, heard.append
     try:
@@ -56,20 +56,22 @@ def judged(interruption: Interruption) -> Iterator[None]:
 
 
 def interruptions(places: Sequence[str]) -> Iterator[Interruption]:
-    """One for each event to be interrupted, of an action that has quietly been through these places."""
+    """Yield an interruption per chosen event of an action that went through these places undisturbed."""
     events: Sequence[int] = range(1, len(places) + 1)
     if not LONG:
-        lines = dict(zip(reversed(places), reversed(events), strict=True))  # where each is first
+        lines = dict(
+            zip(reversed(places), reversed(events), strict=True)
+        )  # the first event of each line
         events = sorted(lines.values())[1 :: max(len(lines) // (4 if FACTOR == 1 else 40), 1)]
     for number, at in enumerate(events):
         yield Interruption(ERRORS[number % 2]("injected"), at)
 
 
 def interrupt(cell: Cell, verb: str) -> int:
-    """Interrupt one verb, again and again; return how many events it has."""
+    """Interrupt one verb at each chosen event; return its number of events."""
     world = World(cell)
     with world:
-        interrupted(world, verb, Interruption())  # makes what is made once
+        interrupted(world, verb, Interruption())  # warm up
         quiet = Interruption()
         interrupted(world, verb, quiet)
         assert len(quiet.places) > 3
@@ -81,7 +83,7 @@ def interrupt(cell: Cell, verb: str) -> int:
         world.table.close()
         world.guest.close()
         left = Footprint.now().descriptors - before.descriptors
-        assert all("extension" in name for name in left), left  # one for each slot that grew
+        assert all("extension" in name for name in left), left  # an extension per slot that grew
     return len(quiet.places)
 
 

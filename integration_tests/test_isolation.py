@@ -1,4 +1,4 @@
-"""Nothing that a hostile guest leaves is found by the next tenant, and no access reaches a neighbour; in every cell."""
+"""Hostile guests in each cell: the next tenant finds none of their bytes, and no access reaches a neighbour."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from .toy import PAGE
 pytestmark = pytest.mark.scales
 
 TIMES = 6 if LONG else 1
-"""Rounds of each attack with each way to go; the next tenant is another one each time."""
+"""Rounds of each attack with each way to end. The next tenant differs each time."""
 PART = 1 if LONG else 12
-"""Parts of the accesses out of bounds, of which each cell tries one."""
+"""Parts of the accesses out of bounds. Each cell tries one part."""
 
 NEXT = ("attacker", "other image", "no image", "smaller", "larger", "spoiler")
 
 
 def part_of(cell: Cell) -> int:
-    """A number of the cell's own, the same in every run."""
+    """Return the part of this cell, equal in each run."""
     return zlib.crc32(str(cell).encode())
 
 
@@ -39,7 +39,7 @@ def prepare(host: memslot.Host) -> dict[str, memslot.Guest]:
 
 
 def look_around(instance: memslot.Instance, name: str) -> None:
-    """Compare all that a tenant can reach with what its module says."""
+    """Compare the reachable state of a tenant with its module."""
     expected = hostile.pristine(name)
     size = len(expected)
     memory, code = instance.memory, instance.guest.host.name != "fake"
@@ -54,7 +54,7 @@ def look_around(instance: memslot.Instance, name: str) -> None:
         said = f"outside memory 0 of {size} bytes"
         with pytest.raises(memslot.AccessOutOfBounds, match=said):
             memory.read(offset, length)
-    if code:  # what Python functions keep for themselves is theirs
+    if code:  # Python functions keep state of their own
         assert instance.call("bump") == 8
         assert instance.call("sum_of_globals") == hostile.SUM_OF_GLOBALS
     if code and name == "spoiler":
@@ -62,7 +62,7 @@ def look_around(instance: memslot.Instance, name: str) -> None:
         traps(instance, "ask_table", 1)
         instance.call("read_words")
         assert memory.read(0, 6) == b"secret"
-    # What growth brings is zeros, also where an earlier tenant wrote.
+    # Growth must bring zeros, where an earlier tenant wrote too.
     before = size // PAGE
     assert instance.call("grow", MAXIMUM - before) == before
     assert instance.call("different", size, (MAXIMUM - before) * PAGE, 0) == 0
@@ -84,13 +84,13 @@ def attack_and_leave(guest: memslot.Guest, attack: hostile.Attack, way: str) -> 
 
 
 def test_next_tenant_after_each_attack_finds_nothing(tenant_cell: Cell) -> None:
-    """Try each attack, each way to go, and each kind of next tenant, in the only slot."""
+    """Try each attack, each way to end, and each kind of next tenant, in the only slot."""
     with tenant_cell.serving(slots=1) as host:
         guests = prepare(host)
         ways = ("close", "reset", "drop", "lease")
         attacks = itertools.product(hostile.attacks(tenant_cell.host), ways, range(TIMES))
         for turn, ((name, attack), way, _) in enumerate(attacks, start=part_of(tenant_cell)):
-            # After a lease the next one has the same instance.
+            # The next lease has the instance of the one before.
             after = name if way == "lease" else NEXT[turn % len(NEXT)]
             try:
                 attack_and_leave(guests[name], attack, way)
@@ -156,7 +156,7 @@ def test_access_out_of_bounds_traps_and_reaches_no_neighbour(
                     traps(instance, *call)
                 assert instance.memory.read(0, size) == bytes(size), "a trap wrote something"
                 for name, width in hostile.ACCESSES.items():
-                    instance.call(f"{name}+0", size - width)  # the last place inside
+                    instance.call(f"{name}+0", size - width)  # the last offset inside
                 instance.memory.write(size - 16, bytes(16))
                 if pages == 2:
                     assert instance.call("grow", 1) == 2

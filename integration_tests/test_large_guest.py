@@ -1,6 +1,6 @@
-"""A guest of 70 MiB, CRuby: prepared, captured after it has booted, saved, loaded, and leased.
+"""CRuby, a guest of 70 MiB: prepared, captured after booting, saved, loaded, and leased.
 
-Compiling its 30 MB takes a minute on wasmtime and several on wasmer.
+Its 30 MB of code compile for a minute on wasmtime and for several minutes on wasmer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Instances that wait ready for the next request, and what makes each instance of a snapshot its own."""
+"""Leases: instances that wait ready, and reseeding of instances that repeat a snapshot."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def counter(real_cell: Cell) -> Iterator[memslot.Guest]:
 
 
 def lease_and(guest: memslot.Guest, *calls: str) -> list[Any]:
-    """Return the results of calls in a lease of their own."""
+    """Return the results of calls in a new lease."""
     with guest.lease() as instance:
         return [instance.call(name) for name in calls]
 
@@ -160,7 +160,7 @@ def test_deadline_begins_with_the_lease_and_not_with_the_wait_before_it() -> Non
                 with pytest.raises(memslot.GuestTrap, match="interrupt"):
                     instance.call("spin")
                 timer.join()
-            for _ in range(10):  # while it waits for its next lease
+            for _ in range(10):  # while the instance waits for its next lease
                 host.increment_epoch()
         assert host.statistics().instances == 1
         wrong.append("no deadline today")
@@ -216,7 +216,7 @@ def test_reseed_that_is_no_function_is_refused_before_anything_runs(plain_cell: 
 def test_reseed_that_raises_after_a_lease_is_logged(
     real_cell: Cell, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The request was served, and what its block raised is what its caller hears."""
+    """The caller gets the exception of the block, and not the one of reseeding: the request was served."""
     fails = [False]
 
     def draw() -> int:
@@ -245,7 +245,7 @@ def test_reseed_that_raises_after_a_lease_is_logged(
 
 
 class Reseed:
-    """Writes its count into each instance that repeats a snapshot, while there is entropy."""
+    """A plugin that writes a count into each instance that repeats a snapshot, until its entropy runs out."""
 
     def __init__(self) -> None:
         self.told: list[Any] = []

@@ -1,4 +1,4 @@
-"""A host that serves for long is as it was before: descriptors, mappings, objects, and memory too in a night."""
+"""Long runs of a host: descriptors, mappings and objects stay as before, in T2 resident memory too."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WARM_UP = 2_000 if LONG else 100
 
 
 def requests(guests: list[memslot.Guest], times: int) -> None:
-    """Each request is an instance of its own; most write a little, some a lot, a few grow, a few trap, a few reset."""
+    """Serve requests by new instances: most write a little, some a lot, a few grow, a few trap, a few reset."""
     for number in range(times):
         with guests[number % 16 == 5].instantiate(tenant="ann" if number % 2 else None) as instance:
             instance.call("store", number % (2 * PAGE), 255)

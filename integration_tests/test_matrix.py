@@ -1,4 +1,4 @@
-"""Every cell of the matrix does the same: hands out, grows, keeps tenants apart, resets and takes back."""
+"""A slot in each cell of the matrix: leased, grown, reset, released, and pristine for each tenant."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .toy import PAGE
 
 
 def leave_traces(instance: memslot.Instance) -> None:
-    """Write every byte, grow, write every new byte, change the global, and trap in the middle of more."""
+    """Write each byte, grow, write each new byte, change the global, and trap within another write."""
     size = instance.call("size")
     instance.call("fill", 0, size * PAGE, 0xEE)
     assert instance.call("grow", 3) == size
@@ -24,7 +24,7 @@ def leave_traces(instance: memslot.Instance) -> None:
 
 
 def assert_pristine(instance: memslot.Instance, module: bytes, host: str) -> None:
-    """Bytes, size and global are what a new instance of the module starts with."""
+    """Fail unless bytes, size and global are those of a new instance."""
     expected = toy.pristine(module, host)
     assert instance.memory.byte_size == len(expected)
     assert instance.memory.read(0, len(expected)) == expected
@@ -77,7 +77,7 @@ def test_instance_between_others_lives_in_a_slot_through_resets_and_gives_it_bac
 
 
 def test_guests_after_each_other_in_one_slot_find_their_own_image(cell: Cell) -> None:
-    """Another image, no image after an image, all zeros, and back."""
+    """The order is another image, no image after an image, all zeros, and back."""
     with cell.serving(slots=1) as host:
         guests = {module: host.prepare(module) for module in (toy.A, toy.B, toy.ZEROS, toy.WIDE)}
         assert guests[toy.ZEROS].report.memories[0].image

@@ -1,4 +1,4 @@
-"""Modules of every shape compute under memslot what the runtime alone computes, with an image or with a reason."""
+"""Modules of many shapes under memslot: results as natively, with an image or a reason for none."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ def test_module_of_any_shape_computes_what_it_computes_natively(runtime_cell: Ce
 def test_report_of_a_module_of_any_shape_is_what_inspect_prints(
     plain_cell: Cell, tmp_path: Path, subtests: pytest.Subtests
 ) -> None:
-    """Each memory has an image or a reason."""
     with plain_cell.serving() as host:
         for name, module in MODULES.items():
             with subtests.test(name):
@@ -58,7 +57,7 @@ def check_report(host: memslot.Host, module: Module, file: Path) -> None:
     shown = CliRunner().invoke(main, ["inspect", str(file), "--json"])
     assert shown.exit_code == 0, shown.output
     said = json.loads(shown.output)["hosts"]["wasmer" if host.name == "wasmer" else "wasmtime"]
-    # Which functions a fake guest has is the embedder's business.
+    # The embedder chooses the functions of a fake guest.
     assert said["report"] == json.loads(json.dumps(asdict(report)))
     assert said["refused"] is None
 

@@ -1,4 +1,4 @@
-"""Modules with something wrong in them: what the runtime refuses we refuse, what it accepts starts as it does there."""
+"""Modules with something wrong: memslot refuses and accepts them as the runtime does, and starts them alike."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ START = 8
 
 
 def compare_all(host: memslot.Host, modules: Iterable[bytes]) -> Tally:
-    """Compare modules with what they become natively; the host still serves then."""
+    """Compare modules with their native outcome, and fail unless the host still serves."""
     tally, runtime = Tally(), native.runtime(host.name)
     for seed, module in enumerate(modules):
         compiled = runtime.compiled(module)
@@ -31,7 +31,7 @@ def compare_all(host: memslot.Host, modules: Iterable[bytes]) -> Tally:
         given = tuple(Import(each.name, "function", (), each.module) for each in functions)
         try:
             if compiled is not None and START in dict(mutations.sections(module)):
-                host.prepare(module).close()  # what starts may never end
+                host.prepare(module).close()  # a start function may never end
             else:
                 differential.compare(host, Given(module, given), tally)
             assert not tally.differences
@@ -74,7 +74,7 @@ def test_quickjs_with_something_wrong_starts_or_is_refused_as_natively(
 
 
 def changed_a_little(rng: random.Random, module: bytes) -> bytes:
-    """A large module that a runtime often accepts: half of the changes are in its data and names."""
+    """Change a large module, half of the time in its data and names, so that a runtime often accepts it."""
     if rng.random() < 0.5:
         return mutations.mutated(rng, module)
     at = rng.randrange(len(module) * 9 // 10, len(module))

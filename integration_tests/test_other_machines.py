@@ -1,5 +1,6 @@
-"""Other machines: an emulated processor (qemu-user), an older kernel with sysctls of its own (User-Mode Linux), and
-larger pages. Memslot finds out by trying what is missing there, and serves alike.
+"""An emulated processor (qemu-user), an older kernel with its own sysctls (User-Mode Linux), and larger pages.
+
+The probe finds the missing calls by trying, and hosts serve alike.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ SMALL = ("BOUNDS_CHECKS=code", "RESERVED=64MiB", "GUARD=64KiB", "MEMORY_LIMIT=64
 
 @functools.cache
 def emulated(*command: str, settings: tuple[str, ...] = ()) -> Any:
-    """The JSON that a Python program prints under qemu's emulation of this processor's own kind."""
+    """Return the JSON that a Python program prints under qemu, which emulates the kind of this processor."""
     qemu = f"qemu-{os.uname().machine}"
     if shutil.which(qemu) is None:
         pytest.skip(f"{qemu} is not installed (qemu-user)")
@@ -58,7 +59,7 @@ def emulated(*command: str, settings: tuple[str, ...] = ()) -> Any:
 
 @on_every_host
 def test_host_on_an_emulated_processor_serves_as_on_a_real_one(host: str) -> None:
-    """Without traps: qemu-user ends the process at the first one, also of a runtime alone, for they are signals."""
+    """Traps are left out: they are signals, and qemu-user ends the process at the first one, also natively."""
     told = emulated("-m", "integration_tests.story", "--without-traps", *present())
     assert_alike(told[""][host], host, "--without-traps")
 
@@ -79,7 +80,7 @@ def test_doctor_on_an_emulated_processor_names_the_missing_calls() -> None:
     assert report["works"] is True
 
 
-# An older kernel of our own, whose settings are its own
+# An older kernel with settings of its own
 
 INIT = """#!/bin/sh
 mount -t proc proc /proc
@@ -92,11 +93,11 @@ sync
 echo o >/proc/sysrq-trigger
 sleep 10
 """
-"""The first and only process: runs one command and switches the machine off."""
+"""The first process of the machine: runs one command and switches the machine off."""
 
 
 def boot(command: str, out: Path) -> str:
-    """Return what a shell command prints on a machine that is a process here: User-Mode Linux, on this file system."""
+    """Return the output of a shell command under User-Mode Linux, on this file system."""
     if shutil.which("linux.uml") is None:
         pytest.skip("linux.uml is not installed (user-mode-linux)")
     init = out / "init"
@@ -143,7 +144,7 @@ print(json.dumps(said))
 
 @pytest.fixture(scope="module")
 def older(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The reports of one boot: as the machine is, and where every byte has to be committed."""
+    """Return the reports of one boot: with default sysctls, and with all memory committed."""
     story = f"{sys.executable} -m integration_tests.story {' '.join(present())}"
     told = boot(
         f"uname -r; {story} doctor; echo 2 >/proc/sys/vm/overcommit_memory;"
@@ -171,7 +172,7 @@ def test_host_on_a_kernel_without_pagemap_scan_serves_as_on_a_newer_one(
     found = older["doctor"]["probe"]
     assert found["pagemap"]["works"] is False
     assert found["pagemap"]["detail"].endswith("(Linux has it since 6.7)")
-    assert found["memfd"]["works"] is True  # without MFD_NOEXEC_SEAL, which came with 6.3
+    assert found["memfd"]["works"] is True  # MFD_NOEXEC_SEAL came with Linux 6.3
     assert older["doctor"]["allocation"]["detail"].endswith("reset by madvise")
 
 
@@ -199,7 +200,7 @@ def test_memory_that_cannot_be_committed_raises_an_error_with_the_setting(
 def test_host_with_larger_pages_serves_alike_and_its_slots_keep_their_promises(
     size: int, tmp_path: Path
 ) -> None:
-    """The C library as it would be on such a kernel. A runtime asks the kernel itself, so that none can be tried."""
+    """A preloaded library acts as a kernel with larger pages. Runtimes ask the kernel itself: none can be tried."""
     library = tmp_path / "larger_pages.so"
     source = Path(__file__).with_name("larger_pages.c")
     command = ["cc", "-shared", "-fPIC", "-O1", f"-DPAGE={size}", "-o", library, source, "-ldl"]
@@ -210,6 +211,6 @@ def test_host_with_larger_pages_serves_alike_and_its_slots_keep_their_promises(
     asked = "import memslot_plugin; print(memslot_plugin.memory.probe().page_size)"
     assert output("-c", asked, environment=preloaded) == f"{size}\n"
     tests = [f"memslot_plugin.tests.test_{name}" for name in ("slot", "image", "pool")]
-    # strace would see the calls of larger_pages.c too.
+    # Not strace, which would see the calls of larger_pages.c too.
     options = ("-q", "-p", "no:cacheprovider", "-x", "-n", "0", "-k", "not kernel_sees")
     output("-m", "pytest", *options, "--pyargs", *tests, environment=preloaded)

@@ -1,4 +1,4 @@
-"""Plugins of the embedder's own beside the allocators, on every host: the order of hooks, and failures."""
+"""Plugins of the embedder beside the allocators, on each host: the order of hooks, and failures."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_owner_that_raises_reaches_the_caller_and_costs_no_slot(
 
 
 class Resets:
-    """Three plugins that hear of resets, each of another kind."""
+    """Three plugins of different kinds that are called at resets."""
 
     def __init__(self) -> None:
         self.heard = 0
@@ -101,7 +101,7 @@ class Resets:
 def test_plugin_that_comes_and_goes_is_asked_for_the_resets_between(
     host: memslot.Host, kind: str, hook: str
 ) -> None:
-    """Resets are bound at the lease, and bound anew when a plugin comes or goes."""
+    """A lease binds the reset, and binds it anew when a plugin comes or goes."""
     resets = Resets()
     plugin = SimpleNamespace(**{f"memslot_{hook}": getattr(resets, kind)})
 

@@ -1,4 +1,4 @@
-"""Forks, workers, interpreters that end with everything live: no deadlock, no leak, no byte of another tenant."""
+"""Forks, workers, and interpreters that end with live objects: no deadlock, no leak, no foreign byte."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_forked_child_uses_hosts_and_instances_of_its_parent(plain_cell: Cell, f
         assert held.call("different", 0, 2 * PAGE, 0x11) == 0, "the child wrote to its parent"
         assert dirty.call("size") == 5
 
-        # A child of a child, and one that closes by force what its parent uses.
+        # A child of a child, and a child that closes its parent's host by force.
         def grandchild() -> None:
             assert in_child(child, fork) == ""
 
@@ -87,7 +87,7 @@ def test_forked_child_with_wasi_answers_or_refuses(real_cell: Cell, quickjs: byt
 def test_process_that_gives_up_root_drops_pages_and_reports_why(
     plain_cell: Cell, forked: bool
 ) -> None:
-    """A process that changed its user cannot open its pagemap, and goes on with one that it opened before."""
+    """A process that changed its user cannot open its pagemap. One that it opened before still works."""
     if os.geteuid():
         pytest.skip("impossible: the tests do not run as root")
     if not memslot.probe().pagemap.works:
@@ -105,7 +105,7 @@ def test_process_that_gives_up_root_drops_pages_and_reports_why(
             serve(host, guest, 5, alone=False)
             now = cells.pool(host).statistics()
             assert now.failed_resets == 0
-            if host.name != "wasmer":  # where a memory that grew is retired
+            if host.name != "wasmer":  # wasmer retires a memory that grew
                 assert now.destroyed == 0
             dropped = now.resets_by.get("madvise: PAGEMAP_SCAN: Permission denied", 0)
             assert dropped == (now.resets - before.resets if forked else 0)
@@ -141,7 +141,7 @@ def test_forked_child_that_first_takes_a_snapshot_gets_its_own_pages(
     plain_cell: Cell, fork: Fork
 ) -> None:
     with plain_cell.serving(slots=4) as host, host.prepare(toy.A).instantiate() as instance:
-        instance.call("grow", 1)  # so that the snapshot is another module, and is compiled
+        instance.call("grow", 1)  # so that the snapshot is another module, which has to be compiled
 
         def child() -> None:
             if host.name == "wasmer":

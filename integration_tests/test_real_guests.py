@@ -23,11 +23,11 @@ NOTHING = "undefined,undefined,undefined,number,undefined,undefined"
 
 @pytest.fixture(scope="module")
 def guest(real_cell: Cell, quickjs: bytes) -> Iterator[memslot.Guest]:
-    """One for all tests of a cell: compiling takes longer than most of them."""
+    """Prepare one guest for all tests of a cell: compiling takes longer than most tests."""
     with real_cell.serving(slots=4, audit=0.01, image_limit="1GiB") as host:
         prepared = host.prepare(quickjs, name="quickjs", imports=IMPORTS, wasi=memslot.Wasi())
         with prepared.instantiate(), prepared.instantiate():
-            pass  # the pool keeps what the tests find when they begin
+            pass  # the pool keeps its slots: later leak checks count them from the start
         yield prepared
 
 
@@ -67,7 +67,7 @@ def test_quickjs_tenants_that_grow_never_see_each_others_globals(guest: memslot.
         assert first.memory.byte_size == size
         assert evaluate(Pooled(first), LOOK_AROUND) == NOTHING
         assert evaluate(bob, "secret") == "of bob"
-    # One after the other in the same slots.
+    # One after the other, in the same slots.
     for number in range(4):
         with guest.instantiate() as instance:
             assert evaluate(Pooled(instance), LOOK_AROUND) == NOTHING

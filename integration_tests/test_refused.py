@@ -1,5 +1,6 @@
-"""Machines where the kernel refuses something, for real: one child process (children.py) for each refusal tells what
-every host does there under several settings, and what `memslot doctor` says.
+"""Machines whose kernel really refuses something: a child (children.py) per refusal.
+
+Each child reports the behaviour of each host under several settings, and the output of `memslot doctor`.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ import pytest
 from .children import hosts, output, present, require, run
 
 WITHOUT_PROC = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh")
-"""Nothing is mounted at /proc, as in a bare chroot."""
+"""Prefix for a child without /proc, as in a bare chroot."""
 
 NOEXEC_MEMFDS = (
     "unshare", "--mount", "--pid", "--fork", "--mount-proc",
     "sh", "-c", 'echo 2 > /proc/sys/vm/memfd_noexec && exec "$@"', "sh",
 )  # fmt: skip
-"""vm.memfd_noexec = 2, which is a matter of the pid namespace."""
+"""Prefix for a child with vm.memfd_noexec = 2, which belongs to the pid namespace."""
 
 LITTLE = 6 << 30
-"""Bytes of address space: room for a slot of 4 GiB, and not for two."""
+"""Bytes of address space: enough for one slot of 4 GiB."""
 
 SETTINGS = ("memfd=on", "memfd=off", "reset=pagemap", "plugins=anonymous", "reserved=1GiB")
 
@@ -35,7 +36,7 @@ on_every_host = pytest.mark.parametrize("host", hosts())
 
 @dataclass(frozen=True)
 class Refusal:
-    """A rule for the child's filter; where memslot says so: a part of the probe and of doctor's detail, a setting."""
+    """A rule for the filter of a child, and its traces: in the probe, in doctor's detail, and under a setting."""
 
     rule: str
     probed: str
@@ -58,7 +59,7 @@ POPULATE = "madvise:{}:2=23"  # MADV_POPULATE_WRITE, Linux 5.14
 
 
 def one_of(refusal: Any, first: str, *others: str) -> list[Any]:
-    """A refusal with errors, of which the first one is tried in T0 and the others in the gate."""
+    """Return a refusal per errno as parameters: the first in T0, the others in the gate."""
     name = getattr(refusal, "probed", "populate")
     return [
         pytest.param(refusal, error, id=f"{name}-{error}", marks=pytest.mark.gate if more else ())
@@ -79,7 +80,7 @@ every_refusal = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module", autouse=True)
 def _seccomp() -> None:
-    """The package pyseccomp comes with the tests, the system's library does not."""
+    """Skip without libseccomp: the tests bring the package pyseccomp, and not the library of the system."""
     try:
         import pyseccomp  # noqa: F401
     except (OSError, RuntimeError):
@@ -90,7 +91,7 @@ def _seccomp() -> None:
 def stories(
     refused: str = "", limits: str = "", inside: tuple[str, ...] = (), plugins: str = ""
 ) -> dict[str, Any]:
-    """Reports by setting and host, and doctor's; nothing may be left behind by a host that does not open."""
+    """Return reports by setting and host, and doctor's. A host that does not open may leave nothing."""
     told = output(
         *("-m", "integration_tests.story", *present(), *SETTINGS, "doctor"),
         refused=refused,
@@ -191,7 +192,7 @@ def test_error_without_address_space_names_the_limit(host: str) -> None:
     assert "mapping a memory in wasmer" in error or "address space for 2 slots" in error
     assert f"RLIMIT_AS (ulimit -v) is {LITTLE}" in error
     smaller = told["reserved=1GiB"][host]
-    if host == "wasmer":  # it reserves 6 GiB for each memory, whatever its maximum
+    if host == "wasmer":  # wasmer reserves 6 GiB for each memory of any maximum
         assert smaller["error"].startswith("SystemCallError: ")
     else:
         assert_serves(smaller, host)
@@ -213,7 +214,9 @@ def test_host_without_proc_drops_pages_or_names_what_it_needs(host: str) -> None
     require(*WITHOUT_PROC)
     told = stories(inside=WITHOUT_PROC)
     for report in (told[""][host], told["plugins=anonymous"][host]):
-        if host == "wasmer":  # nothing else tells how much address space it reserves for a memory
+        if (
+            host == "wasmer"
+        ):  # /proc alone shows the address space that wasmer reserves for a memory
             assert report["error"].startswith("Unsupported: /proc/self/maps cannot be read (No")
             assert report["error"].endswith("mount proc")
         else:

@@ -1,4 +1,4 @@
-"""Every refusal of a snapshot, a fork or a reset, with the sentence that a person acts on; nothing is lost by any."""
+"""Refusals of snapshots, forks and resets, each with a sentence to act on and without loss."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ DROPPED = (
 
 
 def test_snapshot_without_a_dropped_element_segment_that_is_still_used_is_refused() -> None:
-    """Code that uses an element segment changes a table, which is said first: the report here lacks that."""
+    """Code that uses an element segment changes a table, which is the first reason. The report here lacks it."""
     module = wasm.parse(toy.assemble(ELEMENTS_DROPPED))
     report = analysis.analyse(module)
     alone = replace(report, occurrences=())
@@ -48,7 +48,7 @@ def test_snapshot_without_a_dropped_element_segment_that_is_still_used_is_refuse
 def refused(
     host: memslot.Host, said: str, expected: type[Exception] = memslot.SnapshotRefused
 ) -> Iterator[None]:
-    """The block raises this, and guests and instances are as many as before."""
+    """Fail unless the block raises this error and keeps the numbers of guests and instances."""
     before = host.statistics()
     with pytest.raises(expected, match=said):
         yield
@@ -85,7 +85,7 @@ def test_snapshot_fork_and_init_that_are_refused_leave_nothing(
 def test_snapshot_fork_and_init_of_a_module_with_state_that_it_imports_are_refused(
     real_cell: Cell,
 ) -> None:
-    """wasmer leaves a module with an imported table to the runtime."""
+    """On wasmer, memslot leaves a module with an imported table to the runtime."""
     giving = """(module (memory (export "memory") 1) (table (export "table") 1 funcref)
       (global (export "mutable global") (mut i32) (i32.const 0)))"""
     texts = {

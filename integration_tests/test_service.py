@@ -31,7 +31,7 @@ NOTHING = "undefined,undefined,undefined,undefined,number,1"
 
 
 def until(holds: Callable[[], bool], what: str) -> None:
-    """Ask until it holds. The deadline only keeps a failure from hanging."""
+    """Wait until a condition holds. The deadline keeps a failure from hanging."""
     deadline = time.monotonic() + 120
     while not holds():
         assert time.monotonic() < deadline, what
@@ -39,7 +39,7 @@ def until(holds: Callable[[], bool], what: str) -> None:
 
 
 class Service:
-    """A running service; `log` is what it says."""
+    """A running service; `log` is its output."""
 
     def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
         self.process, self.log = process, log
@@ -80,7 +80,7 @@ class Service:
 
     @contextmanager
     def busy(self, *scripts: str) -> Iterator[list[tuple[int, str]]]:
-        """Run each endless script again and again until the block ends; the answers are in the list."""
+        """Post each endless script repeatedly until the block ends, and yield the list of answers."""
         answers: list[tuple[int, str]] = []
         done = threading.Event()
 
@@ -107,7 +107,7 @@ def module(quickjs: bytes, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def running(module: Path) -> Iterator[Service]:
-    """One for all tests."""
+    """Start one service for all tests."""
     log = module.with_name("log")
     command = [sys.executable, "-W", "error", PROGRAM, "--port", "0", "--slots", str(SLOTS)]
     command += ["--deadline", str(DEADLINE)]
@@ -125,7 +125,7 @@ def running(module: Path) -> Iterator[Service]:
 
 @pytest.fixture
 def service(running: Service) -> Iterator[Service]:
-    """The running service; after the test nothing may be leased, and scripts be evaluated."""
+    """Return the running service; fail if the test leaves a lease or the service does not evaluate."""
     yield running
     assert running.evaluate(LOOK) == (200, NOTHING)
     assert running.leased() == 0
@@ -192,7 +192,7 @@ def test_service_whose_instances_are_all_in_use_sheds_load(service: Service) -> 
 
         until(shed, "it serves more scripts than it has instances")
         until(lambda: service.ask("/health")[0] == 503, "it is healthy without an instance")
-    # A script that came while a request of this test had the last instance was shed, too.
+    # The service also sheds a script while a request of this test has the last instance.
     assert {status for status, _ in answers} <= {504, 503}
 
 

@@ -36,7 +36,7 @@ MEMFD = Cell("fake", "memfd")
 
 @contextmanager
 def shared_from(cell: Cell) -> Iterator[tuple[memslot.Guest, dict[str, Any]]]:
-    """A layered guest on a host of this process, with what its workers must find."""
+    """Return a layered guest on a host of this process, and the findings that its workers must have."""
     with cell.serving(slots=4, image_limit="64MiB") as host:
         with host.prepare(toy.assemble(sharing.TEXT), name="toy").instantiate() as instance:
             instance.memory.write(0, DATA)
@@ -56,16 +56,16 @@ def as_expected(found: dict[str, Any], expected: dict[str, Any], cell: Cell) -> 
     assert (found["loaded"]["compiled_because"] is None) == (cell.host != "fake")
     assert found["inodes"] == expected["inodes"]
     if cell.backend == "memfd":
-        # The file of the parent and what the snapshot of it stores, or the only file of a saved guest.
+        # The files of the parent and of its snapshot, or the only file of a saved guest.
         assert len(found["inodes"]) == (1 if expected["loaded"] else 2)
         assert found["Private_Dirty"] <= 16, "KiB: the page that was written and put back"
-        # Each page is mapped by two processes at least: in slots, and where resets look.
+        # At least two processes map each page: in slots, and for resets.
         assert found["Pss"] < 0.6 * found["Rss"]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _servers() -> Iterator[None]:
-    """multiprocessing keeps these processes for later, which is no leak of a test that starts them."""
+    """Start the processes that multiprocessing keeps: they are no leak of a test."""
     multiprocessing.set_forkserver_preload(["memslot_plugin", "integration_tests.sharing"])
     resource_tracker.ensure_running()
     forkserver.ensure_running()
@@ -88,7 +88,7 @@ def _servers() -> Iterator[None]:
 def test_worker_given_a_guest_by_any_way_uses_it(
     way: str, worker_cell: Cell, tmp_path: Path
 ) -> None:
-    """The argument of a process; where it takes a new interpreter, also a queue, a socket and a file."""
+    """The ways are the argument of a process and, for a new interpreter, a queue, a socket and a file too."""
     if worker_cell.missing:
         pytest.skip(worker_cell.missing)
     context = multiprocessing.get_context(way)
@@ -128,7 +128,7 @@ def test_worker_given_a_guest_by_any_way_uses_it(
             worker.join(30)
             assert worker.exitcode == 0
         finally:
-            worker.kill()  # no-op after its end; a forked worker would keep the forkserver alive
+            worker.kill()  # a forked worker would keep the forkserver alive
             worker.join()
         assert sharing.use(guest)["answers"] == [77, 77, 77]
     for each in (ours, theirs, queue, worker):
@@ -137,7 +137,7 @@ def test_worker_given_a_guest_by_any_way_uses_it(
 
 
 def test_guest_shared_by_hosts_of_one_process_works_on_each(plain_cell: Cell) -> None:
-    """As threads on wasmer do, each of which has a host of its own."""
+    """Threads on wasmer share guests in this way: each has a host of its own."""
 
     def serve(shared: SharedGuest) -> dict[str, Any]:
         with plain_cell.serving(slots=2, image_limit="64MiB") as host:
@@ -157,7 +157,7 @@ def test_guest_shared_by_hosts_of_one_process_works_on_each(plain_cell: Cell) ->
 def test_forked_child_uses_attaches_saves_and_shares_guests(
     plain_cell: Cell, tmp_path: Path
 ) -> None:
-    """A live host, its guests and instances: each process has its own pages from then on."""
+    """From the fork on each process has its own pages of a live host, its guests and instances."""
     with (
         shared_from(plain_cell) as (guest, expected),
         guest.instantiate() as instance,
@@ -188,7 +188,7 @@ def test_forked_child_uses_attaches_saves_and_shares_guests(
             assert sharing.use(loaded)["checksum"] == expected["checksum"]
 
 
-# What is refused, and what is left
+# Refusals
 
 
 def test_shared_guest_outlives_its_guest_is_sealed_and_can_be_closed_twice(
@@ -227,7 +227,10 @@ def test_shared_guest_outlives_its_guest_is_sealed_and_can_be_closed_twice(
         (MAGIC + b"\2\0\0\0", 1),
         (MAGIC + b"\1\0\0\0", 0),
         (b"another\0\1\0\0\0", 1),
-        (MAGIC + MOST_FILES.to_bytes(4, "little"), MOST_FILES + 1),  # the kernel cuts one off
+        (
+            MAGIC + MOST_FILES.to_bytes(4, "little"),
+            MOST_FILES + 1,
+        ),  # the kernel cuts a descriptor off
     ],
 )
 def test_message_that_is_no_shared_guest_is_refused(message: bytes, count: int) -> None:
@@ -299,7 +302,7 @@ def test_receiver_that_hangs_up_early_fails_the_sender_and_later_does_not(
 
 
 def replaced(shared: SharedGuest, place: int, fd: int | None) -> SharedGuest:
-    """Return a shared guest with another descriptor, which it takes over, in this place; None leaves it out."""
+    """Return a shared guest that takes over another descriptor at this place, or lacks one if None."""
     fds = [os.dup(each) for each in shared.fds]
     os.close(fds[place])
     fds[place : place + 1] = [] if fd is None else [fd]
@@ -346,7 +349,7 @@ def test_image_in_a_file_that_may_be_changed_is_copied() -> None:
 
 def test_process_without_room_for_descriptors_gets_an_error() -> None:
     with shared_from(MEMFD) as (guest, _):
-        # The lowest number that is free, so that no higher one is left.
+        # The limit is at the lowest free number: no descriptor is left.
         with open(os.devnull, "rb") as last:  # noqa: PTH123
             limit = limited(resource.RLIMIT_NOFILE, last.fileno() + 1)
             with limit, pytest.raises(memslot.SystemCallError, match=r"RLIMIT_NOFILE|ulimit -n"):

@@ -1,4 +1,4 @@
-"""Machines that are short of memory: control groups, pages that were swapped out, a worker that the kernel kills."""
+"""Machines short of memory: control groups, swapped pages, and a worker that the kernel kills."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ with cell.serving(slots=4, keep_resident=sys.argv[3], audit=0.0) as host:
                 instance.memory.write(start, b"y" * MIB)
     print(json.dumps({"created": host.statistics().pools[0].created, "private": private_bytes()}))
 """
-"""Four slots, each written to the last of its 48 MiB in turn."""
+"""Program that writes all 48 MiB of four slots in turn."""
 
 
 def joining(group: Path) -> tuple[str, ...]:
-    """A prefix that puts a child into a control group."""
+    """Return a prefix that puts a child into a control group."""
     return ("sh", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "sh")
 
 
 def test_slots_that_wait_give_their_memory_back_under_a_limit(plain_cell: Cell) -> None:
-    """Four slots of 48 MiB would not fit; one that is in use does."""
+    """Four dirty slots of 48 MiB would not fit; one in use does."""
     command = ("-c", LARGE + GREEDY, plain_cell.host, plain_cell.backend)
     with memory_group(150 * MIB) as group:
         told = json.loads(output(*command, "1MiB", inside=joining(group)))
@@ -95,7 +95,7 @@ def test_worker_that_the_kernel_kills_for_memory_takes_nothing_along(plain_cell:
 
 @pytest.fixture(scope="module")
 def _swap(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A small file of these tests' own to swap to: what is there already may go again in the middle of one."""
+    """Swap to a small file of these tests: an existing swap may go away in the middle of a test."""
     file = tmp_path_factory.mktemp("swap") / "swap"
     with file.open("wb") as opened:
         os.posix_fallocate(opened.fileno(), 0, 16 * MIB)
@@ -154,6 +154,6 @@ def test_pages_that_were_swapped_out_are_put_back_and_count_as_written(reset: st
         pytest.skip(f"impossible: {memslot.probe().pagemap.detail}")
     done = run("-c", SWAPPED, reset)
     if "impossible: " in done.stderr:
-        # Below the traceback, which shows the line that says so too.
+        # Read the end: the traceback above shows the same words in a line of code.
         pytest.skip(done.stderr[done.stderr.rindex("impossible: ") :].strip())
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""A snapshot starts where an instance was, forks go on from there, and layers store only what differs."""
+"""Snapshots start at the state of an instance, forks go on from it, and layers store the differences."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def test_snapshot_is_compiled_again_if_code_would_run_or_references_are_held(
 
 
 def test_snapshot_ignores_segments_that_stay_and_failed_calls_of_wasi(real_cell: Cell) -> None:
-    """Language runtimes look for files even if there are none."""
+    """Language runtimes look for files, which fails without folders."""
     text = """(module (memory (export "memory") 1) (data $p "passive")
       (func (export "use") (memory.init $p (i32.const 0) (i32.const 0) (i32.const 7))))"""
     with started(real_cell, text) as (_, instance):

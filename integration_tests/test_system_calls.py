@@ -53,7 +53,7 @@ def test_growth_changes_protection_once_and_maps_nothing(cell: Cell) -> None:
         with guest.instantiate() as instance:
             with counted() as made:
                 assert instance.call("grow", 3) == 2
-            # wasmer makes the call itself
+            # wasmer makes this call
             assert mapping(made) == ({} if cell.host == "wasmer" else {cell.growth: 1})
 
 
@@ -66,13 +66,13 @@ def test_lease_of_another_guest_maps_once_per_image_that_goes_and_comes(pooling_
         with counted() as made:
             for guest in guests:
                 serve(guest)
-        # Zeros are mapped over each image that goes; the one that comes is mapped, or copied in the fallback.
-        # Sizes are equal, so that protections stay.
+        # Zeros are mapped over the old image; the new one is mapped, or copied by the fallback.
+        # Sizes are equal: protections stay.
         assert mapping(made) == {"mmap": (2 if pooling_cell.backend == "memfd" else 1) * extents}
 
 
 def test_on_demand_memory_without_an_image_makes_no_mprotect(on_demand_cell: Cell) -> None:
-    expected = {}  # wasmer's calls are its own
+    expected = {}  # wasmer makes calls of its own
     if on_demand_cell.host != "wasmer":
         reserved_and_accessible = 2 + (on_demand_cell.growth == "ftruncate")
         expected = {"mmap": reserved_and_accessible, "munmap": 1}
@@ -123,7 +123,7 @@ Traces = tuple[dict[str, list[Traced]], dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def traces(tmp_path_factory: pytest.TempPathFactory) -> Traces:
-    """The calls that change mappings between the marks, and the program's answer."""
+    """Return the calls that change mappings, by section, and the output of the program."""
     served = [(cell.host, cell.backend) for cell in PLAIN_CELLS if not cell.missing]
     printed, sections = trace(
         PROGRAM,
@@ -131,7 +131,7 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> Traces:
         calls=(*MAPPING, "mremap"),
         log=tmp_path_factory.mktemp("traced") / "log",
         cwd=ROOT,
-        # The interpreter's own allocator maps an arena whenever it happens to need one; malloc has the heap for that.
+        # malloc and not CPython's allocator, which maps an arena at any moment.
         env={**os.environ, "PYTHONMALLOC": "malloc"},
     )
     return sections, json.loads(printed)

@@ -1,4 +1,4 @@
-"""Threads, tasks and collections that come at any moment: no deadlock, no leak, no cross-talk."""
+"""Threads, tasks and collections at any moment: no deadlock, no leak, no foreign byte."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .toy import PAGE
 
 @pytest.fixture
 def _impatient() -> Iterator[None]:
-    """The interpreter changes threads a hundred times as often."""
+    """Switch threads a hundred times as often as CPython does."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(before / 100)
     yield
@@ -31,7 +31,7 @@ def _impatient() -> Iterator[None]:
 
 
 def random_lives(guest: memslot.Guest, lives: int, number: int) -> None:
-    """Tenants who look for others' bytes, write a pattern of their own, find it unchanged, and leave in some way."""
+    """Run tenants that look for foreign bytes, write a pattern, find it unchanged, and end in some way."""
     choice, mark = random.Random(number), number + 1
 
     def live_in(instance: memslot.Instance) -> None:
@@ -56,7 +56,7 @@ def random_lives(guest: memslot.Guest, lives: int, number: int) -> None:
         elif way == 3:
             with pytest.raises(memslot.GuestTrap):
                 instance.call("fill_and_trap", 0, 2 * PAGE, mark)
-        if way != 4:  # which drops it
+        if way != 4:  # the tenant drops the instance
             instance.close()
 
     for _ in range(lives):
@@ -65,7 +65,7 @@ def random_lives(guest: memslot.Guest, lives: int, number: int) -> None:
 
 @pytest.mark.usefixtures("_impatient")
 def test_threads_that_lease_and_return_at_random_find_only_their_own(plain_cell: Cell) -> None:
-    """On one host; on wasmer, whose objects live on one thread, on a host for each."""
+    """Threads share a host. On wasmer each has its own: an object of wasmer lives on one thread."""
 
     def on_a_host(threads: int, number: int) -> None:
         with plain_cell.serving(slots=3, audit=0.1) as host, host.prepare(toy.A) as guest:
@@ -90,7 +90,7 @@ CALLS_OUT = toy.assemble(
 
 
 def test_collection_inside_of_every_callback_breaks_nothing(plain_cell: Cell) -> None:
-    """Of garbage that holds instances, so that their finalizers run there."""
+    """The garbage refers to instances, so that their finalizers run in the callback."""
     spare: list[memslot.Instance] = []
 
     def collect(*_: Any) -> None:
@@ -111,7 +111,7 @@ def test_collection_inside_of_every_callback_breaks_nothing(plain_cell: Cell) ->
             host.functions["ask"] = collect  # type: ignore[attr-defined]
         guest = host.prepare(CALLS_OUT, imports={"env": {"help": collect}})
         threshold = gc.get_threshold()
-        gc.freeze()  # so that each of the many collections looks only at what comes from here on
+        gc.freeze()  # each of the many collections visits objects from here on alone
         gc.set_threshold(1)
         try:
             for _ in range(20):
@@ -164,5 +164,5 @@ def test_tasks_cancelled_while_their_threads_go_on_lose_nothing(plain_cell: Cell
                 await asyncio.sleep(choice.random() / 200)
             return await asyncio.gather(*tasks, return_exceptions=True)
 
-        ended = asyncio.run(main())  # which waits for the threads as well
+        ended = asyncio.run(main())  # waits for the threads too
         assert {type(each) for each in ended} == {type(None), asyncio.CancelledError}

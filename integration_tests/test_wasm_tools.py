@@ -1,4 +1,4 @@
-"""Comparison with wasm-tools of the Bytecode Alliance: the counts of instructions, and the results of its modules."""
+"""Comparison with wasm-tools of the Bytecode Alliance: counts of instructions, and results of its modules."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .cells import Cell
 from .differential import Given, Tally
 from .generated import FEATURES, generate
 
-# Modules that end, without tags, at whose export wasmtime-py ends the process, and without results that differ by
+# Modules that end. Without tags: wasmtime-py ends the process at an exported tag. Without results that differ by
 # processor.
 SHAPE = """
 --ensure-termination --fuel=200 --canonicalize-nans=true --export-everything=true --max-imports=0
@@ -52,7 +52,7 @@ def run(*arguments: str, **options: Any) -> bytes:
 
 
 def smith(seed: int, folder: Path, *, gc: bool) -> bytes:
-    """Return the module that wasm-smith makes of this seed; objects of the GC proposal may take seconds to start."""
+    """Return the module of wasm-smith for this seed. Objects of the GC proposal may take seconds to start."""
     path = folder / "smith.wasm"
     options = [*SHAPE.split(), f"--gc-enabled={str(gc).lower()}", f"--output={path}"]
     run("smith", *options, input=random.Random(seed).randbytes(4000))
@@ -68,7 +68,7 @@ def count_instructions(module: bytes, folder: Path) -> Counter[str]:
     for line in run("print", str(path)).decode().splitlines():
         if line.startswith("  (func "):
             inside = not line.endswith(")") or line.count("(") != line.count(")")
-            found["end"] += 1  # of the body, which the text closes by a parenthesis
+            found["end"] += 1  # the `end` of the body: the text has a parenthesis instead
         elif line == "  )":
             inside = False
         elif inside and (name := re.match(r" +([a-z][\w.]*)", line)):

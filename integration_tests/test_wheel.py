@@ -1,4 +1,4 @@
-"""The wheel is one stable-ABI wheel for CPython 3.10 and later, complete, and without anything that strayed in."""
+"""The wheel: one for the stable ABI of CPython 3.10 and later, complete, and without other files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from abi3info.models import PyVersion, Symbol
 from elftools.elf.elffile import ELFFile
 from packaging.utils import parse_wheel_filename
 
-pytestmark = pytest.mark.gate  # the gate's steps build it once and name it in MEMSLOT_WHEEL
+pytestmark = pytest.mark.gate  # the gate builds it once and names it in MEMSLOT_WHEEL
 
 ROOT = Path(__file__).resolve().parents[1]
 EXTENSIONS = [f"memslot_plugin/_core/{name}.abi3.so" for name in ("_lib", "_watched")]
@@ -27,7 +27,7 @@ OLDEST = PyVersion(3, 10)
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel that MEMSLOT_WHEEL names, else one built from this tree."""
+    """Return the wheel that MEMSLOT_WHEEL names, or else build one from this tree."""
     if given := os.environ.get("MEMSLOT_WHEEL"):
         return Path(given)
     folder = tmp_path_factory.mktemp("wheel")
@@ -75,7 +75,7 @@ def test_wheel_has_every_data_file_of_the_sources(wheel: Path, names: set[str]) 
     sources = [
         str(path.relative_to(ROOT)) for each in packages for path in (ROOT / each).rglob("*")
     ]
-    for sdist in wheel.parent.glob("memslot-*.tar.gz"):  # of which the gate builds the wheel
+    for sdist in wheel.parent.glob("memslot-*.tar.gz"):  # the gate builds the wheel of them
         with tarfile.open(sdist) as archive:
             sources += [name.partition("/")[2] for name in archive.getnames()]
     shipped = (".py", ".pyi", ".typed", ".wat", ".wasm", ".json")
@@ -106,7 +106,7 @@ def test_extension_needs_the_stable_abi_and_offers_its_init_alone(
     stable = abi3info.FUNCTIONS | abi3info.DATAS
     assert used, "the extension does not use Python at all"
     assert used <= {symbol.name for symbol, entry in stable.items() if entry.added <= OLDEST}
-    assert Symbol("PyFrame_New") not in stable  # the table tells stable from unstable
+    assert Symbol("PyFrame_New") not in stable  # the table distinguishes stable from unstable names
     name = Path(extension).name.partition(".")[0]
     offered = {symbol.name for symbol in table} - needed - {"_init", "_fini"}
     assert offered == {f"PyInit_{name}"}

@@ -51,14 +51,14 @@ SEGMENTS = {
     "a": [(16, "the words of a"), (20, "letters"), (PAGE, "x" * 5000), (2 * PAGE - 4, "last")],
     "b": [(40000, "only b says this")],
     "zeros": [],
-    # More than the image limit of the tests from end to end, so that the runtime copies it.
+    # The span exceeds the image limit of the tests: the runtime copies the data.
     "wide": [(8, "start"), (16 * PAGE - 3, "end")],
 }
-"""The initial data of the modules below."""
+"""Initial data of the modules below."""
 
 
 def text(name: str, limits: str = "2 8") -> str:
-    """The toy guest with the data of this name."""
+    """Return the text of the toy guest with the data of this name."""
     data = " ".join(f'(data (i32.const {at}) "{each}")' for at, each in SEGMENTS[name])
     return f'(module (memory (export "memory") {limits}) {data} {CODE})'
 
@@ -68,7 +68,7 @@ TEXT_OF_A = text("a")
 
 @functools.cache
 def assemble(text: str) -> bytes:
-    """WebAssembly text as bytes, by whichever runtime is there."""
+    """Assemble WebAssembly text with an installed runtime."""
     try:
         return bytes(importlib.import_module("wasmtime").wat2wasm(text))
     except ModuleNotFoundError:
@@ -82,7 +82,7 @@ WIDE = assemble(text("wide", "16 20"))
 
 
 def laid(pages: int, segments: list[tuple[int, str]]) -> bytes:
-    """The bytes of a memory of zeros with these segments, later ones over earlier ones."""
+    """Return the bytes of a memory of zeros with these segments, later ones over earlier ones."""
     memory = bytearray(pages * PAGE)
     for offset, data in segments:
         memory[offset : offset + len(data)] = data.encode()
@@ -90,8 +90,8 @@ def laid(pages: int, segments: list[tuple[int, str]]) -> bytes:
 
 
 def pristine(module: bytes, host: str = "") -> bytes:
-    """The whole memory of one of the modules above before its first instruction."""
-    if module is WIDE:  # the fake host has no runtime that would copy its data
+    """Return the memory of a module above before its first instruction."""
+    if module is WIDE:  # the fake host has no runtime to copy the data
         return laid(16, [] if host == "fake" else SEGMENTS["wide"])
     return laid(2, SEGMENTS[{A: "a", B: "b", ZEROS: "zeros"}[module]])
 
@@ -109,7 +109,7 @@ def _fill(live: FakeLive, at: int, length: int, value: int) -> None:
     fits = max(0, min(length, byte_size - at))
     live.write(0, at, bytes([value]) * fits)
     if fits < length:
-        _load(live, at + fits)  # traps where the compiled loop does, after it wrote the rest
+        _load(live, at + fits)  # trap like the compiled loop, after the bytes within the memory
 
 
 def _fill_and_trap(live: FakeLive, at: int, length: int, value: int) -> None:

@@ -1,4 +1,4 @@
-"""Every verb of a host, with the state that it starts from: for interrupts, signals and the long run."""
+"""Each verb of a host with the state that it starts from: for faults, interrupts, signals and the long run."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ TABLE = toy.assemble(
     f"""(module (memory (export "memory") 2 8) (table 1 funcref)
       (func (export "touch") (table.set (i32.const 0) (ref.null func))) {toy.CODE})"""
 )
-"""Its code can change a table, so that a reset needs a new instance."""
+"""A guest whose code can change a table, so that a reset needs a new instance."""
 
 
 class World:
-    """A host with two guests, and the states that verbs start from."""
+    """A host with two guests, and states that verbs start from."""
 
     def __init__(self, cell: Cell, **settings: Any) -> None:
         self.cell = cell
@@ -51,7 +51,7 @@ class World:
             return parent.fork(1)[0]
 
     def all_slots_waiting(self) -> None:
-        """Leave ready instances of another guest in every slot: a lease has to end one."""
+        """Leave ready instances of another guest in each slot: a lease has to end one."""
         leases = [self.table.lease() for _ in range(3)]
         for each in leases:
             each.__enter__()
@@ -71,7 +71,7 @@ class World:
         self.instance()
 
     def busy_host(self) -> memslot.Host:
-        """Open a host with a guest in use, one whose instance waits, one that was dropped, and a fork."""
+        """Open a host with instances in use, ready, dropped and forked."""
         host = self.cell.open(slots=4, audit=0.0)
         used, waiting = host.prepare(toy.A), host.prepare(TABLE)
         with waiting.lease() as leased:
@@ -81,7 +81,7 @@ class World:
         return host
 
     def serves(self) -> None:
-        """Check that nothing is leased but what waits ready, and that guests find pristine memories."""
+        """Fail unless ready instances alone are leased, and guests find pristine memories."""
         gc.collect()
         counted = self.host.statistics()
         assert counted.live_instances == counted.ready_instances
@@ -97,7 +97,7 @@ class World:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        """Close everything; by force after a failure, which is the error to be seen."""
+        """Close guests and host. After a failure close by force, so that the failure is the error."""
         if kind is None:
             self.table.close()
             self.guest.close()
@@ -147,7 +147,7 @@ VERBS: dict[str, tuple[Callable[[World], Any], Callable[[World, Any], Any]]] = {
 
 
 def finish(given: Any) -> None:
-    """Close the host that a verb was closing: that goes on where it was cut short."""
+    """Close the host that a verb was closing."""
     if isinstance(given, memslot.Host):
         given.close(force=True)
         with pytest.raises(memslot.UsedAfterClose):
@@ -159,7 +159,7 @@ OPENING = (
     *("prepare", "prepare with init", "close a guest", "open a host", "close a host"),
     *("snapshot", "fork", "close a fork"),
 )
-"""Verbs that an interrupt may leave half done: a host, guest, image or descriptor may stay open then."""
+"""Verbs that an interrupt may leave half done: a host, guest, image or descriptor may stay open."""
 
 COMPILE = ("close a fork", "snapshot", "fork", "prepare", "prepare with init", "close a guest")
 """Verbs that compile a module, which wasmer keeps for as long as its store lives."""

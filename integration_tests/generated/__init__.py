@@ -1,8 +1,8 @@
-"""A generator of valid modules: the same module for the same seed.
+"""A generator of valid modules. A seed always makes the same module.
 
     world  <-  declarations  <-  segments  <-  module  ->  body  ->  values
 
-`emit` writes the binary format, `opcodes` lists what values are made of, `probes` are functions that tell the state.
+`emit` writes the binary format, `opcodes` lists instructions for values, `probes` are functions that read the state.
 """
 
 from __future__ import annotations

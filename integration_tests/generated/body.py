@@ -1,4 +1,4 @@
-"""Function bodies at random: statements around values.  What loops or recurses burns fuel, and traps without."""
+"""Random function bodies: statements around values. Loops and recursions burn fuel, and trap without it."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from .world import Global
 
 
 def count_up(each: Global) -> bytes:
-    """Code that adds an odd number to a global."""
+    """Return code that adds an odd number to a global."""
     get, put = (0x23, each.index), (0x24, each.index)
     return code(get, constant(each.kind, 0x10001), ADD[each.kind], put)
 
 
 class Body(Values):
-    """One function body; every statement leaves the stack as it was."""
+    """A function body. Each statement leaves the stack as it was."""
 
     def write(self) -> bytes:
-        """The body as the code section holds it."""
+        """Return the body as the code section has it."""
         self.burn()
-        for first in (self.accumulate, self.change_table, self.store):  # before anything traps
+        for first in (self.accumulate, self.change_table, self.store):  # before any trap
             if self.rng.random() < 0.5:
                 first()
         for _ in range(self.rng.randint(0, 6)):
@@ -34,7 +34,7 @@ class Body(Values):
         return emit.sized(declared + bytes(self.code) + END)
 
     def burn(self) -> None:
-        """Trap if there is no fuel, and take one of it."""
+        """Trap without fuel, and burn one unit."""
         fuel = self.world.fuel
         if fuel is not None:
             trap = b"\x04\x40\x00\x0b"  # if unreachable end
@@ -42,7 +42,7 @@ class Body(Values):
             self.put((0x23, fuel), constant("i32", 1), SUBTRACT["i32"], (0x24, fuel))
 
     def tail_call(self) -> None:
-        """In the place of the results, which lie there: one more call that gives the same."""
+        """Replace the results on the stack by a call with results of these types."""
         found = self.callees(self.results)
         if found:
             chosen = self.rng.choice(found)
@@ -56,7 +56,7 @@ class Body(Values):
         if self.budget > 0:
             self.one_of(STATEMENTS)
 
-    # What changes the state
+    # Statements that change the state
 
     def store(self) -> None:
         memory = self.world.some_memory()
@@ -87,7 +87,7 @@ class Body(Values):
             self.put(constant(both, length), (0xFC000A, one.index, other.index))
 
     def init(self) -> None:
-        """A part of a data segment, mostly of one that is long enough."""
+        """Copy a part of a data segment, mostly of one that is long enough."""
         rng, world = self.rng, self.world
         memory = world.some_memory()
         if memory is not None and world.irreversible and world.data:
@@ -148,7 +148,7 @@ class Body(Values):
             self.put((0x24, chosen.index))
 
     def accumulate(self) -> None:
-        """Change a global so that it tells how often this ran."""
+        """Change a global by a number that counts the runs."""
         if found := self.world.counters():
             self.put(count_up(self.rng.choice(found)))
 
@@ -157,7 +157,7 @@ class Body(Values):
         if self.call(results):
             self.put(b"\x1a" * len(results))
 
-    # What decides where it goes on
+    # Control flow
 
     def inside(self) -> None:
         for _ in range(self.rng.randint(1, 3)):
@@ -186,7 +186,7 @@ class Body(Values):
             self.put(constant("i32", self.rng.randint(1, 20)), (0x21, counter), b"\x03\x40")
             self.burn()
             self.inside()
-            # A statement may have changed the counter, too: fuel ends the loop then.
+            # A statement may change the counter too: fuel then ends the loop.
             self.put((0x20, counter), constant("i32", 1), SUBTRACT["i32"], (0x22, counter))
             self.put((0x0D, 0), END)
 

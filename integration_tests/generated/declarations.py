@@ -14,7 +14,7 @@ SOME_KINDS = (*NUMBERS, *NUMBERS, "v128", *REFERENCES)
 
 
 class Declarations:
-    """The declarations of one module, chosen when it is made."""
+    """Declarations of one module, drawn by the constructor."""
 
     def __init__(self, seed: int, features: Features) -> None:
         self.seed = seed
@@ -30,9 +30,9 @@ class Declarations:
         self.calls: list[tuple[Any, ...]] = []
         self.probes: list[tuple[Any, ...]] = []
         self.bound = rng.random() < 0.12
-        """True if it imports objects of the runtime's own."""
+        """True if the module imports objects of the runtime."""
         self.sound = rng.random() < 0.92
-        """True if its active segments are meant to be inside."""
+        """True if active segments have to lie inside."""
         self._choose_functions()
         self._choose_tables()
         self._choose_memories()
@@ -96,7 +96,7 @@ class Declarations:
                 self._exports.append((f"table {index}", 1, index))
 
     def _externref(self) -> str:
-        """The type of what a table or segment may hold besides functions."""
+        """Return the reference type of tables and segments besides functions."""
         return "externref" if "externref_tables" in self.world.features else "funcref"
 
     def _choose_globals(self) -> None:

@@ -32,7 +32,7 @@ def limits(minimum: int, maximum: int | None, *, wide: bool = False, shared: boo
 
 
 def constant(kind: str, bits: int = 0) -> bytes:
-    """The instruction that gives these bits; null for a reference."""
+    """Return the instruction that gives these bits; null for a reference."""
     if kind in ("i32", "i64"):
         width = int(kind[1:])
         assert 0 <= bits < 1 << width, (kind, bits)
@@ -47,13 +47,13 @@ def constant(kind: str, bits: int = 0) -> bytes:
 
 
 def signed(kind: str, bits: int) -> int:
-    """The bits of an integer as a signed number."""
+    """Return the bits of an integer as a signed number."""
     width = int(kind[1:])
     return bits - (bits >> (width - 1) << width)
 
 
 def code(*parts: Part) -> bytes:
-    """Instructions: an opcode, or one with unsigned immediates, or bytes as they stand.
+    """Encode instructions: an opcode, an opcode with unsigned immediates, or raw bytes.
 
     Opcodes above 0xff stand for a prefix and a number.
     """

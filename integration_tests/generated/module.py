@@ -1,9 +1,9 @@
-"""Modules at random, valid and the same for the same seed, with the calls to make and what can be seen afterwards.
+"""Random valid modules by seed, with calls to make and probes of the state afterwards.
 
     Generated(seed, features)  ->  .binary, .calls, .probes, .imports
 
-A probe is an exported function that changes nothing and tells a part of the state: the checksum of a memory, the bits
-of a global, the size of a table and what its elements are.  So everything can be compared, exported or not.
+A probe is an exported function that changes nothing and returns a part of the state: the checksum of a memory, the
+bits of a global, the size of a table and its elements. State that is not exported can be compared too.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ START, TAG, DATA_COUNT = 8, 13, 12
 
 
 class Generated(Segments):
-    """The module of one seed.
+    """A module of one seed.
 
-    `calls` are names and arguments, `probes` too; `imports` is what it has to be given.
+    `calls` and `probes` are names and arguments; `imports` are the objects that it needs.
     """
 
     def __init__(self, seed: int, features: Features) -> None:
@@ -39,7 +39,7 @@ class Generated(Segments):
     def _write(self) -> bytes:
         rng, world = self.rng, self.world
         data, elements = self._data_segments(), self._element_segments()
-        if rng.random() < 0.5:  # so that every function may be referred to
+        if rng.random() < 0.5:  # references to any function are valid then
             everything = range(len(world.functions))
             world.referable += everything
             elements.append(b"\x03\x00" + emit.vector(*map(unsigned, everything)))
@@ -75,7 +75,7 @@ class Generated(Segments):
         return emit.HEADER + b"".join(self._section(*each) for each in sections)
 
     def _section(self, number: int, payload: bytes) -> bytes:
-        """A section, perhaps behind a custom one; an empty vector is rarely written."""
+        """Return a section, perhaps behind a custom one. An empty vector is rarely written."""
         rng, note = self.rng, b""
         if rng.random() < 0.05:
             note = emit.custom("note", rng.randbytes(rng.randint(0, 9)))
@@ -92,7 +92,7 @@ class Generated(Segments):
         return kind
 
     def _start(self) -> int | None:
-        """A function that starts each instance, and can be told to have run."""
+        """Return the index of a start function whose run can be seen, or None."""
         world = self.world
         found = [
             place
@@ -105,7 +105,7 @@ class Generated(Segments):
         called = code((0x10, self.rng.choice(found)), END)
         return self._function(((), ()), b"\x00" + counted + self._fuel(30) + called)
 
-    # What can be called: every function of numbers, with fuel, and the probes
+    # Exports to call: each function of numbers, with fuel, and the probes
 
     def _fuel(self, amount: int) -> bytes:
         fuel = self.world.fuel
@@ -139,7 +139,7 @@ class Generated(Segments):
                 self._callable.append((f"t{index} call", (f"place {table.minimum}",)))
 
     def _function(self, signature: Signature, body: bytes) -> int:
-        """One more function, by its index."""
+        """Add a function, and return its index."""
         world = self.world
         if signature not in world.signatures:
             world.signatures.append(signature)

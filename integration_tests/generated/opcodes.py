@@ -1,4 +1,4 @@
-"""Opcodes by what they take and give, and values worth trying; above 0xff stand a prefix and a number."""
+"""Opcodes by operands and results, and values to try. An opcode above 0xff is a prefix and a number."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SUBTRACT = {"i32": 0x6B, "i64": 0x7D}
 MULTIPLY = {"i32": 0x6C, "i64": 0x7E}
 AND = {"i32": 0x71, "i64": 0x83}
 
-# Operations that never trap, and whose results' bits are determined: floats are only moved, compared and converted.
+# Operations without traps and with determined bits: floats are moved, compared and converted alone.
 # The result, the operands, and opcodes.
 _SAFE: tuple[tuple[str, str, Sequence[int]], ...] = (
     ("i32", "i32", (0x45, 0x67, 0x68, 0x69, 0xC0, 0xC1)),
@@ -37,7 +37,7 @@ _SAFE: tuple[tuple[str, str, Sequence[int]], ...] = (
     ("v128", "f32", (0xFD0013,)),
 )
 SAFE: dict[str, list[tuple[tuple[str, ...], Sequence[int]]]] = defaultdict(list)
-"""By result: the types of the operands, and opcodes that take them."""
+"""Types of operands and their opcodes, by result."""
 for _result, _operands, _codes in _SAFE:
     SAFE[_result].append((tuple(_operands.split()), _codes))
 
@@ -68,7 +68,7 @@ INTERESTING = {
 
 
 def some_bits(rng: random.Random, kind: str) -> int:
-    """A value of a number or vector as its bits."""
+    """Return a value of a number or vector as its bits."""
     if kind == "v128":
         return rng.choice((0, 2**128 - 1, rng.getrandbits(128)))
     if rng.random() < 0.5:

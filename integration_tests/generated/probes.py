@@ -1,4 +1,4 @@
-"""Probes: functions that change nothing and tell a part of the state."""
+"""Probes: functions that change nothing and return a part of the state."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .world import Global, Memory, Signature
 
 
 def bits_of(each: Global) -> tuple[Signature, bytes]:
-    """A function that tells a global's bits, or whether a reference is null."""
+    """Return a probe of the bits of a global, or of a null reference."""
     get = (0x23, each.index)
     if each.kind in REFERENCES:
         results, body = ("i32",), code(get, 0xD1)
@@ -24,7 +24,7 @@ def bits_of(each: Global) -> tuple[Signature, bytes]:
 
 
 def checksum(memory: Memory) -> bytes:
-    """A function that goes through all of a memory, eight bytes at a time."""
+    """Return a probe that sums a memory, eight bytes at a time."""
     kind = memory.address
     compare, shift = (0x54, 0x86) if kind == "i64" else (0x49, 0x74)
     load = b"\x29" + (b"\x43" + unsigned(memory.index) if memory.index else b"\x03") + b"\x00"

@@ -9,10 +9,10 @@ from .world import Elements
 
 
 class Segments(Declarations):
-    """The segments with which a module fills its memories and tables."""
+    """Segments that fill the memories and tables of a module."""
 
     def _offset(self, kind: str, size: int, length: int, unit: int) -> bytes:
-        """A constant expression."""
+        """Return a constant expression."""
         rng, world = self.rng, self.world
         last = size - length
         inside = rng.randrange(max(last, 1) + 1)
@@ -22,7 +22,7 @@ class Segments(Declarations):
         elif rng.random() < 0.5:
             place = rng.choice((last + 1, size, size + 1, 2**31, 2**32 - 1))
         place = max(place, 0)
-        if rng.random() < 0.25:  # a global holds it, perhaps one that is not known beforehand
+        if rng.random() < 0.25:  # a global has the value, perhaps one that is unknown beforehand
             found = world.constants(kind)
             if self.sound:
                 found = [g for g in found if g.imported or g.initial in range(last + 1)]
@@ -90,7 +90,7 @@ class Segments(Declarations):
         return head + vector(*map(unsigned, functions))
 
     def _element(self, kind: str, function: int) -> bytes:
-        """A reference to a function, or none, or what an immutable global holds."""
+        """Return a reference to a function, null, or the value of an immutable global."""
         pick = self.rng.random()
         found = [g for g in self.world.constants(kind) if kind == "funcref" and not g.imported]
         if found and pick < 0.2:

@@ -1,4 +1,4 @@
-"""Values at random: code that leaves one value of a type on the stack, from everything that a module has."""
+"""Random values: code that leaves one value of a type on the stack, from any item of a module."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from .opcodes import ADD, AND, PAGE
 from .world import Memory, Table, World
 
 Ways = Sequence[tuple[int, Callable[..., object]]]
-"""Methods that can write the next piece of code, each with its weight."""
+"""Methods that can write the next piece of code, with weights."""
 
 
 class Values:
-    """A function body being written, as far as values go."""
+    """The values of a function body that is being written."""
 
     def __init__(self, world: World, index: int) -> None:
         self.world = world
@@ -36,7 +36,7 @@ class Values:
         way(self, *arguments)
 
     def local(self, kind: str) -> int:
-        """A local of this type, added if there is none."""
+        """Return a local of this type, added if there is none."""
         found = [place for place, each in enumerate(self.locals) if each == kind]
         return self.rng.choice(found) if found else self.new_local(kind)
 
@@ -91,7 +91,7 @@ class Values:
         self.put(self.rng.choice(codes))
 
     def size(self, kind: str) -> None:
-        """The size of a memory or a table whose addresses have this type, or what growing it gives."""
+        """Write the size of a memory or a table with addresses of this type, or the result of its growth."""
         rng, world = self.rng, self.world
         found = [each for each in (*world.memories, *world.tables) if each.address == kind]
         if not found:
@@ -120,7 +120,7 @@ class Values:
             self.put(chosen, self.memory_argument(memory, offset, length))
 
     def address(self, memory: Memory, length: int) -> int:
-        """An address on the stack, and the offset for the instruction; mostly both together are inside."""
+        """Write an address, and return the offset for the instruction; their sum is mostly inside."""
         rng, kind, size = self.rng, memory.address, memory.minimum * PAGE
         last = size - length
         places = (0, 8, 16, 4096 - length, 4095, 4096, PAGE - length, PAGE - length + 1, PAGE)
@@ -148,7 +148,7 @@ class Values:
         return unsigned(flags) + index + unsigned(offset)
 
     def range(self, memory: Memory, length: int) -> None:
-        """Where a bulk operation begins, as a whole address."""
+        """Write the start of a bulk operation, as a whole address."""
         offset = self.address(memory, length)
         self.put(constant(memory.address, offset), ADD[memory.address])
 
@@ -170,7 +170,7 @@ class Values:
         self.put(constant(table.address, max(place, 0)))
 
     def call(self, results: tuple[str, ...]) -> bool:
-        """A call that gives these results; False, and no code, if nothing does."""
+        """Write a call with these results; return False, without code, if no function has them."""
         world, rng = self.world, self.rng
         tables = world.inhabited("funcref")
         kinds = [n for n, (_, found) in enumerate(world.signatures) if found == results]
@@ -189,7 +189,7 @@ class Values:
         return True
 
     def callees(self, results: tuple[str, ...]) -> list[int]:
-        """Functions that give these results; without fuel none that could call this one."""
+        """Return functions with these results; without fuel none that could call this one."""
         world = self.world
         return [
             index
@@ -206,4 +206,4 @@ WAYS = {
     **dict.fromkeys(("f32", "f64", "v128"), _NUMBER),
     **dict.fromkeys(REFERENCES, ((20, Values.table_get), *_ANY)),
 }
-"""By type: how a value of it can be made."""
+"""Makers of a value, by type."""

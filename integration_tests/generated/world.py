@@ -1,4 +1,4 @@
-"""The contents of a generated module, as the parts that write it tell each other."""
+"""The contents of a generated module, which the writing parts share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 Signature = tuple[tuple[str, ...], tuple[str, ...]]
 
 Features = frozenset[str]
-"""Proposals that a runtime knows beyond WebAssembly 2.0, and two things of 2.0 that one lacks.
+"""Proposals of a runtime beyond WebAssembly 2.0, and two features of 2.0 that one runtime lacks.
 
 bound_tables: a table can be made outside of a module, to be imported.
 """
@@ -23,7 +23,7 @@ FEATURES = {
     ),
     "wasmer": frozenset[str](),
 }
-"""By host: what it compiles as it comes."""
+"""Features that each host compiles by default."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Global:
     kind: str
     mutable: bool
     initial: int | None
-    """Its bits; None where they are not known from the module."""
+    """Bits of the value, or None if the module does not tell them."""
     imported: bool = False
 
 
@@ -65,7 +65,7 @@ class Elements:
 
 @dataclass(frozen=True)
 class Import:
-    """A thing that has to be given: a function, or an object of the runtime's own, described by `detail`."""
+    """An import: a function, or an object of the runtime that `detail` describes."""
 
     name: str
     what: str
@@ -75,7 +75,7 @@ class Import:
 
 @dataclass
 class World:
-    """All that the code of one module may use."""
+    """Items that the code of one module may use."""
 
     rng: random.Random
     features: Features
@@ -86,10 +86,10 @@ class World:
     tables: list[Table] = field(default_factory=list)
     globals: list[Global] = field(default_factory=list)
     data: list[int] = field(default_factory=list)
-    """The lengths of data segments."""
+    """Lengths of data segments."""
     elements: list[Elements] = field(default_factory=list)
     referable: list[int] = field(default_factory=list)
-    """Functions that something outside of code refers to, so that code may."""
+    """Functions with a reference outside of code, to which code may refer too."""
     tags: int = 0
     fuel: int | None = None
     grows: bool = True
@@ -97,23 +97,23 @@ class World:
     """True if code changes tables and drops segments, which no reset in place could undo."""
 
     def inhabited(self, kind: str) -> list[Table]:
-        """Tables of this kind that have elements, and rarely the others."""
+        """Return the tables of this kind with elements, and rarely the others."""
         return [t for t in self.tables if t.kind == kind and (t.minimum or self.rng.random() < 0.1)]
 
     def some_memory(self) -> Memory | None:
-        """A memory for an access: rarely one without pages, where nothing can be found but a trap."""
+        """Return a memory for an access; rarely one without pages, where each access traps."""
         found = self.rng.choice(self.memories) if self.memories else None
         empty = found is not None and not found.minimum
         return None if empty and self.rng.random() < 0.8 else found
 
     def counters(self) -> list[Global]:
-        """Integers that code may change so that they tell how often it ran."""
+        """Return the integer globals that code may change to count its runs."""
         return [g for g in self.assignable() if g.kind in ("i32", "i64")]
 
     def assignable(self) -> list[Global]:
         return [g for g in self.globals if g.mutable and g.index != self.fuel]
 
     def constants(self, kind: str) -> list[Global]:
-        """Globals that a constant expression of this type may name."""
+        """Return the globals that a constant expression of this type may name."""
         found = [g for g in self.globals if g.kind == kind and not g.mutable]
         return [g for g in found if g.imported or "extended_const" in self.features]
