@@ -149,7 +149,7 @@ def test_growth_is_reported_and_the_slot_retired(host: WasmerHost) -> None:
 def test_memory_of_a_destroyed_slot_is_unmapped_while_its_guest_lives(host: WasmerHost) -> None:
     guest = hosts.prepare(host)
     with guest.instantiate() as instance:
-        base = instance._live().locate(0)[0]
+        base = instance.handle.enter().locate(0)[0]
         instance.call("grow", 1)
     assert (destroyed(host), list(mappings(base, base + PAGE))) == (1, [])
     with guest.instantiate() as instance:
