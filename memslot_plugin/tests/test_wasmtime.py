@@ -419,6 +419,24 @@ def test_interrupt_between_instance_and_globals_gives_the_slot_back(
         assert instance.global_value("count") == 6
 
 
+def test_interrupt_after_wasmtime_named_unused_memories_loses_no_slot(
+    host: WasmtimeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def drain(*arguments: Any) -> None:
+        assert lib.ms_wt_drain(*arguments) == 1
+        raise KeyboardInterrupt
+
+    with closing(wasmtime.Store(host.engine)) as store:
+        host.prepare(ECHO).instantiate(store=store).close()
+    library = mock.Mock(wraps=lib)
+    library.ms_wt_drain.side_effect = drain
+    with monkeypatch.context() as patch:
+        patch.setattr("memslot_plugin.hosts.wasmtime.creator.lib", library)
+        with pytest.raises(KeyboardInterrupt):
+            host.statistics()
+    assert in_use(host) == 0
+
+
 def test_interrupt_while_an_instance_ends_gives_the_slot_back(
     host: WasmtimeHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
