@@ -22,6 +22,7 @@ try:
     import wasmtime
 
     from memslot_plugin.hosts.wasmtime import bridge as wasmtime_bridge
+    from memslot_plugin.hosts.wasmtime.creator import Creator
     from memslot_plugin.hosts.wasmtime.errors import translated
     from memslot_plugin.hosts.wasmtime.runtime import NativeInstance, WasmtimeHost, WasmtimeTrap
 except ImportError:
@@ -411,7 +412,7 @@ def test_interrupt_between_instance_and_globals_gives_the_slot_back(
         instance.set_global("count", 6)
         taken = instance.snapshot()
     with monkeypatch.context() as patch:
-        patch.setattr("memslot_plugin.hosts.wasmtime.live.lib", library)
+        patch.setattr("memslot_plugin.hosts.wasmtime.globals.lib", library)
         with pytest.raises(KeyboardInterrupt):
             taken.instantiate()
     assert in_use(host) == 0
@@ -434,6 +435,23 @@ def test_interrupt_after_wasmtime_named_unused_memories_loses_no_slot(
         patch.setattr("memslot_plugin.hosts.wasmtime.creator.lib", library)
         with pytest.raises(KeyboardInterrupt):
             host.statistics()
+    assert in_use(host) == 0
+
+
+def test_interrupt_after_bare_wasmtime_leased_a_memory_loses_no_slot(
+    host: WasmtimeHost, store: wasmtime.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leased = Creator.leased
+
+    def interrupted(*arguments: Any) -> None:
+        leased(*arguments)
+        raise KeyboardInterrupt
+
+    module = wasmtime.Module(host.engine, "(module (memory 1))")
+    with monkeypatch.context() as patch:
+        patch.setattr(Creator, "leased", interrupted)
+        with pytest.raises(wasmtime.WasmtimeError, match="KeyboardInterrupt"):
+            wasmtime.Instance(store, module, [])
     assert in_use(host) == 0
 
 

@@ -159,8 +159,11 @@ class Memories(Protocol):
     def granted(self, token: int, index: int, byte_size: int) -> bool:
         """Grow the index-th memory of that group to `byte_size` bytes; false if that is refused."""
 
-    def leased(self, minimum: int, maximum: int) -> tuple[int, LinearMemory]:
-        """Lease a memory for an instance that is not ours, and return its token too; sizes are bytes."""
+    def leased(self, token: Any, minimum: int, maximum: int) -> LinearMemory:
+        """Lease a memory for an instance that is not ours, and put its token into `token[0]`; sizes are bytes."""
+
+    def unlease(self, token: int) -> None:
+        """Drop a memory of which wasmtime has not heard."""
 
 
 CREATORS: weakref.WeakValueDictionary[int, Memories] = weakref.WeakValueDictionary()
@@ -203,14 +206,14 @@ def ms_wt_python_lease(  # noqa: PLR0917 - C calls it
     room: int,
 ) -> int:
     try:
-        token[0], memory = CREATORS[creator].leased(minimum, maximum)
+        memory = CREATORS[creator].leased(token, minimum, maximum)
         base[0], capacity[0] = memory.base, memory.request.reserved
     except BaseException as error:  # noqa: BLE001  # escaping would abort the process; bare wasmtime-py raises the text
-        said = (
-            "the host was closed"
-            if isinstance(error, KeyError)
-            else f"{type(error).__name__}: {error}"
-        )
+        said = f"{type(error).__name__}: {error}"
+        if creator in CREATORS:
+            CREATORS[creator].unlease(token[0])
+        else:
+            said = "the host was closed"
         text = said.encode(errors="replace").replace(b"\0", b"")[: room - 1] + b"\0"
         ffi.memmove(message, text, len(text))
         return 0

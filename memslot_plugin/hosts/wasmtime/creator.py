@@ -26,8 +26,8 @@ _log = logging.getLogger("memslot.wasmtime")
 _identities = itertools.count(1)
 _tokens = itertools.count(1)
 
-_UNUSED, _LINGERING, _LATER, _ENDED_BEFORE = range(4)
-"""The answers of ms_wt_close."""
+_UNUSED, _LINGERING, _LATER = range(3)
+"""The answers of ms_wt_close; the next one is that the lease has ended."""
 
 _BATCH = 64
 """Tokens that one call drains."""
@@ -105,77 +105,72 @@ class Creator:
         """Grow the index-th memory of a group to `byte_size`; false if that is refused."""
         return self._leases.grow(self._groups[token][index], byte_size)
 
-    def leased(self, minimum: int, maximum: int) -> tuple[int, LinearMemory]:
-        """Lease a memory for an instance that bare wasmtime-py makes on the engine, and return its token too."""
+    def leased(self, token: Any, minimum: int, maximum: int) -> LinearMemory:
+        """Lease a memory for an instance that bare wasmtime-py makes, and put its token into `token[0]`."""
         request = self._foreign
         limit = request.maximum or 0
         if minimum > limit:
             raise MemoryTooLarge(
                 f"a memory of {minimum} bytes is wanted, and the settings allow {limit}"
             )
-        request = replace(request, minimum=minimum, maximum=min(maximum, limit))
-        token, memories = next(_tokens), self._leases.lease([request])
-        self._groups[token] = memories
-        self._retained.add(token)
-        return token, memories[0]
+        number = token[0] = next(_tokens)  # first: after an exception `unlease` finds it there
+        memories = self._leases.lease(
+            [replace(request, minimum=minimum, maximum=min(maximum, limit))]
+        )
+        self._groups[number] = memories
+        self._retained.add(number)
+        return memories[0]
+
+    def unlease(self, token: int) -> None:
+        """Drop a memory of which wasmtime has not heard; its slot is free once the memory is collected."""
+        self._groups.pop(token, None)
+        self._retained.discard(token)
 
     # -- an instance of ours: begin and finish
 
-    def begin(self, cell: Any, memories: tuple[LinearMemory, ...]) -> int:
-        """Keep the memories for an instance that is about to begin in the cell, and return its token."""
-        token = next(_tokens)
-        self._cells[token] = cell
-        if memories:
-            self._groups[token] = memories
-        return token
+    def begin(self, live: Tenant) -> None:
+        """Keep the memories of an instance that is about to begin, and give it its token."""
+        token = live.token = next(_tokens)  # first: `finish` needs it after an exception
+        self._cells[token] = live.cell
+        if live.memories:
+            self._groups[token] = live.memories
 
     def finish(
         self, live: Tenant, *, release: bool = True, generation: int | None = None
     ) -> bool | None:
-        """Delete an instance's store; true if wasmtime no longer uses its memories.
+        """Delete an instance's store; true if wasmtime no longer uses its memories.  Idempotent.
 
         Then they are released here, or without `release` by the caller, who takes them out of `live`.  False: wasmtime
         goes on using them, because a call runs or the store is the embedder's; they are released when that ends.  None:
         nothing happened, because the lease `generation` has ended.
         """
-        if generation not in (None, live.generation):
+        if generation is not None and generation != live.generation:
             return None
         token = live.token
-        if live.cell.lingering:
-            self._ending.pop(token, None)
-            return False
         live.forget_views()
         # From here to the last `pop`, an exception leaves the instance to `drain`, and no slot is lost.
         self._ending[token] = live
-        answer = self._close(token, live.cell, generation or 0)
-        if answer == _ENDED_BEFORE:
-            return None  # leave the entry to `drain`: it may be that of a thread which ends a later lease
-        if answer == _LATER:
-            self._ending[token] = live  # again, because `drain` may have removed it since
-            if token not in self._cells:  # the call has returned meanwhile
-                self._ending.pop(token, None)
-            return False
-        if answer == _UNUSED and release:
-            # In one step, without a call: only one of two threads gets the memories.
-            memories, live.memories = live.memories, ()
-            self._leases.release(memories)
-        self._ending.pop(token, None)
-        return answer == _UNUSED
-
-    def _close(self, token: int, cell: Any, generation: int) -> int:
-        """Close a cell, and keep its group only if wasmtime goes on using the memories.  Idempotent."""
-        answer = int(lib.ms_wt_close(cell, generation))
+        answer = lib.ms_wt_close(live.cell, generation or 0)
         if answer == _UNUSED:
             self._groups.pop(token, None)
             self._cells.pop(token, None)
+            if release:
+                # In one step, without a call: only one of two threads gets the memories.
+                memories, live.memories = live.memories, ()
+                self._leases.release(memories)
         elif answer == _LINGERING:
             self._retained.add(token)
-            if (
-                token not in self._groups
-            ):  # its finalizers have run, and another thread has drained it
+            if token not in self._groups:  # another thread has drained it already
                 self._retained.discard(token)
             self._cells.pop(token, None)
-        return answer
+        elif answer == _LATER:
+            self._ending[token] = live  # again, because `drain` may have removed it since
+            if token in self._cells:  # else the call has returned meanwhile
+                return False
+        else:
+            return None  # leave the entry to `drain`: it may be that of a thread which ends a later lease
+        self._ending.pop(token, None)
+        return bool(answer == _UNUSED)
 
     # -- memories on their way back
 

@@ -21,6 +21,7 @@ from memslot_plugin.hosts.wasmtime.bridge import (
     wasmtime_ffi,
 )
 from memslot_plugin.hosts.wasmtime.errors import one_sentence
+from memslot_plugin.hosts.wasmtime.globals import initial_globals
 from memslot_plugin.hosts.wasmtime.store import Limits, identity_of
 from memslot_plugin.hosts.wasmtime.values import (
     FUNCREF,
@@ -199,17 +200,9 @@ class Compiled(runtime.Compiled):
         return declared if isinstance(declared, wasmtime.MemoryType) else None
 
     @functools.cached_property
-    def saved(self) -> Any:
-        """The globals that a reset restores, with their initial values if the module has them as constants."""
-        every = ffi.new("ms_wt_global[]", len(self.plan.saved_globals))
-        for saved, each in zip(every, self.plan.saved_globals, strict=True):
-            assert each.export_name is not None
-            name = self.name(each.export_name)
-            saved.name, saved.length = name.utf8, name.length
-            saved.kind = KIND_NAMES.index(each.type) if each.type in KIND_NAMES else 0
-            if each.initial is not None:
-                saved.value = list(each.initial.to_bytes(16, "little"))
-        return every
+    def initial_globals(self) -> Any:
+        """The globals that a reset restores."""
+        return initial_globals(self.plan, self.name)
 
     def name(self, text: str) -> Name:
         """Return the one object for this name."""

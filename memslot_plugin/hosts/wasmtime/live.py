@@ -16,13 +16,12 @@ from memslot_plugin.errors import (
     ExportNotFound,
     GrowthRefused,
     InUse,
-    SnapshotRefused,
     UsedAfterClose,
     shown,
 )
 from memslot_plugin.hosts.live import Binding, Live, ended, require_within
 from memslot_plugin.hosts.wasi import Wasi
-from memslot_plugin.hosts.wasmtime.bridge import address_of, wasmtime, wasmtime_ffi
+from memslot_plugin.hosts.wasmtime.bridge import address_of, wasmtime
 from memslot_plugin.hosts.wasmtime.creator import Creator
 from memslot_plugin.hosts.wasmtime.errors import (
     NATIVE_ERRORS,
@@ -31,10 +30,15 @@ from memslot_plugin.hosts.wasmtime.errors import (
     refusal,
     translated,
 )
+from memslot_plugin.hosts.wasmtime.globals import SavedGlobals, require_readable
 from memslot_plugin.hosts.wasmtime.link import BoundImports, Compiled
-from memslot_plugin.hosts.wasmtime.store import BorrowedStore, LentStore
+from memslot_plugin.hosts.wasmtime.store import (
+    BorrowedStore,
+    LentStore,
+    NativeInstance,
+    native_instance,
+)
 from memslot_plugin.hosts.wasmtime.values import (
-    KIND_NAMES,
     NUMBERS,
     V128,
     bare,
@@ -47,13 +51,6 @@ from memslot_plugin.hosts.wasmtime.wasi import Environment, Streams
 if TYPE_CHECKING:
     from memslot_plugin.plugins.arming import Armed
 
-_READABLE = ("(ref null func)", "(ref null extern)")
-"""The types of references that wasmtime's C API can read; any other ends the process."""
-
-_MASKS = {
-    kind: (1 << bits) - 1 for kind, bits in zip(KIND_NAMES, (32, 64, 32, 64, 128), strict=False)
-}
-
 _PAGES = 1 << 48
 """More pages than any memory can grow by."""
 
@@ -62,15 +59,19 @@ _CELL, _ENTRY, _GLOBAL = (ffi.typeof(f"ms_wt_{name} *") for name in ("cell", "en
 _acquire, _restore, _copy = lib.ms_wt_acquire, lib.ms_wt_restore, lib.ms_wt_copy
 
 
-class NativeInstance(wasmtime.Instance):
-    """An instance of ours as an object of wasmtime-py's; its functions are called with its `store`."""
-
-    store: wasmtime.Store
-
-
 class WasmtimeLive(Live):
     """One instance, in a store of its own or in the embedder's."""
 
+    # No cached_property here: with one, CPython 3.11 keeps all attributes in a dict, and a reset is 10 % slower.
+    token = 0
+    """The creator's number for the memories; 0 until the instance begins."""
+    bound: BoundImports | None = None
+    """The imports, which the instance may call for as long as it lives."""
+    environment: Environment | None = None
+    streams: Streams | None = None
+    _saved: SavedGlobals | None = None
+    """The globals that a reset restores, from their first use."""
+    _borrowed: BorrowedStore | None = None
     _address = 0
     """The address of the cell, or 0 until the first read."""
 
@@ -85,23 +86,12 @@ class WasmtimeLive(Live):
     ) -> None:
         self.memories = memories
         self.binding = binding
-        self.streams: Streams | None = None
-        self.environment: Environment | None = None
         self.cell = ffi.new(_CELL)
-        self.token = 0
-        """The creator's number for the memories, once the instance has begun."""
-        self.bound: BoundImports | None = None
-        """Its imports, which it may call for as long as it lives."""
         self._creator = creator
         self._connect = connect
         self._configure_store = configure_store
         self._compiled = compiled
         self._functions: dict[str, Callable[..., Any]] = {}
-        self._borrowed: BorrowedStore | None = None
-        self._saved: Any = None
-        """The saved globals: where they are, and the values that a reset puts back."""
-        # No cached_property: with one, CPython 3.11 keeps all attributes in a dict, and a reset is 10 % slower.
-        self._saved_count = len(compiled.plan.saved_globals)
 
     @property
     def guest_name(self) -> str:
@@ -110,7 +100,7 @@ class WasmtimeLive(Live):
     def start(self) -> None:
         link = self.bound = self._connect()
         compiled = self._compiled = link.compiled
-        self.token = self._creator.begin(self.cell, self.memories)
+        self._creator.begin(self)
         bases, store = [memory.base for memory in self.memories], self.binding.store
         if link.environment is None and store is None and self._configure_store is None:
             outcome = lib.ms_wt_start(self.cell, link.guest, self.token, bases)
@@ -121,16 +111,16 @@ class WasmtimeLive(Live):
                 store.tenants.add(self)  # first, because it is told if the store is closed
                 store.links.append(link)
                 self.enter_store()
-            # Within an entry, so that nothing that comes in between can close the store.
+            # Within an entry: otherwise `configure_store`, or another thread, could close the store before it is used.
             outcome = self.entered(0, lambda: self._begin(link, bases))
         self.settle(outcome, starting=True)
         if compiled.sets_globals:
-            self.set_globals()
+            self.settle(self._globals().write())
         if compiled.reads_globals:
-            self.read_globals()
+            self.settle(self._globals().read())
 
     def _begin(self, link: BoundImports, bases: list[int]) -> int:
-        """Instantiate, after what must be set in the store before; the outcome."""
+        """Instantiate, after setting up the store; returns the outcome."""
         self.require_store()
         wasi, store = self.binding.wasi, self.binding.store
         if link.environment is not None:
@@ -265,8 +255,6 @@ class WasmtimeLive(Live):
     # -- resets ------------------------------------------------------------------------------------------------------
 
     def hold(self, generation: int, key: int, *, alone: bool = False) -> None:
-        if self._saved is None:
-            self._own_globals()
         refused = _acquire(self.cell, generation, key, alone)
         if refused:
             self._refuse_acquire(refused, generation)
@@ -287,13 +275,13 @@ class WasmtimeLive(Live):
     def _bind_fast_reset(self) -> None:
         """Make the reset in place one call, if nothing but memories and globals is to be renewed."""
         if self.environment is None and self._configure_store is None:
-            saved = self._saved
+            saved = self._globals()
             self.fast_reset = InstanceReset(
                 int(ffi.cast("uintptr_t", self.cell)),
-                int(ffi.cast("uintptr_t", saved)),
-                self._saved_count,
+                int(ffi.cast("uintptr_t", saved.array)),
+                saved.count,
                 self.resets,
-                (self.cell, saved),
+                saved,
             ).run
 
     def reset(self, generation: int, next_generation: int, key: int) -> bool:
@@ -320,8 +308,9 @@ class WasmtimeLive(Live):
         self.wake()
         if self.environment is not None:
             self.streams = self.environment.give(self.cell)
+        saved = self._globals()
         self.generation = generation
-        outcome = _restore(self.cell, generation, self._saved, self._saved_count)
+        outcome = _restore(self.cell, generation, saved.array, saved.count)
         if outcome:
             self._settle_restore(outcome)
 
@@ -330,10 +319,6 @@ class WasmtimeLive(Live):
         if not self.cell.context:  # its holder closed it meanwhile
             raise ended(self.guest_name)
 
-    def set_globals(self) -> None:
-        """Give every saved global its initial value."""
-        self.settle(lib.ms_wt_globals_write(self.cell, 0, self._own_globals(), self._saved_count))
-
     def let_go(self, key: int) -> bool:
         outcome = ffi.new("uintptr_t *")
         held = bool(lib.ms_wt_release(self.cell, key, outcome))
@@ -341,42 +326,18 @@ class WasmtimeLive(Live):
             self.settle(outcome[0])
         return held
 
-    def _own_globals(self) -> Any:
-        """Return the saved globals, which the first use copies from the guest's."""
+    def _globals(self) -> SavedGlobals:
         if self._saved is None:
-            saved = ffi.new("ms_wt_global[]", self._saved_count)
-            ffi.memmove(saved, self._compiled.saved, ffi.sizeof(saved))
-            self._saved = saved
+            self._saved = SavedGlobals(self.cell, self._compiled.initial_globals)
         return self._saved
-
-    def read_globals(self) -> None:
-        """Make the present values of the saved globals those that a reset puts back."""
-        self.settle(lib.ms_wt_globals_read(self.cell, 0, self._own_globals(), self._saved_count))
 
     def saved_values(self) -> dict[int, int | None]:
         plan, name = self._compiled.plan, self._compiled.guest_name
-        for each in plan.saved_globals:
-            if each.type.startswith("(ref ") and each.type not in _READABLE:
-                raise SnapshotRefused(
-                    f"global {each.index} of the guest {name} holds references, {each.type}, which cannot be read;"
-                    " use it without a snapshot"
-                )
-        now = ffi.new("ms_wt_global[]", self._saved_count)
-        ffi.memmove(now, self._own_globals(), ffi.sizeof(now))
-        self.settle(lib.ms_wt_globals_read(self.cell, 0, now, self._saved_count))
-        values: dict[int, int | None] = {}
-        for each, saved in zip(plan.saved_globals, now, strict=True):
-            bits = int.from_bytes(bytes(ffi.buffer(saved.value)), "little")
-            if not each.type.startswith("(ref "):
-                values[each.index] = bits & _MASKS[each.type]
-            elif bits & _MASKS["i64"]:  # the identity of the reference's store; null has none
-                raise SnapshotRefused(
-                    f"global {each.index} of the guest {name} holds a reference, {each.type}, that is not null,"
-                    " and only null can be written down; take the snapshot while it is null"
-                )
-            else:
-                values[each.index] = None
-        return values
+        require_readable(plan, name)
+        # A second copy: the values in the first one are those that a reset puts back.
+        now = SavedGlobals(self.cell, self._globals().array)
+        self.settle(now.read())
+        return now.bits(plan, name)
 
     def descriptors_changed(self) -> str | None:
         environment = self.environment
@@ -524,14 +485,7 @@ class WasmtimeLive(Live):
     @property
     def native(self) -> NativeInstance:
         """The instance as an object of wasmtime-py's, with its `store`."""
-        store = self.store()
-        raw = wasmtime_ffi.wasmtime_instance_t.from_buffer_copy(
-            bytes(ffi.buffer(self.cell.instance))
-        )
-        instance = NativeInstance._from_raw(raw)
-        assert isinstance(instance, NativeInstance)
-        instance.store = store
-        return instance
+        return native_instance(bytes(ffi.buffer(self.cell.instance)), self.store())
 
     def give_native(self, generation: int) -> NativeInstance:
         def give() -> NativeInstance:

@@ -50,8 +50,8 @@ from memslot_plugin.hosts.wasmtime.errors import (
     one_sentence,
 )
 from memslot_plugin.hosts.wasmtime.link import BoundImports, Compiled
-from memslot_plugin.hosts.wasmtime.live import NativeInstance, WasmtimeLive
-from memslot_plugin.hosts.wasmtime.store import lent
+from memslot_plugin.hosts.wasmtime.live import WasmtimeLive
+from memslot_plugin.hosts.wasmtime.store import NativeInstance, lent
 from memslot_plugin.hosts.wasmtime.wasi import Shim, shim_text
 from memslot_plugin.settings import Settings
 

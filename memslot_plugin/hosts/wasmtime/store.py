@@ -117,6 +117,20 @@ class BorrowedStore(wasmtime.Store):
         self._Store__context = None  # type: ignore[assignment]  # as the package's own does
 
 
+class NativeInstance(wasmtime.Instance):
+    """An instance of ours as an object of wasmtime-py's; its functions are called with its `store`."""
+
+    store: wasmtime.Store
+
+
+def native_instance(raw: bytes, store: wasmtime.Store) -> NativeInstance:
+    """Return the instance of a wasmtime_instance_t as an object of wasmtime-py's."""
+    instance = NativeInstance._from_raw(wasmtime_ffi.wasmtime_instance_t.from_buffer_copy(raw))
+    assert isinstance(instance, NativeInstance)
+    instance.store = store
+    return instance
+
+
 _CLASSES: dict[type, type[LentStore]] = {}
 """The class that a store gets when it is lent, by its class before."""
 
