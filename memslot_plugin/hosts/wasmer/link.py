@@ -12,6 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import wasmer
+
 from memslot_plugin.errors import LinkError, MemslotError, Unsupported
 from memslot_plugin.guest.plan import Plan, offsets
 from memslot_plugin.hosts import runtime
@@ -27,7 +29,6 @@ from memslot_plugin.hosts.wasmer.values import (
     kind_of,
     new_store,
     passes_references,
-    wasmer,
 )
 from memslot_plugin.hosts.wasmer.wasi import VERSIONS, Shims, Streams, environment
 from memslot_plugin.wasm.module import SectionId

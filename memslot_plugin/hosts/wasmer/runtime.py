@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NoReturn
 
+import wasmer
+
 from memslot_hooks.types import HostMapping, LinearMemory
 from memslot_plugin._core.limits import system_call_error
 from memslot_plugin.errors import (
@@ -54,7 +56,6 @@ from memslot_plugin.hosts.wasmer.values import (
     misfit,
     new_store,
     reserved_bytes,
-    wasmer,
 )
 from memslot_plugin.settings import Settings
 from memslot_plugin.wasm import WASM_PAGE

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import wasmer
+
 from memslot_plugin.guest.plan import Plan
 from memslot_plugin.hosts.wasmer.errors import Boundary, at_instantiate
-from memslot_plugin.hosts.wasmer.values import compiled, export_of, new_store, wasmer
+from memslot_plugin.hosts.wasmer.values import compiled, export_of, new_store
 
 _GETTERS = {
     "i32": ((32, "{}"),),

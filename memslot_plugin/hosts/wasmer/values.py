@@ -1,7 +1,4 @@
-"""The types, values and memories of wasmer-python 1.1.0.
-
-Importing this module imports wasmer, and raises HostUnavailable if that fails.
-"""
+"""The types, values and memories of wasmer-python 1.1.0."""
 
 from __future__ import annotations
 
@@ -11,39 +8,14 @@ import os
 import weakref
 from typing import Any, Protocol
 
+import wasmer
+from wasmer_compiler_cranelift import Compiler
+
 from memslot_plugin._core import ffi
 from memslot_plugin._core.limits import system_call_error
 from memslot_plugin._core.proc import mappings
 from memslot_plugin.errors import HostUnavailable, Unsupported, shown
-
-try:
-    import wasmer
-    from wasmer_compiler_cranelift import Compiler
-except ImportError as missing:
-    raise HostUnavailable(
-        f"wasmer cannot be imported ({missing}); wasmer-python 1.1.0 exists for CPython 3.7 to 3.10:"
-        " install memslot[wasmer] there, or use the host wasmtime"
-    ) from missing
-
 from memslot_plugin.hosts.wasmer.errors import Boundary, at_compile
-
-__all__ = [
-    "EXTERNS",
-    "REFERENCES",
-    "WASM32_BYTES",
-    "Owner",
-    "Signature",
-    "address_of",
-    "compiled",
-    "described",
-    "export_of",
-    "kind_of",
-    "misfit",
-    "new_store",
-    "passes_references",
-    "reserved_bytes",
-    "wasmer",
-]
 
 WASM32_BYTES = 1 << 32
 """Bytes that a 32-bit address reaches."""

@@ -19,6 +19,8 @@ import struct
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
+import wasmer
+
 from memslot_plugin.errors import SettingError
 from memslot_plugin.hosts.wasi import Wasi
 from memslot_plugin.hosts.wasmer.errors import Boundary, at_instantiate
@@ -32,7 +34,7 @@ from memslot_plugin.hosts.wasmer.folders import (
     SPIPE,
     Folders,
 )
-from memslot_plugin.hosts.wasmer.values import compiled, wasmer
+from memslot_plugin.hosts.wasmer.values import compiled
 
 VERSIONS = {
     "wasi_unstable": wasmer.wasi.Version.SNAPSHOT0,
