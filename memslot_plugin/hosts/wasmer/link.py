@@ -23,7 +23,6 @@ from memslot_plugin.hosts.wasmer.state import SavedGlobals
 from memslot_plugin.hosts.wasmer.values import (
     EXTERNS,
     Owner,
-    Signature,
     compiled,
     described,
     kind_of,
@@ -139,7 +138,8 @@ class BoundImports:
 class Compiled(runtime.Compiled):
     """A guest's code, and the types and imports that all of its instances share.
 
-    `kinds` are the kinds of its exports by name.  `wasi` are the names that it imports from WASI, by module.
+    `types` and `kinds` are those of its exports by name; `references` are the names of exports that can pass some.
+    `wasi` are the names that it imports from WASI, by module.
     `calls_out` is true if a host function can run within its calls, `may_grow` if its memory can grow there.
     `instantiating` is the boundary around wasmer's instantiation.
     """
@@ -154,16 +154,13 @@ class Compiled(runtime.Compiled):
         self.callables: dict[str, Callable[[Any, dict[str, Any]], Callable[..., Any]]] = {}
         """Makers of the function to call for an instance's export, by name, of the exports that were asked for."""
         reserved = {each.export_name for each in plan.saved_globals}
-        types = {
+        self.types = {
             export.name: export.type
             for export in self.module.exports
             if export.name not in reserved
         }
-        self.kinds: Mapping[str, str] = {name: kind_of(type_) for name, type_ in types.items()}
-        self.functions: dict[str, Signature] = {
-            name: Signature(types[name]) for name, kind in self.kinds.items() if kind == "func"
-        }
-        self.globals = {name: types[name] for name, kind in self.kinds.items() if kind == "global"}
+        self.kinds = {name: kind_of(type_) for name, type_ in self.types.items()}
+        self.references = {name for name, type_ in self.types.items() if passes_references(type_)}
         self._memory_module = None if plan.import_name is None else plan.import_name.module
         self._imports = [
             (item.module, item.name, item.type)

@@ -23,7 +23,7 @@ WASM32_BYTES = 1 << 32
 _LARGEST_MAPPING = WASM32_BYTES + (1 << 31)
 """Bytes that wasmer maps for a memory at most: what 32 bits reach, and a guard region (its BaseTunables)."""
 
-REFERENCES = frozenset((int(wasmer.Type.EXTERN_REF), int(wasmer.Type.FUNC_REF)))
+_REFERENCES = frozenset((int(wasmer.Type.EXTERN_REF), int(wasmer.Type.FUNC_REF)))
 """Types whose values wasmer-python cannot hand to Python: it panics."""
 
 _INTEGERS = {
@@ -82,28 +82,12 @@ def kind_of(type_: Any) -> str:
     return next(kind for kind, class_ in _TYPES.items() if isinstance(type_, class_))
 
 
-class Signature:
-    """The parameters and results of a function, as wasmer's numbers for types.
-
-    `several` is true if it returns more than one value, `refers` if any of its values is a reference.
-    """
-
-    __slots__ = ("arity", "parameters", "refers", "results", "several")
-
-    def __init__(self, type_: Any) -> None:
-        self.parameters = tuple(map(int, type_.params))
-        self.results = tuple(map(int, type_.results))
-        self.arity = len(self.parameters)
-        self.several = len(self.results) > 1
-        self.refers = not REFERENCES.isdisjoint((*self.parameters, *self.results))
-
-
 def passes_references(type_: Any) -> bool:
     """Return True if guests can pass references to each other by an import or export of this type."""
     kind = kind_of(type_)
     if kind == "func":
-        return Signature(type_).refers
-    return kind == "table" or (kind == "global" and int(type_.type) in REFERENCES)
+        return not _REFERENCES.isdisjoint(map(int, (*type_.params, *type_.results)))
+    return kind == "table" or (kind == "global" and int(type_.type) in _REFERENCES)
 
 
 def described(type_: Any) -> str:

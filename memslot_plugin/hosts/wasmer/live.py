@@ -1,0 +1,301 @@
+"""A live instance on wasmer-python 1.1.0."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import wasmer
+
+from memslot_hooks.types import LinearMemory
+from memslot_plugin.errors import (
+    ArgumentError,
+    ExportNotFound,
+    GrowthRefused,
+    SnapshotRefused,
+    Unsupported,
+    cause_of,
+)
+from memslot_plugin.hosts.leases import Leases
+from memslot_plugin.hosts.live import Binding, Live, ended
+from memslot_plugin.hosts.wasmer.errors import VALUE_ERRORS, at_call, made_by_wasmer
+from memslot_plugin.hosts.wasmer.link import BoundImports, Compiled
+from memslot_plugin.hosts.wasmer.state import AttachedGlobals
+from memslot_plugin.hosts.wasmer.values import Owner, address_of, export_of, misfit
+from memslot_plugin.hosts.wasmer.wasi import Streams
+
+
+class WasmerLive(Live):
+    """One instance, and everything that has to outlive it."""
+
+    def __init__(
+        self,
+        leases: Leases,
+        compiled: Compiled,
+        memories: tuple[LinearMemory, ...],
+        binding: Binding,
+    ) -> None:
+        self.memories = memories
+        self.binding = binding
+        self._leases = leases
+        self._compiled = compiled
+        self._bound: BoundImports | None = None
+        self._streams: Streams | None = None
+        """The standard streams of a guest that imports WASI."""
+        self._memory: Any = None
+        """wasmer's memory under the slot; None if the guest runs natively or has none."""
+        self._instance: Any = None
+        self._exports: Any = None
+        self._captured: tuple[int, ...] | None = None
+        """The bits of the saved globals at the start, if the module does not tell them."""
+        self._attached: AttachedGlobals | None = None
+        self._restore: Callable[[], None] | None = None
+        """Sets the saved globals to their first values; made at the first reset."""
+        self._functions: dict[str, Callable[..., Any]] = {}
+        self._natives: dict[str, Any] = {}
+        """wasmer's functions behind `_functions`; empty once the instance has ended, which ends those too."""
+
+    @property
+    def guest_name(self) -> str:
+        return self._compiled.guest_name
+
+    def start(self) -> None:
+        compiled = self._compiled
+        if self.binding.store is not None:
+            raise Unsupported("wasmer's stores belong to their hosts; use the host of that store")
+        owner = None
+        if self.memories and compiled.plan.native is None:
+            owner = _owner_of(self.memories[0])
+            self._memory = owner.memory  # first, because a start function may grow it and trap
+        with compiled.instantiating:
+            self._bound = compiled.bind(self.binding, owner)
+            # Nothing that a failure leaves behind is used again: wasmer may free the instance while its functions stay
+            # in a table that it shares.  A guest that imports a table has no slot, so they reach none.
+            self._instance = wasmer.Instance(compiled.module, self._bound.imports)
+        self._streams = self._bound.streams
+        self._exports = self._instance.exports
+        if compiled.sets_globals:
+            self._attach()()
+        if compiled.reads_globals:
+            self._captured = compiled.saved.attach(self._exports, None).read()
+
+    # -- exports
+
+    def function(self, name: str) -> Callable[..., Any]:
+        found = self._functions.get(name)
+        if found is None:
+            self._leases.require_thread()
+            make = self._compiled.callables.get(name)
+            if make is None:
+                make = self._compiled.callables[name] = self._maker(name)
+            self._natives[name] = self._export(name)
+            found = self._functions[name] = make(self, self._natives)
+        return found
+
+    def _maker(self, name: str) -> Callable[[WasmerLive, dict[str, Any]], Callable[..., Any]]:
+        """Return what makes the function to call, for each instance of the guest."""
+        type_ = self._type(name, "func")
+        compiled, guest_name, thread = self._compiled, self.guest_name, self._leases.thread
+        calls_out, may_grow, offsets = compiled.calls_out, compiled.may_grow, compiled.code.offsets
+        get_ident, parameters = threading.get_ident, tuple(map(int, type_.params))
+        arity, several = len(parameters), len(type_.results) > 1
+
+        def make(live: WasmerLive, natives: dict[str, Any]) -> Callable[..., Any]:
+            # Not a variable of `_maker`: code and host would be a cycle, which a collection may free on any thread.
+            leases = live._leases
+
+            def call(generation: int, *arguments: Any) -> Any:
+                if get_ident() != thread:
+                    leases.require_thread()
+                if len(arguments) != arity:
+                    raise ArgumentError(
+                        f"{name} of {guest_name} takes {arity} arguments, and {len(arguments)} were given"
+                    )
+                if calls_out:
+                    live.running += 1
+                try:
+                    # Compared last: CPython 3.10 handles signals after a call and at a jump back, and wasmer takes
+                    # plain numbers alone, so no Python code ends the lease before the guest runs.
+                    if generation != live.admits or name not in natives:
+                        live.refuse(generation)
+                    result = natives[name](*arguments)
+                except BaseException as error:
+                    # Not a `Boundary`, which would take a fifth of a call.  The new error gets no name: its traceback
+                    # has this frame, and the cycle would keep the instance alive.
+                    if made_by_wasmer(error):
+                        if isinstance(error, VALUE_ERRORS):
+                            wrong = misfit(arguments, parameters)
+                            if wrong is not None:
+                                raise ArgumentError(f"{name} of {guest_name}: {wrong}") from error
+                        raise at_call(
+                            error, name, offsets, host_function_is_wrong=calls_out
+                        ) from cause_of(error)
+                    raise
+                finally:
+                    if calls_out:
+                        live.running -= 1
+                    if may_grow:
+                        live._report()
+                return list(result) if several else result
+
+            return call
+
+        return make
+
+    def exports(self) -> Mapping[str, str]:
+        return self._compiled.kinds
+
+    def global_value(self, name: str, generation: int) -> Any:
+        self._type(name, "global")
+        found = self._export(name)
+        if generation != self.admits or self.ended:  # compared last, as in read_memory
+            self.refuse(generation)
+        return found.value
+
+    def set_global(self, name: str, value: Any, generation: int) -> None:
+        type_ = self._type(name, "global")
+        found = self._export(name)
+        if not found.mutable:
+            raise ArgumentError(f"the global {name} of {self.guest_name} is not mutable")
+        if generation != self.admits or self.ended:
+            self.refuse(generation)
+        try:
+            found.value = value
+        except VALUE_ERRORS as error:
+            wrong = misfit((value,), (int(type_.type),)) or error
+            raise ArgumentError(f"the global {name} of {self.guest_name}: {wrong}") from error
+
+    def _type(self, name: str, kind: str) -> Any:
+        """Return the type of an export; raises ExportNotFound, and Unsupported for references."""
+        compiled = self._compiled
+        found = compiled.kinds.get(name)
+        if found != kind:
+            what = "nothing of that name" if found is None else f"a {found} of that name"
+            raise ExportNotFound(f"{self.guest_name} has no {kind} {name!r}: it exports {what}")
+        if name in compiled.references:
+            raise Unsupported(
+                f"the {kind} {name} of {self.guest_name} has values that are references, which wasmer-python"
+                " cannot hand to Python"
+            )
+        return compiled.types[name]
+
+    def _export(self, name: str) -> Any:
+        if self._exports is None:  # a signal's handler came while it was being closed
+            raise ended(self.guest_name)
+        return export_of(self._exports, name)
+
+    # -- memories
+
+    def locate(self, index: int) -> tuple[int, int]:
+        own, leased = self._memory, self.memories  # at once, for a signal's handler may close it
+        if own is not None and index == 0:
+            return leased[0].base, own.data_size
+        memory = self._foreign_memory(index)
+        return address_of(memory), memory.data_size
+
+    def grow(self, index: int, pages: int, generation: int) -> int:
+        own = self._memory
+        memory = own if own is not None and index == 0 else self._foreign_memory(index)
+        if generation != self.admits or self.ended:
+            self.refuse(generation)
+        try:
+            before: int = memory.grow(pages)
+        except RuntimeError as error:
+            raise GrowthRefused(f"memory {index} of {self.guest_name}: {error}") from error
+        except VALUE_ERRORS as error:
+            raise ArgumentError(f"memory {index} of {self.guest_name}: {error}") from error
+        self._report()
+        return before
+
+    def _foreign_memory(self, index: int) -> Any:
+        """Return a memory that is not ours: a natively running guest exports it, or it was imported."""
+        memories = self._compiled.plan.memories
+        if 0 <= index < len(memories) and memories[index].exported_as:
+            return self._export(memories[index].exported_as[0])
+        raise ExportNotFound(
+            f"memory {index} of {self.guest_name} cannot be reached: the guest does not export it"
+        )
+
+    def _report(self) -> None:
+        """Report growth that has not been reported.  A wasm memory cannot shrink, so its slot is retired at release."""
+        if self._memory is not None:
+            size = self._memory.data_size
+            if size != self.memories[0].byte_size:
+                self._leases.report_growth(self.memories[0], size)
+
+    # -- resets
+
+    def can_restore(self) -> bool:
+        if self.given_away:
+            return False
+        if self._memory is not None:
+            minimum = self.memories[0].request.minimum
+            if self._memory.data_size != minimum or self.memories[0].byte_size != minimum:
+                return False
+        return self._streams is None or self._streams.changed.value == 0
+
+    def restore(self, generation: int) -> None:
+        (self._restore or self._attach())()
+        if self._streams is not None:
+            self._streams.clear()
+        # What let_go does, without the call.
+        self.held = 0
+        self.generation = self.admits = generation
+
+    def _attach(self) -> Callable[[], None]:
+        """Return what gives every saved global its first value, and keep it for resets."""
+        saved, values = self._compiled.saved, self._captured
+        self._attached = saved.attach(self._exports, saved.initial if values is None else values)
+        self._restore = self._attached.restore
+        return self._restore
+
+    # -- snapshots
+
+    def saved_values(self) -> dict[int, int | None]:
+        saved = self._compiled.plan.saved_globals
+        for each in saved:
+            if each.type.startswith("(ref "):
+                raise SnapshotRefused(
+                    f"global {each.index} of {self.guest_name} holds references, {each.type}, which"
+                    " wasmer-python cannot read; use wasmtime, or keep the reference in a table"
+                )
+        values = self._compiled.saved.attach(self._exports, None).read()
+        return {each.index: value for each, value in zip(saved, values, strict=True)}
+
+    def descriptors_changed(self) -> str | None:
+        if self._streams is None or self._streams.changed.value == 0:
+            return None
+        return "it called functions of WASI that open, close or change descriptors"
+
+    def output(self, stream: Literal["stdout", "stderr"]) -> bytes:
+        return b"" if self._streams is None else self._streams.output(stream)
+
+    # -- the end
+
+    @property
+    def native(self) -> Any:
+        return self._instance
+
+    def dispose(
+        self, generation: int | None = None
+    ) -> bool:  # one thread ends it, within its lease
+        self._natives.clear()
+        self._functions.clear()
+        try:
+            self._report()
+        finally:
+            self._restore = self._attached = None
+            # The instance goes first: wasmer does not keep its imports alive, and it would run without them.
+            self._instance = self._exports = self._bound = self._memory = self._streams = None
+        return True
+
+
+def _owner_of(memory: LinearMemory) -> Owner:
+    mapping = memory.mapping
+    if mapping is None or not isinstance(mapping.owner, Owner):
+        raise Unsupported(
+            f"{memory!r} is not laid over a memory of wasmer's: a plugin has to call map_host_memory"
+            " of the request"
+        )
+    return mapping.owner
