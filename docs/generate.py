@@ -2,9 +2,10 @@
 
     docs/hooks.md                      from the hook specifications
     docs/settings.md                   from the struct Settings
+    docs/architecture.md, tables       from the first sentence of each file
     README.md, section "benchmark"     from docs/benchmark.json, a stored `memslot bench --json`
 
---check also fails if a page names a test that does not exist.  The exit status is 1 if --check fails, else 0.
+--check also fails if a page names a test or a path that does not exist.  The exit status is 1 if --check fails, else 0.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import re
 import sys
 from pathlib import Path
 
+import files_table
 from hooks_page import hooks_page
 
 from memslot_plugin.bench import report
@@ -28,10 +30,12 @@ ROOT = Path(__file__).resolve().parent.parent
 def pages(root: Path) -> dict[Path, str]:
     """Return the text that each page should have."""
     readme, stored = root / "README.md", root / "docs" / "benchmark.json"
+    architecture = root / "docs" / "architecture.md"
     run = Run.read(json.loads(stored.read_text(encoding="utf-8")))
     return {
         root / "docs" / "hooks.md": hooks_page(),
         root / "docs" / "settings.md": settings_page(),
+        architecture: files_table.insert(architecture.read_text(encoding="utf-8"), ROOT),
         readme: report.insert(readme.read_text(encoding="utf-8"), run),
     }
 
@@ -57,15 +61,19 @@ def settings_page() -> str:
     )
 
 
-def missing_tests(root: Path) -> list[str]:
-    """Return a line for each test that a page names and that does not exist."""
-    there = {path.name for path in root.glob("*/**/test_*.py")}
-    named = {
-        (page.name, test)
-        for page in (*root.glob("*.md"), *root.glob("docs/*.md"))
-        for test in re.findall(r"\btest_\w+\.py", page.read_text(encoding="utf-8"))
-    }
-    return [f"{page} names {test}, which is not there" for page, test in named if test not in there]
+def missing_files(root: Path) -> list[str]:
+    """Return a line for each test or path that a page of `root` names and that this checkout lacks."""
+    tests = {path.name for path in ROOT.glob("*/**/test_*.py")}
+    places = (ROOT, ROOT / "docs", ROOT / "memslot_plugin")
+    missing = []
+    for page in (*root.glob("*.md"), *root.glob("docs/*.md")):
+        text = page.read_text(encoding="utf-8")
+        named = {test for test in re.findall(r"\btest_\w+\.py", text) if test not in tests}
+        for path in set(re.findall(r"(?<![\w/>.])(?:[\w.]+/)+\w+\.(?:py|c|h|md)\b", text)):
+            if not any((place / path).exists() for place in places):
+                named.add(path)
+        missing += [f"{page.name} names {each}, which is not there" for each in sorted(named)]
+    return missing
 
 
 def main() -> int:
@@ -76,7 +84,7 @@ def main() -> int:
         "--root", type=Path, default=ROOT, help="the checkout whose pages are meant"
     )
     options = parser.parse_args()
-    missing = missing_tests(options.root) if options.check else []
+    missing = missing_files(options.root) if options.check else []
     for each in missing:
         print(each)
     stale = bool(missing)

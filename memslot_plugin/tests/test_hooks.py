@@ -63,7 +63,7 @@ def test_page_of_the_checkout_is_current_and_a_stale_one_fails_with_a_diff(
         return status
 
     (tmp_path / "docs").mkdir()
-    for copied in ("README.md", "docs/benchmark.json"):
+    for copied in ("README.md", "docs/benchmark.json", "docs/architecture.md"):
         (tmp_path / copied).write_bytes((CHECKOUT / copied).read_bytes())
     assert generate("--check") == 1  # hooks.md is missing
     assert generate() == 0
@@ -71,6 +71,7 @@ def test_page_of_the_checkout_is_current_and_a_stale_one_fails_with_a_diff(
         ("docs/hooks.md", "### memslot_reset_memory"),
         ("docs/settings.md", "| `table_limit` | 1000000 |"),
         ("README.md", "bare loops:"),
+        ("docs/architecture.md", "| `slot.py` | A slot"),
     ):
         page = tmp_path / name
         text = page.read_text()
@@ -84,3 +85,9 @@ def test_page_of_the_checkout_is_current_and_a_stale_one_fails_with_a_diff(
         assert said not in page.read_text()  # a check writes nothing
         page.write_text(text)
     assert generate("--check") == 0
+    (tmp_path / "GUIDE.md").write_text("Read memory/slot.py, memory/gone.py and test_gone.py.")
+    capsys.readouterr()
+    assert generate("--check") == 1
+    assert capsys.readouterr().out.splitlines() == [
+        f"GUIDE.md names {gone}, which is not there" for gone in ("memory/gone.py", "test_gone.py")
+    ]
