@@ -20,6 +20,17 @@ from memslot_plugin.tests.slots import EVERY_RESET, RESERVED, counted, sparse
 profiles.load()
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Return hexadecimal digits for bytes, the keys of a dictionary, and the items of a tuple of numbers."""
+    if isinstance(val, bytes):
+        return val.hex()[:32] or "no bytes"
+    if isinstance(val, dict):
+        return ",".join(map(str, val)) or "nothing"
+    if isinstance(val, tuple) and all(isinstance(each, (int, str)) for each in val):
+        return ",".join(map(str, val)) or "nothing"
+    return None  # pytest's own
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _probed() -> None:
     """Probe before any test: the process keeps the probe's descriptor, which would count as a leak."""
