@@ -13,7 +13,7 @@ import pytest
 from memslot_plugin import BytesImage, Image, MemfdImage, Pool, Slot, _core, probe
 from memslot_plugin._core import PAGE_SIZE, ffi, lib
 from memslot_plugin.memory.reset import choose, madvise
-from memslot_plugin.tests import profiles
+from memslot_plugin.tests import hosts, profiles
 from memslot_plugin.tests.leaks import Footprint
 from memslot_plugin.tests.slots import EVERY_RESET, RESERVED, counted, sparse
 
@@ -43,6 +43,12 @@ def _probed() -> None:
 def resources() -> Callable[[], Footprint]:
     """Return a function that measures the kernel's objects of this process."""
     return Footprint.now
+
+
+@pytest.fixture(scope="module")
+def wasi_runtime(_probed: None) -> None:
+    """Start wasmtime's threads for WASI before the test: they would count as a leak."""
+    hosts.start_wasi()
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 import os
@@ -14,109 +13,17 @@ import time
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
 import memslot_plugin
-from memslot_plugin.bench import baseline
 from memslot_plugin.cli import compare, main
-from memslot_plugin.cli.doctor import EXAMPLE_ANSWER
 from memslot_plugin.cli.output import Output, byte_size, duration
-from memslot_plugin.cli.source import EXAMPLE_MODULE, parse_arguments
+from memslot_plugin.cli.source import parse_arguments
 from memslot_plugin.errors import ArgumentError
 from memslot_plugin.tests import hosts, installed
+from memslot_plugin.tests.command import GUEST, done, json_of, memslot, refusal, shown_by
 from memslot_plugin.wasm import FunctionType
 
 MIB = 1 << 20
-on_each_host = pytest.mark.parametrize("host", hosts.RUNTIMES)
-
-GUEST = r"""(module
-  (import "wasi_snapshot_preview1" "fd_write" (func $write (param i32 i32 i32 i32) (result i32)))
-  (import "wasi_snapshot_preview1" "proc_exit" (func $exit (param i32)))
-  (import "wasi_snapshot_preview1" "random_get" (func $random (param i32 i32) (result i32)))
-  (import "wasi_snapshot_preview1" "args_sizes_get" (func $sizes (param i32 i32) (result i32)))
-  (memory (export "memory") 2)
-  (data (i32.const 0) "\10\00\00\00\0e\00\00\00") (data (i32.const 16) "hello [world]\n")
-  (func (export "_start") (export "say") (drop (call $write (i32.const 1) (i32.const 0) (i32.const 1) (i32.const 8))))
-  (func (export "quit") (param i32) (call $exit (local.get 0)))
-  (func (export "trap") unreachable)
-  (func (export "random") (result i32)
-    (drop (call $random (i32.const 64) (i32.const 4))) (i32.load (i32.const 64)))
-  (func (export "pair") (param i32 f64) (result i32 f64) local.get 0 local.get 1)
-  (func (export "wide") (param i64) (result i64) local.get 0))"""
-
-REACTOR = """(module (memory (export "memory") 1)
-  (func (export "_initialize") (i32.store (i32.const 0) (i32.const 42)))
-  (func (export "answer") (result i32) (i32.load (i32.const 0))))"""
-
-
-def memslot(*words):
-    """Run the command in this process, at a wide terminal and with few instances, each of which reads all of smaps."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare, "MOST_INSTANCES", 2)
-        return CliRunner(env={"COLUMNS": "200"}).invoke(main, [str(word) for word in words])
-
-
-def shown_by(*arguments, exit_code=0):
-    """Return the readable standard output as one line."""
-    result = memslot(*arguments)
-    assert (result.exit_code, result.stderr) == (exit_code, ""), result.output
-    return " ".join(result.stdout.split())
-
-
-def json_of(command, *arguments, exit_code=0):
-    return json.loads(shown_by(command, "--json", *arguments, exit_code=exit_code))
-
-
-def refusal(*arguments, exit_code=2):
-    """Return the sentence on standard error of a command that writes nothing else."""
-    result = memslot(*arguments)
-    assert (result.exit_code, result.stdout) == (exit_code, ""), result.output
-    assert result.stderr.startswith("memslot: ")
-    assert result.stderr.count("\n") == 1
-    return result.stderr.removeprefix("memslot: ").rstrip()
-
-
-def done(*words, program=("-m", "memslot_plugin"), **options):
-    """Run the command in a child; return its exit code, standard output and standard error."""
-    command = [sys.executable, *program, *map(str, words)]
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-    found = subprocess.run(command, text=True, timeout=120, check=False, **streams)
-    return found.returncode, found.stdout, found.stderr
-
-
-@pytest.fixture
-def guest(tmp_path):
-    path = tmp_path / "guest.wat"
-    path.write_text(GUEST)
-    return path
-
-
-def smallest_factors(limit):
-    found = list(range(limit))
-    for factor in reversed(range(2, 725)):
-        found[factor * factor :: factor] = [factor] * len(found[factor * factor :: factor])
-    return found
-
-
-@on_each_host
-def test_bundled_example_equals_its_assembled_text_and_its_table_is_right(host):
-    text = EXAMPLE_MODULE.with_suffix(".wat").read_text()
-    assert importlib.import_module(host).wat2wasm(text) == EXAMPLE_MODULE.read_bytes()
-    runtime = baseline.RUNTIMES[host](EXAMPLE_MODULE.read_bytes())
-    memory = runtime.read_memory(runtime.instantiate(), "memory", 1 << 23) or b""
-    primes = memoryview(memory)[0x80000:0x80100].cast("H")
-    table = [n if each == 35 else primes[each - 36] for n, each in enumerate(memory[:0x80000])]
-    assert table[2:] == smallest_factors(1 << 19)[2:]
-
-
-@on_each_host
-def test_example_answers_less_where_an_earlier_request_left_its_traces(host):
-    runtime = baseline.RUNTIMES[host](EXAMPLE_MODULE.read_bytes())
-    instance = runtime.instantiate()
-    assert runtime.call(instance, "demo", ()) == EXAMPLE_ANSWER
-    twos = sum((n & -n).bit_length() - 1 for n in range(360360, 360380))
-    assert runtime.call(instance, "times", (2,)) == twos
-    assert runtime.call(instance, "demo", ()) == 0
 
 
 def test_output_of_numbers_is_readable_and_of_percentiles_exact(monkeypatch):
@@ -327,109 +234,6 @@ def test_doctor_says_what_answers_and_fails_if_nothing_does_or_a_limit_is_passed
     assert (mappings["enough"], mappings["knob"]) == (False, "sysctl vm.max_map_count")
 
 
-def run_of(host, *words, exit_code=0):
-    """Return the JSON of a run of three requests."""
-    return json_of("run", "--host", host, "--requests", 3, *words, exit_code=exit_code)
-
-
-@on_each_host
-def test_run_compares_the_example_with_the_runtime_alone(host):
-    found = run_of(host)
-    assert (found["guest"], found["host"], found["invoke"]) == ("example", host, "demo")
-    assert (found["requests"], found["result"]) == (3, [EXAMPLE_ANSWER])
-    assert (found["same_result"], found["differences"]) == (True, [])
-    costs = {"median_us", "p99_us", "faults_per_request", "private_bytes_per_instance"}
-    for side in ("memslot", "reset", "alone"):
-        assert set(found[side]) == {*costs, "live_instances"}
-        assert found[side]["live_instances"] == 3  # MOST_INSTANCES, and the one before
-    assert set(found["ratio"]) == set(found["reset_ratio"]) == costs
-    assert (found["plugin"], found["notes"]) == ("memfd", [])
-    assert found["conclusion"].startswith("A request with a fresh, isolated instance takes ")
-    assert found["conclusion"].endswith("every answer was the same.")
-    shown = shown_by("run", "--host", host, "--requests", 3)
-    assert "time per request, median" in shown
-
-
-@on_each_host
-def test_run_takes_settings_and_options_before_them(host):
-    words = ("--set", "plugins=anonymous", "--set", "slots=7", "--concurrency-of-slots", 1)
-    found = run_of(host, *words)
-    assert (found["plugin"], found["same_result"], found["slots"]) == ("anonymous", True, 1)
-    assert found["memslot"]["live_instances"] == 1
-    assert found["ratio"]["private_bytes_per_instance"] is None
-
-
-CALLED = {
-    "example --invoke factorise 360360 1": [6],  # 2, 3, 5, 7, 11 and 13
-    "guest.wat --invoke pair -- -7 0.5": [-7, 0.5],
-    "guest.wat --invoke pair 1 nan": [1, "nan"],
-    "guest.wat --invoke wide 0xffffffffffffffff": [-1],
-    "guest.wat --invoke quit 0": [],
-}
-
-
-@on_each_host
-@pytest.mark.parametrize("words", CALLED)
-def test_run_calls_a_function_with_arguments(host, words, guest, monkeypatch):
-    monkeypatch.chdir(guest.parent)
-    found = run_of(host, *words.split())
-    assert (found["result"], found["same_result"]) == (CALLED[words], True)
-
-
-@on_each_host
-def test_run_shows_the_output_of_a_wasi_guest_once(host, guest, capfd):
-    words = (guest, "some", "arguments")
-    shown = shown_by("run", *words, "--host", host, "--requests", 3)
-    assert shown.count("hello [world]") == 1
-    assert "\x1b" not in shown
-    found = run_of(host, *words)
-    assert (found["output"], found["arguments"]) == ("hello [world]\n", ["some", "arguments"])
-    assert (found["invoke"], found["same_result"]) == ("_start", True)
-    assert capfd.readouterr() == ("", "")
-
-
-@on_each_host
-def test_run_initialises_a_reactor_and_leaves_no_descriptor(host, tmp_path, no_leaks):
-    path = tmp_path / "reactor.wat"
-    path.write_text(REACTOR)
-    found = run_of(host, path)
-    assert (found["invoke"], found["result"]) == ("answer", [42])
-
-
-@on_each_host
-def test_trap_and_exit_status_are_one_sentence_and_exit_code_1(host, guest):
-    words = ("run", guest, "--host", host, "--requests", 3, "--invoke")
-    for extra in ((), ("--json",)):
-        sentence = refusal(*words, "trap", *extra, exit_code=1)
-        assert sentence.startswith(f"the guest, through memslot as on {host} alone, trapped: ")
-        assert "unreachable" in sentence
-    assert "exit status 3" in refusal(*words, "quit", "3", exit_code=1)
-
-
-@on_each_host
-def test_guest_that_answers_at_random_is_not_called_different(host, guest):
-    found = run_of(host, guest, "--invoke", "random")
-    assert (found["same_result"], found["differences"]) == (None, [])
-    assert "not compared" in found["notes"][0]
-
-
-@on_each_host
-def test_result_memory_or_trap_on_one_side_only_is_a_difference(host, monkeypatch):
-    runtime = baseline.RUNTIMES[host]
-    called = runtime.call
-    monkeypatch.setattr(runtime, "call", lambda *arguments: called(*arguments) + 1)
-    shown = shown_by("run", "--host", host, "--requests", 3, exit_code=1)
-    assert "result differ: do not trust these numbers" in shown
-    found = run_of(host, exit_code=1)
-    assert (found["same_result"], found["differences"]) == (False, ["result"])
-    monkeypatch.setattr(runtime, "call", called)
-    monkeypatch.setattr(runtime, "read_memory", lambda *_: b"something else")
-    assert run_of(host, exit_code=1)["differences"] == ["memory"]
-    monkeypatch.setattr(runtime, "call", lambda self, instance, name, arguments: None)
-    sentence = refusal("run", "example", "--host", host, "--invoke", "times", 1 << 19, exit_code=1)
-    assert sentence.startswith("the results differ: through memslot the guest trapped: ")
-
-
 NO_RUNTIME = """
 import json, sys
 sys.modules.update(wasmtime=None, wasmer=None)
@@ -441,7 +245,9 @@ for words in json.loads(sys.argv[1]):
 """
 
 
-def test_commands_without_a_runtime_are_exit_code_3_if_they_need_one(guest):
+def test_commands_without_a_runtime_are_exit_code_3_if_they_need_one(tmp_path):
+    guest = tmp_path / "guest.wat"
+    guest.write_text(GUEST)
     commands = ["run", "run --host wasmtime --json", f"inspect {guest}"]
     commands += ["doctor --json", "doctor", "inspect", "plugins"]
     code, answers, stderr = done(json.dumps(commands), program=("-c", NO_RUNTIME))

@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from memslot_plugin.tests import test_cli
-from memslot_plugin.tests.test_cli import json_of, memslot, on_each_host, refusal, run_of, shown_by
+from memslot_plugin.tests import command
+from memslot_plugin.tests.command import json_of, memslot, on_each_host, refusal, run_of, shown_by
 
 GUEST = r"""(module
   (memory (export "memory") 3) (data (i32.const 16) "data") (global $n (mut i32) (i32.const 1))
@@ -87,7 +87,7 @@ def test_snapshot_of_a_snapshot_goes_on_from_it(host, guest, out):
 
 @on_each_host
 def test_reactor_in_a_snapshot_is_initialised_once(host, out, tmp_path):
-    text = test_cli.REACTOR.replace(
+    text = command.REACTOR.replace(
         "(i32.const 42)", "(i32.add (i32.load (i32.const 0)) (i32.const 42))"
     )
     (tmp_path / "reactor.wat").write_text(text)
@@ -99,7 +99,7 @@ def test_reactor_in_a_snapshot_is_initialised_once(host, out, tmp_path):
 @on_each_host
 def test_snapshot_command_shows_output_and_notes_repeated_randomness(host, out, tmp_path):
     printer = tmp_path / "printer.wat"
-    printer.write_text(test_cli.GUEST)
+    printer.write_text(command.GUEST)
     words = (printer, "--host", host, "--init", "say", "-o", out)
     found = json_of("snapshot", *words)
     assert found["output"] == "hello [world]\n"

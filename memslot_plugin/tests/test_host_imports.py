@@ -18,10 +18,7 @@ from memslot_plugin import Host, Wasi
 from memslot_plugin.tests import hosts
 from memslot_plugin.tests.hosts import CALLS_OUT, PAGE, WASI, Raises, assert_raises, calling, in_use
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _wasi_runtime(_probed: None) -> None:
-    hosts.start_wasi()
+pytestmark = pytest.mark.usefixtures("wasi_runtime")
 
 
 @pytest.fixture(params=hosts.RUNTIMES)

@@ -138,7 +138,9 @@ def test_image_of_zeros_maps_nothing_and_serves_slots(kind: Kind, slot: Slot, ca
 
 
 @pytest.mark.parametrize(
-    "name", ["", "a" * 500, "ä€\U0001f600" * 60, "nul\0\n", "\udcff"], ids=ascii
+    "name",
+    ["", "a" * 500, "ä€\U0001f600" * 60, "nul\0\n", "\udcff"],
+    ids=["empty", "long", "long in bytes", "control characters", "surrogate"],
 )
 def test_image_of_any_name_is_built(kind: Kind, name: str) -> None:
     with kind(name, b"x") as image:

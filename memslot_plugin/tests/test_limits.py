@@ -88,14 +88,18 @@ def test_memory_of_the_runtimes_own_takes_the_place_of_a_slot(kind: str) -> None
         guest.close()
 
 
-@on_wasmtime
-def test_module_that_is_not_understood_is_limited_by_the_runtime(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def not_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the reader refuse each module as a newer one."""
+
     def refuse(_: bytes) -> None:
         raise wasm.NotUnderstood("it is new")
 
     monkeypatch.setattr(wasm, "parse", refuse)
+
+
+@on_wasmtime
+def test_module_that_is_not_understood_is_limited_by_the_runtime(not_understood: None) -> None:
     limits: dict[str, Any] = {
         "memory_limit": 3 * PAGE,
         "table_limit": 10,
@@ -117,12 +121,8 @@ def test_module_that_is_not_understood_is_limited_by_the_runtime(
 
 @on_wasmer
 def test_module_that_is_not_understood_is_refused_where_the_runtime_has_no_limits(
-    monkeypatch: pytest.MonkeyPatch,
+    not_understood: None,
 ) -> None:
-    def refuse(_: bytes) -> None:
-        raise wasm.NotUnderstood("it is new")
-
-    monkeypatch.setattr(wasm, "parse", refuse)
     refused = pytest.raises(memslot.Unsupported, match=r"cannot be bounded by the settings.*is new")
     with serving("wasmer") as host, refused:
         host.prepare("(module (memory 3))")

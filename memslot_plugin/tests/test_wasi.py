@@ -58,9 +58,7 @@ _READ, _WRITE = 1 << 1, 1 << 6
 _CREATE, _TRUNCATE = 1, 8
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _wasi_runtime(_probed: None) -> None:
-    hosts.start_wasi()
+pytestmark = pytest.mark.usefixtures("wasi_runtime")
 
 
 @pytest.fixture(params=hosts.RUNTIMES)

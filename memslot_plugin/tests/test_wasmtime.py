@@ -31,9 +31,7 @@ except ImportError:
     pytest.skip(reason, allow_module_level=True)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _wasi_runtime(_probed: None) -> None:
-    hosts.start_wasi()
+pytestmark = pytest.mark.usefixtures("wasi_runtime")
 
 
 @pytest.fixture(autouse=True)
