@@ -16,7 +16,8 @@ WRITTEN = {".py", ".pyi", ".c", ".h", ".md", ".toml", ".txt", ""}
 
 OPENER = re.compile(r"\s*((?:What|Who)(?:ever)?|Whether|How|Why|(?:Some|No)body|Everything)\b")
 C_COMMENT_OPENER = re.compile(r"/\*" + OPENER.pattern)
-# A line may end within the last words, before the next comment sign. NOBODY and a quoted name are an account.
+# Letters in brackets keep this line out of the findings. A line may end within the last words, before the next comment
+# sign. NOBODY and a quoted name are an account.
 NO_SUBJECT = re.compile(
     r"\b([Ww]hoeve[r]|(?<![\"'`])nobod[y](?![\"'`])|Nobod[y]|[Ss]omebod[y]|[Tt]he[\s#*]+same[\s#*]+of)\b"
 )
