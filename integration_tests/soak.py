@@ -62,7 +62,7 @@ class Soak:
             self.trap,
             self.raise_in_mid_call,
         ]
-        if not world.host.thread_confined:
+        if not world.host.runtime.thread_confined:
             self.acts.append(self.threads)
         if quickjs is not None:
             with warnings.catch_warnings():
@@ -145,7 +145,7 @@ def soak(cell: Cell, seconds: float, quickjs: bytes | None = None) -> str:
         begin = now = time.monotonic()
         while now < begin + seconds:
             used = time.process_time()
-            run.round(seldom=not host.thread_confined)
+            run.round(seldom=not host.runtime.thread_confined)
             took.append(time.process_time() - used)
             now = time.monotonic()
         third = max(len(took) // 3, 1)
