@@ -174,7 +174,11 @@ def end_threads(host: memslot.Host, guest: memslot.Guest) -> None:
         instances.append(guest.instantiate())
         instances[-1].call(name)
 
-    names = ["wait", "spin"] if host.name == "wasmtime" else ["wait"] * (not host.runtime.thread_confined)
+    names = (
+        ["wait", "spin"]
+        if host.name == "wasmtime"
+        else ["wait"] * (not host.runtime.thread_confined)
+    )
     for name in names:
         started = len(instances)
         threading.Thread(target=call, args=(name,), daemon=True).start()

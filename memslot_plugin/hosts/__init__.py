@@ -17,7 +17,7 @@ from memslot_plugin.hosts.wasi import Folder, Wasi
 from memslot_plugin.settings import Settings
 
 if TYPE_CHECKING:
-    from memslot_plugin.hosts.wasmtime.runtime import WasmtimeHost
+    from memslot_plugin.hosts.wasmtime.host import WasmtimeHost
 
 __all__ = [
     "FakeHost",

@@ -45,8 +45,8 @@ AUTOMATIC = ("wasmtime", "wasmer")
 BUILT_IN: Mapping[str, BuiltInHost] = {
     name: BuiltInHost(name, f"memslot_plugin.hosts.{module}", class_name)
     for name, module, class_name in (
-        ("wasmtime", "wasmtime.runtime", "WasmtimeHost"),
-        ("wasmer", "wasmer.runtime", "WasmerHost"),
+        ("wasmtime", "wasmtime.host", "WasmtimeHost"),
+        ("wasmer", "wasmer.host", "WasmerHost"),
         ("fake", "fake", "FakeHost"),
     )
 }

@@ -21,7 +21,7 @@ if reason := missing("wasmtime"):
 
 import wasmtime
 
-from memslot_plugin.hosts.wasmtime.runtime import WasmtimeHost
+from memslot_plugin.hosts.wasmtime.host import WasmtimeHost
 
 REFERENCES = """(module
   (memory (export "m") 1) (global $n (mut i32) (i32.const 1))

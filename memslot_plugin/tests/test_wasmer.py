@@ -24,7 +24,7 @@ try:
 
     from memslot_plugin.hosts.wasmer import errors as wasmer_errors
     from memslot_plugin.hosts.wasmer import link as wasmer_link
-    from memslot_plugin.hosts.wasmer.runtime import WasmerHost
+    from memslot_plugin.hosts.wasmer.host import WasmerHost
     from memslot_plugin.hosts.wasmer.values import address_of, reserved_bytes
 except ImportError:
     if (reason := runtimes.missing("wasmer")) is None:
@@ -298,7 +298,7 @@ def test_wasi_write_outside_of_the_memory_or_around_a_captured_stream_fails(
 def test_wasi_guest_on_wasmer_reads_nothing_of_the_process_standard_input(child: Any) -> None:
     source = f"""
 from memslot_plugin import Wasi
-from memslot_plugin.hosts.wasmer.runtime import WasmerHost
+from memslot_plugin.hosts.wasmer.host import WasmerHost
 with WasmerHost() as host, host.prepare({WASI!r}, wasi=Wasi()).instantiate() as instance:
     assert instance.call("read", 0) == 0
     assert instance.memory.read(100, 4) == bytes(4)

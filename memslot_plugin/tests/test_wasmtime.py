@@ -24,7 +24,8 @@ try:
     from memslot_plugin.hosts.wasmtime import bridge as wasmtime_bridge
     from memslot_plugin.hosts.wasmtime.creator import Creator
     from memslot_plugin.hosts.wasmtime.errors import translated
-    from memslot_plugin.hosts.wasmtime.runtime import NativeInstance, WasmtimeHost, WasmtimeTrap
+    from memslot_plugin.hosts.wasmtime.host import WasmtimeHost
+    from memslot_plugin.hosts.wasmtime.runtime import NativeInstance, WasmtimeTrap
 except ImportError:
     if (reason := runtimes.missing("wasmtime")) is None:
         raise
@@ -388,7 +389,7 @@ def test_instance_ended_during_a_call_ends_when_the_call_returns(host: WasmtimeH
 def test_host_forgotten_at_the_end_of_the_process_ends_in_silence(child: Any) -> None:
     source = f"""
 import wasmtime
-from memslot_plugin.hosts.wasmtime.runtime import WasmtimeHost
+from memslot_plugin.hosts.wasmtime.host import WasmtimeHost
 host = WasmtimeHost()
 guest = host.prepare({ECHO!r})
 kept = [guest.instantiate() for _ in range(3)]

@@ -15,7 +15,8 @@ try:
     import wasmtime
 
     from memslot_plugin.hosts.wasmtime import bridge as wasmtime_bridge
-    from memslot_plugin.hosts.wasmtime.runtime import WasmtimeHost, WasmtimeTrap
+    from memslot_plugin.hosts.wasmtime.host import WasmtimeHost
+    from memslot_plugin.hosts.wasmtime.runtime import WasmtimeTrap
 except ImportError:
     if (reason := runtimes.missing("wasmtime")) is None:
         raise
@@ -123,7 +124,7 @@ def test_configure_of_a_pool_and_an_unknown_layout_are_refused(child: Any) -> No
 from wasmtime import _bindings as b
 from memslot_plugin import HostUnavailable, Unsupported
 from memslot_plugin.hosts.wasmtime import bridge as wasmtime_bridge
-from memslot_plugin.hosts.wasmtime.runtime import WasmtimeHost
+from memslot_plugin.hosts.wasmtime.host import WasmtimeHost
 def configure(config):
     pool = b.wasmtime_pooling_allocation_config_new()
     b.wasmtime_pooling_allocation_config_total_memories_set(pool, 4)

@@ -13,9 +13,9 @@ import errno
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import wasmer
 
@@ -23,7 +23,6 @@ from memslot_hooks.types import HostMapping, LinearMemory
 from memslot_plugin._core.limits import system_call_error
 from memslot_plugin.errors import MemslotError, Unsupported
 from memslot_plugin.guest.plan import MemoryReport, Plan
-from memslot_plugin.hosts.host import Host
 from memslot_plugin.hosts.leases import Leases
 from memslot_plugin.hosts.live import Binding
 from memslot_plugin.hosts.runtime import Reuse, Runtime
@@ -38,24 +37,9 @@ from memslot_plugin.hosts.wasmer.values import (
     new_store,
     reserved_bytes,
 )
-from memslot_plugin.settings import Settings
 from memslot_plugin.wasm import WASM_PAGE
 
 _log = logging.getLogger("memslot.wasmer")
-
-
-class WasmerHost(Host):
-    """Runs guests on wasmer-python 1.1.0; every use has to be on the thread that opened it."""
-
-    runtime: WasmerRuntime
-
-    def __init__(self, settings: Settings | None = None, *, plugins: Iterable[object] = ()) -> None:
-        super().__init__(WasmerRuntime(), settings, plugins=plugins)
-
-    @property
-    def store(self) -> Any:
-        """The wasmer.Store of imports; None once the host is closed."""
-        return self.runtime.store
 
 
 class WasmerRuntime(Runtime):

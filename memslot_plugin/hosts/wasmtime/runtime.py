@@ -1,4 +1,4 @@
-"""The host on wasmtime-py: an engine whose linear memories are leased through the hooks.
+"""The runtime wasmtime-py: an engine whose linear memories are leased through the hooks.
 
 wasmtime asks a *memory creator* for each memory.  The adapter leases the memories of an instance
 first and offers them on its own thread just before it instantiates; the creator, which is C, takes
@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import cast
@@ -30,7 +30,6 @@ from memslot_plugin.errors import (
 from memslot_plugin.guest import plan as guests
 from memslot_plugin.guest.plan import Plan
 from memslot_plugin.guest.target import MOST_GLOBALS
-from memslot_plugin.hosts.host import Host
 from memslot_plugin.hosts.leases import Leases
 from memslot_plugin.hosts.live import Binding
 from memslot_plugin.hosts.runtime import Reuse, Runtime
@@ -53,9 +52,8 @@ from memslot_plugin.hosts.wasmtime.link import BoundImports, Compiled
 from memslot_plugin.hosts.wasmtime.live import WasmtimeLive
 from memslot_plugin.hosts.wasmtime.store import NativeInstance, lent
 from memslot_plugin.hosts.wasmtime.wasi import Shim, shim_text
-from memslot_plugin.settings import Settings
 
-__all__ = ["NativeInstance", "WasmtimeExit", "WasmtimeFailure", "WasmtimeHost", "WasmtimeTrap"]
+__all__ = ["NativeInstance", "WasmtimeExit", "WasmtimeFailure", "WasmtimeTrap"]
 
 _log = logging.getLogger("memslot.wasmtime")
 
@@ -72,43 +70,6 @@ def _after_fork() -> None:
 
 
 after_fork(_after_fork)
-
-
-class WasmtimeHost(Host):
-    """Guests on wasmtime (wasmtime-py).  Any thread may use it; an instance serves one thread at a time.
-
-    `configure(config)` may change a `wasmtime.Config` before an engine is made of it (epochs, fuel,
-    proposals); what memory needs is set after it, and a pool of wasmtime's own is refused
-    (Unsupported).  It is called once per engine.  `configure_store(store)` is called with each new
-    store before its instance starts (epoch deadline, fuel, limits within those of the settings), and
-    again when its instance is reset in place and when it is leased after it waited.
-    """
-
-    runtime: WasmtimeRuntime
-
-    def __init__(
-        self,
-        settings: Settings | None = None,
-        *,
-        plugins: Sequence[object] = (),
-        configure: Callable[[wasmtime.Config], None] | None = None,
-        configure_store: Callable[[wasmtime.Store], None] | None = None,
-    ) -> None:
-        super().__init__(WasmtimeRuntime(configure, configure_store), settings, plugins=plugins)
-
-    @property
-    def engine(self) -> wasmtime.Engine:
-        """The engine whose memories are leased; bare wasmtime-py may use it too."""
-        return self.runtime.engine
-
-    @property
-    def native_engine(self) -> wasmtime.Engine:
-        """The engine of guests that run natively: wasmtime's defaults, changed by `configure` alone."""
-        return self.runtime.native_engine
-
-    def increment_epoch(self) -> None:
-        """Let a tick pass on both engines (`wasmtime.Engine.increment_epoch`); any thread may call this at any time."""
-        self.runtime.increment_epoch()
 
 
 class WasmtimeRuntime(Runtime):
