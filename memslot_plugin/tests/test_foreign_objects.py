@@ -354,7 +354,7 @@ def test_guest_in_a_store_of_the_engine_that_cannot_run_it_is_refused_with_the_r
 
 
 def test_store_closed_at_any_line_of_instantiating_is_refused(host: WasmtimeHost) -> None:
-    ours = {"lent", "_link", "_start", "_begin", "enter_store", "_context_of_store", "entered"}
+    ours = {"lent", "_link", "start", "_begin", "require_store", "entered"}
     module = '(module (import "wasi_snapshot_preview1" "sched_yield" (func (result i32))) (memory (export "memory") 1))'
     line = last = 0
 

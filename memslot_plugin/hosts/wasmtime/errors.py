@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from memslot_plugin._core import ffi, lib
@@ -172,7 +173,7 @@ _LIMITS = {
 """The words of wasmtime's limiter, and the setting that is the limit."""
 
 
-def _at_start(error: wasmtime.WasmtimeError, name: str) -> BaseException:
+def at_start(error: wasmtime.WasmtimeError, name: str) -> BaseException:
     """Return the error that kept a guest from being instantiated, and was no trap of its start function."""
     said = one_sentence(str(error))
     ours: MemslotError | None = errno_in_text(said, f"instantiating {name}")
@@ -187,6 +188,10 @@ def _at_start(error: wasmtime.WasmtimeError, name: str) -> BaseException:
         ours = kind(f"the guest {name} cannot be instantiated: {said}{setting}")
     ours.__cause__ = cause_of(error)
     return ours
+
+
+Refused = Callable[[wasmtime.WasmtimeError], BaseException]
+"""Translates an error of wasmtime that is no trap of the guest's."""
 
 
 class Outcome:
@@ -210,11 +215,12 @@ class Outcome:
         lib.ms_wt_outcome_free(address)
 
     def exception(
-        self, name: str, offsets: Offsets | None = None, *, starting: bool = False
+        self, name: str, offsets: Offsets | None = None, refused: Refused | None = None
     ) -> BaseException | None:
-        """Return the exception to raise for the guest `name`, or None; `starting` is true for an instantiation.
+        """Return the exception to raise for the guest `name`, or None.
 
-        An exception in deciding about a growth comes first: the guest only saw that the growth was refused.
+        Without `refused`, an error that is no trap becomes a WasmtimeFailure.  An exception in deciding about a
+        growth comes first: the guest only saw that the growth was refused.
         """
         if self.deferred is not None:
             return self.deferred
@@ -227,8 +233,8 @@ class Outcome:
                 last := take_last_exception()
             ):
                 return last
-            if starting and not isinstance(self.native, wasmtime.ExitTrap):
-                return _at_start(self.native, name)
+            if refused is not None and not isinstance(self.native, wasmtime.ExitTrap):
+                return refused(self.native)
             return translated(self.native, name)
         return refusal(self.flags, name)
 
@@ -239,8 +245,8 @@ def refusal(flags: int, name: str) -> MemslotError | None:
         return ended(name)
     if flags & lib.MS_WT_BUSY:
         return InUse(
-            f"another thread is inside this instance of {name}, or it is being reset; an instance serves one thread"
-            " at a time"
+            f"the instance of {name} cannot be entered, reset or captured while a call of it runs, another thread is"
+            " inside, or it is being reset; let that return first"
         )
     if flags & lib.MS_WT_MISSING:
         return ExportNotFound(f"the guest {name} has no such export")

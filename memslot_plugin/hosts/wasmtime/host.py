@@ -17,7 +17,7 @@ class WasmtimeHost(Host):
     proposals); what memory needs is set after it, and a pool of wasmtime's own is refused
     (Unsupported).  It is called once per engine.  `configure_store(store)` is called with each new
     store before its instance starts (epoch deadline, fuel, limits within those of the settings), and
-    again when its instance is reset in place and when it is leased after it waited.
+    again when its instance is reset in place and at the begin of each lease.
     """
 
     runtime: WasmtimeRuntime
@@ -44,4 +44,6 @@ class WasmtimeHost(Host):
 
     def increment_epoch(self) -> None:
         """Let a tick pass on both engines (`wasmtime.Engine.increment_epoch`); any thread may call this at any time."""
-        self.runtime.increment_epoch()
+        self.runtime.engine.increment_epoch()
+        if self.runtime.has_native_engine:
+            self.runtime.native_engine.increment_epoch()

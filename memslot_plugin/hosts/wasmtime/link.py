@@ -77,8 +77,7 @@ class BoundImports:
         self.wasi = wasi
         self.kept = kept
         """Objects that the linker calls.  They live as long as the live instances and the embedder's stores do."""
-        plan, limits = compiled.plan, compiled.limits
-        own = [] if plan.native else [memory for memory in plan.memories if memory.imported is None]
+        own, limits = compiled.own, compiled.limits
         # The C structure below holds bare pointers: these attributes keep alive what they point to.
         self._prepared = linker.instantiate_pre(compiled.module)
         self._sizes = ffi.new("size_t[]", [memory.minimum_bytes for memory in own])
@@ -129,8 +128,9 @@ class Compiled(runtime.Compiled):
         """The guest compiled for the host's other engine, once an instance was wanted in a store of that one."""
         self.shim: Shim | None = None
         """The shim of a guest that imports one of `waits`."""
-        own = [] if plan.native else [memory for memory in plan.memories if memory.imported is None]
-        self.lease_index = {memory.index: place for place, memory in enumerate(own)}
+        self.own = [] if plan.native else [each for each in plan.memories if each.imported is None]
+        """The memories that are in slots."""
+        self.lease_index = {memory.index: place for place, memory in enumerate(self.own)}
         """The position among the leased memories, by memory index."""
         self._names: dict[str, Name] = {}
         self._signatures: dict[str, Signature] = {}

@@ -15,7 +15,6 @@ from memslot_plugin.errors import (
     ArgumentError,
     ExportNotFound,
     GrowthRefused,
-    InUse,
     UsedAfterClose,
     shown,
 )
@@ -26,6 +25,8 @@ from memslot_plugin.hosts.wasmtime.creator import Creator
 from memslot_plugin.hosts.wasmtime.errors import (
     NATIVE_ERRORS,
     Outcome,
+    Refused,
+    at_start,
     one_sentence,
     refusal,
     translated,
@@ -41,6 +42,7 @@ from memslot_plugin.hosts.wasmtime.store import (
 from memslot_plugin.hosts.wasmtime.values import (
     NUMBERS,
     V128,
+    Name,
     bare,
     direct_call,
     fitted,
@@ -81,14 +83,14 @@ class WasmtimeLive(Live):
         compiled: Compiled,
         memories: tuple[LinearMemory, ...],
         binding: Binding,
-        connect: Callable[[], BoundImports],
+        link: Callable[[Compiled, Binding], BoundImports],
         configure_store: Callable[[wasmtime.Store], None] | None,
     ) -> None:
         self.memories = memories
         self.binding = binding
         self.cell = ffi.new(_CELL)
         self._creator = creator
-        self._connect = connect
+        self._link = link
         self._configure_store = configure_store
         self._compiled = compiled
         self._functions: dict[str, Callable[..., Any]] = {}
@@ -98,62 +100,63 @@ class WasmtimeLive(Live):
         return self._compiled.guest_name
 
     def start(self) -> None:
-        link = self.bound = self._connect()
-        compiled = self._compiled = link.compiled
+        bound = self.bound = self._link(self._compiled, self.binding)
+        # Another `Compiled` if the store is of the other engine.
+        compiled = self._compiled = bound.compiled
         self._creator.begin(self)
         bases, store = [memory.base for memory in self.memories], self.binding.store
-        if link.environment is None and store is None and self._configure_store is None:
-            outcome = lib.ms_wt_start(self.cell, link.guest, self.token, bases)
+        if bound.environment is None and store is None and self._configure_store is None:
+            outcome = lib.ms_wt_start(self.cell, bound.guest, self.token, bases)
         else:
             if store is None:
-                lib.ms_wt_open(self.cell, link.guest)
+                lib.ms_wt_open(self.cell, bound.guest)
             else:
                 store.tenants.add(self)  # first, because it is told if the store is closed
-                store.links.append(link)
-                self.enter_store()
+                store.links.append(bound)
+                self.cell.context = address_of(self.require_store())
             # Within an entry: otherwise `configure_store`, or another thread, could close the store before it is used.
-            outcome = self.entered(0, lambda: self._begin(link, bases))
-        self.settle(outcome, starting=True)
+            outcome = self.entered(0, lambda: self._begin(bound, bases))
+        if outcome:
+            self.settle(outcome, lambda error: at_start(error, self.guest_name))
         if compiled.sets_globals:
             self.settle(self._globals().write())
         if compiled.reads_globals:
             self.settle(self._globals().read())
 
-    def _begin(self, link: BoundImports, bases: list[int]) -> int:
+    def _begin(self, bound: BoundImports, bases: list[int]) -> int:
         """Instantiate, after setting up the store; returns the outcome."""
         self.require_store()
         wasi, store = self.binding.wasi, self.binding.store
-        if link.environment is not None:
-            self.environment = link.environment
-            if wasi is not link.wasi:
+        if bound.environment is not None:
+            self.environment = bound.environment
+            if wasi is not bound.wasi:
                 self.environment = Environment(wasi or Wasi())
             self.streams = self.environment.give(self.cell)
         if self._configure_store is not None and store is None:
             self._configure_store(self.store())
-        return int(lib.ms_wt_instantiate(self.cell, link.guest, self.token, bases))
+        return int(lib.ms_wt_instantiate(self.cell, bound.guest, self.token, bases))
 
     # -- the boundary ------------------------------------------------------------------------------------------------
 
-    def settle(self, outcome: int, *, starting: bool = False) -> None:
-        """Raise the exception of an entry with this outcome of the C half; 0 is a plain end."""
-        if outcome:
-            self.settle_outcome(Outcome(outcome), starting=starting)
+    def settle(self, outcome: int, refused: Refused | None = None) -> None:
+        """End the instance if it was closed during an entry, and raise the exception of the entry.
 
-    def settle_outcome(self, outcome: Outcome, *, starting: bool = False) -> None:
-        """End the instance if it was closed during the entry, and raise the entry's exception."""
-        if outcome.flags & lib.MS_WT_CLOSING:
+        `outcome` is that of the C half, 0 for a plain end; `refused` is as for `Outcome.exception`.
+        """
+        if not outcome:
+            return
+        found = Outcome(outcome)
+        if found.flags & lib.MS_WT_CLOSING:
             self.finish()
-        if outcome.flags & lib.MS_WT_OUTGROWN:
+        if found.flags & lib.MS_WT_OUTGROWN:
             self.outgrown = True
-        error = outcome.exception(
-            self._compiled.guest_name, self._compiled.offsets, starting=starting
-        )
+        error = found.exception(self.guest_name, self._compiled.offsets, refused)
         if error is not None:
             try:
                 raise error
             finally:
                 # The exception's traceback holds this frame: a cycle would keep the instance alive.
-                del error, outcome
+                del error, found
 
     # -- functions ---------------------------------------------------------------------------------------------------
 
@@ -181,7 +184,7 @@ class WasmtimeLive(Live):
             self.settle(lib.ms_wt_enter(self.cell, generation, entry))
             return action()
         except NATIVE_ERRORS as error:
-            raise translated(error, self._compiled.guest_name, self._compiled.offsets) from None
+            raise translated(error, self.guest_name, self._compiled.offsets) from None
         finally:
             self.settle(lib.ms_wt_leave(self.cell, entry))
 
@@ -201,22 +204,15 @@ class WasmtimeLive(Live):
     def _refuse(self, flag: int) -> NoReturn:
         raise refusal(flag, self.guest_name) or ended(self.guest_name)
 
-    def require_store(self) -> None:
-        """Raise UsedAfterClose if the embedder's store was closed."""
-        if self.binding.store is not None:
-            self._context_of_store()
-
-    def enter_store(self) -> None:
-        """Open the cell in the embedder's store; raises UsedAfterClose."""
-        self.cell.context = address_of(self._context_of_store())
-
-    def _context_of_store(self) -> Any:
+    def require_store(self) -> Any:
+        """Return the context of the embedder's store, or None for a store of ours; raises UsedAfterClose."""
+        if self.binding.store is None:
+            return None
         try:
             return self.binding.store._context()
         except ValueError:
             raise UsedAfterClose(
-                f"the store of the instance of {self._compiled.guest_name} was closed;"
-                " instantiate the guest in a new store"
+                f"the store of the instance of {self.guest_name} was closed; instantiate the guest in a new store"
             ) from None
 
     # -- exports -----------------------------------------------------------------------------------------------------
@@ -239,7 +235,7 @@ class WasmtimeLive(Live):
     def set_global(self, name: str, value: Any, generation: int) -> None:
         kind, mutable = self._compiled.global_kind(name)
         self.require_store()
-        what = f"the global {name} of the guest {self._compiled.guest_name}"
+        what = f"the global {name} of the guest {self.guest_name}"
         if not mutable:
             raise ArgumentError(f"{what} is not mutable")
         (value,) = fitted([kind], [value], what, int(self.cell.instance[0]))
@@ -255,25 +251,15 @@ class WasmtimeLive(Live):
     # -- resets ------------------------------------------------------------------------------------------------------
 
     def hold(self, generation: int, key: int, *, alone: bool = False) -> None:
-        refused = _acquire(self.cell, generation, key, alone)
-        if refused:
-            self._refuse_acquire(refused, generation)
-
-    def _refuse_acquire(self, refused: int, generation: int) -> None:
-        outcome = Outcome(refused)  # first, because this frees the C half's outcome
-        if self.cell.depth and generation == self.generation:
-            raise InUse(
-                f"the instance of {self.guest_name} cannot be closed, reset or captured while a call of it runs, by"
-                " its host functions or another thread; let the call return first"
-            )
-        self.settle_outcome(outcome)
+        self.settle(_acquire(self.cell, generation, key, alone))
 
     def bind_resets(self, armed: Armed) -> None:
         super().bind_resets(armed)
         self.fast_reset = None
 
-    def _bind_fast_reset(self) -> None:
-        """Make the reset in place one call, if nothing but memories and globals is to be renewed."""
+    def reset(self, generation: int, next_generation: int, key: int) -> bool:
+        done = super().reset(generation, next_generation, key)
+        # Make the next one a single call, if nothing but memories and globals is to be renewed.
         if self.environment is None and self._configure_store is None:
             saved = self._globals()
             self.fast_reset = InstanceReset(
@@ -283,16 +269,12 @@ class WasmtimeLive(Live):
                 self.resets,
                 saved,
             ).run
-
-    def reset(self, generation: int, next_generation: int, key: int) -> bool:
-        done = super().reset(generation, next_generation, key)
-        self._bind_fast_reset()  # for the next one
         return done
 
     def settle_reset(self, outcome: int, generation: int, next_generation: int, key: int) -> None:
         """Raise what became of a reset that was refused (`outcome` is negative then), or did not end well."""
         if outcome < 0:
-            self._refuse_acquire(-outcome, generation)
+            self.settle(-outcome)
             return
         self.spoiled_by, self.generation = key, next_generation
         self._settle_restore(outcome)
@@ -316,7 +298,7 @@ class WasmtimeLive(Live):
 
     def _settle_restore(self, outcome: int) -> None:
         self.settle(outcome)
-        if not self.cell.context:  # its holder closed it meanwhile
+        if not self.cell.context:  # closed meanwhile
             raise ended(self.guest_name)
 
     def let_go(self, key: int) -> bool:
@@ -332,7 +314,7 @@ class WasmtimeLive(Live):
         return self._saved
 
     def saved_values(self) -> dict[int, int | None]:
-        plan, name = self._compiled.plan, self._compiled.guest_name
+        plan, name = self._compiled.plan, self.guest_name
         require_readable(plan, name)
         # A second copy: the values in the first one are those that a reset puts back.
         now = SavedGlobals(self.cell, self._globals().array)
@@ -358,10 +340,11 @@ class WasmtimeLive(Live):
             memory = self._leased(place)
             return memory.base, memory.byte_size
         self.require_store()
-        exported = self._memory_name(index)
-        if exported is None:
-            return self._locate_imported(index)
-        label = self._compiled.name(exported)
+        given = self._imported_memory(index)
+        if given is not None:
+            store = self.store()
+            return ctypes.addressof(given.data_ptr(store).contents), given.data_len(store)
+        label = self._label(index)
         base, byte_size = ffi.new("uintptr_t *"), ffi.new("size_t *")
         self.settle(lib.ms_wt_memory_locate(self.cell, label.utf8, label.length, base, byte_size))
         return int(base[0]), int(byte_size[0])
@@ -411,54 +394,44 @@ class WasmtimeLive(Live):
         if refused:
             self._refuse(refused)
 
-    def _memory_name(self, index: int) -> str | None:
+    def _label(self, index: int) -> Name:
         names = self._compiled.plan.memories[index].exported_as
-        return names[0] if names else None
+        if not names:
+            raise ExportNotFound(
+                f"memory {index} of the guest {self.guest_name} is not exported, and wasmtime finds it by that alone;"
+                " export it"
+            )
+        return self._compiled.name(names[0])
 
-    def _locate_imported(self, index: int) -> tuple[int, int]:
+    def _imported_memory(self, index: int) -> wasmtime.Memory | None:
+        """Return the embedder's memory if that is the only way to find it, because it is not exported."""
         structure = self._compiled.plan.structure
         name = None if structure is None else structure.memories[index].imported
-        given = None if name is None else self.binding.imports.get(name.module, {}).get(name.name)
-        if isinstance(given, wasmtime.Memory):
-            store = self.store()
-            return ctypes.addressof(given.data_ptr(store).contents), given.data_len(store)
-        raise ExportNotFound(
-            f"memory {index} of the guest {self._compiled.guest_name} is not exported, and wasmtime"
-            " finds it by that alone; export it"
-        )
+        if name is None or self._compiled.plan.memories[index].exported_as:
+            return None
+        given = self.binding.imports.get(name.module, {}).get(name.name)
+        return given if isinstance(given, wasmtime.Memory) else None
 
     def grow(self, index: int, pages: int, generation: int) -> int:
-        name = self._memory_name(index)
-        what = f"memory {index} of the guest {self._compiled.guest_name}"
-        if name is None:
-            raise ExportNotFound(
-                f"{what} is not exported, and wasmtime grows it by that alone; export it"
-            )
+        label = self._label(index)
+        what = f"memory {index} of the guest {self.guest_name}"
         self.require_store()
         if not 0 <= pages < _PAGES:
             raise GrowthRefused(f"{what} cannot grow by {shown(pages)} pages")
-        label = self._compiled.name(name)
         before = ffi.new("uint64_t *")
-        outcome = lib.ms_wt_memory_grow(
-            self.cell, generation, label.utf8, label.length, pages, before
+        self.settle(
+            lib.ms_wt_memory_grow(self.cell, generation, label.utf8, label.length, pages, before),
+            lambda error: GrowthRefused(
+                f"{what} may not grow by {pages} pages: {one_sentence(str(error))}"
+            ),
         )
-        if outcome:
-            found = Outcome(outcome)
-            if isinstance(found.native, wasmtime.WasmtimeError) and found.deferred is None:
-                if found.flags & lib.MS_WT_CLOSING:
-                    self.finish()
-                raise GrowthRefused(
-                    f"{what} may not grow by {pages} pages: {one_sentence(str(found.native))}"
-                )
-            self.settle_outcome(found)
         return int(before[0])
 
     # -- wasmtime-py's objects ---------------------------------------------------------------------------------------
 
     def store(self) -> wasmtime.Store:
         """Return wasmtime-py's view of the store; raises UsedAfterClose."""
-        if self.binding.store is not None:
-            self.require_store()
+        if self.require_store() is not None:
             given: wasmtime.Store = self.binding.store
             return given
         borrowed = self._borrowed
@@ -474,11 +447,7 @@ class WasmtimeLive(Live):
         borrowed = self._borrowed
         if borrowed is None or not borrowed.open:
             borrowed = self._borrowed = BorrowedStore(
-                self._compiled.engine,
-                self.cell.store,
-                self.cell.context,
-                self.guest_name,
-                self._compiled.limits,
+                self._compiled.engine, self.cell, self.guest_name, self._compiled.limits
             )
         return borrowed
 

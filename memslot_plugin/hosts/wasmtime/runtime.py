@@ -1,10 +1,9 @@
 """The runtime wasmtime-py: an engine whose linear memories are leased through the hooks.
 
-wasmtime asks a *memory creator* for each memory.  The adapter leases the memories of an instance
-first and offers them on its own thread just before it instantiates; the creator, which is C, takes
-them in order.  Copy-on-write initialisation of wasmtime's own is off for this engine: with a creator
-it ends the process when a module still has active data.  Guests that no slot can serve run on a
-second engine, configured as wasmtime's defaults are.
+wasmtime asks a *memory creator* for each memory.  An instance's memories are leased first, and offered to the creator
+on the same thread just before the instantiation; the creator, which is C, takes them in order.  wasmtime's own
+copy-on-write is off for this engine: with a creator, it ends the process if a module still has active data.  Guests
+that no slot can serve run on a second engine, which has wasmtime's defaults.
 """
 
 from __future__ import annotations
@@ -14,11 +13,9 @@ import os
 import platform
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
-from typing import cast
 
 from memslot_hooks.types import LinearMemory
-from memslot_plugin._core import after_fork, catch_up, lib
+from memslot_plugin._core import lib
 from memslot_plugin._core.limits import errno_in_text
 from memslot_plugin.errors import (
     InvalidModule,
@@ -61,15 +58,8 @@ ONE_MEMORY = b"\0asm\1\0\0\0\5\3\1\0\1"
 """A module that defines one memory of one page and nothing else."""
 
 
-_FORKED: list[int] = []
-"""The process itself, if it began as a fork of one with wasmtime in it: the compiler's threads are not here."""
-
-
-def _after_fork() -> None:
-    _FORKED[:] = [os.getpid()]
-
-
-after_fork(_after_fork)
+_PROCESS = os.getpid()
+"""The process that imported this module.  wasmtime's compiler has no threads in a fork of it."""
 
 
 class WasmtimeRuntime(Runtime):
@@ -78,7 +68,6 @@ class WasmtimeRuntime(Runtime):
     name = "wasmtime"
     limits_growth = True
     most_globals = MOST_GLOBALS
-    _native_engine: wasmtime.Engine | None = None
 
     def __init__(
         self,
@@ -88,9 +77,11 @@ class WasmtimeRuntime(Runtime):
         self._configure = configure
         self._configure_store = configure_store
         self._engine: wasmtime.Engine | None = None
+        self._native: wasmtime.Engine | None = None
         self._process = os.getpid()
+        """The process in which the compilers of the engines have their threads."""
         self._shims: dict[tuple[bool, str], Shim] = {}
-        """By true for the native engine, and text."""
+        """The shims of WASI, by false for the native engine, and their text."""
 
     # -- engines -----------------------------------------------------------------------------------------------------
 
@@ -104,17 +95,17 @@ class WasmtimeRuntime(Runtime):
     @property
     def native_engine(self) -> wasmtime.Engine:
         """The engine of guests that run natively."""
-        if self._native_engine is None:
-            # Without a lock: a finalizer that runs in `configure` may come here too.  The first engine stays.
-            made = wasmtime.Engine(self._native_config())
-            return cast("wasmtime.Engine", self.__dict__.setdefault("_native_engine", made))
-        return self._native_engine
+        if self._native is None:
+            made = wasmtime.Engine(self._config(native=True))
+            # No lock: this thread would wait for itself if a finalizer in `configure` came here.
+            if self._native is None:  # the first engine stays
+                self._native = made
+        return self._native
 
-    def increment_epoch(self) -> None:
-        """Let a tick pass on both engines."""
-        self.engine.increment_epoch()
-        if self._native_engine is not None:
-            self._native_engine.increment_epoch()
+    @property
+    def has_native_engine(self) -> bool:
+        """True once a guest runs natively, or the embedder has asked for the native engine."""
+        return self._native is not None
 
     def open(self, leases: Leases) -> None:
         """Make the engine whose memories are leased."""
@@ -123,42 +114,34 @@ class WasmtimeRuntime(Runtime):
         self.checks_bounds_in_code = settings.bounds_checks == "code"
         self._creator = Creator(settings, leases)
         leases.settle = self._creator.drain
-        self._engine = engine = wasmtime.Engine(self._engine_config())
-        # Stores on it, also the embedder's, have memories of ours, which are unmapped when the creator is collected.
+        self._engine = engine = wasmtime.Engine(self._config(native=False))
+        # Stores on the engine, also the embedder's, use memories that the creator keeps.  If it were collected first,
+        # their slots would go to other tenants.
         engine.creator = self._creator  # type: ignore[attr-defined]
         if self._configure is not None:
             _require_creator(engine)
         CREATORS[self._creator.identity] = self._creator
 
-    def _engine_config(self) -> wasmtime.Config:
-        """Return the configuration of the engine that guests run on."""
-        settings, config = self.leases.settings, wasmtime.Config()
-        if self._configure is not None:
-            self._configure(config)
-        config.memory_init_cow = False
-        config.memory_reservation = settings.reserved
-        config.memory_guard_size = settings.guard
-        config.memory_may_move = False
-        config.memory_reservation_for_growth = 0
-        config.signals_based_traps = not self.checks_bounds_in_code
-        if _FORKED:
-            config.parallel_compilation = False
-        lib.ms_wt_creator_install(self._creator.raw, address_of(config.ptr()))
-        return config
-
-    def _native_config(self) -> wasmtime.Config:
-        catch_up()
+    def _config(self, *, native: bool) -> wasmtime.Config:
         config = wasmtime.Config()
         if self._configure is not None:
             self._configure(config)
-        if _FORKED:
+        if not native:
+            settings = self.leases.settings
+            config.memory_init_cow = False
+            config.memory_reservation = settings.reserved
+            config.memory_guard_size = settings.guard
+            config.memory_may_move = False
+            config.memory_reservation_for_growth = 0
+            config.signals_based_traps = not self.checks_bounds_in_code
+            lib.ms_wt_creator_install(self._creator.raw, address_of(config.ptr()))
+        if os.getpid() != _PROCESS:
             config.parallel_compilation = False
         return config
 
     def close(self) -> None:
         """Drop the engines."""
-        self._engine = None
-        self.__dict__.pop("_native_engine", None)
+        self._engine = self._native = None
         self._shims.clear()
         CREATORS.pop(self._creator.identity, None)
         drop_functions()
@@ -176,18 +159,17 @@ class WasmtimeRuntime(Runtime):
 
     def compile(self, plan: Plan, name: str, binding: Binding, reuse: Reuse) -> Compiled:
         """Compile a guest's module, or take code that serves again; raises InvalidModule."""
-        native = plan.native is not None
-        engine = self.native_engine if native else self.engine
+        engine = self.engine if plan.native is None else self.native_engine
         parent: Compiled | None = reuse.of_parent(plan)
         found = None if parent is not None else self._saved(plan, name, reuse, engine)
+        sets_globals = False
         try:
             if parent is not None:
                 module, sets_globals = parent.module, bool(plan.saved_globals)
             elif found is not None:
                 module, sets_globals = found
             else:
-                module = self._compile_alone(engine, plan.module, native=native)
-                sets_globals = False
+                module = self._compile_alone(engine, plan.module)
             compiled = self._compiled(engine, module, plan, name, binding)
         except wasmtime.WasmtimeError as error:
             short = errno_in_text(one_sentence(str(error)), f"compiling {name}")
@@ -232,11 +214,10 @@ class WasmtimeRuntime(Runtime):
             creator=self._creator.raw,
         )
         if compiled.waits:
-            native, text = engine is not self._engine, shim_text(compiled.memory_type)
-            if (native, text) not in self._shims:
-                shim = self._compile_alone(engine, self.assemble(text), native=native)
-                self._shims[native, text] = Shim(engine, shim)
-            compiled.shim = self._shims[native, text]
+            key = engine is self._engine, shim_text(compiled.memory_type)
+            if key not in self._shims:
+                self._shims[key] = Shim(engine, self._compile_alone(engine, self.assemble(key[1])))
+            compiled.shim = self._shims[key]
         return compiled
 
     def code_key(self, plan: Plan) -> str:
@@ -249,25 +230,26 @@ class WasmtimeRuntime(Runtime):
             engine = "its own memories"
         return f"wasmtime {installed_version(self.name)}, {platform.machine()}, {engine}"
 
-    def _compile_alone(
-        self, engine: wasmtime.Engine, module: bytes, *, native: bool
-    ) -> wasmtime.Module:
-        """Compiled for this engine, without its compiler's threads where those stayed behind in a fork."""
-        catch_up()
+    def _compile_alone(self, engine: wasmtime.Engine, module: bytes) -> wasmtime.Module:
+        """Compile for an engine, in a fork without the threads of its compiler, for which it would wait for ever."""
         if os.getpid() == self._process:
             return wasmtime.Module(engine, module)
-        alone = wasmtime.Engine(self._native_config() if native else self._engine_config())
+        alone = wasmtime.Engine(self._config(native=engine is not self._engine))
         return wasmtime.Module.deserialize(engine, wasmtime.Module(alone, module).serialize())
 
     def live(
         self, compiled: Compiled, memories: tuple[LinearMemory, ...], binding: Binding
     ) -> WasmtimeLive:
         """Return an instance that has not started."""
-        link = partial(self._link, compiled, binding)
-        return WasmtimeLive(self._creator, compiled, memories, binding, link, self._configure_store)
+        return WasmtimeLive(
+            self._creator, compiled, memories, binding, self._link, self._configure_store
+        )
 
     def _link(self, compiled: Compiled, binding: Binding) -> BoundImports:
-        """Bind the imports; a guest without a memory of its own, for the engine of the store that was given."""
+        """Bind the imports; raises LinkError.
+
+        A guest without a memory of its own also fits a store of the other engine, for which it is compiled again.
+        """
         store, name = binding.store, compiled.guest_name
         if store is None:
             if binding.imports is not compiled.binding.imports:
@@ -275,30 +257,29 @@ class WasmtimeRuntime(Runtime):
             if compiled.default is None:
                 compiled.default = compiled.bind(compiled.binding)
             return compiled.default
-        native = compiled.plan.native
+        native, why = compiled.plan.native, ""
         if not isinstance(store, wasmtime.Store) or store.engine not in (
             self._engine,
-            self._native_engine,
+            self._native,
         ):
+            why = f", not {store!r}"
+        elif store.engine is not compiled.engine and native is not None:
+            why = f", because the guest is left to the runtime: {native}"
+        elif store.engine is not compiled.engine and compiled.lease_index:
+            why = (
+                ", because its memory is in a slot; a guest that it shall be linked with has to run from slots"
+                " as well"
+            )
+        if why:
             fits = "host.engine" if native is None else "host.native_engine"
             raise LinkError(
-                f"the store for an instance of {name} must be a wasmtime.Store of {fits}, not {store!r}"
+                f"the store for an instance of {name} must be a wasmtime.Store of {fits}{why}"
             )
         lent(store, name)
         if store.engine is compiled.engine:
             return compiled.bind(binding)
-        if native is not None:
-            raise LinkError(
-                f"the store for an instance of {name} must be a wasmtime.Store of host.native_engine, because"
-                f" the guest is left to the runtime: {native}"
-            )
-        if compiled.lease_index:
-            raise LinkError(
-                f"the store for an instance of {name} must be a wasmtime.Store of host.engine, because its"
-                " memory is in a slot; a guest that it shall be linked with has to run from slots as well"
-            )
         if compiled.elsewhere is None:
-            module = self._compile_alone(store.engine, compiled.plan.module, native=True)
+            module = self._compile_alone(store.engine, compiled.plan.module)
             compiled.elsewhere = self._compiled(
                 store.engine, module, compiled.plan, name, compiled.binding
             )

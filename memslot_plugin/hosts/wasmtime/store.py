@@ -73,13 +73,13 @@ class Limits(NamedTuple):
 class BorrowedStore(wasmtime.Store):
     """A store of one of our instances as an object of wasmtime-py's; closing the object does not close the store."""
 
-    def __init__(
-        self, engine: wasmtime.Engine, store: int, context: int, guest_name: str, limits: Limits
-    ) -> None:
+    def __init__(self, engine: wasmtime.Engine, cell: Any, guest_name: str, limits: Limits) -> None:
         self._limits = limits
         # wasmtime-py has no public way to wrap a store, so this sets what its constructor sets.
-        self._set_ptr(ctypes.cast(store, ctypes.POINTER(wasmtime_ffi.wasmtime_store_t)))
-        self._Store__context = ctypes.cast(context, ctypes.POINTER(wasmtime_ffi.wasmtime_context_t))
+        self._set_ptr(ctypes.cast(cell.store, ctypes.POINTER(wasmtime_ffi.wasmtime_store_t)))
+        self._Store__context = ctypes.cast(
+            cell.context, ctypes.POINTER(wasmtime_ffi.wasmtime_context_t)
+        )
         self.engine = engine
         self.guest_name = guest_name
 
