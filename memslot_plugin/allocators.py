@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
 from memslot_hooks import hookimpl
@@ -45,8 +46,15 @@ class SlotMemory(LinearMemory):
         self.owner = owner
         self.mapping = None
         self.exposed = False
-        self.reset = None
         self.slot: Slot | None = None
+
+    @property
+    def reset(self) -> Callable[[], object] | None:  # type: ignore[override]
+        """The reset of the slot as one call, for the host to bind; None once the memory was released."""
+        owner, slot = self.owner, self.slot
+        if slot is None or not isinstance(owner, PoolAllocator) or owner.pool is None:
+            return None
+        return owner.pool.bound_reset(slot)
 
     def record_growth(self, byte_size: int) -> None:
         super().record_growth(byte_size)
@@ -129,7 +137,7 @@ class PoolAllocator:
         if memory.owner is not self or self.pool is None or not isinstance(memory, SlotMemory):
             return None
         slot = memory.slot or self._released(memory)
-        memory.slot = memory.reset = None  # bound to a slot that another tenant may lease next
+        memory.slot = None
         # Compare memory.byte_size too: recording a growth in the slot may have failed.
         # A runtime's own objects reach its mapping for as long as they live, so an exposed one has no other tenant.
         retire = slot.mapping is not None and (
@@ -142,13 +150,7 @@ class PoolAllocator:
     def _create(self, request: MemoryRequest, image: images.Image | None) -> SlotMemory | None:
         if self.pool is None:
             return None
-        if request.map_host_memory is None:
-            self._require_room(request, self.pool)
-        if self.pool.growth == "ftruncate" and request.bounds_checks != "code":
-            raise Unsupported(
-                f"growth = ftruncate needs a host that checks bounds in code; {request.host} relies on guard pages,"
-                " where an access past the end would raise SIGBUS; allowed here: mprotect"
-            )
+        self._admit(request, self.pool)
         memory = SlotMemory(request, self)
         slot = memory.slot = self.pool.lease(
             image,
@@ -161,14 +163,12 @@ class PoolAllocator:
             holder=memory,
         )
         memory.base, memory.mapping = slot.base, slot.mapping
-        memory.reset = self.pool.bound_reset(slot)
         return memory
 
     def _warm(self, request: MemoryRequest, image: images.Image | None, count: int) -> int | None:
         if self.pool is None:
             return None
-        if request.map_host_memory is None:
-            self._require_room(request, self.pool)
+        self._admit(request, self.pool)
         return self.pool.warm(
             image,
             request.minimum,
@@ -179,10 +179,19 @@ class PoolAllocator:
             shape=request.host_shape,
         )
 
-    def _require_room(self, request: MemoryRequest, pool: Pool) -> None:
-        """Refuse what a slot of ours cannot hold, and what compiled code would count on and it does not
-        have; a runtime's own mapping fits its own expectations.
+    def _admit(self, request: MemoryRequest, pool: Pool) -> None:
+        """Refuse a request that no slot of the pool can serve: MemoryTooLarge, Unsupported.
+
+        Compiled code must find the reserved and guard bytes that it counts on; a runtime's own mapping has
+        what its runtime expects.
         """
+        if pool.growth == "ftruncate" and request.bounds_checks != "code":
+            raise Unsupported(
+                f"growth = ftruncate needs a host that checks bounds in code; {request.host} relies on guard pages,"
+                " where an access past the end would raise SIGBUS; allowed here: mprotect"
+            )
+        if request.map_host_memory is not None:
+            return
         if request.minimum > pool.reserved:
             raise MemoryTooLarge(
                 f"{request.guest_id} needs {request.minimum} bytes for memory {request.memory_index},"

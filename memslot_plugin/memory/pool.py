@@ -19,7 +19,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from memslot_hooks.types import RETIRED, HostMapping, PoolStatistics, ResetResult
 from memslot_plugin._core import after_fork, catch_up
@@ -121,7 +121,9 @@ class Pool:
         lease.pool, lease.unreleased = self, [None]
         if map_host_memory is None:
             shape = OWN
-        self._require_outside("lease")
+        catch_up()
+        if self._lock._is_owned():  # noqa: SLF001
+            self._refuse_inside("lease")
         try:
             with self._lock:
                 slot = self._take(lease, shape, affinity, byte_size, map_host_memory)
@@ -155,10 +157,13 @@ class Pool:
 
         Every strategy except the random one would put it on the free list and take it from there.
         """
-        returned = other = self._returns.next()
-        # A lease comes twice if its holder is collected after the release.
-        while other is returned is not None:
+        returned, other = self._returns.next(), None
+        while other is None and not self._returns.empty():
             other = self._returns.next()
+            # A lease comes twice if its holder is collected after the release.  Equality would not do: weak
+            # references to one holder are equal.
+            if other is returned:
+                other = None
         slot: Slot | None = getattr(returned, "slot", None)
         if (
             slot is not None
@@ -284,10 +289,13 @@ class Pool:
         """Raise InUse if this thread has the lock: a finalizer or a signal handler has interrupted it there."""
         catch_up()
         if self._lock._is_owned():  # noqa: SLF001  # as threading.Condition uses it
-            raise InUse(
-                f"cannot {what} here: this finalizer or signal handler came while its own thread was changing the"
-                " pool; do it after the finalizer or handler has returned"
-            )
+            self._refuse_inside(what)
+
+    def _refuse_inside(self, what: str) -> NoReturn:
+        raise InUse(
+            f"cannot {what} here: this finalizer or signal handler came while its own thread was changing the"
+            " pool; do it after the finalizer or handler has returned"
+        )
 
     def _drain(self) -> None:
         """Under the lock: settle what came back."""
