@@ -14,7 +14,7 @@ from memslot_plugin._core import ffi
 from memslot_plugin.allocators import SlotMemory
 from memslot_plugin.hosts.instance import Instance
 from memslot_plugin.hosts.leases import Handle, Leases
-from memslot_plugin.hosts.live import HOLDS, Live, require_within
+from memslot_plugin.hosts.live import KEYS, Live, require_within
 from memslot_plugin.hosts.memory import Memory
 
 
@@ -96,12 +96,12 @@ def _exposed_slots_are_handed_on() -> None:
 
 
 def _native_objects_are_forgotten() -> None:
-    Live.given_away = property(lambda _: False, lambda _, __: None)  # type: ignore[assignment]
+    Live.native_exposed = property(lambda _: False, lambda _, __: None)  # type: ignore[assignment]
 
 
 def _grown_memories_are_reset_in_place() -> None:
     for kind in _every_live():
-        kind.can_restore = lambda self: not self.given_away  # type: ignore[method-assign]
+        kind.can_restore = lambda self: not self.native_exposed  # type: ignore[method-assign]
 
 
 def _what_drops_segments_is_reset_in_place() -> None:
@@ -116,7 +116,7 @@ def _children_do_not_reset() -> None:
     def in_the_parent(self: Instance, live: Live, generation: int) -> bool:
         if os.getpid() == process:
             return reset(self, live, generation)
-        live.hold(self.handle.generation, next(HOLDS), alone=True)
+        live.acquire(self.handle.generation, next(KEYS), alone=True)
         live.restore(generation)
         return True
 

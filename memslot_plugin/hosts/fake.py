@@ -198,7 +198,7 @@ class FakeLive(Live):
         """Return the first values of the globals, which no code changes."""
         return {each.index: each.initial for each in self._compiled.plan.saved_globals}
 
-    def dispose(self, generation: int | None = None) -> bool | None:
+    def close(self, generation: int | None = None) -> bool | None:
         """Refuse every entry from here on."""
         if generation not in (None, self.generation):
             return None

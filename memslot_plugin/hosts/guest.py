@@ -303,7 +303,7 @@ class Guest:
         self.leases.require_idle(live)
         catch_up()
         plan = self.plan
-        require_capturable(plan, self.name, native_exposed=live.given_away)
+        require_capturable(plan, self.name, native_exposed=live.native_exposed)
         drawn = draws(plan)
         if drawn and self.reseed is None and self.leases.armed.instance_restored is None:
             warnings.warn(

@@ -16,7 +16,7 @@ from memslot_plugin.errors import (
     shown,
 )
 from memslot_plugin.hosts.leases import RENEWAL, Handle
-from memslot_plugin.hosts.live import HOLDS, Group, Live, being_reset, ended
+from memslot_plugin.hosts.live import KEYS, Group, Live, being_reset, ended
 from memslot_plugin.hosts.memory import Memory
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ class Instance:
 
     def _reset_in_place(self, live: Live, next_generation: int) -> bool:
         """Reset what is live for the lease of that number; False if only a new instance is pristine."""
-        handle, key = self.handle, next(HOLDS)
+        handle, key = self.handle, next(KEYS)
         armed = handle.leases.armed
         if live.bound_to is not armed.epoch:
             live.bind_resets(armed)
@@ -212,7 +212,7 @@ class Instance:
                     and live.reset(handle.generation, next_generation, key)
                 )
         except BaseException:
-            if not live.let_go(key) and live.spoiled_by != key:
+            if not live.release(key) and live.spoiled_by != key:
                 raise
             handle.live = None
             if live.open:

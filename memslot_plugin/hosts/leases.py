@@ -316,17 +316,17 @@ class Leases:
         self.require_idle(live)
         finished = False
         try:
-            disposed = live.dispose(generation)
-            if disposed is None:
+            unused = live.close(generation)
+            if unused is None:
                 finished = True
                 return None
             live.open = False
             memories: tuple[LinearMemory, ...] = ()
-            if disposed:
+            if unused:
                 # In one step: only one of two threads has them.
                 memories, live.memories = live.memories, ()
                 live.resets, live.fast_reset = (), None
-                if live.given_away:
+                if live.native_exposed:
                     for memory in memories:
                         memory.exposed = True
             self._live.pop(id(live), None)

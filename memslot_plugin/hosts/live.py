@@ -33,8 +33,8 @@ Imports = Mapping[str, Mapping[str, Any]]
 """Module name -> import name -> a Python callable, or an object of the runtime's own."""
 
 
-HOLDS = itertools.count(1)
-"""Keys of holds, each used once."""
+KEYS = itertools.count(1)
+"""Keys of `Live.acquire`, each used once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ class Living(Generic[_T]):
 
 
 class Live(abc.ABC):
-    """One instance of a runtime, from `Runtime.live` over `start` to `dispose`.
+    """One instance of a runtime, from `Runtime.live` over `start` to `close`.
 
     Its entries (see `hosts.leases`) compare the generation of a handle last.  Those here serve hosts that are
     confined to one thread; wasmtime's are in C.
@@ -107,7 +107,7 @@ class Live(abc.ABC):
     """The imports, and the store of the embedder's own if there is one."""
     running: int = 0
     """Entries that are on the stack now; an instance that runs cannot end."""
-    given_away: bool = False
+    native_exposed: bool = False
     """True once the embedder got the runtime's own objects, and so may have changed anything."""
     outgrown: bool = False
     """True once the heap of a garbage collector, which no reset in place empties, has passed `keep_resident`."""
@@ -122,7 +122,7 @@ class Live(abc.ABC):
     generation: int = 1
     """The lease that is served now."""
     held: int = 0
-    """The key of `hold`, until `restore` or `let_go`: a signal's handler or a finalizer cannot end it meanwhile."""
+    """The key of `acquire`, until `restore` or `release`: a signal's handler or a finalizer cannot end it meanwhile."""
     admits: int = 1
     """The lease whose handles may enter: `generation`, or 0 while the instance is held."""
     resets: tuple[Callable[[], object], ...] = ()
@@ -180,7 +180,7 @@ class Live(abc.ABC):
     def start(self) -> None:
         """Link and instantiate over `memories`, and set or read the saved globals; called once.
 
-        Raises LinkError, GuestTrap, and the exceptions of host functions; `dispose` follows then.
+        Raises LinkError, GuestTrap, and the exceptions of host functions; `close` follows then.
         """
 
     @abc.abstractmethod
@@ -222,7 +222,7 @@ class Live(abc.ABC):
         for memory in self.memories:
             if memory.byte_size != memory.request.minimum:
                 return False
-        return not self.given_away and not self.outgrown
+        return not self.native_exposed and not self.outgrown
 
     fast_reset: Callable[[Live, int, int, int], int] | None = None
     """`reset` as one call into C, with the live instance first, or None; `settle_reset` takes other answers."""
@@ -234,10 +234,10 @@ class Live(abc.ABC):
 
         If it raises, the instance may still be acquired with `key`.
         """
-        self.hold(generation, key, alone=True)
+        self.acquire(generation, key, alone=True)
         # Asked once nothing can run any more: a call on another thread may have ended just now.
         if not self.can_restore():
-            self.let_go(key)
+            self.release(key)
             return False
         self.spoiled_by = key
         for reset in self.resets:
@@ -250,10 +250,10 @@ class Live(abc.ABC):
         """Raise the exception of a `fast_reset` that answered neither True nor False."""
         raise NotImplementedError
 
-    def hold(self, generation: int, key: int, *, alone: bool = False) -> None:
-        """Keep other threads' entries out until `restore` or `let_go`, and with `alone` those of this thread too.
+    def acquire(self, generation: int, key: int, *, alone: bool = False) -> None:
+        """Keep other threads' entries out until `restore` or `release`, and with `alone` those of this thread too.
 
-        Raises InUse while an entry runs, and UsedAfterClose.  `key`, from `HOLDS`, tells afterwards if the hold
+        Raises InUse while an entry runs, and UsedAfterClose.  `key`, from `KEYS`, tells afterwards if it
         began, because a signal's handler may raise as this method returns.
         """
         if generation != self.generation or self.ended:
@@ -274,8 +274,11 @@ class Live(abc.ABC):
     def wake(self) -> None:  # noqa: B027 - most have nothing that runs out
         """Renew deadlines at the start of a lease, because the instance may have waited for long."""
 
-    def let_go(self, key: int) -> bool:
-        """Admit entries again without restoring anything; False, and nothing happens, if `key` does not hold it."""
+    def release(self, key: int) -> bool:
+        """Admit entries again without restoring anything.
+
+        False, and nothing happens, if the instance was not acquired with `key`.
+        """
         if self.held != key:
             return False
         self.held = 0
@@ -294,7 +297,7 @@ class Live(abc.ABC):
         return None
 
     @abc.abstractmethod
-    def dispose(self, generation: int | None = None) -> bool | None:
+    def close(self, generation: int | None = None) -> bool | None:
         """Release everything that the runtime holds; idempotent, also after it was cut short.
 
         True if the memories may be released now, False if the runtime still uses them.  None, and nothing
@@ -311,7 +314,7 @@ class Live(abc.ABC):
         native = self.native
         if generation != self.admits or self.ended:  # compared last, as in read_memory
             self.refuse(generation)
-        self.given_away = True
+        self.native_exposed = True
         return native
 
 

@@ -10,7 +10,7 @@ from memslot_plugin._core import ffi
 from memslot_plugin.errors import SnapshotRefused
 from memslot_plugin.guest import plan as guests
 from memslot_plugin.guest.plan import Plan
-from memslot_plugin.hosts.live import HOLDS, Live
+from memslot_plugin.hosts.live import KEYS, Live
 from memslot_plugin.hosts.wasi import MODULES
 
 
@@ -21,9 +21,9 @@ def captured(plan: Plan, guest_name: str, live: Live, generation: int, name: str
     They stay as they are within the block.  Raises SnapshotRefused, InUse, UsedAfterClose.
     """
     what = f"the instance of {guest_name} cannot be captured"
-    key = next(HOLDS)
+    key = next(KEYS)
     try:
-        live.hold(generation, key)
+        live.acquire(generation, key)
         descriptors = live.descriptors_changed()
         if descriptors is not None:
             raise SnapshotRefused(
@@ -41,7 +41,7 @@ def captured(plan: Plan, guest_name: str, live: Live, generation: int, name: str
                 )
         yield guests.snapshot(plan, contents=contents, values=live.saved_values())
     finally:
-        live.let_go(key)
+        live.release(key)
 
 
 def require_capturable(plan: Plan, guest_name: str, *, native_exposed: bool) -> None:

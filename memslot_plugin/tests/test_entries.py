@@ -89,9 +89,9 @@ def test_ended_handle_while_another_thread_is_in_the_next_lease_is_refused(name:
             old = handles(first)
         with guest.lease() as second:
             live: Any = second.handle.live
-            live.hold(second.handle.generation, 1)
+            live.acquire(second.handle.generation, 1)
             assert hosts.elsewhere(lambda: refuses_all(old)) is None
-            live.let_go(1)
+            live.release(1)
 
 
 @pytest.mark.parametrize("name", HOSTS)
@@ -128,15 +128,15 @@ def test_close_and_reset_of_one_instance_give_its_memory_back_once(name: str) ->
         instance = guest.instantiate()
         instance.memory.grow(1)  # no reset in place
         live: Any = instance.handle.live
-        end, dispose = host.leases.end, live.dispose
+        end, dispose = host.leases.end, live.close
 
         def dispose_and_close(generation: int | None = None) -> bool | None:
-            live.dispose = dispose
+            live.close = dispose
             done: bool | None = dispose(generation)
             assert hosts.elsewhere(lambda: end(live, generation)) is None
             return done
 
-        live.dispose = dispose_and_close
+        live.close = dispose_and_close
         with suppress(memslot.UsedAfterClose):  # if the other thread was first
             instance.reset()
         assert hosts.in_use(host) == (not instance.closed)
@@ -176,18 +176,18 @@ def test_reset_by_an_old_handle_does_not_end_the_next_lease(name: str) -> None:
         old = lease.__enter__()
         live: Any = old.handle.live
         live.can_restore = lambda: False
-        dispose, following = live.dispose, guest.lease()
+        dispose, following = live.close, guest.lease()
         kept: list[memslot.Instance] = []
 
         def lease_again(generation: int | None = None) -> bool | None:
-            del live.dispose, live.can_restore
+            del live.close, live.can_restore
             old.handle.live = live
             lease.__exit__(None, None, None)
             kept.append(following.__enter__())
             kept[0].memory.write(64, SECRET)
             return dispose(generation)  # type: ignore[no-any-return]
 
-        live.dispose = lease_again
+        live.close = lease_again
         with pytest.raises(memslot.UsedAfterClose):
             old.reset()
         host.statistics()  # the next call of the host ends dropped instances

@@ -133,25 +133,25 @@ def test_native_objects_are_not_given_away_in_the_middle_of_the_end_of_a_lease(n
 @pytest.mark.parametrize("use", ["reset", "snapshot"])
 @pytest.mark.parametrize("name", HOSTS)
 def test_handler_that_is_refused_as_a_hold_begins_leaves_nothing_held(name: str, use: str) -> None:
-    """The handler raises InUse as `hold` returns."""
+    """The handler raises InUse as `acquire` returns."""
     with hosts.serving(name) as host, hosts.prepare(host) as guest:
         instance = guest.instantiate()
         live: Any = instance.handle.live
-        hold = live.hold
+        hold = live.acquire
 
         def interrupted(*arguments: Any, **named: Any) -> None:
-            live.hold = hold
+            live.acquire = hold
             hold(*arguments, **named)
             signal.raise_signal(signal.SIGUSR1)
 
         before = signal.signal(signal.SIGUSR1, lambda *_: instance.close())
-        live.hold = interrupted
+        live.acquire = interrupted
         try:
             with pytest.raises(memslot.InUse):
                 getattr(instance, use)()
         finally:
             signal.signal(signal.SIGUSR1, before)
-        del live.hold
+        del live.acquire
         assert (live.running, live.held) == (0, 0)
         with suppress(memslot.UsedAfterClose):  # a reset that raises ends the instance
             assert instance.memory.read(0, 1) == b"\0"
@@ -164,15 +164,15 @@ def test_interrupt_of_a_refused_reset_leaves_the_outer_one_its_hold(name: str) -
 
     def reset() -> None:
         live: Any = instance.handle.live
-        hold = live.hold
+        hold = live.acquire
 
         def interrupted(*arguments: Any, **named: Any) -> None:
-            live.hold = hold
+            live.acquire = hold
             with suppress(memslot.InUse):
                 hold(*arguments, **named)
             raise KeyboardInterrupt
 
-        live.hold = interrupted
+        live.acquire = interrupted
         with pytest.raises(KeyboardInterrupt):
             instance.reset()
         with pytest.raises(memslot.InUse) as raised:
@@ -216,10 +216,10 @@ def test_lease_never_begins_with_an_instance_that_ended(name: str) -> None:
         instance = lease.__enter__()
         live: Any = instance.handle.live
         ending = threading.Thread(target=lease.__exit__, args=(None, None, None))
-        dispose = live.dispose
+        dispose = live.close
 
         def disposed(generation: int | None = None) -> bool | None:
-            live.dispose = dispose
+            live.close = dispose
             middle.action = stop
             ending.start()
             holding.wait()
@@ -230,7 +230,7 @@ def test_lease_never_begins_with_an_instance_that_ended(name: str) -> None:
                 answers.append(following.call("get", 8))
             return done
 
-        live.dispose = disposed
+        live.close = disposed
         instance.close()
         assert answers == [ord("h")]
 
@@ -262,7 +262,7 @@ def test_instance_that_a_call_ended_is_kept_by_nothing(
     with hosts.serving(name) as host, hosts.calling(host, wait) as guest:
         instance = guest.instantiate()
         calling = threading.Thread(target=instance.call, args=("run", 1))
-        before(instance.handle.live, "dispose", call)
+        before(instance.handle.live, "close", call)
         instance.close()
         monkeypatch.undo()
         assert host.runtime._creator._ending == {}
@@ -374,7 +374,7 @@ def test_call_that_begins_as_the_fake_host_closes_reads_its_own_bytes() -> None:
             inside.wait()
 
         live._at = found_at
-        before(live, "dispose", call)
+        before(live, "close", call)
         instance.close()
         with pytest.raises(memslot.PoolExhausted):
             guest.instantiate()

@@ -373,7 +373,7 @@ def test_instance_ended_during_a_call_ends_when_the_call_returns(host: WasmtimeH
     live: Any = None
 
     def end(number: int) -> int:
-        assert live.dispose() is False
+        assert live.close() is False
         assert in_use(host) == 1
         return number
 

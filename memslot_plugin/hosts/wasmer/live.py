@@ -227,7 +227,7 @@ class WasmerLive(Live):
     # -- resets
 
     def can_restore(self) -> bool:
-        if self.given_away:
+        if self.native_exposed:
             return False
         if self._memory is not None:
             minimum = self.memories[0].request.minimum
@@ -239,7 +239,7 @@ class WasmerLive(Live):
         (self._restore or self._attach())()
         if self._streams is not None:
             self._streams.clear()
-        # What let_go does, without the call.
+        # What release does, without the call.
         self.held = 0
         self.generation = self.admits = generation
 
@@ -277,9 +277,7 @@ class WasmerLive(Live):
     def native(self) -> Any:
         return self._instance
 
-    def dispose(
-        self, generation: int | None = None
-    ) -> bool:  # one thread ends it, within its lease
+    def close(self, generation: int | None = None) -> bool:  # one thread ends it, within its lease
         self._natives.clear()
         self._functions.clear()
         try:

@@ -250,7 +250,7 @@ class WasmtimeLive(Live):
 
     # -- resets ------------------------------------------------------------------------------------------------------
 
-    def hold(self, generation: int, key: int, *, alone: bool = False) -> None:
+    def acquire(self, generation: int, key: int, *, alone: bool = False) -> None:
         self.settle(_acquire(self.cell, generation, key, alone))
 
     def bind_resets(self, armed: Armed) -> None:
@@ -301,7 +301,7 @@ class WasmtimeLive(Live):
         if not self.cell.context:  # closed meanwhile
             raise ended(self.guest_name)
 
-    def let_go(self, key: int) -> bool:
+    def release(self, key: int) -> bool:
         outcome = ffi.new("uintptr_t *")
         held = bool(lib.ms_wt_release(self.cell, key, outcome))
         if outcome[0]:
@@ -458,7 +458,7 @@ class WasmtimeLive(Live):
 
     def give_native(self, generation: int) -> NativeInstance:
         def give() -> NativeInstance:
-            self.given_away = True
+            self.native_exposed = True
             return self.native
 
         given: NativeInstance = self.entered(generation, give)
@@ -485,7 +485,7 @@ class WasmtimeLive(Live):
         """End the instance, and release its memories as soon as wasmtime does not use them."""
         self._creator.finish(self)
 
-    def dispose(self, generation: int | None = None) -> bool | None:
+    def close(self, generation: int | None = None) -> bool | None:
         if not self.token:  # the start has failed before wasmtime heard of the memories
             return True
         return self._creator.finish(self, release=False, generation=generation)
