@@ -52,14 +52,14 @@ def test_generated_module_does_what_it_does_natively(
 def globals_stay(monkeypatch: pytest.MonkeyPatch, host: memslot.Host) -> None:
     with host.prepare(b"\0asm\1\0\0\0").instantiate() as instance:
         live = type(instance.handle.enter())
-    hold, keys = live.hold, list[int]()
+    acquire, keys = live.acquire, list[int]()
 
     def noted(self: Any, generation: int, key: int, *, alone: bool = False) -> None:
         keys.append(key)
-        hold(self, generation, key, alone=alone)
+        acquire(self, generation, key, alone=alone)
 
-    monkeypatch.setattr(live, "hold", noted)
-    monkeypatch.setattr(live, "restore", lambda self, _: self.let_go(keys.pop()))
+    monkeypatch.setattr(live, "acquire", noted)
+    monkeypatch.setattr(live, "restore", lambda self, _: self.release(keys.pop()))
 
 
 def tables_stay(monkeypatch: pytest.MonkeyPatch, host: memslot.Host) -> None:
