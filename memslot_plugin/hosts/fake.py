@@ -7,7 +7,6 @@ same hooks as anywhere, and every access from a function goes through the bounds
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
@@ -44,37 +43,26 @@ class FakeRuntime(Runtime):
         self.functions = functions
 
     def open(self, leases: Leases) -> None:
-        """Keep the leases."""
         self.leases = leases
 
     def close(self) -> None:
         """Do nothing."""
 
     def assemble(self, text: str) -> bytes:
-        """Raise InvalidModule."""
         raise InvalidModule("the fake host has no assembler; give it the bytes of a module")
 
-    def compile(
-        self, plan: Plan, name: str, binding: Binding, reuse: Reuse
-    ) -> Compiled:  # has no imports
-        """Return the plan alone."""
+    def compile(self, plan: Plan, name: str, binding: Binding, reuse: Reuse) -> Compiled:
         if plan.native is not None:
             raise InvalidModule(f"the fake host has no runtime for {name}: {plan.native}")
         return Compiled(plan, name)
 
-    def function_names(self, plan: Plan) -> Collection[str]:  # all guests have them
-        """Return the names of the Python functions."""
+    def function_names(self, plan: Plan) -> Collection[str]:
         return self.functions
 
     def live(
         self, compiled: Compiled, memories: tuple[LinearMemory, ...], binding: Binding
     ) -> Live:
-        """Return an instance."""
         return FakeLive(self, compiled, memories, binding)
-
-
-class _Entry:
-    """A call that runs: collected with its frame, also if an exception comes before the call's last line."""
 
 
 class FakeLive(Live):
@@ -89,21 +77,15 @@ class FakeLive(Live):
         memories: tuple[LinearMemory, ...],
         binding: Binding,
     ) -> None:
-        self.memories = memories
-        self.binding = binding
+        super().__init__(compiled.guest_name, memories, binding)
         self._runtime = runtime
         self._compiled = compiled
-        self.entries: weakref.WeakSet[_Entry] = weakref.WeakSet()
+        self._calls: list[None] = []  # its append and pop are atomic, other than += on a number
 
     @property
     def running(self) -> int:  # type: ignore[override]
         """The number of calls that run."""
-        return len(self.entries)
-
-    @property
-    def guest_name(self) -> str:
-        """The guest's name, for errors."""
-        return self._compiled.guest_name
+        return len(self._calls)
 
     def start(self) -> None:
         """Do nothing: no code runs."""
@@ -125,7 +107,6 @@ class FakeLive(Live):
         return ffi.cast("uint8_t *", base + offset)
 
     def function(self, name: str) -> Callable[..., Any]:
-        """Return a Python function, bound to this instance."""
         functions = self._runtime.functions
         try:
             implementation = functions[name]
@@ -135,13 +116,12 @@ class FakeLive(Live):
             ) from None
 
         def call(generation: int, *arguments: Any) -> Any:
-            entry = _Entry()
-            self.entries.add(entry)
+            self._calls.append(None)
             try:
                 self._admit(generation)
                 return implementation(self, *arguments)
             finally:
-                self.entries.discard(entry)
+                self._calls.pop()
 
         return call
 
@@ -150,16 +130,13 @@ class FakeLive(Live):
             self.refuse(generation)
 
     def exports(self) -> Mapping[str, str]:
-        """Return the Python functions as exports."""
         return dict.fromkeys(self._runtime.functions, "func")
 
     def global_value(self, name: str, generation: int) -> Any:
-        """Raise ExportNotFound."""
         self._admit(generation)
         raise ExportNotFound(f"a fake guest has no globals, so none is called {name!r}")
 
-    def set_global(self, name: str, value: Any, generation: int) -> None:  # there is none to set
-        """Raise ExportNotFound."""
+    def set_global(self, name: str, value: Any, generation: int) -> None:
         self.global_value(name, generation)
 
     def _own(self, index: int) -> LinearMemory:
@@ -169,7 +146,6 @@ class FakeLive(Live):
         raise ExportNotFound(f"memory {index} of {self.guest_name} is not one of its own")
 
     def locate(self, index: int) -> tuple[int, int]:
-        """Return address and accessible bytes of a leased memory."""
         memory = self._own(index)
         return memory.base, memory.byte_size
 
@@ -185,21 +161,17 @@ class FakeLive(Live):
             )
         return before // WASM_PAGE
 
-    def output(self, stream: Literal["stdout", "stderr"]) -> bytes:  # it has no streams
-        """Return nothing."""
+    def output(self, stream: Literal["stdout", "stderr"]) -> bytes:
         return b""
 
     def restore(self, generation: int) -> None:
-        """Let the handles of that lease in: memories are all that the instance has."""
         self.held = 0
         self.generation = self.admits = generation
 
     def saved_values(self) -> dict[int, int | None]:
-        """Return the first values of the globals, which no code changes."""
         return {each.index: each.initial for each in self._compiled.plan.saved_globals}
 
     def close(self, generation: int | None = None) -> bool | None:
-        """Refuse every entry from here on."""
         if generation not in (None, self.generation):
             return None
         if self.running:  # a call has just begun: the host's next call after it ends the instance
@@ -210,5 +182,4 @@ class FakeLive(Live):
 
     @property
     def native(self) -> Any:
-        """The instance itself."""
         return self

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +84,7 @@ class Guest:
         self.in_place = plan.verdict.in_place
         self.leases: Leases = runtime.leases
         self._ready = Ready()
-        self.requests = tuple(self._native_requests() if plan.native else self._requests())
+        self.requests = tuple(self._requests())
         self.leases.ready.add(self._ready)
         self.leases.guests.add(self)
 
@@ -123,44 +124,39 @@ class Guest:
         if prepared is not None:
             prepared(self.guest_id, self.report)
 
-    def _native_requests(self) -> Iterator[MemoryRequest]:
-        """Return a request per memory that the runtime makes itself, for its place alone: `slots` limits them all.
-
-        A module that was not understood may have one memory.
-        """
-        defined = [each.index for each in self.plan.memories if each.imported is None]
-        for index in [0] if self.plan.structure is None else defined:
-            yield MemoryRequest(minimum=0, maximum=0, image=None, **self._request_for(index))
-
     def _requests(self) -> Iterator[MemoryRequest]:
-        """Return a request per memory that the module defines; the same object serves every instance."""
-        limit = self.leases.settings.largest_memory
-        for memory in self.plan.memories:
-            if memory.imported is not None:
-                continue
+        """Return a request per memory that the module defines; the same object serves every instance.
+
+        A native guest has its memories from the runtime.  Each request is for the place of a slot alone, because
+        `slots` limits all instances; a module that was not understood may have one memory.
+        """
+        runtime, settings, plan = self.runtime, self.leases.settings, self.plan
+        request = partial(
+            MemoryRequest,
+            reserved=settings.reserved,
+            guard=settings.guard,
+            guest_id=self.guest_id,
+            host=runtime.name,
+            bounds_checks="code" if runtime.checks_bounds_in_code else settings.bounds_checks,
+            wait_timeout=settings.wait_timeout,
+        )
+        own = [memory for memory in plan.memories if memory.imported is None]
+        if plan.native is not None:
+            for index in [0] if plan.structure is None else [each.index for each in own]:
+                yield request(minimum=0, maximum=0, image=None, memory_index=index)
+            return
+        limit = settings.largest_memory
+        for memory in own:
             maximum = limit if memory.maximum_bytes is None else min(memory.maximum_bytes, limit)
-            yield MemoryRequest(
+            yield request(
                 minimum=memory.minimum_bytes,
                 maximum=maximum,
                 image=self.images.get(memory.index),
-                growth=self.runtime.growth,
-                map_host_memory=self.runtime.map_host_memory(memory, maximum),
+                memory_index=memory.index,
+                growth=runtime.growth,
+                map_host_memory=runtime.map_host_memory(memory, maximum),
                 host_shape=(memory.minimum_bytes, maximum),
-                **self._request_for(memory.index),
             )
-
-    def _request_for(self, index: int) -> dict[str, Any]:
-        """Return the fields that all requests for a memory share."""
-        settings, in_code = self.leases.settings, self.runtime.checks_bounds_in_code
-        return {
-            "reserved": settings.reserved,
-            "guard": settings.guard,
-            "guest_id": self.guest_id,
-            "memory_index": index,
-            "host": self.runtime.name,
-            "bounds_checks": "code" if in_code else settings.bounds_checks,
-            "wait_timeout": settings.wait_timeout,
-        }
 
     @property
     def report(self) -> GuestReport:

@@ -22,7 +22,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from threading import get_ident
-from typing import Any, Protocol, TypeVar
+from types import SimpleNamespace
+from typing import Any, TypeVar
 
 from memslot_hooks.types import RETIRED, LinearMemory, MemoryRequest
 from memslot_plugin._core import catch_up
@@ -42,23 +43,8 @@ _log = logging.getLogger("memslot.hosts")
 _T = TypeVar("_T")
 
 
-class Prepared(Protocol):
-    """A guest, as far as its host has to end it."""
-
-    closed: bool
-
-    def close(self) -> None:
-        """Close the guest."""
-
-
-class _Renewal:
-    """The place of a live instance while a reset makes another one: open to no entry, and not ended either."""
-
-    open = ended = False
-    generation = 0  # no lease has this number
-
-
-RENEWAL: Any = _Renewal()
+RENEWAL: Any = SimpleNamespace(open=False, ended=False, generation=0)
+"""The place of a live instance while a reset makes another one: open to no entry, and not ended either."""
 
 
 class Handle:
@@ -137,8 +123,7 @@ class Ready:
                 handle = self._handles.pop()
             except IndexError:  # also if another thread has taken the last one
                 return None
-            live = handle.live
-            if live is not None and live.open and live.generation == handle.generation:
+            if handle.is_open:
                 return handle
 
     def __len__(self) -> int:
@@ -158,14 +143,14 @@ class Leases:
         self.thread_confined = thread_confined
         self.thread = get_ident()
         self.closed = False
-        self.guests: Living[Prepared] = Living()
+        self.guests: Living[Any] = Living()
         self.ready: Living[Ready] = Living()
         self.dropped: collections.deque[Live] = collections.deque()
         """Live instances that have lost their handle, or that were never finished; a finalizer only appends."""
         self.dropped_code: collections.deque[object] = collections.deque()
         """Compiled code of dropped guests, which has to be freed on the host's thread."""
-        self.waiting: set[object] = set()
-        """An object for each request that waits for a slot."""
+        self.waiting: list[MemoryRequest] = []
+        """The requests that wait for a slot."""
         self.settle: Callable[[], None] = lambda: None
         """Release the memories that a runtime used longer than their instances; set by the runtime."""
         self.instances = self.resets_in_place = self.resets_by_instantiation = 0
@@ -194,28 +179,26 @@ class Leases:
         return tuple(leased)
 
     def _lease_one(self, request: MemoryRequest) -> LinearMemory:
-        """Ask the plugins; ready instances end, one by one, before the request waits or fails."""
-        create = self.armed.create_memory
-        at_once = replace(request, wait_timeout=0.0) if request.wait_timeout else request
-        if not request.wait_timeout or any(map(len, self.ready.listed())):
-            while True:
-                try:
-                    memory = create(at_once)
-                except PoolExhausted:
-                    if self._end_a_ready_one():
-                        continue
-                    if not request.wait_timeout:
-                        raise
-                    break
-                memory.request = request
-                return memory
-        waiter = object()
+        """Ask the plugins for a memory; ready instances end one by one before the request waits or fails."""
+        waits = bool(request.wait_timeout)
+        if waits:
+            self.waiting.append(request)  # from now on the end of a lease gives its slot back
         try:
-            self.waiting.add(waiter)  # from now on the end of a lease gives its slot back
-            self._end_a_ready_one()
-            return create(request)
+            while True:
+                at_once = waits and any(map(len, self.ready.listed()))
+                try:
+                    memory = self.armed.create_memory(
+                        replace(request, wait_timeout=0.0) if at_once else request
+                    )
+                except PoolExhausted:
+                    if not self._end_a_ready_one():
+                        raise
+                else:
+                    memory.request = request
+                    return memory
         finally:
-            self.waiting.discard(waiter)
+            if waits:
+                self.waiting.remove(request)
 
     def _end_a_ready_one(self) -> bool:
         """End an instance that waits for a lease, of the guest that has the most; False if there is none."""
@@ -360,15 +343,15 @@ class Leases:
         self.dropped_code.clear()
         for _ in range(len(self.dropped)):
             try:
-                live = self.dropped[0]  # it stays there until it has ended
+                live = self.dropped.popleft()
             except IndexError:  # another thread has ended the last one
                 break
-            self.dropped.rotate(-1)
-            if not live.ended and not live.running and not live.held:
-                self._end_or_log(live)
-            if live.ended:
-                with suppress(ValueError):  # another thread was first
-                    self.dropped.remove(live)
+            try:
+                if not live.ended and not live.running and not live.held:
+                    self._end_or_log(live)
+            finally:
+                if not live.ended:
+                    self.dropped.append(live)
 
     def end_all(self) -> None:
         """End every live instance, also the dropped ones."""

@@ -102,9 +102,6 @@ class Live(abc.ABC):
     `memories` are the leased memories in the order of the guest's requests.
     """
 
-    memories: tuple[LinearMemory, ...]
-    binding: Binding
-    """The imports, and the store of the embedder's own if there is one."""
     running: int = 0
     """Entries that are on the stack now; an instance that runs cannot end."""
     native_exposed: bool = False
@@ -130,6 +127,13 @@ class Live(abc.ABC):
     bound_to: object = None
     """The epoch of the plugins that `resets` are bound to."""
 
+    def __init__(
+        self, guest_name: str, memories: tuple[LinearMemory, ...], binding: Binding
+    ) -> None:
+        self.guest_name = guest_name
+        self.memories = memories
+        self.binding = binding
+
     def bind_resets(self, armed: Armed) -> None:
         """Bind the resets of the memories to the plugins that there are now."""
         self.resets, self.bound_to = tuple(map(armed.bound_reset, self.memories)), armed.epoch
@@ -141,19 +145,14 @@ class Live(abc.ABC):
 
     # -- entries
 
-    @property
-    @abc.abstractmethod
-    def guest_name(self) -> str:
-        """The guest's name, for errors."""
-
     def refuse(self, generation: int) -> NoReturn:
-        """Say why the handles of a lease have no entry: raises InUse, UsedAfterClose."""
+        """Raise InUse or UsedAfterClose for a handle of that lease, which has no entry."""
         if generation == self.generation and not self.admits:
             raise being_reset(self.guest_name)
         raise ended(self.guest_name)
 
     def read_memory(self, generation: int, index: int, offset: int, length: int) -> bytes:
-        """`length` bytes of memory `index`, within an entry; raises AccessOutOfBounds, ExportNotFound."""
+        """Return `length` bytes of memory `index`, within an entry; raises AccessOutOfBounds, ExportNotFound."""
         place = self._place(index, offset, length)
         # Compared last: CPython handles signals after a call and at a jump back, so none ends the lease meanwhile.
         if generation != self.admits or self.ended:
@@ -163,7 +162,7 @@ class Live(abc.ABC):
     def write_memory(
         self, generation: int, index: int, offset: int, data: Any, length: int
     ) -> None:
-        """Put `data`, a buffer of cffi's or bytes, at `offset` of memory `index`; as `read_memory`."""
+        """Write `data`, a buffer of cffi's or bytes, at `offset` of memory `index`; as `read_memory`."""
         place = self._place(index, offset, length)
         if generation != self.admits or self.ended:  # compared last, as in read_memory
             self.refuse(generation)
@@ -335,12 +334,12 @@ class Group(Living[Live]):
 
 
 def being_reset(name: str) -> InUse:
-    """The exception for a handle whose instance is between two states."""
+    """Return the exception for a handle whose instance is between two states."""
     return InUse(f"the instance of {name} is being reset; enter it after that has returned")
 
 
 def ended(name: str) -> UsedAfterClose:
-    """The exception for a handle whose instance, or whose lease, has ended."""
+    """Return the exception for a handle whose instance, or whose lease, has ended."""
     return UsedAfterClose(
         f"the instance of {name} was closed, or its lease has ended; lease or instantiate the guest again"
     )

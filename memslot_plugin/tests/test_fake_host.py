@@ -124,7 +124,7 @@ def test_guest_that_another_thread_prepares_while_guests_are_looked_at_is_no_err
 
 def test_dropped_instance_that_another_thread_reclaims_first_is_left_alone() -> None:
     class Taken(collections.deque[Any]):
-        def __getitem__(self, _: Any) -> Any:
+        def popleft(self) -> Any:
             self.clear()
             raise IndexError
 

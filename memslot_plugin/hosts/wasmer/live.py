@@ -36,8 +36,7 @@ class WasmerLive(Live):
         memories: tuple[LinearMemory, ...],
         binding: Binding,
     ) -> None:
-        self.memories = memories
-        self.binding = binding
+        super().__init__(compiled.guest_name, memories, binding)
         self._leases = leases
         self._compiled = compiled
         self._bound: BoundImports | None = None
@@ -55,10 +54,6 @@ class WasmerLive(Live):
         self._functions: dict[str, Callable[..., Any]] = {}
         self._natives: dict[str, Any] = {}
         """wasmer's functions behind `_functions`; empty once the instance has ended, which ends those too."""
-
-    @property
-    def guest_name(self) -> str:
-        return self._compiled.guest_name
 
     def start(self) -> None:
         compiled = self._compiled

@@ -86,18 +86,13 @@ class WasmtimeLive(Live):
         link: Callable[[Compiled, Binding], BoundImports],
         configure_store: Callable[[wasmtime.Store], None] | None,
     ) -> None:
-        self.memories = memories
-        self.binding = binding
+        super().__init__(compiled.guest_name, memories, binding)
         self.cell = ffi.new(_CELL)
         self._creator = creator
         self._link = link
         self._configure_store = configure_store
         self._compiled = compiled
         self._functions: dict[str, Callable[..., Any]] = {}
-
-    @property
-    def guest_name(self) -> str:
-        return self._compiled.guest_name
 
     def start(self) -> None:
         bound = self.bound = self._link(self._compiled, self.binding)
