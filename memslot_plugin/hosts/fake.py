@@ -54,7 +54,7 @@ class FakeRuntime(Runtime):
     def compile(self, plan: Plan, name: str, binding: Binding, reuse: Reuse) -> Compiled:
         if plan.native is not None:
             raise InvalidModule(f"the fake host has no runtime for {name}: {plan.native}")
-        return Compiled(plan, name)
+        return Compiled(plan, name, binding)
 
     def function_names(self, plan: Plan) -> Collection[str]:
         return self.functions

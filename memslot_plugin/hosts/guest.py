@@ -57,32 +57,23 @@ class Guest:
     `in_place` is true if its instances can be reset in place.
     """
 
-    def __init__(  # noqa: PLR0917  # `make` alone calls it
-        self,
-        host: Any,
-        runtime: Runtime,
-        name: str,
-        plan: Plan,
-        binding: Binding,
-        images: dict[int, Image],
-        compiled: Compiled,
-        *,
-        reseed: str | None,
+    def __init__(
+        self, host: Any, runtime: Runtime, compiled: Compiled, built: dict[int, Image]
     ) -> None:
         self.host = host
         """The host that prepared the guest, which lives as long as the guest does."""
         self.runtime = runtime
-        self.name = name
-        self.guest_id = f"{name}#{next(_NUMBERS)}"
-        self.plan = plan
-        self.binding = binding
-        self.images = images
+        self.leases = runtime.leases
+        self.name = compiled.guest_name
+        self.guest_id = f"{self.name}#{next(_NUMBERS)}"
+        self.plan = compiled.plan
+        self.binding = compiled.binding
         self.compiled: Compiled | None = compiled
-        self.reseed = reseed
+        self.images = built
+        self.reseed: str | None = None
         self.loaded: files.Loaded | None = None
         self.closed = False
-        self.in_place = plan.verdict.in_place
-        self.leases: Leases = runtime.leases
+        self.in_place = self.plan.verdict.in_place
         self._ready = Ready()
         self.requests = tuple(self._requests())
         self.leases.ready.add(self._ready)
@@ -114,7 +105,8 @@ class Guest:
                 plan = _build_images(runtime.leases, name, plan, built)
             compiled = runtime.compile(plan, name, binding, reuse or Reuse())
             _require_reseed(runtime, plan, name, reseed)
-            guest = cls(host, runtime, name, plan, binding, built, compiled, reseed=reseed)
+            guest = cls(host, runtime, compiled, built)
+            guest.reseed = reseed
             undo.pop_all()
         return guest
 

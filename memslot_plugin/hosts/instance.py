@@ -163,8 +163,6 @@ class Instance:
                 "an instance in a store of the embedder's own cannot be reset: end the store instead"
             )
         leases.require_idle(live)
-        if live.generation != handle.generation:
-            live.refuse(handle.generation)
         if handle.live is not live:  # another thread was first
             raise (ended if handle.live is None else being_reset)(guest.name)
         group = live.group
@@ -184,6 +182,8 @@ class Instance:
                 group.add(renewed)
         except BaseException:
             handle.live = None
+            if not live.ended and live.generation == handle.generation:
+                leases.dropped.append(live)  # a call has just begun in it
             raise
         finally:
             if group is not None and live.ended:

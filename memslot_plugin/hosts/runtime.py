@@ -30,9 +30,10 @@ class Compiled:
     sets_globals = False
     """True if the code is its parent's, so that an instance gets the values of its globals when it starts."""
 
-    def __init__(self, plan: Plan, guest_name: str) -> None:
+    def __init__(self, plan: Plan, guest_name: str, binding: Binding) -> None:
         self.plan = plan
         self.guest_name = guest_name
+        self.binding = binding
         self.reads_globals = plan.verdict.in_place and any(
             each.initial is None for each in plan.saved_globals
         )

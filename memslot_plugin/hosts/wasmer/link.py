@@ -145,10 +145,9 @@ class Compiled(runtime.Compiled):
     """
 
     def __init__(self, code: Code, plan: Plan, name: str, binding: Binding) -> None:
-        super().__init__(plan, name)
+        super().__init__(plan, name, binding)
         self.code = code
         self.module = code.module
-        self._binding = binding
         self.saved = SavedGlobals(plan, name)
         self.instantiating = Boundary(at_instantiate, name, code.offsets)
         self.callables: dict[str, Callable[[Any, dict[str, Any]], Callable[..., Any]]] = {}
@@ -188,7 +187,7 @@ class Compiled(runtime.Compiled):
         Raises LinkError for an import that is missing or of another kind, SettingError, Unsupported.
         """
         bound = self._prepared
-        if bound is None or binding is not self._binding:
+        if bound is None or binding is not self.binding:
             # Without Wasi(...) a guest gets nothing to read, and its output is discarded, as on wasmtime.
             if self.wasi and (
                 binding.wasi is not None or any(each not in binding.imports for each in self.wasi)
@@ -197,7 +196,7 @@ class Compiled(runtime.Compiled):
             else:
                 given, kept = self._link(binding.imports, wasi=False)
                 bound = BoundImports(given, kept, self._memory_module)
-                if binding is self._binding:
+                if binding is self.binding:
                     self._prepared = bound
         if owner is not None and owner is not bound.owner:
             bound.use(owner)
@@ -212,7 +211,7 @@ class Compiled(runtime.Compiled):
                 f"{self.guest_name} imports WASI, which works on an exported memory of the name"
                 " 'memory', and it exports none"
             )
-        if imports is not self._binding.imports:
+        if imports is not self.binding.imports:
             given, functions = self._link(imports, wasi=True)
         else:
             if self._given is None:

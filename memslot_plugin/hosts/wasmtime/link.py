@@ -114,10 +114,9 @@ class Compiled(runtime.Compiled):
         settings: Settings,
         creator: Any,
     ) -> None:
-        super().__init__(plan, name)
+        super().__init__(plan, name, binding)
         self.offsets: Offsets | None = None
         self.engine = engine
-        self.binding = binding
         self.settings = settings
         self.creator = creator
         """The ms_wt_creator of the host."""
