@@ -176,4 +176,5 @@ class ExtensionSlot(Slot):
             leak(lib.ms_close(fd), "the extension of a slot")
 
     def __del__(self) -> None:
-        self._close_file()
+        if hasattr(self, "fd"):  # else an exception came before it was set
+            self._close_file()
