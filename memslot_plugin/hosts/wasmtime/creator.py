@@ -33,7 +33,7 @@ _BATCH = 64
 """Tokens that one call drains."""
 
 
-class Tenant(Protocol):
+class MemoryUser(Protocol):
     """An instance as its creator sees it."""
 
     token: int
@@ -94,7 +94,7 @@ class Creator:
         """Memories that wasmtime may use, by token."""
         self._retained: set[int] = set()
         """Tokens of groups without an open cell of ours.  `drain` releases them once their finalizers have run."""
-        self._ending: dict[int, Tenant] = {}
+        self._ending: dict[int, MemoryUser] = {}
         """Instances whose end has begun, by token: a running call ends it, or an exception came in between."""
         self._drained: deque[Any] = deque()
         """Buffers for tokens from the C half."""
@@ -128,7 +128,7 @@ class Creator:
 
     # -- an instance of ours: begin and finish
 
-    def begin(self, live: Tenant) -> None:
+    def begin(self, live: MemoryUser) -> None:
         """Keep the memories of an instance that is about to begin, and give it its token."""
         token = live.token = next(_tokens)  # first: `finish` needs it after an exception
         self._cells[token] = live.cell
@@ -136,7 +136,7 @@ class Creator:
             self._groups[token] = live.memories
 
     def finish(
-        self, live: Tenant, *, release: bool = True, generation: int | None = None
+        self, live: MemoryUser, *, release: bool = True, generation: int | None = None
     ) -> bool | None:
         """Delete an instance's store; true if wasmtime no longer uses its memories.  Idempotent.
 

@@ -146,10 +146,11 @@ class Compiled(runtime.Compiled):
         settings, plan = self.settings, self.plan
         # Preparing the guest has counted its memories and tables, unless it did not understand the module.
         uncounted = plan.structure is None
+        largest = settings.largest_native_memory
+        if plan.native is None:
+            largest = max(settings.largest_memory, settings.largest_heap)
         return Limits(
-            memory_size=max(settings.largest_memory, settings.largest_heap)
-            if plan.native is None
-            else settings.largest_native_memory,
+            memory_size=largest,
             table_elements=settings.table_limit,
             tables=settings.tables_per_instance if uncounted else -1,
             memories=1 if uncounted else -1,
