@@ -208,7 +208,7 @@ def test_host_with_larger_pages_serves_alike_and_its_slots_keep_their_promises(
     preloaded = {"LD_PRELOAD": str(library)}
     told = output("-m", "integration_tests.story", "fake", environment=preloaded)
     assert_alike(json.loads(told)[""]["fake"], "fake")
-    asked = "import memslot_plugin; print(memslot_plugin.memory.probe().page_size)"
+    asked = "import memslot_plugin; print(memslot_plugin.probe().page_size)"
     assert output("-c", asked, environment=preloaded) == f"{size}\n"
     tests = [f"memslot_plugin.tests.test_{name}" for name in ("slot", "image", "pool")]
     # Not strace, which would see the calls of larger_pages.c too.
