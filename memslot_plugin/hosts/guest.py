@@ -277,11 +277,6 @@ class Guest:
         if (self.closed or leases.waiting) and (given := self._ready.take()) is not None:
             leases.end_ready(given)
 
-    def end_ready(self) -> None:
-        """End every instance that waits for a lease."""
-        while (handle := self._ready.take()) is not None:
-            self.leases.end_ready(handle)
-
     def snapshot_of(self, handle: Handle, name: str | None) -> Guest:
         """Return a guest that starts where an instance of this one is; the caller announces it.
 
@@ -376,7 +371,8 @@ class Guest:
         if self.closed:
             return
         self.closed = True
-        self.end_ready()
+        while (handle := self._ready.take()) is not None:
+            self.leases.end_ready(handle)
         self.compiled = None
         self.leases.guests.discard(self)
         _close_images(self.leases, self.images)

@@ -274,9 +274,8 @@ class Host:
         catch_up()
         leases.require_thread()
         leases.end_dropped()
-        for ready in leases.ready.listed():
-            while (handle := ready.take()) is not None:
-                leases.end_ready(handle)
+        while leases.end_a_ready_one():
+            pass
         if leases and not force:
             raise InUse(
                 f"the {self.name} host has {len(leases)} live instances; close them first, or use close(force=True)"

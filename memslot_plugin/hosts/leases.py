@@ -191,7 +191,7 @@ class Leases:
                         replace(request, wait_timeout=0.0) if at_once else request
                     )
                 except PoolExhausted:
-                    if not self._end_a_ready_one():
+                    if not self.end_a_ready_one():
                         raise
                 else:
                     memory.request = request
@@ -200,7 +200,7 @@ class Leases:
             if waits:
                 self.waiting.remove(request)
 
-    def _end_a_ready_one(self) -> bool:
+    def end_a_ready_one(self) -> bool:
         """End an instance that waits for a lease, of the guest that has the most; False if there is none."""
         for ready in sorted(self.ready.listed(), key=len, reverse=True):
             handle = ready.take()
@@ -306,12 +306,12 @@ class Leases:
             live.open = False
             memories: tuple[LinearMemory, ...] = ()
             if unused:
+                # First: an exception below leaves the memories to the garbage collector, and the slots to the pool.
+                for memory in live.memories if live.native_exposed else ():
+                    memory.exposed = True
                 # In one step: only one of two threads has them.
                 memories, live.memories = live.memories, ()
                 live.resets, live.fast_reset = (), None
-                if live.native_exposed:
-                    for memory in memories:
-                        memory.exposed = True
             self._live.pop(id(live), None)
             finished = live.ended = True
         finally:

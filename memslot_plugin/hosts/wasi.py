@@ -46,24 +46,18 @@ class Wasi:
 
     def __post_init__(self) -> None:
         for name in ("stdout", "stderr"):
-            if getattr(self, name) not in ("inherit", "capture", "discard"):
-                raise SettingError(
-                    f"wasi {name} = {getattr(self, name)!r} is not allowed: it must be inherit, capture or discard"
-                )
-        if not isinstance(self.capture_limit, int) or not 0 <= self.capture_limit <= sys.maxsize:
-            raise SettingError(
-                f"wasi capture_limit = {shown(self.capture_limit)} is not allowed: it must be 0 to {sys.maxsize} bytes"
-            )
+            stream = getattr(self, name)
+            allowed = stream in ("inherit", "capture", "discard")
+            _require(allowed, name, stream, "it must be inherit, capture or discard")
+        limit = self.capture_limit
+        allowed = isinstance(limit, int) and 0 <= limit <= sys.maxsize
+        _require(allowed, "capture_limit", limit, f"it must be 0 to {sys.maxsize} bytes")
         for name in ("environment", "preopened"):
-            if not isinstance(getattr(self, name), Mapping):
-                raise SettingError(
-                    f"wasi {name} = {shown(getattr(self, name))} is not allowed: it must be a mapping"
-                )
+            given = getattr(self, name)
+            _require(isinstance(given, Mapping), name, given, "it must be a mapping")
+        allowed = isinstance(self.arguments, Sequence) and not isinstance(self.arguments, str)
+        _require(allowed, "arguments", self.arguments, "it must be a sequence of texts")
         _require_texts("program", [self.program])
-        if isinstance(self.arguments, str) or not isinstance(self.arguments, Sequence):
-            raise SettingError(
-                f"wasi arguments = {shown(self.arguments)} is not allowed: it must be a sequence of texts"
-            )
         _require_texts("arguments", self.arguments)
         _require_texts("environment", [*self.environment, *self.environment.values()])
         for name in self.environment:
@@ -79,16 +73,19 @@ class Wasi:
         folders = []
         for seen, given in self.preopened.items():
             folder = given if isinstance(given, Folder) else Folder(given)
-            if not isinstance(folder.path, (str, os.PathLike)):
-                raise SettingError(
-                    f"wasi preopened {seen!r} = {given!r} is not allowed: it must be a path or a memslot.Folder"
-                )
-            if not isinstance(folder.writable, bool):
-                raise SettingError(
-                    f"wasi preopened {seen!r} = {given!r} is not allowed: writable must be True or False"
-                )
+            where = f"preopened {seen!r}"
+            allowed = isinstance(folder.path, (str, os.PathLike))
+            _require(allowed, where, given, "it must be a path or a memslot.Folder")
+            allowed = isinstance(folder.writable, bool)
+            _require(allowed, where, given, "writable must be True or False")
             folders.append((os.fspath(folder.path), seen, folder.writable))
         return folders
+
+
+def _require(allowed: bool, name: str, value: object, rule: str) -> None:
+    """Raise SettingError if a value is not allowed."""
+    if not allowed:
+        raise SettingError(f"wasi {name} = {shown(value)} is not allowed: {rule}")
 
 
 def _require_texts(what: str, texts: Any) -> None:
