@@ -35,7 +35,9 @@ def told(cell: Cell) -> dict[str, Any]:
 
 @pytest.mark.scales
 @pytest.mark.parametrize("way", LIMITS)
-def test_process_that_runs_out_is_told_of_what_and_serves_on(plain_cell: Cell, way: str) -> None:
+def test_process_that_runs_out_gets_an_error_with_the_limit_and_serves_on(
+    plain_cell: Cell, way: str
+) -> None:
     rounds = told(plain_cell)[way]
     for error in itertools.chain(*rounds):
         assert error == "grow: -1" or (": SystemCallError: " in error and LIMITS[way] in error)

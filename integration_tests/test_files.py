@@ -93,7 +93,7 @@ def test_guest_without_a_snapshot_loads_with_its_code(real_cell: Cell, tmp_path:
 
 
 @pytest.mark.parametrize("trust", ["no", "trust_code", "key"])
-def test_compiled_code_is_used_if_it_is_trusted(
+def test_saved_code_is_used_if_it_is_trusted(
     real_cell: Cell, tmp_path: Path, trust: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key = b"k" * 32 if trust == "key" else None
@@ -129,7 +129,7 @@ def test_compiled_code_is_used_if_it_is_trusted(
                 instance.reset()
 
 
-def test_code_that_does_not_fit_is_compiled_again(real_cell: Cell, tmp_path: Path) -> None:
+def test_saved_code_that_does_not_fit_is_compiled_again(real_cell: Cell, tmp_path: Path) -> None:
     path = tmp_path / "guest"
     save_started(real_cell, path)
     found = read(path, keep=True)

@@ -126,7 +126,7 @@ def test_reset_after_the_runtimes_objects_were_taken_makes_a_new_instance(real_c
         assert resets(guest) == (1, 1)
 
 
-def test_exports_that_memslot_adds_are_not_there_for_the_embedder(real_cell: Cell) -> None:
+def test_export_that_memslot_added_is_hidden_from_the_embedder(real_cell: Cell) -> None:
     with started(real_cell, RESTORABLE) as (guest, instance):
         names = {each.export_name for each in guest.plan.saved_globals}
         assert names

@@ -90,7 +90,7 @@ def interrupt(cell: Cell, verb: str) -> int:
 @pytest.mark.scales
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in OPENING])
 @sampled
-def test_verb_interrupted_at_any_line_loses_nothing(
+def test_verb_interrupted_at_any_line_loses_no_byte_and_no_slot(
     sample: Cell, verb: str, note: Callable[[str, object], None]
 ) -> None:
     note("events", interrupt(sample, verb))
@@ -98,7 +98,7 @@ def test_verb_interrupted_at_any_line_loses_nothing(
 
 @pytest.mark.long
 @sampled
-def test_real_signals_at_random_moments_lose_nothing(
+def test_verb_interrupted_by_real_signals_loses_nothing(
     sample: Cell, note: Callable[[str, object], None]
 ) -> None:
     done = run("-m", "integration_tests.interrupted_by_signals", sample.host, sample.backend, "60")

@@ -44,7 +44,7 @@ def content(instance: memslot.Instance) -> bytes:
 # Initialising
 
 
-def test_init_runs_once_and_its_effect_is_in_every_instance(real_cell: Cell) -> None:
+def test_init_export_runs_once_and_its_effect_is_in_every_instance(real_cell: Cell) -> None:
     called: list[int] = []
     imports = {"env": {"f": lambda: called.append(1)}}
     with real_cell.serving(slots=3, image_limit="64MiB") as host:

@@ -46,7 +46,7 @@ def test_lease_of_the_previous_guest_maps_nothing(pooling_cell: Cell) -> None:
         assert mapping(made) == {}
 
 
-def test_growth_changes_protection_once_and_maps_nothing(cell: Cell) -> None:
+def test_growth_of_a_memory_changes_protection_once_and_maps_nothing(cell: Cell) -> None:
     with cell.serving(slots=2) as host:
         guest = host.prepare(toy.A)
         serve(guest)

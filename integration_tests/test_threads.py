@@ -64,7 +64,9 @@ def random_lives(guest: memslot.Guest, lives: int, number: int) -> None:
 
 
 @pytest.mark.usefixtures("_impatient")
-def test_threads_that_lease_and_return_at_random_find_only_their_own(plain_cell: Cell) -> None:
+def test_threads_that_lease_and_return_at_random_find_their_own_bytes_alone(
+    plain_cell: Cell,
+) -> None:
     """Threads share a host. On wasmer each has its own: an object of wasmer lives on one thread."""
 
     def on_a_host(threads: int, number: int) -> None:
@@ -89,7 +91,7 @@ CALLS_OUT = toy.assemble(
 )
 
 
-def test_collection_inside_of_every_callback_breaks_nothing(plain_cell: Cell) -> None:
+def test_collection_within_any_callback_loses_no_slot(plain_cell: Cell) -> None:
     """The garbage refers to instances, so that their finalizers run in the callback."""
     spare: list[memslot.Instance] = []
 
@@ -150,7 +152,7 @@ def test_finalizer_on_another_thread_gives_the_slot_back_at_the_next_call(plain_
                     assert instance.memory.read(0, 2 * PAGE) == toy.pristine(toy.A)
 
 
-def test_tasks_cancelled_while_their_threads_go_on_lose_nothing(plain_cell: Cell) -> None:
+def test_tasks_cancelled_while_their_threads_go_on_lose_no_slot(plain_cell: Cell) -> None:
     if plain_cell.host == "wasmer":
         pytest.skip("impossible: wasmer's objects live on one thread, and to_thread uses many")
     choice = random.Random(5)

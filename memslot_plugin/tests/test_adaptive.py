@@ -95,7 +95,7 @@ def test_resets_are_compared_if_rent_is_due_and_observed_if_much_is_read(history
     assert found == [(0, 1), rarely, (0, 1), rarely, (0, COMPARE_EVERY)]
 
 
-def test_scan_of_many_private_pages_may_take_a_little_longer(history: History) -> None:
+def test_scan_of_many_private_pages_that_takes_longer_finds_no_read_pages(history: History) -> None:
     for _ in range(1000):
         assert not history.observe(2048, 2048, scan_of(200))
     assert history.limits.compare_every == COMPARE_EVERY

@@ -168,12 +168,12 @@ def test_every_instruction_of_the_catalogue_is_stepped_over_exactly(engine: Any)
         assert is_valid(engine, source) == (encoded.text not in instructions.LEGACY), encoded
 
 
-def test_catalogue_has_every_instruction_that_is_looked_for() -> None:
+def test_catalogue_of_instructions_has_each_one_that_the_walk_looks_for() -> None:
     assert {name for each in ENCODED for name in sought(each.text)} == {*Instruction}
     assert len(Instruction) == lib.MS_CODE_KINDS
 
 
-def test_exactly_the_opcodes_of_the_catalogue_are_known(engine: Any) -> None:
+def test_opcode_is_known_exactly_if_the_catalogue_has_it(engine: Any) -> None:
     candidates = [
         (f"{opcode:02x}", f"0x{opcode:02x}", bytes([opcode]))
         for opcode in range(256)
@@ -361,14 +361,16 @@ def fault() -> Callable[[bytes], int]:
     return answer
 
 
-def test_code_that_is_cut_anywhere_is_not_understood(fault: Callable[[bytes], int]) -> None:
+def test_code_section_that_is_cut_at_any_byte_is_not_understood(
+    fault: Callable[[bytes], int],
+) -> None:
     found = code_section(CATALOGUE)
     code = CATALOGUE[found.payload : found.end]
     assert fault(code) == lib.MS_CODE_UNDERSTOOD
     assert all(fault(code[:end]) for end in range(len(code)))
 
 
-def test_body_that_is_cut_anywhere_is_not_understood(fault: Callable[[bytes], int]) -> None:
+def test_body_that_is_cut_at_any_byte_is_not_understood(fault: Callable[[bytes], int]) -> None:
     for encoded in ENCODED:
         body = LOCALS + b"\x00" + encoded.data + b"\x00\x0b"
         for end in range(1, len(body)):
@@ -380,7 +382,7 @@ def test_body_that_is_cut_anywhere_is_not_understood(fault: Callable[[bytes], in
     [LIE, b"\x00\x0e" + LIE, b"\x00\x1c" + LIE, b"\x00\x1f\x40" + LIE],
     ids=["locals", "labels", "value types", "catch clauses"],
 )
-def test_lying_count_in_a_body_is_cut_off_where_the_bytes_end(
+def test_lying_count_in_a_body_ends_with_the_bytes(
     fault: Callable[[bytes], int], body: bytes
 ) -> None:
     """Each round of a loop must read a byte, so that the end of the bytes ends the loop."""

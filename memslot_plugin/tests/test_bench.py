@@ -86,7 +86,7 @@ def test_floor_and_reset_restore_the_pages_that_were_written(guest: Guestless, h
         assert content(guest) == pristine
 
 
-def test_reading_makes_no_page_private_and_no_more_than_all_are_spread(guest: Guestless) -> None:
+def test_pages_that_are_read_alone_stay_shared(guest: Guestless) -> None:
     assert [Pages.spread(count, MIB).count for count in (0, 1, 7, 256, 1000)] == [0, 1, 7, 256, 256]
     assert lib.ms_bench_read(guest.slot.base, MIB) > 0
     assert guest.slot.private_runs() == []
@@ -196,7 +196,7 @@ def made(*names: str) -> r.Run:
     return r.Run({"versions": {"memslot": "1"}, **dict.fromkeys(words, "?")}, True, (*families,))
 
 
-def test_report_replaces_its_section_and_nothing_else() -> None:
+def test_report_written_to_a_file_replaces_its_section_alone() -> None:
     found = made("reset", "analysis")
     once = report.insert(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n", found)
     assert once.startswith("before\n")
@@ -331,7 +331,7 @@ def test_family_snapshot_measures_the_guests_of_a_folder_and_names_the_others(
 
 
 @needs_a_runtime
-def test_real_guest_that_fails_is_an_error() -> None:
+def test_real_guest_that_fails_raises() -> None:
     module = baseline.assemble(GUEST)
     imports = ruby.imports(module)
     with pytest.raises(RuntimeError, match="there is no JavaScript here, and eval was called"):
@@ -346,12 +346,12 @@ def test_real_guest_that_fails_is_an_error() -> None:
             ruby.evaluate(instance, "")
 
 
-def test_rounds_end_when_the_time_is_over_and_not_before_the_fewest() -> None:
+def test_rounds_without_time_left_still_run_the_fewest() -> None:
     samples = Bench().rounds({"a": lambda: 1.0, "b": lambda: 2.0}, seconds=0, fewest=3)
     assert samples == {"a": [1.0] * 3, "b": [2.0] * 3}
 
 
-def test_hold_ends_all_instances_and_holds_as_many_as_there_can_be() -> None:
+def test_density_up_to_any_bound_ends_all_its_instances() -> None:
     ended: list[object] = []
     assert live.hold(object, id, ended.append, 3).instances == len(ended) == 3
     assert live.hold(object, id, ended.append, 1).bytes is None  # nothing to divide by
@@ -369,7 +369,7 @@ def test_hold_ends_all_instances_and_holds_as_many_as_there_can_be() -> None:
         live.hold(begin, id, ended.append, 9)
 
 
-def test_run_stops_where_check_raises() -> None:
+def test_bench_run_whose_check_raises_stops() -> None:
     def stop() -> None:
         raise MemslotError("enough")
 
@@ -387,7 +387,7 @@ HOLDS, FAILS = made("hooks"), made("hooks", "snapshot")  # lodash: 190 times of 
     [(HOLDS, ["--check"], 0), (FAILS, ["--check"], 1), (FAILS, [], 0)],
     ids=["holds", "fails", "unchecked"],
 )
-def test_check_exits_with_1_where_a_claim_does_not_hold(
+def test_bench_check_with_a_failed_claim_exits_with_1(
     found: r.Run, options: list[str], code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench, "run", lambda *_: found)
@@ -404,7 +404,7 @@ def test_check_exits_with_1_where_a_claim_does_not_hold(
     assert verdicts == ["yes", *(["yes", "no", "yes"] if found is FAILS else [])]
 
 
-def test_check_exits_with_1_where_nothing_was_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_check_without_any_judged_claim_exits_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "run", lambda *_: made())
     assert (invoke("--check").exit_code, invoke().exit_code) == (1, 0)
 
@@ -444,7 +444,7 @@ except SettingError as error:
 """
 
 
-def test_plot_is_a_picture_in_both_formats(tmp_path: Path) -> None:
+def test_plot_of_a_run_is_a_picture_in_both_formats(tmp_path: Path) -> None:
     svg, png, nowhere = tmp_path / "run.svg", tmp_path / "run.png", tmp_path / "none" / "run.svg"
     command = [sys.executable, "-c", DRAW, *map(str, (svg, png, nowhere))]
     document = json.dumps(made("hooks", "analysis").document())

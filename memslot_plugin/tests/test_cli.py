@@ -85,7 +85,7 @@ def test_every_command_has_help_and_json(command):
 
 
 @pytest.mark.parametrize("words", ["nothing", "run --bogus", "run --requests 0", "doctor extra"])
-def test_wrong_option_is_exit_code_2_with_the_usage(words):
+def test_wrong_option_of_a_command_ends_with_exit_code_2_and_the_usage(words):
     result = memslot(*words.split())
     assert (result.exit_code, result.stdout) == (2, "")
     assert "Usage: " in result.stderr
@@ -104,7 +104,7 @@ def test_plugins_are_listed_in_the_order_in_which_they_are_asked():
     assert [each["state"] for each in listed if each["name"] == "memfd"] == ["not selected"]
 
 
-def test_broken_plugin_is_a_line_and_not_a_traceback(tmp_path):
+def test_broken_plugin_when_listed_is_a_line_and_not_a_traceback(tmp_path):
     installed.install(tmp_path, "broken", "mine", "raise OSError('it [bold] burns')", broken="")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     code, stdout, stderr = done("plugins", "--json", env=environment)
@@ -191,14 +191,16 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("words", REFUSED)
-def test_command_that_cannot_work_is_one_sentence_and_exit_code_2(words, tmp_path, monkeypatch):
+def test_command_that_cannot_work_prints_one_sentence_with_exit_code_2(
+    words, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     for name, content in FILES.items():
         Path(name).write_bytes(content)
     assert REFUSED[words] in refusal(*words.split())
 
 
-def test_file_called_example_comes_before_the_bundled_guest(tmp_path, monkeypatch):
+def test_file_called_example_is_run_instead_of_the_bundled_guest(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("example").write_bytes(b"mine")
     assert refusal("inspect", "example").startswith("example: the module starts with 6d 69 6e 65")
@@ -245,7 +247,7 @@ for words in json.loads(sys.argv[1]):
 """
 
 
-def test_commands_without_a_runtime_are_exit_code_3_if_they_need_one(tmp_path):
+def test_command_without_a_runtime_ends_with_exit_code_3_if_it_needs_one(tmp_path):
     guest = tmp_path / "guest.wat"
     guest.write_text(GUEST)
     commands = ["run", "run --host wasmtime --json", f"inspect {guest}"]
@@ -267,7 +269,7 @@ def test_commands_without_a_runtime_are_exit_code_3_if_they_need_one(tmp_path):
 
 
 @pytest.mark.parametrize("missing", ["click", "rich"])
-def test_command_without_its_libraries_is_exit_code_3_and_says_what_to_install(missing):
+def test_command_without_its_libraries_names_them_with_exit_code_3(missing):
     code = f"""
 import sys
 sys.modules[{missing!r}] = None
@@ -333,7 +335,7 @@ def test_ctrl_c_ends_a_benchmark_that_waits_for_processes_of_its_own(family):
 @pytest.mark.parametrize(
     "words", [["plugins"], pytest.param(["inspect", "--json"], marks=pytest.mark.gate)]
 )
-def test_reader_that_goes_away_is_no_traceback(words):
+def test_reader_that_goes_away_causes_no_traceback(words):
     reader, writer = os.pipe()
     os.close(reader)
     try:

@@ -112,7 +112,7 @@ def test_run_initialises_a_reactor_and_leaves_no_descriptor(host, tmp_path, no_l
 
 
 @on_each_host
-def test_trap_and_exit_status_are_one_sentence_and_exit_code_1(host, guest):
+def test_guest_that_traps_or_exits_prints_one_sentence_with_exit_code_1(host, guest):
     words = ("run", guest, "--host", host, "--requests", 3, "--invoke")
     for extra in ((), ("--json",)):
         sentence = refusal(*words, "trap", *extra, exit_code=1)
@@ -129,7 +129,7 @@ def test_guest_that_answers_at_random_is_not_called_different(host, guest):
 
 
 @on_each_host
-def test_result_memory_or_trap_on_one_side_only_is_a_difference(host, monkeypatch):
+def test_result_memory_or_trap_on_one_side_alone_is_a_difference(host, monkeypatch):
     runtime = baseline.RUNTIMES[host]
     called = runtime.call
     monkeypatch.setattr(runtime, "call", lambda *arguments: called(*arguments) + 1)

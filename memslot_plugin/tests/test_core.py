@@ -66,14 +66,14 @@ class Described:
         return int(lib.ms_reset_pagemap(pagemap_descriptor(), self.c, kept, self.report))
 
 
-def test_injecting_into_an_unknown_call_is_refused(inject: Any) -> None:
+def test_injection_into_an_unknown_call_is_refused(inject: Any) -> None:
     for call in (lib.MS_CALLS, -1):
         assert lib.ms_inject(call, 0, errno.EPERM) == -errno.EINVAL
     with pytest.raises(ValueError, match="not in tuple"):
         inject("reboot", error=errno.EPERM)
 
 
-def test_close_that_fails_has_closed_all_the_same(inject: Any) -> None:
+def test_close_that_fails_releases_the_descriptor_all_the_same(inject: Any) -> None:
     # close(2) releases the descriptor even if it fails: a second close would hit another owner's.
     fd = ffi.new("int *")
     assert lib.ms_memfd(b"memslot:test", 1, 0, fd) == 0

@@ -108,7 +108,7 @@ def knowing_itself(host: Host, given_to: str) -> Iterator[Instance]:
 
 @pytest.mark.parametrize("given_to", ["guest", "instance"])
 @on_runtimes
-def test_instance_that_its_imports_know_comes_back_with_a_collection(
+def test_instance_that_its_imports_refer_to_is_released_by_a_collection(
     name: str, given_to: str
 ) -> None:
     with hosts.serving(name, slots=2) as host:
@@ -124,7 +124,7 @@ def test_instance_that_its_imports_know_comes_back_with_a_collection(
 @pytest.mark.parametrize("given_to", ["guest", "instance"])
 @pytest.mark.parametrize("closed", [True, False], ids=["closed", "open"])
 @on_runtimes
-def test_host_that_an_import_knows_gives_everything_back_with_a_collection(
+def test_host_that_an_import_refers_to_is_released_by_a_collection(
     name: str, given_to: str, closed: bool
 ) -> None:
     host = hosts.opened(name)
@@ -140,7 +140,7 @@ def test_host_that_an_import_knows_gives_everything_back_with_a_collection(
 
 
 @on_hosts
-def test_host_that_is_dropped_is_gone_after_a_collection(name: str) -> None:
+def test_host_that_is_dropped_is_released_by_a_collection(name: str) -> None:
     before = Footprint.now()
     for _ in range(20):
         host = hosts.opened(name)
@@ -163,7 +163,7 @@ def test_slot_of_a_dropped_pool_stays_mapped_while_a_memory_has_it(name: str) ->
 
 
 @on_hosts
-def test_instance_whose_finalizer_is_cut_short_comes_back(
+def test_instance_whose_finalizer_is_interrupted_gives_its_slot_back(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(_: Handle) -> None:

@@ -433,7 +433,7 @@ def test_instance_that_is_captured_or_reset_cannot_be_ended_by_what_interrupts(n
 
 
 @pytest.mark.parametrize("name", RUNTIMES)
-def test_signal_in_the_middle_of_closing_finds_the_instance_closed(
+def test_signal_within_a_close_finds_the_instance_closed(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with hosts.serving(name) as host, hosts.prepare(host) as guest:

@@ -83,7 +83,9 @@ def test_plugin_not_selected_is_not_imported_and_leaves_its_name(install: Instal
     assert info(plugins, "two").state == "registered"
 
 
-def test_unknown_name_is_answered_with_the_nearest(install: Install, caplog: Any) -> None:
+def test_plugin_of_an_unknown_name_is_refused_with_the_nearest(
+    install: Install, caplog: Any
+) -> None:
     install("one", "one", GROWER, limits=":Grower")
     with pytest.raises(SettingError, match=r"'limit' .*mean 'limits'.*installed are: .*limits"):
         Plugins(only=["limit"])
@@ -147,7 +149,7 @@ def test_second_plugin_of_one_name_and_a_misspelt_hook_are_refused(install: Inst
     assert plugins.names == ("another", "Owner")
 
 
-def test_hosts_of_one_process_scan_once(install: Install, monkeypatch: Any) -> None:
+def test_entry_points_of_one_process_are_scanned_once(install: Install, monkeypatch: Any) -> None:
     scans = []
     scan = importlib.metadata.entry_points
 

@@ -99,7 +99,7 @@ def test_statistics_and_watchers_learn_how_a_reset_was_done_and_why(
     assert sum(pool.resets_by.values()) == pool.resets
 
 
-def test_handle_that_was_cut_short_before_it_had_an_instance_ends_in_silence() -> None:
+def test_handle_interrupted_before_it_had_an_instance_ends_in_silence() -> None:
     Handle.__new__(Handle).__del__()
 
 

@@ -167,7 +167,7 @@ def test_value_that_is_no_function_is_refused_for_a_funcref(
         )
 
 
-def test_any_object_is_an_externref_and_comes_back_identical(guest: memslot.Guest) -> None:
+def test_object_of_any_kind_passed_as_externref_comes_back_identical(guest: memslot.Guest) -> None:
     with guest.instantiate() as instance, guest.instantiate() as other:
         things = (
             instance,
@@ -412,7 +412,9 @@ def test_call_through_native_keeps_its_instance_from_ending(
     assert in_use(host) == 0
 
 
-def test_close_that_came_too_late_leaves_the_next_lease_alone(host: WasmtimeHost) -> None:
+def test_close_that_comes_after_the_lease_ended_leaves_the_next_lease_alone(
+    host: WasmtimeHost,
+) -> None:
     with hosts.prepare(host) as guest:
         with guest.lease() as first:
             live: Any = first.handle.live

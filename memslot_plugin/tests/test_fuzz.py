@@ -94,7 +94,9 @@ def check(engine: Any, module: bytes) -> None:
 
 @given(modules)
 @settings(max_examples=examples(150))
-def test_changed_module_stays_what_a_runtime_takes_it_for(engine: Any, module: bytes) -> None:
+def test_damaged_module_is_accepted_exactly_if_a_runtime_accepts_it(
+    engine: Any, module: bytes
+) -> None:
     check(engine, module)
 
 
@@ -180,7 +182,7 @@ def _same_place(one: wasm.DataSegment, other: wasm.DataSegment) -> bool:
 
 @given(modules)
 @settings(max_examples=examples(50))
-def test_work_for_a_module_is_bounded_by_its_size(module: bytes) -> None:
+def test_work_for_a_damaged_module_is_bounded_by_its_size(module: bytes) -> None:
     found: list[guest.Plan] = []
     assert calls_of(lambda: found.extend(plans(module))) < 8 * 40 * (len(module) + 50)
     for plan in found:
@@ -189,12 +191,14 @@ def test_work_for_a_module_is_bounded_by_its_size(module: bytes) -> None:
 
 @given(st.binary(max_size=400))
 @settings(max_examples=examples(75))
-def test_any_bytes_are_what_a_runtime_takes_them_for(engine: Any, noise: bytes) -> None:
+def test_bytes_of_any_kind_are_accepted_exactly_if_a_runtime_accepts_them(
+    engine: Any, noise: bytes
+) -> None:
     for module in (noise, HEADER + noise):
         check(engine, module)
 
 
-def test_changes_reach_modules_that_are_valid_and_others(engine: Any) -> None:
+def test_damage_done_to_modules_yields_valid_and_invalid_ones(engine: Any) -> None:
     """Prove that the tests above compare modules of each sort."""
     found = Counter[tuple[bool, str]]()
     for seed in range(600):

@@ -56,7 +56,7 @@ def test_module_that_needs_no_change_is_left_alone(
             assert plan.contents[memory.index] == InitialContent(memory.minimum_bytes, ())
 
 
-def test_content_is_the_active_segments_in_order_without_the_empty_ones() -> None:
+def test_content_of_an_image_is_the_active_segments_in_order() -> None:
     plan = plan_of(
         """(module (memory (export "memory") 2 5)
              (data (i32.const 8) "first") (data "passive") (data (i32.const 3) "")

@@ -258,7 +258,9 @@ def test_growth_is_reported_and_a_failing_watcher_changes_nothing(
 
 @on_deciding_hosts
 @pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt, memslot.MemslotError])
-def test_growth_raises_what_the_plugin_raised(serve: Serve, kind: type[BaseException]) -> None:
+def test_growth_decided_by_a_plugin_that_raises_raises_its_error(
+    serve: Serve, kind: type[BaseException]
+) -> None:
     error = kind("no")
     growth = hosts.Growth(error)
     with serve(plugins=(growth,)) as host:

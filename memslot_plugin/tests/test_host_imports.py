@@ -111,7 +111,7 @@ def test_imports_of_an_instance_replace_those_of_its_guest(host: Host) -> None:
         assert (first.call("twice", 1), second.call("twice", 1)) == (4, 4)
 
 
-def test_imports_made_on_demand_are_found(host: Host, tmp_path: Path) -> None:
+def test_imports_that_a_mapping_makes_on_demand_are_found(host: Host, tmp_path: Path) -> None:
     asked: Any = defaultdict(lambda: defaultdict(lambda: lambda value: value + 1))
     with host.prepare(CALLS_OUT, imports=asked) as guest, guest.instantiate() as instance:
         assert instance.call("run", 6) == 7

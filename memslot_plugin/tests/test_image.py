@@ -211,7 +211,7 @@ def test_closed_image_is_kept_while_a_slot_maps_it_and_is_never_mapped_again(
     slot.check()
 
 
-def test_forgotten_image_gives_back_what_it_has(kind: Kind) -> None:
+def test_image_that_is_dropped_gives_back_its_descriptor(kind: Kind) -> None:
     kind("forgotten", b"x" * P)
     gc.collect()  # no_leaks looks afterwards
 
@@ -299,7 +299,7 @@ COPIES: dict[str, Callable[[], object]] = {
 
 
 @pytest.mark.parametrize("copy", COPIES.values(), ids=COPIES.keys())
-def test_another_thread_runs_while_an_image_is_copied(copy: Callable[[], object]) -> None:
+def test_image_that_is_copied_lets_another_thread_run(copy: Callable[[], object]) -> None:
     turns, ended, ready = 0, False, threading.Event()
 
     def turn() -> None:
@@ -324,7 +324,7 @@ def test_another_thread_runs_while_an_image_is_copied(copy: Callable[[], object]
         other.join()
 
 
-def test_span_is_found_without_reading_what_lies_within() -> None:
+def test_span_of_any_content_reaches_from_its_first_to_its_last_written_page() -> None:
     chunk = 1 << 20
     for at, length in ((0, 1), (P, P), (chunk - 1, 2), (3 * chunk, chunk), (5, 7 * chunk)):
         data = bytes(at) + b"x" + bytes(max(length - 2, 0)) + b"y" * (length > 1) + bytes(chunk)

@@ -158,7 +158,7 @@ def test_changes_found_without_the_list_of_the_kernel_equal_those_with_it(
         assert live.slot.changes(3 * P)[0] == (3 * P, 3 * P)
 
 
-def test_more_private_runs_than_are_asked_for_at_first_are_all_found() -> None:
+def test_private_runs_beyond_the_first_list_are_all_found() -> None:
     pages = 2048
     with MemfdImage("parent", b"p" * P) as parent, Live(parent, pages) as live:
         for page in range(0, pages, 2):

@@ -28,7 +28,7 @@ def open_a_file() -> Callable[[], object]:
     ],
     ids=["slot", "descriptor"],
 )
-def test_footprint_names_what_was_lost_and_nothing_once_it_was_given_back(
+def test_footprint_names_a_leak_until_it_is_given_back(
     lose: Callable[[], Callable[[], object]], named: str
 ) -> None:
     before = Footprint.now()
@@ -40,7 +40,7 @@ def test_footprint_names_what_was_lost_and_nothing_once_it_was_given_back(
     assert Footprint.now().lost_since(before) == []
 
 
-def test_footprint_counts_no_arena_but_what_is_reserved_behind_it() -> None:
+def test_footprint_beside_an_arena_counts_the_reservation_alone() -> None:
     base = ffi.new("uintptr_t *")
     _core.check(lib.ms_reserve(3 * ARENA, base), "reserving")
     arena = _core.align_up(base[0], ARENA)

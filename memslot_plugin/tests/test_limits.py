@@ -194,7 +194,7 @@ def test_table_of_a_guest_left_to_the_runtime_grows_to_its_limit() -> None:
         ),
     ],
 )
-def test_more_than_the_settings_allow_is_refused_with_the_setting(
+def test_module_with_more_than_the_settings_allow_is_refused_with_the_setting(
     name: str, text: str, said: str
 ) -> None:
     with serving(name) as host, pytest.raises(memslot.MemoryTooLarge, match=said):
@@ -278,7 +278,7 @@ def test_heap_past_its_limit_at_start_is_refused_by_name() -> None:
 
 
 @on_wasmtime
-def test_bare_instance_on_our_engine_is_within_the_limits() -> None:
+def test_bare_instance_on_the_engine_of_a_host_stays_within_the_limits() -> None:
     with serving("wasmtime", slots=2, memory_limit=3 * PAGE, configure=_configure) as host:
         # The second memory looks like a heap: it begins empty and has no maximum.
         for minimum in (1, 0):

@@ -27,7 +27,7 @@ def collections() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("collections")
-def test_collection_that_begins_at_any_allocation_of_a_listing_harms_nothing() -> None:
+def test_collection_at_any_allocation_of_a_listing_leaves_it_right() -> None:
     """CPython 3.10 and 3.11 collect in the middle of an allocation."""
     kept = Owned()
     for allocation in range(20):

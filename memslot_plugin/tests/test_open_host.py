@@ -32,7 +32,7 @@ class Adds:
         return self.hosts
 
 
-def test_own_hosts_are_registered_by_the_hook_whatever_plugins_are_selected() -> None:
+def test_own_hosts_with_any_plugins_selected_are_registered_by_the_hook() -> None:
     assert list(load_plugins(Settings()).hosts()) == OWN
     assert list(memslot.available_hosts()) == OWN
     for selected in ([], ["memfd"], ["memfd", "wasmtime"]):

@@ -186,7 +186,9 @@ def test_watching_hook_is_armed_while_implemented_and_its_failures_logged_once(
     assert failures == {"sound": 0, "failing": 3}
 
 
-def test_arguments_may_be_left_out_and_reordered(plugins: Plugins) -> None:
+def test_hook_implementation_with_fewer_or_reordered_arguments_gets_the_right_ones(
+    plugins: Plugins,
+) -> None:
     heard: list[object] = []
     functions: dict[str, Any] = {
         "two": lambda in_use, limit: heard.append(in_use / limit),

@@ -162,7 +162,7 @@ def test_slot_given_back_is_not_taken_from_its_next_owner(pool: Pool, released: 
     pool.release(again)
 
 
-def test_lease_that_was_cut_short_before_it_had_a_slot_is_dropped(pool: Pool) -> None:
+def test_lease_interrupted_before_it_had_a_slot_is_dropped(pool: Pool) -> None:
     holder = Holder()
     lease = SlotLease(holder, pool._returns.put)
     del holder

@@ -43,7 +43,7 @@ def serve(pool: Pool, image: Image) -> None:
     ],
     ids="-".join,
 )
-def test_call_refused_after_the_probe_is_done_without(
+def test_call_refused_after_the_probe_is_replaced_by_another(
     make_pool: Make, image: Image, inject: Any, case: tuple[str, ...]
 ) -> None:
     refused, strategy, instead = case

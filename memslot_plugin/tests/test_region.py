@@ -77,7 +77,9 @@ def test_pages_above_the_image_get_a_scan_of_their_own_if_they_are_many(
 
 
 @pytest.mark.parametrize(("name", "times"), [("auto", 3), ("pagemap", 0)])
-def test_auto_compares_now_and_then_and_pagemap_never(slot: Slot, name: str, times: int) -> None:
+def test_reset_by_auto_compares_now_and_then_and_by_pagemap_never(
+    slot: Slot, name: str, times: int
+) -> None:
     reset = resets.choose(name, 1 << 30)
     once(slot, reset, 1, 2, 3)
     compared = []
@@ -88,7 +90,7 @@ def test_auto_compares_now_and_then_and_pagemap_never(slot: Slot, name: str, tim
     assert (1 in compared[:COMPARE_EVERY]) == (times > 0)
 
 
-def test_auto_compares_after_it_found_idle_pages_until_they_are_dropped(slot: Slot) -> None:
+def test_reset_by_auto_that_found_idle_pages_compares_until_they_are_dropped(slot: Slot) -> None:
     reset = resets.choose("auto", 1 << 30)
     once(slot, reset, *range(100))
     for _ in range(COMPARE_EVERY):

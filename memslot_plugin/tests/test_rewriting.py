@@ -154,7 +154,9 @@ REWRITINGS: dict[str, tuple[bytes, dict[str, Any], bytes]] = {
 
 
 @pytest.mark.parametrize(("before", "options", "after"), REWRITINGS.values(), ids=REWRITINGS)
-def test_module_is_rewritten_exactly(before: bytes, options: dict[str, Any], after: bytes) -> None:
+def test_module_after_a_rewriting_has_exactly_the_expected_bytes(
+    before: bytes, options: dict[str, Any], after: bytes
+) -> None:
     assert wasm.rewrite(wasm.parse(before), **options) == after
 
 
@@ -175,7 +177,7 @@ def test_module_is_rewritten_exactly(before: bytes, options: dict[str, Any], aft
         (EVERYTHING, {"emptied": [1]}, "data segment 1 is passive"),
     ],
 )
-def test_rewriting_that_cannot_be_is_refused(
+def test_rewriting_that_is_impossible_is_refused(
     before: bytes, options: dict[str, Any], sentence: str
 ) -> None:
     expected = NotUnderstood if options is IMPORTED else ValueError

@@ -346,7 +346,7 @@ def test_save_with_a_wrong_key_or_after_a_close_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_images_of_another_kind_are_refused(tmp_path: Path) -> None:
+def test_guest_with_images_of_another_kind_is_neither_saved_nor_shared(tmp_path: Path) -> None:
     theirs = SimpleNamespace(kind="theirs", byte_size=0, extents=(), close=lambda: None)
     builder = SimpleNamespace(memslot_build_image=hookimpl(tryfirst=True)(lambda: theirs))
     with opened("memfd", builder) as host, host.prepare(MODULE) as guest:

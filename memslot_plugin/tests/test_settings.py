@@ -187,7 +187,7 @@ WRONG: list[tuple[list[str], list[Any], str]] = [
 
 
 @pytest.mark.parametrize("name", fields())
-def test_wrong_value_is_one_clear_sentence(name: str) -> None:
+def test_setting_of_a_wrong_value_is_refused_in_one_sentence(name: str) -> None:
     tried = [(value, said) for names, values, said in WRONG if name in names for value in values]
     assert tried
     assert fields()[name].description
@@ -205,7 +205,9 @@ def refusal(name: str, value: Any) -> str:
         return str(error)
 
 
-def test_several_wrong_values_are_a_sentence_each(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_of_several_wrong_values_are_refused_in_a_sentence_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("MEMSLOT_SLOTS", "many")
     several = "^setting slots: expected .*, got 'many'; setting reset: expected .*, got 'x';"
     with pytest.raises(SettingError, match=several + " unknown setting nonsense; allowed: host, "):
@@ -226,12 +228,14 @@ def test_several_wrong_values_are_a_sentence_each(monkeypatch: pytest.MonkeyPatc
         ("[memslot]\nslots = 2020-01-01\n", "setting slots: expected .*, got datetime"),
     ],
 )
-def test_wrong_file_is_one_clear_sentence(toml: Toml, text: str, sentence: str) -> None:
+def test_settings_file_that_is_wrong_is_refused_in_one_sentence(
+    toml: Toml, text: str, sentence: str
+) -> None:
     with pytest.raises(SettingError, match=sentence):
         Settings.from_file(toml(text))
 
 
-def test_file_that_cannot_be_read_says_why(toml: Toml) -> None:
+def test_settings_file_that_cannot_be_read_is_refused_with_the_reason(toml: Toml) -> None:
     path = toml("")
     path.write_bytes(b"[memslot]\n\xff\xfe")
     with pytest.raises(SettingError, match="is not TOML: 'utf-8'"):

@@ -161,7 +161,9 @@ PRIVATE: dict[str, Callable[[int], object]] = {
 @needs_pagemap
 @pytest.mark.parametrize("reset", ["pagemap", "auto"])
 @pytest.mark.parametrize("how", PRIVATE)
-def test_scan_misses_no_private_page(image: MemfdImage, reset: str, how: str) -> None:
+def test_scan_for_private_pages_at_any_place_finds_them(
+    image: MemfdImage, reset: str, how: str
+) -> None:
     """Pages in an extent, at its borders, in the zeros, and in a growth."""
     for page in (0, 1, 2, 17, 29, 30, 31, 32, 47):
         slot = Slot.create(RESERVED)

@@ -45,7 +45,7 @@ def run(engine: Any, module: bytes, *calls: str) -> list[Any]:
     return [exports[name](store) for name in calls]
 
 
-def test_exports_come_after_the_modules_own_and_nothing_else_moves() -> None:
+def test_exports_added_to_a_module_come_last_and_move_nothing_else() -> None:
     module = parse(
         """(module (memory (export "m") 1) (table 1 funcref) (global (mut i32) (i32.const 1))
              (global (mut i64) (i64.const 2)) (func (export "memslot:f")))"""
@@ -59,7 +59,7 @@ def test_exports_come_after_the_modules_own_and_nothing_else_moves() -> None:
     assert others(rewritten, SectionId.EXPORT) == others(module.source, SectionId.EXPORT)
 
 
-def test_export_section_is_made_if_there_is_none(engine: Any) -> None:
+def test_export_added_to_a_module_without_exports_makes_the_section(engine: Any) -> None:
     module = parse("(module (global (mut i32) (i32.const 7)) (func $f) (start $f))")
     rewritten = wasm.rewrite(module, exports=wasm.state_exports(module, [0]))
     order = [section.id for section in wasm.parse(rewritten).sections]
@@ -166,7 +166,9 @@ def test_function_of_a_replaced_value_stays_declared(engine: Any, elements: str)
         ({4: None}, r"a global of type \(ref func\) can only be saved if it may be null and is"),
     ],
 )
-def test_invalid_value_is_refused(values: dict[int, int | None], sentence: str) -> None:
+def test_initial_value_that_is_invalid_is_refused(
+    values: dict[int, int | None], sentence: str
+) -> None:
     module = parse(
         """(module (import "a" "b" (global (mut i32))) (global i32 (i32.const 0))
              (global (mut i32) (i32.const 0)) (global (mut funcref) (ref.null func)) (func $f)
@@ -222,7 +224,9 @@ SHARED = "(module (memory 1 1 shared))"
 
 
 @pytest.mark.parametrize("import_memory", [False, True])
-def test_snapshot_changes_the_plan_accordingly(engine: Any, *, import_memory: bool) -> None:
+def test_snapshot_of_changed_state_changes_the_plan_accordingly(
+    engine: Any, *, import_memory: bool
+) -> None:
     plan = plan_of(GUEST, import_memory=import_memory, export_state=True)
     assert [(s.index, s.type, s.export_name, s.initial) for s in plan.saved_globals] == [
         (0, "i32", "memslot:global:0", 10),

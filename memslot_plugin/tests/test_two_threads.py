@@ -33,7 +33,7 @@ def before(holder: Any, name: str, action: Callable[[], object]) -> None:
 
 
 def at_the_call(holder: Any, name: str, action: Callable[[], object]) -> None:
-    """As `before`, on another thread."""
+    """Run `action` as `before` does, on another thread."""
     before(holder, name, lambda: hosts.elsewhere(action))
 
 
@@ -159,7 +159,7 @@ def test_handler_that_is_refused_as_a_hold_begins_leaves_nothing_held(name: str,
 
 
 @pytest.mark.parametrize("name", HOSTS)
-def test_interrupt_of_a_refused_reset_leaves_the_outer_one_its_hold(name: str) -> None:
+def test_interrupt_of_a_refused_reset_leaves_the_outer_reset_alone(name: str) -> None:
     refused, middle = list[type[BaseException]](), hosts.InTheMiddle()
 
     def reset() -> None:
@@ -236,7 +236,7 @@ def test_lease_never_begins_with_an_instance_that_ended(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [WASMTIME])
-def test_instance_that_a_call_ended_is_kept_by_nothing(
+def test_instance_that_ends_with_its_call_has_no_reference_left(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The call returns before the close has recorded that it will end the instance."""

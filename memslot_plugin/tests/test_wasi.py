@@ -281,7 +281,7 @@ def _poll(instance: Instance, *subscriptions: bytes) -> tuple[int, list[tuple[in
     return errno, list(struct.iter_unpack("<QHB21x", instance.memory.read(1024, 32 * events)))
 
 
-def test_poll_answers_as_the_runtime_does(host: Host) -> None:
+def test_poll_of_any_subscriptions_answers_as_the_runtime_does(host: Host) -> None:
     """Each poll ends at once or after milliseconds. wasmtime's own answers are the right ones."""
     with host.prepare(_POLL, wasi=Wasi()).instantiate() as instance:
         soon, later = 3 * _MILLISECOND, _HOUR

@@ -81,7 +81,7 @@ def test_bytes_that_are_no_core_module_are_named_together_with_what_is_allowed(
     assert isinstance(caught.value, ValueError)
 
 
-def test_module_that_is_cut_anywhere_is_invalid_or_a_shorter_module() -> None:
+def test_module_that_is_cut_at_any_byte_is_invalid_or_a_shorter_module() -> None:
     boundaries = {len(HEADER), *(each.end for each in wasm.parse(EVERYTHING).sections)}
     read = set()
     for length in range(len(EVERYTHING)):

@@ -57,7 +57,7 @@ def test_long_names_are_not_repeated_for_each_frame() -> None:
         assert f" at {said} (" in str(raised.value)
 
 
-def test_vectors_are_integers_and_references_are_refused_before_wasmer_panics(
+def test_vector_on_wasmer_is_an_integer_and_a_reference_is_refused(
     host: WasmerHost,
 ) -> None:
     text = """(module (func (export "f") (param externref) (result externref) (local.get 0))
@@ -123,7 +123,7 @@ def test_slot_of_a_wasmer_memory_is_as_large_as_wasmer_makes_it(host: WasmerHost
         assert inside[-1].start - base == size
 
 
-def test_growth_is_reported_and_the_slot_retired(host: WasmerHost) -> None:
+def test_growth_of_a_wasmer_memory_is_reported_and_its_slot_retired(host: WasmerHost) -> None:
     grown, asked = hosts.Grown(), hosts.Growth(False)
     host.plugins.register(grown)
     host.plugins.register(asked)
@@ -156,13 +156,13 @@ def test_memory_of_a_destroyed_slot_is_unmapped_while_its_guest_lives(host: Wasm
         assert instance.memory.read(8, 5) == b"hello"
 
 
-def test_growth_is_seen_inside_the_call_that_grew(host: WasmerHost) -> None:
+def test_growth_by_the_guest_is_seen_within_the_same_call(host: WasmerHost) -> None:
     instance: Any
     with calling(host, lambda _: instance.memory.byte_size).instantiate() as instance:
         assert instance.call("grow_then_run", 0) == 2 * PAGE
 
 
-def test_growth_by_the_native_handle_is_found_at_release(host: WasmerHost) -> None:
+def test_growth_by_the_native_handle_is_found_at_the_release(host: WasmerHost) -> None:
     guest = host.prepare('(module (memory (export "memory") 1 4))')
     with guest.instantiate() as instance:
         instance.native.exports.memory.grow(1)
@@ -204,7 +204,7 @@ def test_errors_and_calls_keep_neither_instance_nor_host_alive() -> None:
     ],
     ids=["two-memories", "shared", "64-bits", "unknown", "tag"],
 )
-def test_module_that_wasmer_refuses_leaves_the_host_compiling(
+def test_module_that_wasmer_refuses_leaves_a_host_that_still_compiles(
     host: WasmerHost, source: str | bytes
 ) -> None:
     guest = hosts.prepare(host)

@@ -71,7 +71,7 @@ def test_native_instance_gives_the_objects_of_wasmtime(host: WasmtimeHost) -> No
         exports["next"](native.store)
 
 
-def test_trap_exception_and_exit_are_caught_as_memslots_and_as_wasmtimes(
+def test_error_of_wasmtime_is_caught_as_an_error_of_memslot_and_of_wasmtime(
     host: WasmtimeHost,
 ) -> None:
     with host.prepare(ECHO, name="echo").instantiate() as instance:
@@ -321,7 +321,7 @@ def test_guest_of_several_memories_has_a_slot_for_each(host: WasmtimeHost) -> No
         assert in_use(host) == 3
 
 
-def test_bare_wasmtime_gets_and_grows_memories_by_the_hooks(
+def test_bare_instance_of_wasmtime_gets_and_grows_memories_by_the_hooks(
     host: WasmtimeHost, store: Any, caplog: Any
 ) -> None:
     exports: Any = wasmtime.Instance(store, wasmtime.Module(host.engine, ECHO), []).exports(store)
@@ -338,7 +338,7 @@ def test_bare_wasmtime_gets_and_grows_memories_by_the_hooks(
         host.close()
 
 
-def test_bare_wasmtime_hears_why_there_is_no_memory() -> None:
+def test_bare_instance_of_wasmtime_without_a_memory_raises_the_reason() -> None:
     with hosts.serving("wasmtime", slots=1) as host:
         engine, module = host.engine, wasmtime.Module(host.engine, ECHO)
         full = pytest.raises(wasmtime.WasmtimeError, match="PoolExhausted: all 1 slots")

@@ -89,7 +89,7 @@ def test_shared_memory_is_refused_unless_configured(host: WasmtimeHost) -> None:
         assert (instance.memory.grow(1), instance.memory.byte_size) == (1, 2 * PAGE)
 
 
-def test_growth_in_small_slots_is_bounded_by_the_slot() -> None:
+def test_growth_in_a_small_slot_ends_at_its_size() -> None:
     text = ECHO.replace("2 4)", "1)")
     with hosts.started("wasmtime", text, reserved="256KiB", guard="64KiB") as instance:
         assert (instance.call("grow", 4), instance.call("grow", 3)) == (-1, 1)

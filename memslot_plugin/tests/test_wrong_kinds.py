@@ -78,6 +78,6 @@ def test_argument_of_the_wrong_kind_is_refused_in_a_sentence(
     assert instance.call("get", 8) == ord("h")
 
 
-def test_wait_that_no_float_can_hold_is_the_longest(instance: memslot.Instance) -> None:
+def test_wait_timeout_beyond_any_float_is_the_longest(instance: memslot.Instance) -> None:
     for forever in (10**400, float("inf"), True):
         instance.guest.instantiate(wait_timeout=forever).close()
