@@ -10,13 +10,14 @@ import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import wasmer
 
-from memslot_plugin.errors import LinkError, MemslotError, Unsupported
+from memslot_plugin.errors import ExportNotFound, LinkError, MemslotError, Unsupported
 from memslot_plugin.guest.plan import Plan, offsets
 from memslot_plugin.hosts import runtime
+from memslot_plugin.hosts.live import Binding
 from memslot_plugin.hosts.wasi import Wasi
 from memslot_plugin.hosts.wasmer.errors import Boundary, at_compile, at_instantiate
 from memslot_plugin.hosts.wasmer.state import SavedGlobals
@@ -30,12 +31,9 @@ from memslot_plugin.hosts.wasmer.values import (
     passes_references,
 )
 from memslot_plugin.hosts.wasmer.wasi import VERSIONS, Shims, Streams, environment
+from memslot_plugin.wasm import Offsets
 from memslot_plugin.wasm.module import SectionId
 from memslot_plugin.wasm.names import without_long_names
-
-if TYPE_CHECKING:
-    from memslot_plugin import wasm
-    from memslot_plugin.hosts.live import Binding
 
 Namespaces = dict[str, dict[str, Any]]
 """Import module -> import name -> an object of wasmer's."""
@@ -50,7 +48,7 @@ class Code:
 
     store: Any
     module: Any
-    offsets: wasm.Offsets | None
+    offsets: Offsets | None
     shims: Shims
 
     @classmethod
@@ -87,8 +85,8 @@ class Code:
 class BoundImports:
     """The imports that an instance is linked with.
 
-    A wasmer instance keeps none of its imports alive, not even the memory: it traps, reads other bytes or crashes once
-    one is gone.  So its owner keeps this object for as long as the instance.
+    A wasmer instance keeps none of its imports alive, not even the memory: once one is gone it traps, reads other bytes
+    or crashes (wasmer 1.1.0).  So the owner of an instance keeps this object as long as the instance.
     """
 
     __slots__ = (
@@ -108,13 +106,13 @@ class BoundImports:
         memory_module: str | None,
         streams: Streams | None = None,
     ) -> None:
-        """`kept` lives as long as this object; `memory_module` is the import module of the slot's memory."""
+        """Keep the objects of `namespaces`, and `kept`; `memory_module` is the import module of the slot's memory."""
         self.owner: Owner | None = None
         self.imports = wasmer.ImportObject()
         for module, namespace in namespaces.items():
             self.imports.register(module, namespace)
         self.streams = streams
-        self._kept = kept
+        self._kept = namespaces, kept
         self._memory_module = memory_module
         self._reference: weakref.ref[BoundImports] | None = None
 
@@ -138,8 +136,7 @@ class BoundImports:
 class Compiled(runtime.Compiled):
     """A guest's code, and the types and imports that all of its instances share.
 
-    `types` and `kinds` are those of its exports by name; `references` are the names of exports that can pass some.
-    `wasi` are the names that it imports from WASI, by module.
+    `kinds` are the kinds of its exports by name.
     `calls_out` is true if a host function can run within its calls, `may_grow` if its memory can grow there.
     `instantiating` is the boundary around wasmer's instantiation.
     """
@@ -150,26 +147,26 @@ class Compiled(runtime.Compiled):
         self.module = code.module
         self.saved = SavedGlobals(plan, name)
         self.instantiating = Boundary(at_instantiate, name, code.offsets)
-        self.callables: dict[str, Callable[[Any, dict[str, Any]], Callable[..., Any]]] = {}
-        """Makers of the function to call for an instance's export, by name, of the exports that were asked for."""
+        self._signatures: dict[str, tuple[tuple[int, ...], bool]] = {}
         reserved = {each.export_name for each in plan.saved_globals}
-        self.types = {
+        self._types = {
             export.name: export.type
             for export in self.module.exports
             if export.name not in reserved
         }
-        self.kinds = {name: kind_of(type_) for name, type_ in self.types.items()}
-        self.references = {name for name, type_ in self.types.items() if passes_references(type_)}
+        self.kinds = {name: kind_of(type_) for name, type_ in self._types.items()}
+        self._referring = {name for name, type_ in self._types.items() if passes_references(type_)}
         self._memory_module = None if plan.import_name is None else plan.import_name.module
         self._imports = [
             (item.module, item.name, item.type)
             for item in self.module.imports
             if plan.import_name is None or (item.module, item.name) != plan.import_name
         ]
-        self.wasi: dict[str, list[str]] = {}
+        self._wasi: dict[str, list[str]] = {}
+        """The names that the guest imports from WASI, by module."""
         for module, item, _ in self._imports:
             if module in VERSIONS:
-                self.wasi.setdefault(module, []).append(item)
+                self._wasi.setdefault(module, []).append(item)
         self.calls_out = any(kind_of(type_) == "func" for _, _, type_ in self._imports)
         self.may_grow = self.calls_out or _may_grow(plan)
         self._prepared: BoundImports | None = None
@@ -181,6 +178,29 @@ class Compiled(runtime.Compiled):
         """Return the code for another process."""
         return bytes(self.module.serialize())
 
+    def export_type(self, name: str, kind: str) -> Any:
+        """Return the type of an export; raises ExportNotFound, and Unsupported for references."""
+        found = self.kinds.get(name)
+        if found != kind:
+            what = "nothing of that name" if found is None else f"a {found} of that name"
+            raise ExportNotFound(f"{self.guest_name} has no {kind} {name!r}: it exports {what}")
+        if name in self._referring:
+            raise Unsupported(
+                f"the export {name} of {self.guest_name} passes references, which wasmer-python cannot hand to Python"
+            )
+        return self._types[name]
+
+    def signature(self, name: str) -> tuple[tuple[int, ...], bool]:
+        """Return wasmer's numbers for a function's parameters, and True if it has several results; raises as
+        `export_type`.
+        """
+        found = self._signatures.get(name)
+        if found is None:
+            type_ = self.export_type(name, "func")
+            found = tuple(map(int, type_.params)), len(type_.results) > 1
+            self._signatures[name] = found
+        return found
+
     def bind(self, binding: Binding, owner: Owner | None) -> BoundImports:
         """Return the imports of an instance over the memory of `owner`, or over none of ours.
 
@@ -189,8 +209,8 @@ class Compiled(runtime.Compiled):
         bound = self._prepared
         if bound is None or binding is not self.binding:
             # Without Wasi(...) a guest gets nothing to read, and its output is discarded, as on wasmtime.
-            if self.wasi and (
-                binding.wasi is not None or any(each not in binding.imports for each in self.wasi)
+            if self._wasi and (
+                binding.wasi is not None or any(each not in binding.imports for each in self._wasi)
             ):
                 bound = self._bind_wasi(binding.imports, binding.wasi or Wasi(), owner)
             else:
@@ -220,15 +240,15 @@ class Compiled(runtime.Compiled):
         memory = self._imported_memory(given) if owner is None else owner.memory
         store, made = self.code.store, environment(wasi)
         streams = Streams(wasi, memory, wasmer.Global(store, wasmer.Value.i32(0), mutable=True))
-        kept: list[object] = [functions, made]
-        for module, names in self.wasi.items():
+        shims: list[object] = []
+        for module, names in self._wasi.items():
             offered = made.generate_imports(store, VERSIONS[module])[module]
             own = given.get(module, {})
             served = {name: offered[name] for name in names if name in offered and name not in own}
             shimmed, shim = self.code.shims.before(module, served, streams, memory, wasi)
             given[module] = {**served, **shimmed, **own}
-            kept += served, own, shim
-        return BoundImports(given, kept, self._memory_module, streams)
+            shims.append(shim)
+        return BoundImports(given, (functions, made, shims), self._memory_module, streams)
 
     def _link(
         self, imports: Mapping[str, Mapping[str, Any]], *, wasi: bool
@@ -241,13 +261,13 @@ class Compiled(runtime.Compiled):
         functions: list[_HostFunction] = []
         for module, name, type_ in self._imports:
             kind, given = kind_of(type_), None
-            if module not in self.wasi or module in imports:
+            if module not in self._wasi or module in imports:
                 with suppress(KeyError):  # A mapping may make an import when it is asked for.
                     given = imports[module][name]
             if given is None:
-                if module in self.wasi and wasi:
+                if module in self._wasi and wasi:
                     continue
-                hint = "; give the guest wasi=Wasi(...)" if module in self.wasi else ""
+                hint = "; give the guest wasi=Wasi(...)" if module in self._wasi else ""
                 raise self._wrong(module, name, type_, f"nothing was given for it{hint}")
             if not isinstance(given, EXTERNS[kind]):
                 if kind != "func" or not callable(given):

@@ -15,14 +15,23 @@ from memslot_plugin.guest.plan import Plan
 from memslot_plugin.hosts.wasmer.errors import Boundary, at_instantiate
 from memslot_plugin.hosts.wasmer.values import compiled, export_of, new_store
 
-_GETTERS = {
+_READ = {
     "i32": ((32, "{}"),),
     "i64": ((64, "{}"),),
     "f32": ((32, "(i32.reinterpret_f32 {})"),),
     "f64": ((64, "(i64.reinterpret_f64 {})"),),
     "v128": ((64, "(i64x2.extract_lane 0 {})"), (64, "(i64x2.extract_lane 1 {})")),
 }
-"""Integers whose bits are those of a global, lowest first: bits, and the expression that gives them."""
+"""The integers that have the bits of a global, lowest first: their widths, and the expressions that give them."""
+
+_CONSTANT = {
+    "i32": "(i32.const {})",
+    "i64": "(i64.const {})",
+    "f32": "(f32.reinterpret_i32 (i32.const {}))",
+    "f64": "(f64.reinterpret_i64 (i64.const {}))",
+    "v128": "(v128.const i64x2 {} {})",
+}
+"""The value that has these integers."""
 
 
 class SavedGlobals:
@@ -85,7 +94,7 @@ class AttachedGlobals:
         values = []
         for index, type_ in enumerate(self._types):
             value = shift = 0
-            for part, (width, _) in enumerate(_GETTERS[type_]):
+            for part, (width, _) in enumerate(_READ[type_]):
                 found = getattr(self._instance.exports, f"get{index}_{part}")()
                 value |= found % (1 << width) << shift
                 shift += width
@@ -98,20 +107,14 @@ def _state_text(types: Sequence[str], values: Sequence[int] | None) -> str:
     imports, functions, sets = [], [], []
     for index, type_ in enumerate(types):
         imports.append(f'(import "guest" "{index}" (global $g{index} (mut {type_})))')
-        for part, (width, expression) in enumerate(_GETTERS[type_]):
+        for part, (width, expression) in enumerate(_READ[type_]):
             body = expression.format(f"(global.get $g{index})")
             functions.append(f'(func (export "get{index}_{part}") (result i{width}) {body})')
         if values is not None:
-            sets.append(f"(global.set $g{index} {_constant(type_, values[index])})")
+            bits, integers = values[index], []
+            for width, _ in _READ[type_]:
+                integers.append(bits % (1 << width))
+                bits >>= width
+            sets.append(f"(global.set $g{index} {_CONSTANT[type_].format(*integers)})")
     functions.append(f'(func (export "restore") {" ".join(sets)})')
     return f"(module {' '.join(imports + functions)})"
-
-
-def _constant(type_: str, bits: int) -> str:
-    if type_ == "v128":
-        return f"(v128.const i64x2 {bits & (1 << 64) - 1} {bits >> 64})"
-    if type_ == "f32":
-        return f"(f32.reinterpret_i32 (i32.const {bits}))"
-    if type_ == "f64":
-        return f"(f64.reinterpret_i64 (i64.const {bits}))"
-    return f"({type_}.const {bits})"

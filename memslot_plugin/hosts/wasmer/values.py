@@ -6,7 +6,7 @@ import errno
 import functools
 import os
 import weakref
-from typing import Any, Protocol
+from typing import Any
 
 import wasmer
 from wasmer_compiler_cranelift import Compiler
@@ -128,17 +128,10 @@ def address_of(memory: Any) -> int:
     return int(ffi.cast("uintptr_t", ffi.from_buffer(memory.buffer)))
 
 
-class MemoryUser(Protocol):
-    """An object that has a memory in it and outlives the instances that use it."""
-
-    def drop_memory(self) -> None:
-        """Drop the reference to the memory."""
-
-
 class Owner:
     """The owner of a slot's mapping: wasmer's Memory, which unmaps it when its last reference goes.
 
-    `users` are the objects that have to drop the memory before, by weak references.
+    `users` are weak references to the objects whose `drop_memory()` drops another reference to it.
     """
 
     __slots__ = ("memory", "namespace", "users")
@@ -153,7 +146,7 @@ class Owner:
         # A slot here is never covered or unmapped by memslot: wasmer unmaps the range once more when the memory goes,
         # and with it whatever another thread has mapped there since.
         for reference in list(self.users):
-            user: MemoryUser | None = reference()
+            user = reference()
             if user is not None:
                 user.drop_memory()
         self.users.clear()
