@@ -10,6 +10,7 @@ left to wasmer alone.
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import logging
 import os
@@ -125,6 +126,7 @@ class WasmerRuntime(Runtime):
         return create
 
 
+@functools.cache
 def _machine() -> str:
     """Return the kind of this machine, with a digest of the features of its processor."""
     try:
