@@ -7,6 +7,7 @@ same hooks as anywhere, and every access from a function goes through the bounds
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
@@ -65,6 +66,10 @@ class FakeRuntime(Runtime):
         return FakeLive(self, compiled, memories, binding)
 
 
+class _Call:
+    """A call that runs; it goes with its frame if an exception comes before the call's last line."""
+
+
 class FakeLive(Live):
     """A live fake instance, and the first argument of its functions: `read`, `write` and `grow` on its own
     memories.
@@ -80,7 +85,7 @@ class FakeLive(Live):
         super().__init__(compiled.guest_name, memories, binding)
         self._runtime = runtime
         self._compiled = compiled
-        self._calls: list[None] = []  # its append and pop are atomic, other than += on a number
+        self._calls: weakref.WeakSet[_Call] = weakref.WeakSet()
 
     @property
     def running(self) -> int:  # type: ignore[override]
@@ -116,12 +121,13 @@ class FakeLive(Live):
             ) from None
 
         def call(generation: int, *arguments: Any) -> Any:
-            self._calls.append(None)
+            running = _Call()
+            self._calls.add(running)
             try:
                 self._admit(generation)
                 return implementation(self, *arguments)
             finally:
-                self._calls.pop()
+                self._calls.discard(running)
 
         return call
 
