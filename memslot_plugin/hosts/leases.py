@@ -191,7 +191,7 @@ class Leases:
                         replace(request, wait_timeout=0.0) if at_once else request
                     )
                 except PoolExhausted:
-                    if not self.end_a_ready_one():
+                    if not self.end_a_ready_one() and not at_once:
                         raise
                 else:
                     memory.request = request

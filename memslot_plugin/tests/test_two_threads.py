@@ -381,3 +381,20 @@ def test_call_that_begins_as_the_fake_host_closes_reads_its_own_bytes() -> None:
         go_on.set()
         calling.join()
         assert found == [bytes(8)]
+
+
+def test_request_whose_ready_instance_another_thread_takes_waits_for_a_slot(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with hosts.serving("fake", slots=1) as host, hosts.prepare(host) as guest:
+        with guest.lease():
+            pass  # and wait ready
+
+        def take() -> bool:
+            monkeypatch.undo()
+            instance = guest.lease().__enter__()
+            threading.Timer(0.05, instance.close).start()
+            return False
+
+        monkeypatch.setattr(host.leases, "end_a_ready_one", take)
+        guest.instantiate(wait_timeout=30).close()
