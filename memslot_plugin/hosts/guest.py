@@ -39,7 +39,7 @@ from memslot_plugin.hosts.instance import Instance
 from memslot_plugin.hosts.leases import Handle, Leases, Ready
 from memslot_plugin.hosts.live import Binding, Imports
 from memslot_plugin.hosts.runtime import Compiled, Reuse, Runtime, key_of_code
-from memslot_plugin.hosts.snapshot import captured, draws, require_capturable
+from memslot_plugin.hosts.snapshot import captured, draws
 from memslot_plugin.hosts.wasi import Wasi
 from memslot_plugin.memory import image as images
 
@@ -74,9 +74,9 @@ class Guest:
         self.loaded: files.Loaded | None = None
         self.closed = False
         self.in_place = self.plan.verdict.in_place
-        self._ready = Ready()
+        self.ready = Ready()
         self.requests = tuple(self._requests())
-        self.leases.ready.add(self._ready)
+        self.leases.ready.add(self.ready)
         self.leases.guests.add(self)
 
     @classmethod
@@ -233,50 +233,6 @@ class Guest:
             wait_timeout = _seconds(wait_timeout)
         return Lease(self, wait_timeout)
 
-    def begin_lease(self, wait_timeout: float | None) -> Instance:
-        """Return an instance for one lease; see `lease`."""
-        leases = self.leases
-        if leases.closed or (leases.thread_confined and get_ident() != leases.thread):
-            leases.require_usable()
-        if not self.closed and (handle := self._ready.take()) is not None:
-            try:
-                handle.enter().wake()
-            except Exception:
-                leases.end_ready(handle)
-                raise
-            return Instance(self, handle)
-        return self.instantiate(wait_timeout=wait_timeout)
-
-    def end_lease(self, instance: Instance) -> None:
-        """Reset the instance for the next lease, or close it if enough are ready."""
-        leases, handle = self.leases, instance.handle
-        live = handle.live
-        if live is None or not live.open or live.generation != handle.generation:
-            if not instance.closed:
-                raise handle.refusal()
-            return
-        leases.require_thread()
-        if self.closed or len(self._ready) >= leases.settings.ready_instances:
-            instance.close()
-            return
-        try:
-            following = instance.pass_on(live)
-        except Exception:  # the embedder's too: reseeding calls host functions and plugins
-            if handle.live is not None:
-                raise
-            # The request was served, and the pool counts the lost slot.  As text, because a kept record would keep
-            # the traceback, and with it the slot's memory.
-            _log.error(
-                "an instance of %s could not be reset after its lease: %s",
-                self.name,
-                traceback.format_exc(),
-            )
-            return
-        self._ready.add(following)
-        # Only now, because a request that begins to wait between the two finds the ready instance.
-        if (self.closed or leases.waiting) and (given := self._ready.take()) is not None:
-            leases.end_ready(given)
-
     def snapshot_of(self, handle: Handle, name: str | None) -> Guest:
         """Return a guest that starts where an instance of this one is; the caller announces it.
 
@@ -285,28 +241,21 @@ class Guest:
         live = handle.enter()
         self.leases.require_idle(live)
         catch_up()
-        plan = self.plan
-        require_capturable(plan, self.name, native_exposed=live.native_exposed)
-        drawn = draws(plan)
-        if drawn and self.reseed is None and self.leases.armed.instance_restored is None:
-            warnings.warn(
-                f"{self.name} imports {' and '.join(drawn)}, and every instance of its snapshot repeats what it"
-                " has drawn from there; name an export that draws anew, prepare(reseed=...), or have a"
-                " plugin do it (memslot_instance_restored)",
-                RepeatedRandomness,
-                stacklevel=3,
-            )
-        binding = Binding(live.binding.imports, live.binding.wasi)
-        name = name or self.name
+        plan, name = self.plan, name or self.name
         with captured(plan, self.name, live, handle.generation, name) as taken:
-            return type(self).make(
-                self.host,
-                self.runtime,
-                name,
-                taken,
-                binding,
-                reuse=Reuse(parent=self.compiled),
-                reseed=self.reseed,
+            drawn = draws(plan)
+            if drawn and self.reseed is None and self.leases.armed.instance_restored is None:
+                warnings.warn(
+                    f"{self.name} imports {' and '.join(drawn)}, and every instance of its snapshot repeats what it"
+                    " has drawn from there; name an export that draws anew, prepare(reseed=...), or have a"
+                    " plugin do it (memslot_instance_restored)",
+                    RepeatedRandomness,
+                    stacklevel=3,
+                )
+            binding = Binding(live.binding.imports, live.binding.wasi)
+            reuse = Reuse(parent=self.compiled)
+            return self.make(
+                self.host, self.runtime, name, taken, binding, reuse=reuse, reseed=self.reseed
             )
 
     def warm(self, count: int) -> int:
@@ -371,7 +320,7 @@ class Guest:
         if self.closed:
             return
         self.closed = True
-        while (handle := self._ready.take()) is not None:
+        while (handle := self.ready.take()) is not None:
             self.leases.end_ready(handle)
         self.compiled = None
         self.leases.guests.discard(self)
@@ -406,13 +355,54 @@ class Lease:
     def __enter__(self) -> Instance:
         if self._instance is not None:
             raise InUse(f"a lease of {self._guest.name} is for one block; ask for another one")
-        self._instance = self._guest.begin_lease(self._wait_timeout)
+        self._instance = self._begin(self._guest)
         return self._instance
 
+    def _begin(self, guest: Guest) -> Instance:
+        leases = guest.leases
+        if leases.closed or (leases.thread_confined and get_ident() != leases.thread):
+            leases.require_usable()
+        if not guest.closed and (handle := guest.ready.take()) is not None:
+            try:
+                handle.enter().wake()
+            except Exception:
+                leases.end_ready(handle)
+                raise
+            return Instance(guest, handle)
+        return guest.instantiate(wait_timeout=self._wait_timeout)
+
     def __exit__(self, *_: object) -> None:
+        """Reset the instance for the next lease, or close it if enough are ready."""
         instance, self._instance = self._instance, None
-        if instance is not None:
-            self._guest.end_lease(instance)
+        if instance is None:
+            return
+        guest, leases, handle = self._guest, self._guest.leases, instance.handle
+        live = handle.live
+        if live is None or not handle.is_open:
+            if not instance.closed:  # a reset makes another one
+                raise handle.refusal()
+            return
+        leases.require_thread()
+        if guest.closed or len(guest.ready) >= leases.settings.ready_instances:
+            instance.close()
+            return
+        try:
+            following = instance.pass_on(live)
+        except Exception:  # the embedder's too: reseeding calls host functions and plugins
+            if handle.live is not None:
+                raise
+            # The request was served, and the pool counts the lost slot.  As text, because a kept record would keep
+            # the traceback, and with it the slot's memory.
+            _log.error(
+                "an instance of %s could not be reset after its lease: %s",
+                guest.name,
+                traceback.format_exc(),
+            )
+            return
+        guest.ready.add(following)
+        # Only now, because a request that begins to wait between the two finds the ready instance.
+        if (guest.closed or leases.waiting) and (given := guest.ready.take()) is not None:
+            leases.end_ready(given)
 
 
 def _build_images(leases: Leases, name: str, plan: Plan, built: dict[int, Image]) -> Plan:

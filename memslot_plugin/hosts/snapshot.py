@@ -21,6 +21,9 @@ def captured(plan: Plan, guest_name: str, live: Live, generation: int, name: str
     They stay as they are within the block.  Raises SnapshotRefused, InUse, UsedAfterClose.
     """
     what = f"the instance of {guest_name} cannot be captured"
+    reason = guests.reason_against_snapshots(plan, native_exposed=live.native_exposed)
+    if reason is not None:
+        raise SnapshotRefused(f"{what}: {reason}")
     key = next(KEYS)
     try:
         live.acquire(generation, key)
@@ -42,13 +45,6 @@ def captured(plan: Plan, guest_name: str, live: Live, generation: int, name: str
         yield guests.snapshot(plan, contents=contents, values=live.saved_values())
     finally:
         live.release(key)
-
-
-def require_capturable(plan: Plan, guest_name: str, *, native_exposed: bool) -> None:
-    """Raise SnapshotRefused if no snapshot captures an instance of this plan whole."""
-    reason = guests.reason_against_snapshots(plan, native_exposed=native_exposed)
-    if reason is not None:
-        raise SnapshotRefused(f"the instance of {guest_name} cannot be captured: {reason}")
 
 
 def draws(plan: Plan) -> tuple[str, ...]:

@@ -100,8 +100,13 @@ def test_instance_is_in_use_and_not_closed_while_a_reset_makes_another_one(
 ) -> None:
     middle, seen = hosts.InTheMiddle(), list[object]()
 
+    def end_lease() -> None:
+        lease = guest.lease()
+        lease._instance = instance
+        lease.__exit__(None, None, None)
+
     def look() -> None:
-        for use in (*handles_of_now.values(), instance.close, lambda: guest.end_lease(instance)):
+        for use in (*handles_of_now.values(), instance.close, end_lease):
             with pytest.raises(memslot.InUse):
                 seen.append(use())
         assert not instance.closed
@@ -118,7 +123,7 @@ def test_instance_is_in_use_and_not_closed_while_a_reset_makes_another_one(
             instance.reset()
             assert (seen, instance.closed) == ([], False)
             assert instance.memory.read(64, 1) == b"\0"
-        assert (hosts.in_use(host), len(guest._ready)) == (1, 1)
+        assert (hosts.in_use(host), len(guest.ready)) == (1, 1)
 
 
 @pytest.mark.parametrize("name", DECIDING)

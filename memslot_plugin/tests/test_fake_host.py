@@ -111,7 +111,7 @@ def test_guest_that_another_thread_prepares_while_guests_are_looked_at_is_no_err
 
     with serving("fake", slots=1, **SMALL) as host:
         kept = [hosts.prepare(host)]
-        kept[0]._ready._handles = Prepares()
+        kept[0].ready._handles = Prepares()
         assert host.statistics().ready_instances == 0
         with kept[0].instantiate():
             with pytest.raises(memslot.PoolExhausted):
@@ -119,7 +119,7 @@ def test_guest_that_another_thread_prepares_while_guests_are_looked_at_is_no_err
             with pytest.raises(memslot.PoolTimeout):
                 kept[0].instantiate(wait_timeout=0.001)
         assert len(kept) > 3
-        kept[0]._ready._handles = []
+        kept[0].ready._handles = []
 
 
 def test_dropped_instance_that_another_thread_reclaims_first_is_left_alone() -> None:
