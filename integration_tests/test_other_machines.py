@@ -212,5 +212,5 @@ def test_host_with_larger_pages_serves_alike_and_its_slots_keep_their_promises(
     assert output("-c", asked, environment=preloaded) == f"{size}\n"
     tests = [f"memslot_plugin.tests.test_{name}" for name in ("slot", "image", "pool")]
     # Not strace, which would see the calls of larger_pages.c too.
-    options = ("-q", "-p", "no:cacheprovider", "-x", "-n", "0", "-k", "not kernel_sees")
+    options = ("-q", "-p", "no:cacheprovider", "-x", "-n", "0", "-k", "not strace")
     output("-m", "pytest", *options, "--pyargs", *tests, environment=preloaded)
