@@ -383,10 +383,11 @@ def _watched(signature: Signature, function: Callable[..., Any], label: str) -> 
         try:
             result = function(*arguments)
             values = checked_results(signature.results, result, f"what {label} returned")
-            return values if len(values) > 1 else values[0] if values else None
-        except (
-            BaseException
-        ) as error:  # of any kind: it has to come out of the call that the embedder made
+            if len(values) > 1:
+                return values
+            return values[0] if values else None
+        # Catch every kind: the exception has to come out of the call that the embedder made, and out of no other.
+        except BaseException as error:
             raised_in_wasmtime_py(error)
             raise
 
