@@ -92,20 +92,34 @@ class Found:
 
     label: str
     container: Container
+    name: str
+    reseed: str | None
     plan: Plan
     code: Mapping[str, bytes]
     files: Mapping[int, Backing]
     why_copied: str | None
 
-    @property
-    def name(self) -> str:
-        """The name that the guest was saved under."""
-        return self.container.about.name
-
-    @property
-    def reseed(self) -> str | None:
-        """The export to call after each restore."""
-        return self.container.about.reseed
+    @classmethod
+    def of(  # for the two ways to read one
+        cls,
+        found: Container,
+        label: str,
+        target: Target,
+        files: Mapping[int, Backing],
+        why_copied: str | None,
+        *,
+        trusted: bool,
+    ) -> Found:
+        """Return the record of a container's guest."""
+        about, code = found.about, found.code if trusted else {}
+        plan = portable.saved_plan(
+            found.module,
+            target,
+            contents=contents_in(found, files, label),
+            origin=found.origin,
+            is_snapshot=about.is_snapshot,
+        )
+        return cls(label, found, about.name, about.reseed, plan, code, files, why_copied)
 
     def loaded(self, built: Iterable[Image], *, code_reused: bool) -> Loaded:
         """Return the report for the guest with these images."""
@@ -294,10 +308,12 @@ def attach(shared: SharedGuest, target: Target, *, trust_code: bool) -> Iterator
         statuses = map(os.fstat, fds[1:])
         if len({(each.st_dev, each.st_ino) for each in statuses}) < len(fds) - 1:
             raise InvalidContainer(f"{label} has two descriptors of one file")
+        extents = [each for image in found.images.values() for each in image]
         for number, fd in enumerate(fds[1:], start=1):
-            files[number], why = _received(fd, label, _end_in_file(found, number))
+            ends = (each.file_offset + each.length for each in extents if each.file == number)
+            files[number], why = _received(fd, label, max(ends, default=0))
             why_copied = why_copied or why
-        yield _found(label, found, files, why_copied, target, trusted=trust_code)
+        yield Found.of(found, label, target, files, why_copied, trusted=trust_code)
 
 
 class _Files(dict[int, Backing]):
@@ -314,32 +330,6 @@ class _Files(dict[int, Backing]):
     def __exit__(self, *_: object) -> None:
         for file in self.values():
             file.release(self._holder)
-
-
-def _found(
-    label: str,
-    found: Container,
-    files: Mapping[int, Backing],
-    why_copied: str | None,
-    target: Target,
-    *,
-    trusted: bool,
-) -> Found:
-    """Return the record of a container's guest."""
-    plan = portable.saved_plan(
-        found.module,
-        target,
-        contents=contents_in(found, files, label),
-        origin=found.origin,
-        is_snapshot=found.about.is_snapshot,
-    )
-    return Found(label, found, plan, found.code if trusted else {}, files, why_copied)
-
-
-def _end_in_file(found: Container, number: int) -> int:
-    """Return the end of the last extent in that file; 0 if none lies there."""
-    extents = (each for image in found.images.values() for each in image if each.file == number)
-    return max((each.file_offset + each.length for each in extents), default=0)
 
 
 def _received(fd: int, label: str, byte_size: int) -> tuple[Backing, str | None]:
@@ -394,7 +384,8 @@ def load(
         finally:
             if fd >= 0:
                 os.close(fd)
-        yield _found(label, found, files, why_copied, target, trusted=trust_code or found.keyed)
+        trusted = trust_code or found.keyed
+        yield Found.of(found, label, target, files, why_copied, trusted=trusted)
 
 
 def contents_in(
@@ -404,36 +395,26 @@ def contents_in(
 
     Raises InvalidContainer for extents that are not there.
     """
-    return {
-        index: _content(found, index, extents, files, label)
-        for index, extents in found.images.items()
-    }
-
-
-def _content(
-    found: Container,
-    index: int,
-    extents: tuple[Stored, ...],
-    files: Mapping[int, Backing],
-    label: str,
-) -> InitialContent:
-    if len(extents) > images.MAX_EXTENTS:
-        raise InvalidContainer(
-            f"{label} has {len(extents)} extents for memory {index}, and {images.MAX_EXTENTS} are allowed"
-        )
-    segments = []
-    for offset, length, number, file_offset in extents:
-        if number == 0 and found.extents is not None:
-            segments.append(Segment(offset, found.extents[file_offset : file_offset + length]))
-            continue
-        file = files.get(number)
-        at = file_offset + (0 if number else found.extents_at)
-        if file is None or at + length > file.byte_size:
+    contents = {}
+    for index, extents in found.images.items():
+        if len(extents) > images.MAX_EXTENTS:
             raise InvalidContainer(
-                f"{label} has an extent for memory {index} in file {number}, which did not come with it"
+                f"{label} has {len(extents)} extents for memory {index}, and {images.MAX_EXTENTS} are allowed"
             )
-        segments.append(Segment(offset, file.view(at, length), file, at))
-    return InitialContent(0, tuple(segments))
+        segments = []
+        for offset, length, number, file_offset in extents:
+            if number == 0 and found.extents is not None:
+                segments.append(Segment(offset, found.extents[file_offset : file_offset + length]))
+                continue
+            file = files.get(number)
+            at = file_offset + (0 if number else found.extents_at)
+            if file is None or at + length > file.byte_size:
+                raise InvalidContainer(
+                    f"{label} has an extent for memory {index} in file {number}, which did not come with it"
+                )
+            segments.append(Segment(offset, file.view(at, length), file, at))
+        contents[index] = InitialContent(0, tuple(segments))
+    return contents
 
 
 def read_saved(label: str, key: bytes | None = None) -> Container:
