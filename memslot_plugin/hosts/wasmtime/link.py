@@ -32,7 +32,9 @@ from memslot_plugin.hosts.wasmtime.values import (
     Name,
     Signature,
     checked_results,
+    direct_call,
     host_function,
+    indirect_call,
     kind_of,
 )
 from memslot_plugin.hosts.wasmtime.wasi import WAITS, Environment, Shim, provides
@@ -132,9 +134,7 @@ class Compiled(runtime.Compiled):
         self.lease_index = {memory.index: place for place, memory in enumerate(self.own)}
         """The position among the leased memories, by memory index."""
         self._names: dict[str, Name] = {}
-        self._signatures: dict[str, Signature] = {}
-        self.callables: dict[str, Maker] = {}
-        """Makers of exported functions, by name."""
+        self._makers: dict[str, Maker] = {}
 
     def serialise(self) -> bytes:
         """Return the code for another process."""
@@ -178,19 +178,14 @@ class Compiled(runtime.Compiled):
     @functools.cached_property
     def opens(self) -> bool:
         """True if the guest imports a function that can give it another descriptor of WASI."""
-        return any(
-            each.module in wasi.MODULES and each.name in ("path_open", "sock_accept")
-            for each in self.module.imports
-        )
+        names = {each.name for each in self.module.imports if each.module in wasi.MODULES}
+        return not names.isdisjoint(("path_open", "sock_accept"))
 
     @functools.cached_property
     def waits(self) -> list[str]:
         """The functions that the guest imports from WASI and that can wait past a deadline."""
-        return [
-            name
-            for name in WAITS
-            if any(provides(each.module) and each.name == name for each in self.module.imports)
-        ]
+        names = {each.name for each in self.module.imports if provides(each.module)}
+        return [name for name in WAITS if name in names]
 
     @functools.cached_property
     def memory_type(self) -> wasmtime.MemoryType | None:
@@ -224,18 +219,20 @@ class Compiled(runtime.Compiled):
             )
         return export.type
 
-    def signature(self, name: str) -> Signature:
-        """Return the signature of an exported function; raises ExportNotFound, Unsupported."""
-        found = self._signatures.get(name)
+    def maker(self, name: str) -> Maker:
+        """Return the maker of an exported function for one instance; raises ExportNotFound, Unsupported."""
+        found = self._makers.get(name)
         if found is None:
-            found = Signature.of(self.export_type(name, "func"))
-            kinds = (*found.parameters, *found.results)
-            if OTHER in kinds or (V128 in kinds and not found.direct):
+            signature = Signature.of(self.export_type(name, "func"))
+            kinds = (*signature.parameters, *signature.results)
+            if OTHER in kinds or (V128 in kinds and not signature.direct):
                 raise Unsupported(
-                    f"{name!r} of the guest {self.guest_name} is {found}, whose values wasmtime-py cannot pass;"
+                    f"{name!r} of the guest {self.guest_name} is {signature}, whose values wasmtime-py cannot pass;"
                     " wrap it in a function of numbers"
                 )
-            self._signatures[name] = found
+            kind = direct_call if signature.direct else indirect_call
+            found = kind(self.name(name), signature, f"{name} of the guest {self.guest_name}")
+            self._makers[name] = found
         return found
 
     def global_kind(self, name: str) -> tuple[int, bool]:

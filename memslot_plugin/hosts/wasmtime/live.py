@@ -44,9 +44,7 @@ from memslot_plugin.hosts.wasmtime.values import (
     V128,
     Name,
     bare,
-    direct_call,
     fitted,
-    indirect_call,
 )
 from memslot_plugin.hosts.wasmtime.wasi import Environment, Streams
 
@@ -158,14 +156,7 @@ class WasmtimeLive(Live):
     def function(self, name: str) -> Callable[..., Any]:
         found = self._functions.get(name)
         if found is None:
-            compiled = self._compiled
-            make = compiled.callables.get(name)
-            if make is None:
-                signature = compiled.signature(name)
-                what = f"{name} of the guest {compiled.guest_name}"
-                kind = direct_call if signature.direct else indirect_call
-                make = compiled.callables[name] = kind(compiled.name(name), signature, what)
-            found = make(self)
+            found = self._compiled.maker(name)(self)
             if self.binding.store is not None:
                 found = self._guarded(found)
             self._functions[name] = found
