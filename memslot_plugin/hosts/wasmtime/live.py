@@ -478,7 +478,9 @@ class WasmtimeLive(Live):
 
     def forget_views(self) -> None:
         """Close wasmtime-py's objects of the store, which raise from now on."""
-        self._functions.clear()  # they refer to this object: the cycle would keep it until the next collection
-        borrowed, self._borrowed = self._borrowed, None
+        # The functions refer to this object: the cycle would keep it until the next garbage collection.
+        self._functions.clear()
+        borrowed = self._borrowed
         if borrowed is not None:
-            borrowed.close()
+            borrowed.close()  # raises InUse while an instance in a store that was lent runs
+            self._borrowed = None

@@ -250,14 +250,14 @@ class WasmtimeRuntime(Runtime):
 
         A guest without a memory of its own also fits a store of the other engine, for which it is compiled again.
         """
-        store, name = binding.store, compiled.guest_name
+        store = binding.store
         if store is None:
             if binding.imports is not compiled.binding.imports:
                 return compiled.bind(binding)
             if compiled.default is None:
                 compiled.default = compiled.bind(compiled.binding)
             return compiled.default
-        native, why = compiled.plan.native, ""
+        name, native, why = compiled.guest_name, compiled.plan.native, ""
         if not isinstance(store, wasmtime.Store) or store.engine not in (
             self._engine,
             self._native,
