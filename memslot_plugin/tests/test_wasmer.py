@@ -32,6 +32,9 @@ except ImportError:
     pytest.skip(reason, allow_module_level=True)
 
 
+PANIC = type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})
+
+
 @pytest.fixture
 def host(no_leaks: None) -> Iterator[WasmerHost]:
     with hosts.serving("wasmer", slots=8) as opened:
@@ -219,7 +222,6 @@ def test_module_that_wasmer_refuses_leaves_a_host_that_still_compiles(
 def test_every_error_of_wasmer_is_mapped() -> None:
     listed = inspect.getdoc(wasmer_errors)
     assert listed is not None
-    panic = type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})
     for error, at_call in (
         (RuntimeError("RuntimeError: unreachable"), memslot.GuestTrap),
         (RuntimeError("RuntimeError: WASI exited with code: 7"), memslot.GuestExit),
@@ -229,8 +231,8 @@ def test_every_error_of_wasmer_is_mapped() -> None:
         ),
         (TypeError("'str' object cannot be converted to 'PyLong'"), memslot.ArgumentError),
         (OverflowError("out of range integral type conversion attempted"), memslot.ArgumentError),
-        (panic("wasmer::instance::Instance is unsendable, but sent"), memslot.WrongThread),
-        (panic("not implemented"), memslot.Unsupported),
+        (PANIC("wasmer::instance::Instance is unsendable, but sent"), memslot.WrongThread),
+        (PANIC("not implemented"), memslot.Unsupported),
     ):
         assert type(error).__name__ in listed
         assert wasmer_errors.made_by_wasmer(error)
@@ -246,6 +248,34 @@ def test_every_error_of_wasmer_is_mapped() -> None:
     ):
         mapped = wasmer_errors.at_instantiate(RuntimeError(text), "m")
         assert type(mapped) is at_instantiate
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (RuntimeError("no code section"), memslot.InvalidModule),
+        (PANIC("no tags"), memslot.InvalidModule),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (ValueError(), ValueError),
+    ],
+    ids=lambda each: "" if isinstance(each, type) else type(each).__name__,
+)
+def test_boundary_maps_the_errors_of_wasmer_alone(
+    error: BaseException, raised: type[BaseException]
+) -> None:
+    with pytest.raises(raised), wasmer_errors.Boundary(wasmer_errors.at_compile, "m"):
+        raise error
+
+
+def test_boundary_leaves_a_runtime_error_of_a_host_function_as_it_is() -> None:
+    def host_function() -> None:
+        raise RuntimeError("of the embedder")
+
+    with (
+        pytest.raises(RuntimeError, match="of the embedder"),
+        wasmer_errors.Boundary(wasmer_errors.at_compile, "m"),
+    ):
+        host_function()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])

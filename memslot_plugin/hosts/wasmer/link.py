@@ -202,7 +202,7 @@ class Compiled(runtime.Compiled):
         return found
 
     def bind(self, binding: Binding, owner: Owner | None) -> BoundImports:
-        """Return the imports of an instance over the memory of `owner`, or over none of ours.
+        """Return the imports of an instance over the memory of `owner`, or over none of memslot's.
 
         Raises LinkError for an import that is missing or of another kind, SettingError, Unsupported.
         """

@@ -188,7 +188,7 @@ class WasmerLive(Live):
         return before
 
     def _foreign_memory(self, index: int) -> Any:
-        """Return a memory that is not ours: a natively running guest exports it, or it was imported."""
+        """Return a memory without a slot: a natively running guest exports it, or it was imported."""
         memories = self._compiled.plan.memories
         if 0 <= index < len(memories) and memories[index].exported_as:
             return self._export(memories[index].exported_as[0])
