@@ -42,7 +42,8 @@ static _Thread_local PyThreadState *released;
 
 static void release_gil(void)
 {
-    released = PyEval_SaveThread();
+    if (!released) /* another thread that resets this slot, too, may have set `before_long` since */
+        released = PyEval_SaveThread();
 }
 
 /* Run the core's reset; other threads run meanwhile if it takes long. */

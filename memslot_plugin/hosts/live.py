@@ -136,7 +136,10 @@ class Live(abc.ABC):
 
     def bind_resets(self, armed: Armed) -> None:
         """Bind the resets of the memories to the plugins that there are now."""
-        self.resets, self.bound_to = tuple(map(armed.bound_reset, self.memories)), armed.epoch
+        # Read the epoch first: a plugin that comes meanwhile must make it an old one.
+        epoch = armed.epoch
+        self.resets = tuple(map(armed.bound_reset, self.memories))
+        self.bound_to = epoch
 
     def __del__(self) -> None:
         # Append here too: an exception may come before there is a handle, or cut the handle's finalizer short.

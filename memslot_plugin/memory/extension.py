@@ -90,9 +90,8 @@ class ExtensionSlot(Slot):
         failed = int(lib.ms_resize(self.fd, grown))
         if not failed:
             self.grown = grown
-            self.strategy = (
-                None  # the core would reset what lies below the file, and leave the file
-            )
+            # The core would reset what lies below the file, and leave the file.  None could be a (wrong) strategy.
+            del self.strategy
         return failed
 
     def _slow_reset(self, strategy: Reset, answer: int) -> ResetResult:

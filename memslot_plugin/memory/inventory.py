@@ -27,7 +27,7 @@ from memslot_plugin.memory.backing import Holder
 from memslot_plugin.memory.extension import ExtensionSlot
 from memslot_plugin.memory.free import STRATEGIES, FreeList
 from memslot_plugin.memory.image import Image
-from memslot_plugin.memory.region import CLEAN, DESTROYED, Reservation
+from memslot_plugin.memory.region import CLEAN, DESTROYED, UNKNOWN, Reservation
 from memslot_plugin.memory.slot import Slot
 
 _log = logging.getLogger("memslot.pool")
@@ -104,21 +104,27 @@ class Inventory:
 
         Raises SystemCallError, SettingError, and what `map_host_memory` raises.
         """
-        free = self._free.get(shape)
-        room = bool(self._vacant) or len(self._places) < self._limit
-        slot = None if free is None else free.take(affinity, room=room)
-        if slot is None and (room or self._make_room(shape)):
+        slot, room = self._take_free(shape, affinity)
+        if slot is None and not room:
+            self._make_room(shape)
+            slot, room = self._take_free(shape, affinity)
+        if slot is None and room:
             slot = self._create(byte_size, map_host_memory)
         return slot
 
-    def _make_room(self, shape: Hashable) -> bool:
-        """Find lost slots, else destroy the oldest free one of another shape; true if a place is vacant now."""
+    def _take_free(self, shape: Hashable, affinity: Hashable) -> tuple[Slot | None, bool]:
+        """Take a slot off its free list if the strategy wants one; return also if a new one could be made."""
+        room = bool(self._vacant) or len(self._places) < self._limit
+        free = self._free.get(shape)
+        return None if free is None else free.take(affinity, room=room), room
+
+    def _make_room(self, shape: Hashable) -> None:
+        """Find lost slots; if no place is vacant then, destroy the oldest free slot of another shape."""
         self.reclaim()
         for other, free in list(self._free.items()):
             if not self._vacant and other != shape and (oldest := free.oldest()) is not None:
                 free.discard(oldest)
                 self._retire(oldest)
-        return bool(self._vacant)
 
     def _create(self, byte_size: int, map_host_memory: Callable[[], HostMapping] | None) -> Slot:
         # The place is taken before the slot is made: after an exception in between, reclaim finds it without a slot.
@@ -173,7 +179,7 @@ class Inventory:
             self._retire(slot)
 
     def _make_free(self, slot: Slot) -> None:
-        shape: Hashable = OWN if slot.mapping is None else slot.mapping.shape
+        shape = shape_of(slot)
         if shape not in self._free:
             self._free[shape] = self._new_list()
         self._free[shape].put(slot, next_to_go=slot.affinity is None)
@@ -182,6 +188,7 @@ class Inventory:
         """Destroy a slot that is on no free list."""
         destroy_or_log(slot)
         if slot.state is DESTROYED or slot.mapping is not None or self._on_demand:
+            slot.forget()  # what its runtime could not forget, too
             self._past.update(slot.counts())
             self._past["destroyed"] += 1
             self._places[slot.place] = None
@@ -230,6 +237,9 @@ class Inventory:
         free = set(self.free())
         for slot in self.slots():
             if slot not in free and (slot.lease is None or slot.lease() is None):
+                self._unlist(slot)
+                if slot.lease is not None:
+                    slot.state = UNKNOWN  # the bytes may be a guest's
                 self.put_away(slot)
 
     # -- looking
@@ -286,10 +296,14 @@ class Inventory:
         """Take `image` out of every free slot."""
         having = [slot for slot in self.free() if slot.image is image]
         for slot in having:
-            for free in self._free.values():
-                free.discard(slot)
+            self._unlist(slot)
             self._purge(slot)
             self.put_away(slot)
+
+    def _unlist(self, slot: Slot) -> None:
+        """Take a slot off every free list: left in half of one, it would be handed out while it is leased."""
+        for free in self._free.values():
+            free.discard(slot)
 
     def _purge(self, slot: Slot) -> None:
         """Take the image out of a slot that is on no free list; the slot is unknown if that fails."""
@@ -312,10 +326,15 @@ class Inventory:
             self._reservation.unmap()
 
 
+def shape_of(slot: Slot) -> Hashable:
+    """Return the shape of the requests that a slot can serve."""
+    return OWN if slot.mapping is None else slot.mapping.shape
+
+
 def destroy_or_log(slot: Slot) -> None:
     """Destroy a slot; if that fails it is unknown, and mapped over at its next use."""
     try:
         slot.destroy()
-    except MemslotError as error:
+    except Exception as error:  # noqa: BLE001 - a runtime may raise anything as it forgets its mapping
         # As text: a log handler that keeps records would keep the traceback, and with it the slot's memory.
         _log.error("a slot could not be destroyed: %s", str(error))

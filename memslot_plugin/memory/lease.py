@@ -21,8 +21,11 @@ class SlotLease(weakref.ref[object]):
 
     pool: Pool
     slot: Slot
-    unreleased: list[None]
-    """Holds one item until the first release, which pops it: one C call, so only one of two threads gets it."""
+    unreleased: list[object]
+    """Holds one item until the first release, which pops it: one C call, so only one of two threads gets it.
+
+    The item of a lease without a holder is its holder: the lease ends with the release, also with an interrupted one.
+    """
 
 
 class Returns:
@@ -58,12 +61,11 @@ class Returns:
             self.waiting -= 1
 
 
-def holder_of(slot: Slot, pool: Pool) -> object:
+def holder_of(lease: SlotLease | None, pool: Pool) -> object:
     """Return the holder of a slot's lease in `pool`; raises SlotError if the lease has ended.
 
     Keep it during a reset: its end would let another lease have the slot in the middle.
     """
-    lease: SlotLease | None = slot.lease
     holder = None if lease is None or lease.pool is not pool else lease()
     if lease is None or holder is None or not lease.unreleased:
         raise not_leased()

@@ -31,7 +31,8 @@ from memslot_plugin.errors import (
     SettingError,
     UsedAfterClose,
 )
-from memslot_plugin.memory.inventory import OWN, Inventory, destroy_or_log
+from memslot_plugin.memory.backing import Holder
+from memslot_plugin.memory.inventory import OWN, Inventory, destroy_or_log, shape_of
 from memslot_plugin.memory.lease import Returns, SlotLease, holder_of, not_leased
 from memslot_plugin.memory.region import CLEAN, DIRTY, UNKNOWN
 from memslot_plugin.memory.slot import Slot
@@ -117,8 +118,9 @@ class Pool:
         UsedAfterClose, and InUse in a finalizer or a signal handler that interrupts the pool; then
         nothing stays leased.
         """
-        lease = SlotLease(self if holder is None else holder, self._returns.put)
-        lease.pool, lease.unreleased = self, [None]
+        own = Holder() if holder is None else None
+        lease = SlotLease(own or holder, self._returns.put)
+        lease.pool, lease.unreleased = self, [own]
         if map_host_memory is None:
             shape = OWN
         catch_up()
@@ -146,13 +148,13 @@ class Pool:
             raise UsedAfterClose("the pool was closed; make a new one")
         slot = None
         if not self._returns.empty():
-            slot = self._hand_on(wanted[1])
+            slot = self._hand_on(*wanted[:2])
         slot = slot or self._inventory.take(*wanted)
         if slot is not None:
             lease.slot, slot.lease = slot, lease
         return slot
 
-    def _hand_on(self, affinity: Hashable) -> Slot | None:
+    def _hand_on(self, shape: Hashable, affinity: Hashable) -> Slot | None:
         """Under the lock: settle what came back; but return a slot that came alone if its guest wants it again.
 
         Every strategy except the random one would put it on the free list and take it from there.
@@ -169,7 +171,9 @@ class Pool:
             slot is not None
             and other is None
             and slot.lease is returned
+            and not returned.unreleased
             and slot.affinity == affinity
+            and shape_of(slot) == shape
             and slot.state is CLEAN
             and (slot.image is None or not slot.image.closed)
             and not (self._returns.waiting or self._random)
@@ -243,7 +247,7 @@ class Pool:
 
         Raises SystemCallError or SlotError; the slot is unknown then, and `release` will destroy it.
         """
-        _holder = holder_of(slot, self)
+        _holder = holder_of(slot.lease, self)
         result = self._reset_slot(slot)
         slot.state = DIRTY
         return result
@@ -256,7 +260,8 @@ class Pool:
         before is destroyed without an error.  May be called anywhere, also in a finalizer and in a
         signal handler.
         """
-        _holder, lease = holder_of(slot, self), slot.lease
+        lease = slot.lease  # read once: another thread may end it, and begin the next one
+        _holder = holder_of(lease, self)
         try:
             lease.unreleased.pop()
         except IndexError:  # another thread was first
@@ -313,6 +318,8 @@ class Pool:
         slot = getattr(returned, "slot", None)  # an exception may have come before it had one
         if slot is None or slot.lease is not returned:  # or the slot is another lease's by now
             return
+        if returned.unreleased and slot.state is CLEAN:
+            slot.state = DIRTY  # an exception may have come in a reset, and its guest have gone on
         if slot.state is DIRTY and not self._on_demand:  # the holder went without a release
             try:
                 self._reset_slot(slot)
@@ -375,7 +382,9 @@ class Pool:
 
     def after_fork(self) -> None:
         """In a child: leased slots go on as private copies; the lock's owner may be a thread that is not here."""
-        self._lock = threading.RLock()
+        # A finalizer or a signal handler may have forked in the middle of a change, which goes on in the child.
+        if not self._lock._is_owned():  # noqa: SLF001
+            self._lock = threading.RLock()
         self._returns.waiting = 0
         for slot in self._inventory.slots():
             try:

@@ -15,6 +15,7 @@ import memslot_hooks as hooks
 from memslot_hooks import DECIDING, RAISING, WATCHING, hookimpl
 from memslot_plugin.errors import PluginError
 from memslot_plugin.hosts import FakeHost
+from memslot_plugin.hosts.live import Live
 from memslot_plugin.plugins import Plugins
 from memslot_plugin.plugins.arming import arguments_of
 from memslot_plugin.settings import Settings
@@ -415,3 +416,20 @@ def test_plugin_that_cannot_close_is_reported_once_and_the_others_close(plugins:
     plugins.close_host("a")
     assert sound.heard == stuck.heard == ["open a 1", "close a"]
     plugins.open_host("a", 2)
+
+
+def test_resets_are_bound_again_if_a_plugin_comes_while_they_are_bound(plugins: Plugins) -> None:
+    live: Any = SimpleNamespace()
+
+    class Bound:
+        """A memory that another thread registers a plugin beside, as its reset is bound."""
+
+        owner = None
+
+        @property
+        def reset(self) -> None:
+            register(plugins, "late", memslot_memory_reset=lambda memory, result: None)
+
+    live.memories = (Bound(),)
+    Live.bind_resets(live, plugins.armed)
+    assert live.bound_to is not plugins.armed.epoch

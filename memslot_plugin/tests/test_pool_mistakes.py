@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import math
+import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from types import FrameType
 from typing import Any
 
 import pytest
 
 import memslot_plugin as memslot
+from memslot_hooks import HostMapping
 from memslot_plugin import Image, Pool, Slot
 from memslot_plugin._core import PAGE_SIZE as P
+from memslot_plugin.memory.free import FreeList
 from memslot_plugin.memory.inventory import Inventory
-from memslot_plugin.memory.lease import SlotLease
+from memslot_plugin.memory.lease import SlotLease, holder_of
 from memslot_plugin.memory.reset import madvise
 from memslot_plugin.tests.faults import fail_next_reset
 from memslot_plugin.tests.slots import RESERVED as SLOT
-from memslot_plugin.tests.slots import Holder, content, cycle, fill
+from memslot_plugin.tests.slots import (
+    Fork,
+    Holder,
+    Runtime,
+    content,
+    cycle,
+    every_fork,
+    fill,
+    in_child,
+)
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -288,3 +303,167 @@ def test_slot_whose_holder_goes_during_its_reset_is_not_handed_out_meanwhile(
     small = make_pool(1, reset=drops)
     small.release(lease(small, holder=holders[0]))
     cycle(small, "b")
+
+
+def at_line(function: Callable[..., Any], sentence: str, act: Callable[[], object]) -> Any:
+    """Return a trace function that calls `act` once, when `function` comes to the line that has `sentence`."""
+    lines, first = inspect.getsourcelines(function)
+    (number,) = (first + i for i, line in enumerate(lines) if sentence in line)
+
+    def trace(frame: FrameType, _event: str, _argument: object) -> Any:
+        if frame.f_code is function.__code__ and frame.f_lineno == number:
+            sys.settrace(None)
+            act()
+        return trace
+
+    return trace
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def test_second_release_takes_nothing_from_the_next_lease_in_the_middle(pool: Pool) -> None:
+    slot = lease(pool)
+    others: list[Slot] = []
+
+    def hand_over() -> None:
+        pool.release(slot)
+        others.append(lease(pool, "b"))
+
+    sys.settrace(at_line(holder_of, "return holder", hand_over))
+    try:
+        with pytest.raises(memslot.SlotError, match="released before"):
+            pool.release(slot)
+    finally:
+        sys.settrace(None)
+    with pytest.raises(memslot.PoolExhausted):
+        lease(pool, "c")
+    pool.release(others[0])
+
+
+def test_slot_without_a_holder_comes_back_though_its_release_is_interrupted(pool: Pool) -> None:
+    def release_and_lease(slot: Slot) -> None:
+        pool.release(slot)
+        pool.release(lease(pool, "b"))
+
+    for function, sentence in (
+        (Pool.release, "result = _RETIRED"),
+        (Pool._hand_on, "slot: Slot | None"),
+        (Inventory.put_away, "slot.lease = None"),
+    ):
+        slot = lease(pool)
+        sys.settrace(at_line(function, sentence, interrupt))
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                release_and_lease(slot)
+        finally:
+            sys.settrace(None)
+        cycle(pool, "c")
+
+
+def test_lost_slot_is_found_by_the_lease_that_would_fail_without_it(pool: Pool) -> None:
+    slot = lease(pool)
+    pool.release(slot)
+    pool.statistics()
+    (free,) = pool._inventory._free.values()
+    free.discard(slot)  # as if an exception had come in the middle: clean, neither free nor held
+    assert lease(pool, "b") is slot
+    pool.release(slot)
+
+
+def test_slot_that_is_on_half_a_free_list_is_not_leased_to_two(pool: Pool) -> None:
+    with memslot.MemfdImage("guest", b"x" * P) as image:
+        slot = pool.lease(image, P, affinity="a")
+        pool.release(slot)
+        pool.statistics()
+    (free,) = pool._inventory._free.values()
+    del free._order[slot]  # as if an exception had come between the two lines of FreeList.put
+    pool.check()
+    pool.check()
+    slot = lease(pool, "b")
+    with pytest.raises(memslot.PoolExhausted):
+        lease(pool, "a")
+    pool.release(slot)
+
+
+def test_slot_that_comes_back_is_not_handed_on_to_a_guest_of_another_shape(pool: Pool) -> None:
+    runtimes = [Runtime(pages * P, SLOT, shape=pages) for pages in (1, 2)]
+    for runtime in (*runtimes, None, runtimes[0]):
+        shape = None if runtime is None else runtime.shape
+        pages = 2 if runtime is runtimes[1] else 1
+        slot = pool.lease(None, pages * P, affinity="a", map_host_memory=runtime, shape=shape)
+        assert (slot.mapping and slot.mapping.shape) == shape
+        pool.release(slot)
+
+
+def test_mapping_that_its_runtime_cannot_forget_does_not_keep_its_place(
+    pool: Pool, caplog: pytest.LogCaptureFixture
+) -> None:
+    runtime, forgotten = Runtime(P, SLOT, shape="a"), []
+
+    def mapping() -> HostMapping:
+        made = runtime()
+        forgotten.append(made.forget)
+
+        def fails() -> None:
+            raise OSError("the runtime keeps it")
+
+        return replace(made, forget=fails)
+
+    with memslot.MemfdImage("guest", b"x" * P) as image:
+        how: Any = {"affinity": "a", "map_host_memory": mapping, "shape": "a"}
+        pool.release(pool.lease(image, P, **how), retire=True)
+        pool.release(pool.lease(image, P, **how))
+        cycle(pool, "b")
+        assert not image._slots
+    assert "could not be destroyed: the runtime keeps it" in caplog.text
+    for forget in forgotten:
+        forget()
+
+
+@every_fork
+def test_child_that_is_forked_while_its_thread_changes_the_pool_leases_no_slot_twice(
+    pool: Pool, fork: Fork
+) -> None:
+    pool.release(lease(pool, "b"))
+    pool.statistics()
+    forked: list[bool] = []
+
+    def refused() -> None:
+        with pytest.raises(memslot.InUse):
+            lease(pool, "b")
+
+    def in_the_middle() -> None:
+        in_child(refused, fork)
+        forked.append(True)
+
+    sys.settrace(at_line(FreeList.discard, "own = self._by_affinity", in_the_middle))
+    try:
+        slot = lease(pool)
+    finally:
+        sys.settrace(None)
+    assert forked
+    pool.release(slot)
+
+
+@pytest.mark.parametrize("found", ["handed on", "settled", "reclaimed"])
+def test_memory_that_is_used_after_an_interrupted_reset_and_dropped_shows_nothing(
+    pool: Pool, found: str
+) -> None:
+    holder = Holder()
+    slot = lease(pool, holder=holder)
+    sys.settrace(at_line(Pool.reset, "slot.state = DIRTY", interrupt))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            pool.reset(slot)
+    finally:
+        sys.settrace(None)
+    fill(slot)
+    del holder
+    if found == "settled":
+        pool.statistics()
+    elif found == "reclaimed":
+        pool._returns.next()  # as if an exception had come before it was settled
+    assert content(lease(pool)) == bytes(P)
+    pool.release(next(pool._inventory.slots()))

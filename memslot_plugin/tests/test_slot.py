@@ -97,6 +97,16 @@ def test_growth_within_a_slot_makes_one_mprotect_and_its_reset_one_more(
         slot.instantiate(slot.image, 4 * P)
 
 
+def test_wrong_strategy_does_not_reset_a_slot_that_grew_in_its_file(reservation: int) -> None:
+    slot: Any = ExtensionSlot(reservation, RESERVED)
+    slot.instantiate(None, P, maximum=2 * P)
+    slot.grow(2 * P)
+    with pytest.raises(TypeError):
+        slot.reset(None)
+    assert slot.state is State.UNKNOWN
+    slot.destroy()
+
+
 @pytest.mark.parametrize("maximum", [4, 40])
 def test_growth_by_ftruncate_maps_once_and_then_grows_the_file_to_the_maximum(
     reservation: int, make_image: MakeImage, reset: Any, calls: Any, maximum: int

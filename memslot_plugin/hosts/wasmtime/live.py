@@ -240,8 +240,10 @@ class WasmtimeLive(Live):
         self.settle(_acquire(self.cell, generation, key, alone))
 
     def bind_resets(self, armed: Armed) -> None:
+        self.fast_reset = (
+            None  # first: an exception in between must not leave it with a newer epoch
+        )
         super().bind_resets(armed)
-        self.fast_reset = None
 
     def reset(self, generation: int, next_generation: int, key: int) -> bool:
         done = super().reset(generation, next_generation, key)
