@@ -176,7 +176,7 @@ class Guest:
         leases = self.leases
         if leases.closed or (leases.thread_confined and get_ident() != leases.thread):
             leases.require_usable()
-        compiled = self._open()
+        compiled = self.open_code()
         if leases.dropped:
             leases.end_dropped()
         requests = self.requests
@@ -211,7 +211,7 @@ class Guest:
             instance.close()  # otherwise it repeats the numbers that others drew
             raise
 
-    def _open(self) -> Compiled:
+    def open_code(self) -> Compiled:
         """Return the compiled code; raises UsedAfterClose."""
         compiled = self.compiled
         if self.closed or compiled is None:
@@ -266,7 +266,7 @@ class Guest:
         WrongThread, SystemCallError.
         """
         self.leases.require_usable()
-        self._open()
+        self.open_code()
         if not isinstance(count, int):
             raise ArgumentError(f"a number of slots is an integer, and not {count!r}")
         warm = self.leases.armed.warm_memory
@@ -298,7 +298,7 @@ class Guest:
     def _saved(self, *, with_code: bool) -> files.Saved:
         """Return the record of the guest for a file."""
         self.leases.require_usable()
-        compiled = self._open()
+        compiled = self.open_code()
         key = None
         if with_code:
             circumstances = self.runtime.code_key(self.plan)

@@ -165,6 +165,8 @@ class Instance:
         leases.require_idle(live)
         if handle.live is not live:  # another thread was first
             raise (ended if handle.live is None else being_reset)(guest.name)
+        # Before anything ends: another thread may close the guest meanwhile, and drop its code.
+        compiled = guest.open_code()
         group = live.group
         try:
             handle.live = meanwhile
@@ -176,7 +178,7 @@ class Instance:
                     raise ended(guest.name)
                 raise InUse(f"a call began in an instance of {guest.name} while it was reset")
             memories = leases.renew(memories)
-            renewed = leases.start(guest.runtime.live(guest.compiled, memories, live.binding))
+            renewed = leases.start(guest.runtime.live(compiled, memories, live.binding))
             if group is not None:
                 renewed.group = group
                 group.add(renewed)

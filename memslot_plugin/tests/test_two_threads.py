@@ -398,3 +398,35 @@ def test_request_whose_ready_instance_another_thread_takes_waits_for_a_slot(
 
         monkeypatch.setattr(host.leases, "end_a_ready_one", take)
         guest.instantiate(wait_timeout=30).close()
+
+
+@pytest.mark.parametrize("name", [WASMTIME])
+def test_reset_while_another_thread_releases_ended_memories_keeps_its_own(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with hosts.serving(name) as host, hosts.prepare(host) as guest:
+
+        def close(close: Callable[[], int]) -> int:
+            answer = close()
+            monkeypatch.undo()
+            hosts.elsewhere(lambda: guest.instantiate().close())  # looks for ended memories
+            return answer
+
+        with guest.instantiate() as instance:
+            instance.memory.grow(1)  # no reset in place
+            closing_by(monkeypatch, close)
+            instance.reset()
+            assert instance.memory.read(8, 5) == b"hello"
+
+
+@pytest.mark.parametrize("name", DECIDING)
+def test_reset_whose_guest_another_thread_closes_meanwhile_ends_or_is_done(name: str) -> None:
+    with hosts.serving(name) as host:
+        guest = hosts.prepare(host)
+        with guest.instantiate() as instance:
+            instance.memory.grow(1)  # no reset in place
+            before(instance.handle.leases, "renew", guest.close)
+            with suppress(memslot.UsedAfterClose):
+                instance.reset()
+                assert instance.memory.byte_size == 2 * hosts.PAGE
+        assert hosts.in_use(host) == 0

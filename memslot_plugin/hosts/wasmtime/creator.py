@@ -40,6 +40,8 @@ class MemoryUser(Protocol):
     cell: Any
     memories: tuple[LinearMemory, ...]
     generation: int
+    taken: bool
+    """True while the caller of `finish` takes the memories: `drain` on another thread must not release them."""
 
     def forget_views(self) -> None:
         """Close the objects of wasmtime-py's that refer to the store."""
@@ -148,9 +150,16 @@ class Creator:
             return None
         token = live.token
         live.forget_views()
+        if not release:
+            live.taken = True
         # From here to the last `pop`, an exception leaves the instance to `drain`, and no slot is lost.
         self._ending[token] = live
-        answer = lib.ms_wt_close(live.cell, generation or 0)
+        answer = None
+        try:
+            answer = lib.ms_wt_close(live.cell, generation or 0)
+        finally:
+            if answer != _UNUSED:
+                live.taken = False
         if answer == _UNUSED:
             self._groups.pop(token, None)
             self._cells.pop(token, None)
@@ -180,7 +189,7 @@ class Creator:
             return
         for live in list(self._ending.values()):
             cell = live.cell
-            if cell.depth:  # a call runs, and ends the instance when it returns
+            if cell.depth or live.taken:  # a call that runs, or another thread, ends the instance
                 continue
             if not cell.context or cell.closing >= cell.generation:
                 self.finish(live)

@@ -65,6 +65,7 @@ class WasmtimeLive(Live):
     # No cached_property here: with one, CPython 3.11 keeps all attributes in a dict, and a reset is 10 % slower.
     token = 0
     """The creator's number for the memories; 0 until the instance begins."""
+    taken = False
     bound: BoundImports | None = None
     """The imports, which the instance may call for as long as it lives."""
     environment: Environment | None = None
