@@ -151,7 +151,7 @@ class Leases:
         """Compiled code of dropped guests, which has to be freed on the host's thread."""
         self.waiting: list[MemoryRequest] = []
         """The requests that wait for a slot."""
-        self.settle: Callable[[], None] = lambda: None
+        self.settle: Callable[[], None] | None = None
         """Release the memories that a runtime used longer than their instances; set by the runtime."""
         self.instances = self.resets_in_place = self.resets_by_instantiation = 0
         # A collection may find a live instance and its memories at once.  They are kept here, because its slot would
@@ -162,12 +162,15 @@ class Leases:
 
     def lease(self, requests: Sequence[MemoryRequest]) -> tuple[LinearMemory, ...]:
         """Ask the plugins for every memory; all or none.  Instances that wait for a lease make room."""
-        self.settle()
+        if self.settle is not None:
+            self.settle()
         leased: list[LinearMemory] = []
         armed = self.armed
         try:
             for request in requests:
-                leased.append(memory := self._lease_one(request))
+                lease = self._wait_for if request.wait_timeout else self._lease_at_once
+                memory = lease(request)
+                leased.append(memory)
                 if armed.memory_created is not None:
                     armed.memory_created(memory)
         except Exception as error:
@@ -178,27 +181,30 @@ class Leases:
             raise
         return tuple(leased)
 
-    def _lease_one(self, request: MemoryRequest) -> LinearMemory:
-        """Ask the plugins for a memory; ready instances end one by one before the request waits or fails."""
-        waits = bool(request.wait_timeout)
-        if waits:
-            self.waiting.append(request)  # from now on the end of a lease gives its slot back
+    def _lease_at_once(self, request: MemoryRequest) -> LinearMemory:
+        """Ask the plugins for a memory; ready instances end one by one before the request fails."""
+        while True:
+            try:
+                return self.armed.create_memory(request)
+            except PoolExhausted:
+                if not self.end_a_ready_one():
+                    raise
+
+    def _wait_for(self, request: MemoryRequest) -> LinearMemory:
+        """Ask the plugins for a memory; ready instances end one by one before the request waits."""
+        self.waiting.append(request)  # from now on the end of a lease gives its slot back
         try:
-            while True:
-                at_once = waits and any(map(len, self.ready.listed()))
+            while any(map(len, self.ready.listed())):
                 try:
-                    memory = self.armed.create_memory(
-                        replace(request, wait_timeout=0.0) if at_once else request
-                    )
+                    memory = self.armed.create_memory(replace(request, wait_timeout=0.0))
                 except PoolExhausted:
-                    if not self.end_a_ready_one() and not at_once:
-                        raise
+                    self.end_a_ready_one()
                 else:
                     memory.request = request
                     return memory
+            return self.armed.create_memory(request)
         finally:
-            if waits:
-                self.waiting.remove(request)
+            self.waiting.remove(request)
 
     def end_a_ready_one(self) -> bool:
         """End an instance that waits for a lease, of the guest that has the most; False if there is none."""

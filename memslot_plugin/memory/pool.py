@@ -271,7 +271,7 @@ class Pool:
             if retire or self._on_demand or slot.state is UNKNOWN:
                 destroy_or_log(slot)
             else:
-                result = self._reset_slot(slot)
+                result = self._reset_slot(slot) if self._audit else slot.reset(self._reset)
         except MemslotError:
             destroy_or_log(slot)
             raise

@@ -45,19 +45,23 @@ class Reservation:
     Raises SystemCallError; `purpose` ends its sentence.
     """
 
-    __slots__ = ("base", "length")
+    __slots__ = ("_base", "length")
 
     def __init__(self, length: int, purpose: str) -> None:
-        base = ffi.new("uintptr_t *")
-        check(
-            lib.ms_reserve(length, base), f"reserving {length} bytes of address space for {purpose}"
-        )
-        self.base, self.length = int(base[0]), length
+        # Before the call: an interrupt right after it leaves the address where the finalizer finds it.
+        self._base, self.length = ffi.new("uintptr_t *"), length
+        what = f"reserving {length} bytes of address space for {purpose}"
+        check(lib.ms_reserve(length, self._base), what)
+
+    @property
+    def base(self) -> int:
+        """The first address."""
+        return int(self._base[0])
 
     def unmap(self) -> None:
         """Unmap the range, or leak it: what a failed munmap(2) leaves is inaccessible or pristine to all."""
         length, self.length = self.length, 0
-        if length:
+        if length and self.base:
             leak(lib.ms_unmap(self.base, length), f"{length} bytes of address space")
 
     def __del__(self) -> None:

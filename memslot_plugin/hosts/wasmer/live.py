@@ -29,6 +29,20 @@ from memslot_plugin.hosts.wasmer.wasi import Streams
 class WasmerLive(Live):
     """One instance, and everything that has to outlive it."""
 
+    # Class attributes, because setting each of them costs every new instance 30 ns.
+    _bound: BoundImports | None = None
+    _streams: Streams | None = None
+    """The standard streams of a guest that imports WASI."""
+    _memory: Any = None
+    """wasmer's memory under the slot; None if the guest runs natively or has none."""
+    _instance: Any = None
+    _exports: Any = None
+    _captured: tuple[int, ...] | None = None
+    """The bits of the saved globals at the start, if the module does not tell them."""
+    _attached: AttachedGlobals | None = None
+    _restore: Callable[[], None] | None = None
+    """Sets the saved globals to their first values; made at the first reset."""
+
     def __init__(
         self,
         leases: Leases,
@@ -39,18 +53,6 @@ class WasmerLive(Live):
         super().__init__(compiled.guest_name, memories, binding)
         self._leases = leases
         self._compiled = compiled
-        self._bound: BoundImports | None = None
-        self._streams: Streams | None = None
-        """The standard streams of a guest that imports WASI."""
-        self._memory: Any = None
-        """wasmer's memory under the slot; None if the guest runs natively or has none."""
-        self._instance: Any = None
-        self._exports: Any = None
-        self._captured: tuple[int, ...] | None = None
-        """The bits of the saved globals at the start, if the module does not tell them."""
-        self._attached: AttachedGlobals | None = None
-        self._restore: Callable[[], None] | None = None
-        """Sets the saved globals to their first values; made at the first reset."""
         self._functions: dict[str, Callable[..., Any]] = {}
         self._natives: dict[str, Any] = {}
         """wasmer's functions behind `_functions`; empty once the instance has ended, which ends those too."""
