@@ -390,7 +390,10 @@ class Lease:
             following = instance.pass_on(live)
         except Exception:  # the embedder's too: reseeding calls host functions and plugins
             if handle.live is not None:
-                raise
+                if not self._guest.closed:
+                    raise
+                instance.close()  # another thread has closed the guest meanwhile, so there is no next lease
+                return
             # The request was served, and the pool counts the lost slot.  As text, because a kept record would keep
             # the traceback, and with it the slot's memory.
             _log.error(

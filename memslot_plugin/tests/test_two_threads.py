@@ -430,3 +430,14 @@ def test_reset_whose_guest_another_thread_closes_meanwhile_ends_or_is_done(name:
                 instance.reset()
                 assert instance.memory.byte_size == 2 * hosts.PAGE
         assert hosts.in_use(host) == 0
+
+
+@pytest.mark.parametrize("name", DECIDING)
+def test_end_of_a_lease_whose_guest_another_thread_closes_ends_the_instance(name: str) -> None:
+    with hosts.serving(name) as host:
+        guest = hosts.prepare(host)
+        with guest.lease() as instance:
+            instance.memory.grow(1)  # no reset in place
+            before(guest, "open_code", guest.close)
+        assert instance.closed
+        assert hosts.in_use(host) == 0
