@@ -56,6 +56,12 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return Path("socket")
 
 
+def listens(path: Path) -> bool:
+    """Return True if a server accepts connections at this Unix socket."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
+
+
 @contextmanager
 def serving(command: list[str], host: str, socket_path: Path) -> Iterator[None]:
     """Start a server, which has to answer within a minute, and end it."""
@@ -66,7 +72,7 @@ def serving(command: list[str], host: str, socket_path: Path) -> Iterator[None]:
         )
     try:
         deadline = time.monotonic() + 60
-        while not socket_path.exists():
+        while not listens(socket_path):  # it exists a moment earlier
             assert server.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.05)
