@@ -212,9 +212,8 @@ class Inventory:
         model = self._free[shape].latest(affinity) if shape in self._free else None
         usual = None if model is None else model.private_runs()
         slots: list[Slot] = []
-        holder = (
-            Holder()
-        )  # goes with this frame; without a lease, reclaim would free the slots in the middle
+        # Goes with this frame: without a lease, reclaim would free the slots in the middle.
+        holder = Holder()
         try:
             while len(slots) < count:
                 slot = self.take(*wanted)

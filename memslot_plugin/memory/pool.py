@@ -19,7 +19,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from memslot_hooks.types import RETIRED, HostMapping, PoolStatistics, ResetResult
 from memslot_plugin._core import after_fork, catch_up
@@ -123,9 +123,7 @@ class Pool:
         lease.pool, lease.unreleased = self, [own]
         if map_host_memory is None:
             shape = OWN
-        catch_up()
-        if self._lock._is_owned():  # noqa: SLF001
-            self._refuse_inside("lease")
+        self._require_outside("lease")
         try:
             with self._lock:
                 slot = self._take(lease, shape, affinity, byte_size, map_host_memory)
@@ -271,7 +269,7 @@ class Pool:
             if retire or self._on_demand or slot.state is UNKNOWN:
                 destroy_or_log(slot)
             else:
-                result = self._reset_slot(slot) if self._audit else slot.reset(self._reset)
+                result = self._reset_slot(slot)
         except MemslotError:
             destroy_or_log(slot)
             raise
@@ -294,13 +292,10 @@ class Pool:
         """Raise InUse if this thread has the lock: a finalizer or a signal handler has interrupted it there."""
         catch_up()
         if self._lock._is_owned():  # noqa: SLF001  # as threading.Condition uses it
-            self._refuse_inside(what)
-
-    def _refuse_inside(self, what: str) -> NoReturn:
-        raise InUse(
-            f"cannot {what} here: this finalizer or signal handler came while its own thread was changing the"
-            " pool; do it after the finalizer or handler has returned"
-        )
+            raise InUse(
+                f"cannot {what} here: this finalizer or signal handler came while its own thread was changing the"
+                " pool; do it after the finalizer or handler has returned"
+            )
 
     def _drain(self) -> None:
         """Under the lock: settle what came back."""

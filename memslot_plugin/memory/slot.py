@@ -251,9 +251,8 @@ class Slot(Region):
             check(self.image.unmap(self.base), "removing an image from a slot")
             # All that is reserved: resets keep pages resident, those of a grown memory lie above what is accessible.
             failed = lib.ms_discard(self.base, self.reserved)
-            if (
-                failed and self.accessible
-            ):  # locked pages cannot be dropped (mlockall(2)), but mapped over
+            # Locked pages cannot be dropped (mlockall(2)), but mapped over.
+            if failed and self.accessible:
                 failed = lib.ms_zero(self.base, self.accessible)
             check(failed, "purging a slot")
             self.set_image(None)
