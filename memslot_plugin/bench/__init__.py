@@ -2,7 +2,7 @@
 
     runner     measures: subjects in rounds;  results: rows of ratios, claims about them, and tables
     baseline   the peers;  guests, memory: what is measured, with a guest and without
-    reset, cycle, request, density, warm, scaling, snapshot, hooks, analysis
+    reset, cycle, request, density, scaling, snapshot
                the families (live is the process that density starts, ruby a guest of snapshot)
     report     the README's tables, from a stored run;  plot: a picture
 
@@ -14,17 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 
-from memslot_plugin.bench import (
-    analysis,
-    cycle,
-    density,
-    hooks,
-    request,
-    reset,
-    scaling,
-    snapshot,
-    warm,
-)
+from memslot_plugin.bench import cycle, density, request, reset, scaling, snapshot
 from memslot_plugin.bench.machine import facts
 from memslot_plugin.bench.results import Claim, Family, Grid, Row, Run, judge
 from memslot_plugin.bench.runner import Bench
@@ -32,8 +22,7 @@ from memslot_plugin.bench.runner import Bench
 __all__ = ["FAMILIES", "Bench", "Family", "Grid", "Run", "grids", "run"]
 
 FAMILIES: dict[str, ModuleType] = {
-    family.NAME: family
-    for family in (reset, cycle, request, density, warm, scaling, snapshot, hooks, analysis)
+    family.NAME: family for family in (reset, cycle, request, density, scaling, snapshot)
 }
 """Families by name.
 

@@ -197,13 +197,6 @@ def pivot(
     )
 
 
-def listed(title: str, rows: Sequence[Row], label: str, heading: str) -> Iterator[Grid]:
-    """Yield a grid with a line per row: the label, and the ratio with its quartiles; none without rows."""
-    if rows:
-        lines = tuple((str(row.labels[label]), spread(row)) for row in rows)
-        yield Grid(title, (label, heading), lines)
-
-
 def claimed(claim: Claim, number: float) -> str:
     """Write a claim's measured number or limit for people."""
     if claim.kind == "nanoseconds":

@@ -22,7 +22,7 @@ from memslot_plugin._core import lib
 from memslot_plugin.bench import guests
 from memslot_plugin.bench.baseline import chosen
 from memslot_plugin.bench.memory import Pages, image_of, pool_of, serve, strategy
-from memslot_plugin.bench.results import Claim, Grid, Limit, Row, judge, listed
+from memslot_plugin.bench.results import Claim, Grid, Limit, Row, judge, spread
 from memslot_plugin.bench.runner import CLOCK, Bench, Subject
 from memslot_plugin.errors import MemslotError
 from memslot_plugin.hosts import Guest, open_host
@@ -207,4 +207,6 @@ def _child(passed: _Passed, barrier: Any, answers: Any, seconds: float) -> None:
 
 def grids(rows: Sequence[Row]) -> Iterator[Grid]:
     """Show one line each."""
-    return listed("Two over one: throughput", rows, "two", "over one")
+    if rows:
+        lines = tuple((str(row.labels["two"]), spread(row)) for row in rows)
+        yield Grid("Two over one: throughput", ("two", "over one"), lines)
