@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 import memslot_plugin as memslot
-from memslot_plugin.bench import ruby
 
-from . import npm
+from . import npm, ruby
 from .cells import Cell, check
 
 pytestmark = pytest.mark.long

@@ -3,7 +3,7 @@
     runner     measures: subjects in rounds;  results: rows of ratios, claims about them, and tables
     baseline   the peers;  guests, memory: what is measured, with a guest and without
     reset, cycle, request, density, scaling, snapshot
-               the families (live is the process that density starts, ruby a guest of snapshot)
+               the families (live is the process that density starts)
     report     the README's tables, from a stored run;  plot: a picture
 
 A ratio is taken within each round and its median shown: prices of different moments are never compared.

@@ -1,7 +1,7 @@
 """Family `snapshot`: real guests leased as a snapshot left them, against booting them for each request.
 
-QuickJS comes from the installed Python package quickjs-rs, or from a folder of the caller, which may also hold two
-JavaScript libraries and CRuby.  A guest that is not found is named and left out.
+QuickJS comes from the installed Python package quickjs-rs, or from a folder of the caller, which may also hold a
+JavaScript library.  A guest that is not found is named and left out.
 """
 
 from __future__ import annotations
@@ -10,26 +10,18 @@ import importlib.util
 import struct
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from memslot_plugin.bench import ruby
 from memslot_plugin.bench.baseline import chosen
 from memslot_plugin.bench.results import Grid, Limit, Row, pivot, spread
-from memslot_plugin.bench.runner import CLOCK, Bench, timed
+from memslot_plugin.bench.runner import Bench, timed
 from memslot_plugin.errors import RepeatedRandomness
-from memslot_plugin.hosts import Guest, Host, Instance, Wasi, open_host
-from memslot_plugin.settings import MIB
+from memslot_plugin.hosts import Instance, Wasi, open_host
 
 NAME = "snapshot"
 
-FILES = {
-    "QuickJS": "quickjs*.wasm",
-    "lodash": "lodash*.js",
-    "handlebars": "handlebars*.js",
-    "CRuby": "*ruby*.wasm",
-}
+FILES = {"QuickJS": "quickjs*.wasm", "lodash": "lodash*.js"}
 """Names of the files in the caller's folder; the first that matches is taken."""
 
 SECONDS = 2.0
@@ -43,66 +35,31 @@ BOOTS, LOADS = 30, 2
 
 
 class Script(NamedTuple):
-    """A request to QuickJS: sources to load before, the expression to evaluate, and its value."""
+    """A request to QuickJS: the source to load a library before, the expression to evaluate, and its value."""
 
-    load: tuple[bytes, ...]
+    load: bytes
     request: bytes
     answer: str
 
 
 SCRIPTS = {
-    "QuickJS": Script((), b"String(6*7)", "42"),
-    # Without the loaders that each library looks for, and with a value that is text.
+    "QuickJS": Script(b"", b"String(6*7)", "42"),
     "lodash": Script(
-        (b"(function (module, exports, define) {%s}).call(globalThis); ''", b"''"),
+        # Without the loaders that the library looks for, and with a value that is text.
+        b"(function (module, exports, define) {%s}).call(globalThis); ''",
         b"_.sortBy([{n: 3}, {n: 1}, {n: 2}], 'n').map(each => each.n).join()",
         "1,2,3",
     ),
-    "handlebars": Script(
-        (
-            b"(function (exports, module, define) {%s}).call(globalThis); ''",
-            b"var greet = Handlebars.compile('{{#each names}}Hello {{this}}! {{/each}}'); greet({})",
-        ),
-        b"greet({names: ['you', '<me>']})",
-        "Hello you! Hello &lt;me&gt;! ",
-    ),
 }
 
-RUBY_REQUEST = """require "json"; JSON.generate((1..5).map { |x| {x => x ** 2} })"""
-RUBY_ANSWER = '[{"1":1},{"2":4},{"3":9},{"4":16},{"5":25}]'
-
-LEASED, UNUSED = "CRuby, lease and reset", "CRuby, lease of an unused slot"
-
 LIMITS = [
-    *(
-        Limit(
-            "{guest} from a snapshot on {host}: faster than booting",
-            {"guest": guest, "host": host},
-            least,
-        )
-        for guest, *limits in (
-            ("QuickJS", 10, 15),
-            ("lodash", 100, 200),
-            ("handlebars", 100, 150),
-        )
-        for host, least in zip(("wasmtime", "wasmer"), limits, strict=True)
-    ),
     Limit(
-        "{guest} on {host}",
-        {"guest": LEASED},
-        most=200_000,
-        of=lambda row: row.cost.median,
-        kind="nanoseconds",
-    ),
-    # wasmer takes half a millisecond by itself for its 18,000 functions, wasmtime a tenth.
-    Limit(
-        "{guest} on {host}",
-        {"guest": UNUSED},
-        most=1_000_000,
-        of=lambda row: row.cost.low,
-        kind="nanoseconds",
-    ),
-    Limit("{guest} on {host}: faster than booting", {"guest": UNUSED}, least=500),
+        "{guest} from a snapshot on {host}: faster than booting",
+        {"guest": guest, "host": host},
+        least,
+    )
+    for guest, *limits in (("QuickJS", 10, 15), ("lodash", 100, 200))
+    for host, least in zip(("wasmtime", "wasmer"), limits, strict=True)
 ]
 
 
@@ -135,22 +92,7 @@ def measure(bench: Bench) -> Iterator[Row | str]:
                 bench.say(f"snapshot: {name} on {host}")
                 library = paths[name].read_bytes() if script.load else b""
                 yield javascript(bench, host, name, paths["QuickJS"].read_bytes(), library)
-        if "CRuby" in paths and bench.quick and host == "wasmer":
-            yield "CRuby on wasmer, because a quick run leaves out its long compilation"
-        elif "CRuby" in paths:
-            bench.say(f"snapshot: CRuby on {host}, which is compiled first")
-            yield from cruby(bench, host, paths["CRuby"].read_bytes())
 
-
-@contextmanager
-def _opened(host: str, **settings: Any) -> Iterator[Host]:
-    """Open a host on which snapshots of guests with randomness are taken without a warning."""
-    with open_host(host, **settings) as opened, warnings.catch_warnings():
-        warnings.simplefilter("ignore", RepeatedRandomness)
-        yield opened
-
-
-# -- JavaScript
 
 _OK = 0
 
@@ -186,8 +128,8 @@ class _Prompt:
 def javascript(bench: Bench, host: str, name: str, quickjs: bytes, library: bytes) -> Row:
     """Ask a snapshot taken after loading, against booting, loading and asking."""
     script = SCRIPTS[name]
-    load = [script.load[0] % library, *script.load[1:]] if script.load else []
-    room = max(len(each) for each in (*load, script.request))
+    load = script.load and script.load % library
+    room = max(len(load), len(script.request))
 
     def ask(prompt: _Prompt) -> None:
         answer = prompt.ask(script.request)
@@ -196,12 +138,13 @@ def javascript(bench: Bench, host: str, name: str, quickjs: bytes, library: byte
 
     def boot(instance: Instance) -> _Prompt:
         prompt = _Prompt(instance, room)
-        for each in load:
-            prompt.ask(each)
+        if load:
+            prompt.ask(load)
         ask(prompt)
         return prompt
 
-    with _opened(host, slots=3) as opened:
+    with open_host(host, slots=3) as opened, warnings.catch_warnings():
+        warnings.simplefilter("ignore", RepeatedRandomness)
         prompts: list[_Prompt] = []
         booting = opened.prepare(quickjs, imports=_IMPORTS, wasi=Wasi())
         ready = opened.prepare(
@@ -230,55 +173,6 @@ def javascript(bench: Bench, host: str, name: str, quickjs: bytes, library: byte
             samples = bench.rounds(subjects, SECONDS)
     labels = {"guest": name, "host": host}
     return Row.compare(labels, samples["snapshot"], "booting", samples["booting"], gain=True)
-
-
-# -- CRuby
-
-
-def cruby(bench: Bench, host: str, module: bytes) -> Iterator[Row]:
-    """Lease CRuby with a request and its reset, and lease all unused slots, against booting it once."""
-    booting: list[float] = []
-
-    def init(instance: Instance) -> None:
-        started = CLOCK()
-        ruby.boot(instance)
-        if ruby.evaluate(instance, RUBY_REQUEST) != RUBY_ANSWER:
-            raise ValueError("CRuby gave a wrong answer")
-        booting.append(CLOCK() - started)
-
-    with _opened(host, image_limit=128 * MIB) as opened:
-        wasi = Wasi(program="ruby", stdout="discard")
-        guest = opened.prepare(module, imports=ruby.imports(module), wasi=wasi, init=init)
-        leased = bench.rounds({LEASED: lambda: _lease_and_reset(guest)}, SECONDS)
-        leased[UNUSED] = _leases_of_unused_slots(opened, guest)
-    for name, samples in leased.items():
-        labels = {"guest": name, "host": host}
-        yield Row.compare(labels, samples, "booting", booting * len(samples), gain=True)
-
-
-def _lease_and_reset(guest: Guest) -> float:
-    """Return the nanoseconds of a lease's begin and end, without the request in between."""
-    lease = guest.lease()
-    started = CLOCK()
-    instance = lease.__enter__()
-    cost = CLOCK() - started
-    try:
-        ruby.evaluate(instance, RUBY_REQUEST)
-    finally:
-        started = CLOCK()
-        lease.__exit__()
-        cost += CLOCK() - started
-    return cost
-
-
-def _leases_of_unused_slots(host: Host, guest: Guest) -> list[float]:
-    costs: list[float] = []
-    with ExitStack() as leases:
-        for _ in range(host.settings.slots):
-            started = CLOCK()
-            leases.enter_context(guest.lease())
-            costs.append(CLOCK() - started)
-    return costs[1:]  # the first slot has served before
 
 
 def grids(rows: Sequence[Row]) -> Iterator[Grid]:

@@ -27,7 +27,6 @@ from memslot_plugin.bench import (
     plot,
     report,
     request,
-    ruby,
     snapshot,
 )
 from memslot_plugin.bench import results as r
@@ -139,8 +138,6 @@ MADE: list[Any] = [
     ("density", 1, 2, {"host": "wasmtime", "what": "mappings"}, [(2, 4)]),
     ("snapshot", 12, 1, {"guest": "QuickJS", "host": "wasmtime"}, [(12, 10)]),
     ("snapshot", 190, 1, {"guest": "lodash", "host": "wasmer"}, [(190, 200)]),
-    ("snapshot", 1, 9e4, {"guest": snapshot.LEASED, "host": "wasmer"}, [(9e4, 2e5)]),
-    ("snapshot", 800, 4e5, {"guest": snapshot.UNUSED, "host": "wasmer"}, [(4e5, 1e6), (800, 500)]),
 ]
 """Family, ratio, cost and labels of a row, and the measured numbers and limits of its claims."""
 
@@ -283,21 +280,14 @@ def test_family_scaling_adds_threads_and_processes(measured: Measure) -> None:
         assert bench.scaling._processes(image, "spawn")(1, 0.01) > 0
 
 
-GUEST = """(module (import "rb-js-abi-host" "eval" (func)) (memory (export "memory") 1)
+GUEST = """(module (memory (export "memory") 1)
   (data (i32.const 0) "\\10\\00\\00\\00\\02\\00\\00\\00\\07") (data (i32.const 16) "42")
-  (func (export "_initialize"))
   (func (export "qjs_alloc") (param i32) (result i32) (i32.const 1024))
   (func (export "eval_code") (param i32 i32 i32) (result i32) (i32.eqz (local.get 1)))
   (func (export "get_string") (param i32) (result i32) (i32.const 0))
   (func (export "qjs_last_ptr") (result i32) (i32.const 16))
-  (func (export "qjs_last_len") (result i32) (i32.const 2))
-  (func (export "cabi_realloc") (param i32 i32 i32 i32) (result i32) (i32.const 1024))
-  (func (export "ruby-init: func(args: list<string>) -> ()") (param i32 i32))
-  (func (export "rb-eval-string-protect: func(str: string) -> tuple<handle<rb-abi-value>, s32>")
-    (param i32 i32) (result i32) (select (i32.const 8) (i32.const 4) (local.get 1)))
-  (func (export "rstring-ptr: func(value: handle<rb-abi-value>) -> string") (param i32) (result i32)
-    (i32.const 0)))"""
-"""A guest that answers 42 to each script, as QuickJS and as CRuby. An empty script fails."""
+  (func (export "qjs_last_len") (result i32) (i32.const 2)))"""
+"""A guest that answers 42 to each script, as QuickJS. An empty script fails."""
 
 
 @needs_a_runtime
@@ -305,7 +295,6 @@ def test_family_snapshot_measures_the_guests_of_a_folder_and_names_the_others(
     measured: Measure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     module = baseline.assemble(GUEST)
-    (tmp_path / "my-ruby.wasm").write_bytes(module)
     (tmp_path / "lodash.min.js").write_text("var _")
     # The installed package: found, and not imported.
     package = tmp_path / "site" / "quickjs_rs"
@@ -313,31 +302,25 @@ def test_family_snapshot_measures_the_guests_of_a_folder_and_names_the_others(
     (package / "__init__.py").write_text("raise AssertionError")
     (package / "_guest.wasm").write_bytes(module)
     monkeypatch.syspath_prepend(package.parent)
-    monkeypatch.setitem(snapshot._IMPORTS, "rb-js-abi-host", {"eval": lambda: 0})
     lodash = snapshot.SCRIPTS["lodash"]._replace(answer="42")
     scripts = {"QuickJS": snapshot.SCRIPTS["QuickJS"], "lodash": lodash}
-    small = {"SCRIPTS": scripts, "RUBY_ANSWER": "42", "BLOCK": 2, "BOOTS": 2}
+    small = {"SCRIPTS": scripts, "BLOCK": 2, "BOOTS": 2}
     family = measured("snapshot", "--guests", tmp_path, **small)
     assert values(family, "host") == set(HOSTS)
-    assert values(family, "guest") == {"QuickJS", "lodash", snapshot.LEASED, snapshot.UNUSED}
-    assert "handlebars, because --guests names no folder with handlebars*.js" in family.skipped
+    assert values(family, "guest") == {"QuickJS", "lodash"}
     assert cells(family) == len(family.rows)
+    family = measured("snapshot", **small)
+    assert "lodash, because --guests names no folder with lodash*.js" in family.skipped
 
 
 @needs_a_runtime
 def test_real_guest_that_fails_raises() -> None:
-    module = baseline.assemble(GUEST)
-    imports = ruby.imports(module)
-    with pytest.raises(RuntimeError, match="there is no JavaScript here, and eval was called"):
-        imports["rb-js-abi-host"]["eval"]()
     with (
         open_host(HOSTS[0]) as host,
-        host.prepare(module, imports=imports).instantiate() as instance,
+        host.prepare(baseline.assemble(GUEST)).instantiate() as instance,
+        pytest.raises(ValueError, match="status 1 to b''"),
     ):
-        with pytest.raises(ValueError, match="status 1 to b''"):
-            snapshot._Prompt(instance, 8).ask(b"")
-        with pytest.raises(ValueError, match="with state 7"):
-            ruby.evaluate(instance, "")
+        snapshot._Prompt(instance, 8).ask(b"")
 
 
 def test_rounds_without_time_left_still_run_the_fewest() -> None:
@@ -395,7 +378,7 @@ def test_bench_check_with_a_failed_claim_exits_with_1(
     assert (result.exit_code, result.stderr) == (code, "")
     assert "Not measured: request: reasons" in result.stdout
     verdicts = [line.split()[-1] for line in result.stdout.splitlines() if " at least " in line]
-    assert verdicts == ["yes", "yes", *(["yes", "no", "yes"] if found is FAILS else [])]
+    assert verdicts == ["yes", "yes", *(["yes", "no"] if found is FAILS else [])]
 
 
 def test_bench_check_without_any_judged_claim_exits_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
