@@ -90,7 +90,7 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """A claim about each row that has these labels: its number `of` is at least `least`, or else at most `most`.
+    """A claim about each row that has these labels: its ratio is at least `least`, or else at most `most`.
 
     `says` may name labels in braces.
     """
@@ -99,8 +99,6 @@ class Limit:
     labels: Mapping[str, Label | None]
     least: float | None = None
     most: float = 0.0
-    of: Callable[[Row], float] = lambda row: row.ratio.median
-    kind: str = "times"
 
 
 def judge(rows: Sequence[Row], limits: Iterable[Limit]) -> Iterator[Claim]:
@@ -110,7 +108,7 @@ def judge(rows: Sequence[Row], limits: Iterable[Limit]) -> Iterator[Claim]:
             if row.has(each.labels):
                 says, at_least = each.says.format_map(row.labels), each.least is not None
                 limit = each.most if each.least is None else each.least
-                yield Claim(says, each.of(row), limit, at_least, each.kind)
+                yield Claim(says, row.ratio.median, limit, at_least)
 
 
 @dataclass(frozen=True, slots=True)

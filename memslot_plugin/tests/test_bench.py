@@ -25,7 +25,6 @@ from memslot_plugin.bench import (
     grids,
     live,
     plot,
-    report,
     request,
     snapshot,
 )
@@ -135,7 +134,7 @@ MADE: list[Any] = [
     ("request", 200, 1, {**LARGE, "memslot": request.RESET}, [(200, 150)]),
     ("density", 50, 1, {"host": "wasmer", "what": "bytes"}, [(50, 40)]),
     ("density", 9, 1, {"host": "wasmtime", "what": "bytes"}, []),
-    ("density", 1, 2, {"host": "wasmtime", "what": "mappings"}, [(2, 4)]),
+    ("density", 9, 1, {"host": "wasmtime", "what": "mappings"}, []),
     ("snapshot", 12, 1, {"guest": "QuickJS", "host": "wasmtime"}, [(12, 10)]),
     ("snapshot", 190, 1, {"guest": "lodash", "host": "wasmer"}, [(190, 200)]),
 ]
@@ -188,19 +187,6 @@ def made(*names: str) -> r.Run:
         families.append(r.Family(name, tuple(rows), claims_about(name, rows), skipped))
     words = ("date", "processor", "processors", "kernel", "python")
     return r.Run({"versions": {"memslot": "1"}, **dict.fromkeys(words, "?")}, True, (*families,))
-
-
-def test_report_written_to_a_file_replaces_its_section_alone() -> None:
-    found = made("reset", "snapshot")
-    once = report.insert(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n", found)
-    assert once.startswith("before\n")
-    assert once.endswith("after\n")
-    assert "old" not in once
-    assert "| read | MiB | 16 |" in once
-    assert " us" not in report.section(found)  # ratios, never bare times
-    assert report.insert(once, found) == once
-    with pytest.raises(ValueError, match="section"):
-        report.insert("no markers", found)
 
 
 # Families
