@@ -17,10 +17,10 @@ import re
 import sys
 from pathlib import Path
 
+import benchmark_tables
 import files_table
 from hooks_page import hooks_page
 
-from memslot_plugin.bench import report
 from memslot_plugin.bench.results import Run
 from memslot_plugin.settings import fields
 
@@ -36,7 +36,7 @@ def pages(root: Path) -> dict[Path, str]:
         root / "docs" / "hooks.md": hooks_page(),
         root / "docs" / "settings.md": settings_page(),
         architecture: files_table.insert(architecture.read_text(encoding="utf-8"), ROOT),
-        readme: report.insert(readme.read_text(encoding="utf-8"), run),
+        readme: benchmark_tables.insert(readme.read_text(encoding="utf-8"), run),
     }
 
 

@@ -4,7 +4,7 @@
     baseline   the peers;  guests, memory: what is measured, with a guest and without
     reset, cycle, request, density, scaling, snapshot
                the families (live is the process that density starts)
-    report     the README's tables, from a stored run;  plot: a picture
+    plot       a picture of a run
 
 A ratio is taken within each round and its median shown: prices of different moments are never compared.
 """

@@ -47,8 +47,6 @@ def measured_on(run: Run) -> str:
 
 def insert(page: str, run: Run) -> str:
     """Return the page with its section replaced; raises ValueError if it has no markers."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"the page has no section between {BEGIN} and {END}")
+    before, rest = page.split(BEGIN)
+    _, after = rest.split(END)
     return before + section(run) + after
