@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 MISSING = 3
@@ -21,6 +22,9 @@ def main() -> None:
         raise SystemExit(MISSING) from None
     from memslot_plugin.cli import main as command_line  # noqa: PLC0415
 
+    signal.signal(
+        signal.SIGPIPE, signal.SIG_DFL
+    )  # a reader that goes away ends the command, as it does others
     command_line(prog_name="memslot")
 
 

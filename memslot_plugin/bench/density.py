@@ -35,7 +35,7 @@ def measure(bench: Bench) -> Iterator[Row | Claim | str]:
         found = []
         for side in SIDES:
             bench.say(f"density: {count} instances on {host}, {side}")
-            found.append(_in_a_process(bench, host, side, count))
+            found.append(_in_a_process(host, side, count))
         for unit in ("bytes", "mappings"):
             ours, theirs = ([max(each[unit], 1e-3)] for each in found)
             labels: dict[str, Label] = {"host": host, "instances": count, "what": unit}
@@ -44,10 +44,9 @@ def measure(bench: Bench) -> Iterator[Row | Claim | str]:
         yield Claim(says, found[0]["mappings"], 4, kind="count")
 
 
-def _in_a_process(bench: Bench, host: str, side: str, count: int) -> dict[str, float]:
+def _in_a_process(host: str, side: str, count: int) -> dict[str, float]:
     command = [sys.executable, "-m", "memslot_plugin.bench.live", host, side, str(count)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - ourselves
-    bench.check()  # Ctrl-C ends the child, too
     if done.returncode:
         raise MemslotError(f"{count} instances on {host} ({side}): {done.stderr.strip()[-300:]}")
     answer: dict[str, float] = json.loads(done.stdout)

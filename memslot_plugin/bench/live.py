@@ -43,7 +43,6 @@ def hold(
     *,
     first: int = 1,
     most_bytes: float = math.inf,
-    check: Callable[[], None] = lambda: None,
 ) -> Held:
     """Hold up to `most` instances, each after a request; fewer if address space, slots or `most_bytes` are used up.
 
@@ -54,7 +53,6 @@ def hold(
     served = bytes_before = mappings_before = 0
     try:
         while served < most:
-            check()
             try:
                 held.append(begin())
                 request(held[-1])

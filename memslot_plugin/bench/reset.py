@@ -140,7 +140,6 @@ def same_price(bench: Bench) -> Iterator[Claim]:
         yield Claim(says, ratio(0.5), 1.5)
         ratios = []
         for _ in range(5 if bench.quick else 15):
-            bench.check()
             large.read(64 * MIB)
             for _ in range(RECOVERY):
                 subjects["large"]()

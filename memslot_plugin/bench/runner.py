@@ -16,23 +16,17 @@ WARM_UP = 3
 """Rounds of each case that are not counted."""
 
 
-def _nothing(*_: object) -> None:
-    pass
-
-
 @dataclass(frozen=True, slots=True)
 class Bench:
     """Options of a run that every family is given.
 
-    `check` is called between two rounds and may raise; `say` gets a line about the step that begins; `guests` is a
-    folder with real guests for the family snapshot.
+    `say` gets a line about the step that begins; `guests` is a folder with real guests for the family snapshot.
     """
 
     quick: bool = False
     host: str | None = None
     guests: Path | None = None
-    say: Callable[[str], None] = _nothing
-    check: Callable[[], None] = _nothing
+    say: Callable[[str], object] = str
 
     def rounds(
         self,
@@ -57,7 +51,6 @@ class Bench:
         for number in range(most):
             if number >= fewest and CLOCK() >= deadline:
                 break
-            self.check()
             turn = number % len(names)
             for name in names[turn:] + names[:turn]:
                 samples[name].append(subjects[name]())

@@ -182,7 +182,7 @@ def _processes(image: MemfdImage, method: str) -> Work:
         with warnings.catch_warnings():
             # From 3.12 on Python warns where other threads exist; this child takes no lock that they could hold.
             warnings.simplefilter("ignore", DeprecationWarning)
-            # Children inherit the mask: Ctrl-C is for the parent, which ends the run after this round.
+            # Children inherit the mask: Ctrl-C is for the parent, and a spawned child would print a traceback.
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
             for child in children:
                 child.start()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
-
 import click
 
 import memslot_plugin
@@ -14,7 +11,6 @@ from memslot_plugin.cli.inspect import inspect as _inspect
 from memslot_plugin.cli.output import (
     EXIT_CODES,
     INTERRUPTED,
-    READER_GONE,
     complain,
     exit_code,
     sentence,
@@ -48,18 +44,12 @@ class Commands(click.Group):
         """Run the command, and exit with the code that it returns."""
         try:
             code = super().invoke(ctx)
-            if sys.stdout is not None:
-                sys.stdout.flush()
         except MemslotError as error:
             complain(sentence(error))
             code = exit_code(error)
         except KeyboardInterrupt:
             complain("interrupted")
             code = INTERRUPTED
-        except BrokenPipeError:
-            # What is still buffered must not be tried again when Python ends.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            code = READER_GONE
         ctx.exit(code or 0)
 
 

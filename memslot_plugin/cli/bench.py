@@ -10,7 +10,7 @@ from memslot_plugin import bench as families
 from memslot_plugin.bench import plot, snapshot
 from memslot_plugin.bench.baseline import RUNTIMES
 from memslot_plugin.bench.results import Run, claimed
-from memslot_plugin.cli.interrupt import interruptible
+from memslot_plugin.cli.interrupt import ended_by_ctrl_c
 from memslot_plugin.cli.options import json_option
 from memslot_plugin.cli.output import (
     FAILED,
@@ -81,9 +81,8 @@ def bench(
         raise SettingError(f"--host {host_name} is not allowed: {', '.join(allowed)}")
     if picture is not None:
         plot.require(picture)
-    with interruptible() as interrupted, progress() as say:
-        asked = families.Bench(quick, host_name, guests, say, interrupted)
-        found = families.run(asked, only)
+    with ended_by_ctrl_c(), progress() as say:
+        found = families.run(families.Bench(quick, host_name, guests, say), only)
     if picture is not None:
         plot.draw(found, picture)
     report(found.document(), lambda output, _: show(output, found), as_json)

@@ -100,7 +100,6 @@ def compare(
 
     bench.say(f"trying {invocation}")
     tried = [side.attempt() for side in sides]
-    bench.check()
     outcomes = [each for each in tried if isinstance(each, Outcome)]
     if len(outcomes) < len(sides):
         return _bad_end(sides, tried)
@@ -115,12 +114,12 @@ def compare(
         )
 
     if requests is None:
-        price = sum(sum(side.serve(1, reference.result, bench.check)) for side in sides)
+        price = sum(sum(side.serve(1, reference.result)) for side in sides)
         requests = max(FEWEST, min(REQUESTS, int(SECONDS * 1e9 / price)))
     new, reset, *alone = sides
     for side, most in ((new, host.settings.slots), *((each, MOST_INSTANCES + 1) for each in alone)):
         bench.say(f"holding instances, {side.name}")
-        side.hold(min(most, MOST_INSTANCES + 1), bench.check)
+        side.hold(min(most, MOST_INSTANCES + 1))
     # Instances that wait ready were there before, and cost what new ones do.
     reset.memory = new.memory
     measure(sides, requests, reference.result, bench)
@@ -166,7 +165,7 @@ def measure(sides: list[Side], requests: int, expected: Result, bench: Bench) ->
         def block() -> float:
             number = len(side.costs)
             bench.say(f"{requests} requests on each side: {100 * number // len(sizes)} % done")
-            return statistics.median(side.serve(sizes[number], expected, bench.check))
+            return statistics.median(side.serve(sizes[number], expected))
 
         return block
 
@@ -235,7 +234,7 @@ class Side:
         except GuestTrap as error:
             return f"trapped: {sentence(error)}"
 
-    def serve(self, count: int, expected: Result, check: Callable[[], None]) -> list[int]:
+    def serve(self, count: int, expected: Result) -> list[int]:
         """Serve a block of requests, and before it a tenth as many because the others' turn emptied the caches.
 
         Return the nanoseconds of each request of the block.
@@ -244,7 +243,6 @@ class Side:
         costs: list[int] = []
         with silenced() if self.quiet else nullcontext():
             for number in range(-max(1, count // 10), count):
-                check()
                 if number == 0:
                     self.faults -= _faults()
                 started = CLOCK()
@@ -262,12 +260,10 @@ class Side:
         self.costs.append(costs)
         return costs
 
-    def hold(self, most: int, check: Callable[[], None]) -> None:
+    def hold(self, most: int) -> None:
         """Hold so many live instances, and measure the memory of each."""
         with silenced() if self.quiet else nullcontext():
-            held = hold(
-                self.begin, self.call, self.end, most, most_bytes=MOST_HELD_BYTES, check=check
-            )
+            held = hold(self.begin, self.call, self.end, most, most_bytes=MOST_HELD_BYTES)
         self.memory = (None if held.bytes is None else int(held.bytes), held.instances)
 
     @property

@@ -11,13 +11,12 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn, TextIO
+from typing import Any, TextIO
 
 import click
 import msgspec
 from rich import box
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -30,7 +29,7 @@ from memslot_plugin.errors import (
 )
 
 OK, FAILED, REFUSED, NO_RUNTIME = 0, 1, 2, 3
-INTERRUPTED, READER_GONE = 130, 141  # 128 + SIGINT and 128 + SIGPIPE, as shells count
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
 EXIT_CODES = f"""\b
 Exit codes:
   {OK}    it worked
@@ -78,10 +77,6 @@ class Output(Console):
         if most is not None and len(rows) > most:
             self.print(f"... and {len(rows) - most} more (--json has them all)")
 
-    def on_broken_pipe(self) -> NoReturn:
-        """Raise what `Commands.invoke` handles."""
-        raise BrokenPipeError
-
 
 def console() -> Output:
     """Return standard output as it is now."""
@@ -92,27 +87,20 @@ def console() -> Output:
 def progress(file: TextIO | None = None) -> Iterator[Callable[[str], None]]:
     """Yield a function that shows a line about the step that begins, on standard error if that is a terminal.
 
-    The line is drawn between the measurements, never by a thread during them.
+    The line is drawn between the measurements, never by a thread during them.  The cursor stays visible, because a
+    signal may end the process at any time.
     """
     output = Output(file or sys.stderr)
-    shown = Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        console=output,
-        transient=True,
-        auto_refresh=False,
-        redirect_stdout=False,
-        redirect_stderr=False,
-        disable=not output.is_terminal,
-    )
-    task = shown.add_task("", total=None)
 
     def say(step: str) -> None:
-        shown.update(task, description=printable(step))
-        shown.refresh()
+        if output.is_terminal and not output.is_dumb_terminal:
+            output.file.write(f"\r\x1b[2K{printable(step)[: output.width - 1]}")
+            output.file.flush()
 
-    with shown:
+    try:
         yield say
+    finally:
+        say("")
 
 
 SHOWN_OUTPUT = 2000

@@ -11,7 +11,7 @@ import click
 from memslot_plugin.bench.results import times
 from memslot_plugin.bench.runner import Bench
 from memslot_plugin.cli.compare import REQUESTS, SECONDS, compare
-from memslot_plugin.cli.interrupt import interruptible
+from memslot_plugin.cli.interrupt import ended_by_ctrl_c
 from memslot_plugin.cli.options import (
     host_option,
     json_option,
@@ -81,7 +81,7 @@ def run(
     memslot run example --invoke factorise 360360 12
     memslot run guest.wasm --invoke add -- -1 2
     """  # noqa: D301  # click keeps the lines below a real backspace
-    with interruptible() as check, progress() as say:
+    with ended_by_ctrl_c(), progress() as say:
         source = read_source(file, key)
         invocation = choose_invocation(source, function, arguments)
         wasi = source.wasi(invocation.program_arguments)
@@ -94,7 +94,7 @@ def run(
                 invocation,
                 wasi=wasi,
                 requests=requests,
-                bench=Bench(say=say, check=check),
+                bench=Bench(say=say),
             )
     if isinstance(found, str):
         complain(found)

@@ -332,14 +332,6 @@ def test_density_up_to_any_bound_ends_all_its_instances() -> None:
         live.hold(begin, id, ended.append, 9)
 
 
-def test_bench_run_whose_check_raises_stops() -> None:
-    def stop() -> None:
-        raise MemslotError("enough")
-
-    with pytest.raises(MemslotError, match="enough"):
-        bench.run(Bench(quick=True, check=stop), only=["cycle"])
-
-
 # The command
 
 HOLDS, FAILS = made("request"), made("request", "snapshot")  # lodash: 190 times of 200
