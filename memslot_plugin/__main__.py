@@ -22,9 +22,8 @@ def main() -> None:
         raise SystemExit(MISSING) from None
     from memslot_plugin.cli import main as command_line  # noqa: PLC0415
 
-    signal.signal(
-        signal.SIGPIPE, signal.SIG_DFL
-    )  # a reader that goes away ends the command, as it does others
+    # A reader that goes away ends the command without a traceback, as it ends other commands.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     command_line(prog_name="memslot")
 
 
