@@ -21,7 +21,7 @@ TEXT = f"""(module (memory (export "memory") 40 60) (data (i32.const 16) "from t
 
 def facts(instance: memslot.Instance) -> dict[str, Any]:
     """Return the inodes that an instance's memory maps, and the kernel's account of them, in KiB."""
-    base, size = instance.handle.enter().memories[0].base, instance.memory.byte_size
+    base, size = instance.enter().memories[0].base, instance.memory.byte_size
     found: dict[str, Any] = {"Rss": 0, "Pss": 0, "Private_Dirty": 0}
     inside = False
     for line in Path("/proc/self/smaps").read_text(errors="surrogateescape").splitlines():

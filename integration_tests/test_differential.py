@@ -51,7 +51,7 @@ def test_generated_module_does_what_it_does_natively(
 
 def globals_stay(monkeypatch: pytest.MonkeyPatch, host: memslot.Host) -> None:
     with host.prepare(b"\0asm\1\0\0\0").instantiate() as instance:
-        live = type(instance.handle.enter())
+        live = type(instance.enter())
     acquire, keys = live.acquire, list[int]()
 
     def noted(self: Any, generation: int, key: int, *, alone: bool = False) -> None:

@@ -86,7 +86,7 @@ def test_reset_in_place_restores_memories_and_globals_of_every_type(real_cell: C
         assert guest.report.verdict.in_place
         with guest.instantiate() as fresh:
             new = seen(fresh)
-        address, load = instance.handle.enter().locate(0), instance.function("load")
+        address, load = instance.enter().locate(0), instance.function("load")
         spoils = ("spoil", "spoil_and_trap", "spoil_and_overflow")
         for turn, spoil in enumerate(spoils, start=1):
             done(instance, spoil, turn)
@@ -94,7 +94,7 @@ def test_reset_in_place_restores_memories_and_globals_of_every_type(real_cell: C
             instance.set_global("shown", 77)
             instance.reset()
             assert seen(instance) == new
-            assert instance.handle.enter().locate(0) == address
+            assert instance.enter().locate(0) == address
             assert load(16) == new[8], "a function that was looked up before goes on"
             assert resets(guest) == (turn, 0)
 

@@ -103,7 +103,7 @@ for name, backend in json.loads(sys.argv[1]):
     for guest in (*guests, *guests):
         serve(guest, 300)
     with guests[0].instantiate() as instance:
-        base = instance.handle.live.memories[0].base
+        base = instance.live.memories[0].base
     serve(guests[0], 300)
     mark(f"{name}-{backend} same")
     serve(guests[0], 300)

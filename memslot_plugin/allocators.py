@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from memslot_hooks import hookimpl
 from memslot_hooks.types import (
@@ -147,28 +147,10 @@ class PoolAllocator:
         )
         return self.pool.release(slot, retire=retire)
 
-    def _create(self, request: MemoryRequest, image: images.Image | None) -> SlotMemory | None:
-        if self.pool is None:
-            return None
-        self._admit(request, self.pool)
-        memory = SlotMemory(request, self)
-        slot = memory.slot = self.pool.lease(
-            image,
-            request.minimum,
-            affinity=(request.guest_id, request.memory_index),
-            maximum=request.maximum,
-            timeout=request.wait_timeout,
-            map_host_memory=request.map_host_memory,
-            shape=request.host_shape,
-            holder=memory,
-        )
-        memory.base, memory.mapping = slot.base, slot.mapping
-        return memory
-
     def _warm(self, request: MemoryRequest, image: images.Image | None, count: int) -> int | None:
         if self.pool is None:
             return None
-        self._admit(request, self.pool)
+        self.admit(request, self.pool)
         return self.pool.warm(
             image,
             request.minimum,
@@ -179,7 +161,7 @@ class PoolAllocator:
             shape=request.host_shape,
         )
 
-    def _admit(self, request: MemoryRequest, pool: Pool) -> None:
+    def admit(self, request: MemoryRequest, pool: Pool) -> None:
         """Refuse a request that no slot of the pool can serve: MemoryTooLarge, Unsupported.
 
         Compiled code must find the reserved and guard bytes that it counts on; a runtime's own mapping has
@@ -233,6 +215,37 @@ class PoolAllocator:
         raise NotImplementedError
 
 
+def _creates(kind: type[images.Image]) -> Callable[[Any, MemoryRequest], LinearMemory | None]:
+    """Return the hook `memslot_create_memory` of an allocator whose slots take images of this kind."""
+
+    def memslot_create_memory(self: PoolAllocator, request: MemoryRequest) -> LinearMemory | None:
+        image, pool, minimum = request.image, self.pool, request.minimum
+        if pool is None or not (image is None or isinstance(image, kind)):
+            return None
+        if (
+            minimum > pool.reserved
+            or request.reserved > pool.reserved
+            or request.guard > pool.guard
+            or pool.growth == "ftruncate"
+        ):
+            self.admit(request, pool)
+        memory = SlotMemory(request, self)
+        slot = memory.slot = pool.lease(
+            image,
+            minimum,
+            affinity=(request.guest_id, request.memory_index),
+            maximum=request.maximum,
+            timeout=request.wait_timeout,
+            map_host_memory=request.map_host_memory,
+            shape=request.host_shape,
+            holder=memory,
+        )
+        memory.base, memory.mapping = slot.base, slot.mapping
+        return memory
+
+    return memslot_create_memory
+
+
 class MemfdAllocator(PoolAllocator):
     """Slots that map sealed memfd images copy-on-write."""
 
@@ -247,12 +260,7 @@ class MemfdAllocator(PoolAllocator):
                 f"memfd = on is not possible here: {answer.reason}; allowed: auto, off"
             )
 
-    @hookimpl
-    def memslot_create_memory(self, request: MemoryRequest) -> LinearMemory | None:
-        image = request.image
-        if image is not None and not isinstance(image, images.MemfdImage):
-            return None
-        return self._create(request, image)
+    memslot_create_memory = hookimpl(_creates(images.MemfdImage))
 
     @hookimpl
     def memslot_warm_memory(self, request: MemoryRequest, count: int) -> int | None:
@@ -289,12 +297,7 @@ class AnonymousAllocator(PoolAllocator):
 
     name = "anonymous"
 
-    @hookimpl(trylast=True)
-    def memslot_create_memory(self, request: MemoryRequest) -> LinearMemory | None:
-        image = request.image
-        if image is not None and not isinstance(image, images.Image):
-            return None
-        return self._create(request, image)
+    memslot_create_memory = hookimpl(_creates(images.Image), trylast=True)
 
     @hookimpl(trylast=True)
     def memslot_warm_memory(self, request: MemoryRequest, count: int) -> int | None:

@@ -35,7 +35,7 @@ def _every_live() -> list[type[Live]]:
 
 def _handles_outlive_their_lease() -> None:
     reset = Instance._reset_in_place
-    Instance._reset_in_place = lambda self, live, _: reset(self, live, self.handle.generation)  # type: ignore[method-assign]
+    Instance._reset_in_place = lambda self, live, _: reset(self, live, self.generation)  # type: ignore[method-assign]
 
 
 def _memory_is_read_outside_of_an_entry() -> None:
@@ -84,8 +84,8 @@ def _globals_are_not_reset() -> None:
 
 def _ready_instances_are_not_reset() -> None:
     def pass_on(self: Instance, live: Live) -> Handle:
-        following = Handle(self.handle.leases, live)
-        self.handle.live = None
+        following = Handle(self.leases, live)
+        self.live = None
         return following
 
     Instance.pass_on = pass_on  # type: ignore[method-assign]
@@ -116,7 +116,7 @@ def _children_do_not_reset() -> None:
     def in_the_parent(self: Instance, live: Live, generation: int) -> bool:
         if os.getpid() == process:
             return reset(self, live, generation)
-        live.acquire(self.handle.generation, next(KEYS), alone=True)
+        live.acquire(self.generation, next(KEYS), alone=True)
         live.restore(generation)
         return True
 

@@ -18,7 +18,7 @@ static unsigned (*copy)(ms_wt_cell *cell, uint64_t generation, uintptr_t to, con
 static uintptr_t (*acquire)(ms_wt_cell *cell, uint64_t generation, uint64_t key, int exclusive);
 static int (*release)(ms_wt_cell *cell, uint64_t key, uintptr_t *outcome);
 static uintptr_t (*restore)(ms_wt_cell *cell, uint64_t generation, ms_wt_global *globals, size_t count);
-static PyObject *dirty, *clean, *result_type, *can_restore, *slow_reset, *pagemap, *no_reason;
+static PyObject *dirty, *clean, *result_type, *slow_reset, *pagemap, *no_reason;
 static size_t page;
 
 typedef struct {
@@ -273,42 +273,32 @@ static PyObject *new_instance_reset(PyTypeObject *type, PyObject *arguments, PyO
     return (PyObject *)self;
 }
 
-/* Reset each memory of an acquired instance; -1 with an exception, 0 if only a new instance is pristine, else 1. */
-static int reset_memories(InstanceReset *self, PyObject *live)
-{
-    PyObject *allowed = PyObject_CallMethodObjArgs(live, can_restore, NULL);
-    int may = allowed ? PyObject_IsTrue(allowed) : -1;
-    Py_XDECREF(allowed);
-    Py_ssize_t count = PyTuple_Size(self->resets);
-    for (Py_ssize_t i = 0; may == 1 && i < count; i++) {
-        PyObject *done = PyObject_CallNoArgs(PyTuple_GetItem(self->resets, i));
-        if (!done)
-            return -1;
-        Py_DECREF(done);
-    }
-    return may;
-}
-
 static PyObject *run(PyObject *object, PyObject *const *arguments, Py_ssize_t count)
 {
     InstanceReset *self = (InstanceReset *)object;
-    if (count != 4)
-        return PyErr_Format(PyExc_TypeError, "run takes 4 arguments, not %zd", count);
-    uint64_t generation = PyLong_AsUnsignedLongLong(arguments[1]), next = PyLong_AsUnsignedLongLong(arguments[2]);
-    uint64_t key = PyLong_AsUnsignedLongLong(arguments[3]);
+    if (count != 3)
+        return PyErr_Format(PyExc_TypeError, "run takes 3 arguments, not %zd", count);
+    uint64_t generation = PyLong_AsUnsignedLongLong(arguments[0]), next = PyLong_AsUnsignedLongLong(arguments[1]);
+    uint64_t key = PyLong_AsUnsignedLongLong(arguments[2]);
     if (PyErr_Occurred())
         return NULL;
     uintptr_t outcome = acquire(self->cell, generation, key, 1);
     if (outcome)
         return PyLong_FromLongLong(-(long long)outcome);
-    int done = reset_memories(self, arguments[0]);
-    if (done < 0)
-        return NULL; /* still acquired: the caller ends the instance */
-    if (done)
-        outcome = restore(self->cell, next, self->globals, self->count);
-    else
+    /* Read once nothing can run any more: a call on another thread may have ended just now. */
+    int changed = self->cell->changed;
+    Py_ssize_t memories = changed ? 0 : PyTuple_Size(self->resets);
+    for (Py_ssize_t i = 0; i < memories; i++) {
+        PyObject *done = PyObject_CallNoArgs(PyTuple_GetItem(self->resets, i));
+        if (!done)
+            return NULL; /* still acquired: the caller ends the instance */
+        Py_DECREF(done);
+    }
+    if (changed)
         release(self->cell, key, &outcome);
-    return outcome ? PyLong_FromVoidPtr((void *)outcome) : PyBool_FromLong(done);
+    else
+        outcome = restore(self->cell, next, self->globals, self->count);
+    return outcome ? PyLong_FromVoidPtr((void *)outcome) : PyBool_FromLong(!changed);
 }
 
 static int traverse_instance_reset(PyObject *object, visitproc visit, void *arg)
@@ -339,9 +329,9 @@ static void dealloc_instance_reset(PyObject *object)
 
 static PyMethodDef instance_reset_methods[] = {
     {"run", (PyCFunction)(void (*)(void))run, METH_FASTCALL,
-     PyDoc_STR("run($self, live, generation, next_generation, key, /)\n--\n\n"
+     PyDoc_STR("run($self, generation, next_generation, key, /)\n--\n\n"
                "Acquire the instance, reset its memories and restore its globals: True.\n\n"
-               "False, and nothing happened, if `live.can_restore()` says that only a new instance is pristine.\n"
+               "False, and nothing happened, if the instance's cell says that only a new instance is pristine.\n"
                "A positive integer is the outcome of the restore, a negative one, negated, that of a refusal.\n"
                "After an exception the instance is still acquired with `key`.")},
     {0},
@@ -390,11 +380,10 @@ PyMODINIT_FUNC PyInit__region(void)
     PyObject *module = PyModule_Create(&definition);
     PyObject *type = PyType_FromSpec(&spec);
     PyObject *instance_type = PyType_FromSpec(&instance_reset_spec);
-    can_restore = PyUnicode_InternFromString("can_restore");
     slow_reset = PyUnicode_InternFromString("_slow_reset");
     pagemap = PyUnicode_InternFromString("pagemap");
     no_reason = PyUnicode_InternFromString("");
-    if (!module || !type || !instance_type || !can_restore || !slow_reset || !pagemap || !no_reason ||
+    if (!module || !type || !instance_type || !slow_reset || !pagemap || !no_reason ||
         PyModule_AddObjectRef(module, "Region", type) || PyModule_AddObjectRef(module, "InstanceReset", instance_type))
         Py_CLEAR(module);
     Py_XDECREF(type);

@@ -212,9 +212,8 @@ uintptr_t wt_leave(ms_wt_cell *cell, ms_wt_entry *entry, unsigned flags, wt_trap
     wt_frame.deferred = entry->deferred;
     wt_frame.cell = entry->outer;
     entry->inside = 0;
-    flags |= (cell->outgrown ? MS_WT_OUTGROWN : 0) | (trap ? MS_WT_TRAPPED : 0) | (error ? MS_WT_FAILED : 0) |
-             (raised ? MS_WT_RAISED : 0) | (deferred ? MS_WT_DEFERRED : 0);
-    cell->outgrown = 0;
+    flags |= (trap ? MS_WT_TRAPPED : 0) | (error ? MS_WT_FAILED : 0) | (raised ? MS_WT_RAISED : 0) |
+             (deferred ? MS_WT_DEFERRED : 0);
     flags |= disown(cell); /* last: the cell and the entry in it may be another thread's from here on */
     return flags ? outcome_of(flags, trap, error, raised, deferred) : 0;
 }

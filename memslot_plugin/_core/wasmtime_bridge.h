@@ -33,7 +33,6 @@ enum ms_wt_flag {
     MS_WT_MISSING = 128,   /* nothing happened: there is no such export of that kind */
     MS_WT_UNASKED = 256,   /* the runtime made a memory without asking the creator */
     MS_WT_LOST = 512,      /* malloc failed: the rest of the outcome is unknown */
-    MS_WT_OUTGROWN = 1024, /* the heap of the garbage collector passed what may be kept */
 };
 
 typedef struct {
@@ -83,7 +82,7 @@ PYTHON_DEFINES int64_t ms_wt_python_call(uint64_t identity, uint8_t *values, siz
 typedef struct ms_wt_creator ms_wt_creator;
 
 /* `identity` is Python's name for the creator. A heap of wasmtime's garbage collector has at most `heap_limit` bytes, one
- * above `heap_kept` sets MS_WT_OUTGROWN, and at most `most_heaps` live at once. */
+ * above `heap_kept` sets `changed` of its cell, and at most `most_heaps` live at once. */
 ms_wt_creator *ms_wt_creator_new(uint64_t identity, size_t heap_limit, size_t heap_kept, size_t most_heaps);
 /* Makes the engines of this configuration ask the creator for memory. */
 void ms_wt_creator_install(ms_wt_creator *creator, uintptr_t config);
@@ -139,7 +138,7 @@ struct ms_wt_cell {
     uint64_t closing;      /* the lease that ends when no thread is inside, or a later one for any; 0 for none; atomic */
     int lingering;         /* closed, and wasmtime goes on using the memories */
     uintptr_t error;       /* wasmtime's error after MS_WT_SET */
-    int outgrown;          /* an entry let the heap of the garbage collector grow past what may be kept */
+    int changed;           /* only a new instance is pristine: a memory grew, a heap past `heap_kept`, or Python says so */
 };
 
 /* From empty to open: makes a store within the limits of the guest. */

@@ -92,6 +92,8 @@ static wt_error *grow_slot(const struct memory *memory, size_t byte_size)
     struct wt_group *group = memory->group;
     ms_wt_cell *kept = wt_keep_open(group->cell);
     int64_t answer = ms_wt_python_grow(group->creator->identity, group->node.name, memory->index, byte_size);
+    if (answer == 1 && group->cell)
+        group->cell->changed = 1;
     wt_let_close(kept);
     /* Keep the first exception: the guest sees -1, may go on, and may grow again. */
     if (answer < 0 && !wt_frame.deferred)
@@ -105,7 +107,7 @@ static wt_error *grow_heap(const struct memory *memory, size_t byte_size)
     if (to > from && ms_allow(memory->base + from, to - from) < 0)
         return wt_api.error_new("memslot: the kernel refused to grow the heap of the garbage collector");
     if (wt_frame.cell && byte_size > memory->creator->heap_kept)
-        wt_frame.cell->outgrown = 1;
+        wt_frame.cell->changed = 1;
     return NULL;
 }
 

@@ -37,7 +37,7 @@ from memslot_plugin.guest.reasons import image_too_large
 from memslot_plugin.guest.report import GuestReport, report_on
 from memslot_plugin.hosts.instance import Instance
 from memslot_plugin.hosts.leases import Handle, Leases, Ready
-from memslot_plugin.hosts.live import Binding, Imports
+from memslot_plugin.hosts.live import Binding, Imports, Live
 from memslot_plugin.hosts.runtime import Compiled, Reuse, Runtime, key_of_code
 from memslot_plugin.hosts.snapshot import captured, draws
 from memslot_plugin.hosts.wasi import Wasi
@@ -74,9 +74,9 @@ class Guest:
         self.loaded: files.Loaded | None = None
         self.closed = False
         self.in_place = self.plan.verdict.in_place
+        self.is_snapshot = self.plan.is_snapshot
         self.ready = Ready()
         self.requests = tuple(self._requests())
-        self.leases.ready.add(self.ready)
         self.leases.guests.add(self)
 
     @classmethod
@@ -176,7 +176,9 @@ class Guest:
         leases = self.leases
         if leases.closed or (leases.thread_confined and get_ident() != leases.thread):
             leases.require_usable()
-        compiled = self.open_code()
+        compiled = self.compiled
+        if compiled is None or self.closed:
+            raise self._was_closed()
         if leases.dropped:
             leases.end_dropped()
         requests = self.requests
@@ -193,9 +195,9 @@ class Guest:
                 store,
             )
         live = self.runtime.live(compiled, leases.lease(requests), binding)
-        instance = Instance(self, Handle(leases, leases.start(live)))
+        instance = Instance(self, leases.start(live))
         leases.instances += 1
-        if self.plan.is_snapshot:
+        if self.is_snapshot:
             self.restored(instance)
         return instance
 
@@ -215,8 +217,11 @@ class Guest:
         """Return the compiled code; raises UsedAfterClose."""
         compiled = self.compiled
         if self.closed or compiled is None:
-            raise UsedAfterClose(f"the guest {self.name} was closed; prepare it again")
+            raise self._was_closed()
         return compiled
+
+    def _was_closed(self) -> UsedAfterClose:
+        return UsedAfterClose(f"the guest {self.name} was closed; prepare it again")
 
     # -- leases
 
@@ -320,8 +325,8 @@ class Guest:
         if self.closed:
             return
         self.closed = True
-        while (handle := self.ready.take()) is not None:
-            self.leases.end_ready(handle)
+        while (live := self.ready.take()) is not None:
+            self.leases.end_or_log(live)
         self.compiled = None
         self.leases.guests.discard(self)
         _close_images(self.leases, self.images)
@@ -334,9 +339,11 @@ class Guest:
 
     def __del__(self) -> None:
         # The images end by themselves, and on any thread.
-        leases = getattr(self, "leases", None)
-        if leases is not None and leases.thread_confined:
-            leases.dropped_code.append(self.compiled)
+        ready: Ready | None = getattr(self, "ready", None)  # making the guest may have failed
+        if ready is not None:
+            self.leases.dropped.extend(ready)
+            if self.leases.thread_confined:
+                self.leases.dropped_code.append(self.compiled)
 
     def __repr__(self) -> str:
         return f"<Guest {self.guest_id} on {self.runtime.name}{', closed' * self.closed}>"
@@ -353,46 +360,58 @@ class Lease:
         self._instance: Instance | None = None
 
     def __enter__(self) -> Instance:
-        if self._instance is not None:
-            raise InUse(f"a lease of {self._guest.name} is for one block; ask for another one")
-        self._instance = self._begin(self._guest)
-        return self._instance
-
-    def _begin(self, guest: Guest) -> Instance:
+        guest = self._guest
         leases = guest.leases
+        if self._instance is not None:
+            raise InUse(f"a lease of {guest.name} is for one block; ask for another one")
         if leases.closed or (leases.thread_confined and get_ident() != leases.thread):
             leases.require_usable()
-        if not guest.closed and (handle := guest.ready.take()) is not None:
-            try:
-                handle.enter().wake()
-            except Exception:
-                leases.end_ready(handle)
-                raise
-            return Instance(guest, handle)
-        return guest.instantiate(wait_timeout=self._wait_timeout)
+        if guest.closed or (live := guest.ready.take()) is None:
+            instance = guest.instantiate(wait_timeout=self._wait_timeout)
+        else:
+            instance = Instance(guest, live)
+            if live.wakes:
+                self._wake(live)
+        self._instance = instance
+        return instance
+
+    def _wake(self, live: Live) -> None:
+        try:
+            live.wake()
+        except Exception:
+            self._guest.leases.end_or_log(live)
+            raise
 
     def __exit__(self, *_: object) -> None:
         """Reset the instance for the next lease, or close it if enough are ready."""
         instance, self._instance = self._instance, None
         if instance is None:
             return
-        guest, leases, handle = self._guest, self._guest.leases, instance.handle
-        live = handle.live
-        if live is None or not handle.is_open:
+        guest, leases, live = self._guest, instance.leases, instance.live
+        if live is None or not live.open or live.generation != instance.generation:
             if not instance.closed:  # a reset makes another one
-                raise handle.refusal()
+                raise instance.refusal()
             return
-        leases.require_thread()
-        if guest.closed or len(guest.ready) >= leases.settings.ready_instances:
+        if leases.thread_confined:
+            leases.require_thread()
+        ready = guest.ready
+        if guest.closed or len(ready) >= leases.settings.ready_instances:
             instance.close()
             return
         try:
-            following = instance.pass_on(live)
+            if not instance.reset_in_place(live, live.generation + 1):
+                live = instance.restart(live, None)
+            instance.live = None
+            if guest.is_snapshot:
+                following = Instance(guest, live)
+                guest.restored(following)
+                following.live = None  # no handle outlives the end of a lease
         except Exception:  # the embedder's too: reseeding calls host functions and plugins
-            if handle.live is not None:
-                if not self._guest.closed:
+            if instance.live is not None:
+                if not guest.closed:
                     raise
-                instance.close()  # another thread has closed the guest meanwhile, so there is no next lease
+                # Another thread has closed the guest meanwhile, so there is no next lease.
+                instance.close()  # type: ignore[unreachable]
                 return
             # The request was served, and the pool counts the lost slot.  As text, because a kept record would keep
             # the traceback, and with it the slot's memory.
@@ -402,10 +421,10 @@ class Lease:
                 traceback.format_exc(),
             )
             return
-        guest.ready.add(following)
+        ready.append(live)
         # Only now, because a request that begins to wait between the two finds the ready instance.
-        if (guest.closed or leases.waiting) and (given := guest.ready.take()) is not None:
-            leases.end_ready(given)
+        if (guest.closed or leases.waiting) and (given := ready.take()) is not None:
+            leases.end_or_log(given)
 
 
 def _build_images(leases: Leases, name: str, plan: Plan, built: dict[int, Image]) -> Plan:

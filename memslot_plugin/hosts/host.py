@@ -139,7 +139,7 @@ class Host:
                     init(instance)
                 else:
                     instance.call(init)
-                guest = guest.snapshot_of(instance.handle, None)
+                guest = guest.snapshot_of(instance, None)
         guest.announce()
         return guest
 
@@ -252,7 +252,7 @@ class Host:
             host=self.name,
             guests=len(leases.guests),
             live_instances=len(leases),
-            ready_instances=sum(map(len, leases.ready.listed())),
+            ready_instances=sum(map(len, leases.ready())),
             instances=leases.instances,
             resets=leases.resets_in_place + leases.resets_by_instantiation,
             resets_in_place=leases.resets_in_place,

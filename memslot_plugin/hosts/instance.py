@@ -25,19 +25,21 @@ if TYPE_CHECKING:
     from memslot_plugin.hosts.guest import Guest
 
 
-class Instance:
+class Instance(Handle):
     """A live guest in a leased slot.
 
     Dropping it without closing gives the slot back at the host's next call; closing it gives it
     back at once.
     """
 
-    __slots__ = ("__weakref__", "guest", "handle")
+    __slots__ = ("guest",)
 
-    def __init__(self, guest: Guest, handle: Handle) -> None:
+    def __init__(self, guest: Guest, live: Live) -> None:
+        self.leases = guest.leases
+        self.guest_name = guest.name
+        self.generation = live.generation
+        self.live = live
         self.guest = guest
-        self.handle = handle
-        """The right to enter the live instance; memslot's own."""
 
     def call(self, name: str, *arguments: Any) -> Any:
         """Call an exported function with Python numbers: None, one value, or a list of several.
@@ -46,15 +48,14 @@ class Instance:
         raised.
         """
         # Not by `enter`, because this is in the path of every request: the function compares generation and thread.
-        handle = self.handle
-        live = handle.live
+        live = self.live
         if live is None or not live.open:
-            live = handle.enter()
+            live = self.enter()
         try:
             function = live.function(name)
         except TypeError:  # an object that is in no dictionary
             raise _no_name(name) from None
-        return function(handle.generation, *arguments)
+        return function(self.generation, *arguments)
 
     def function(self, name: str) -> Callable[..., Any]:
         """Return the exported function, looked up once.
@@ -63,45 +64,44 @@ class Instance:
         UsedAfterClose from then on.
         """
         _require_name(name)
-        handle = self.handle
-        return functools.partial(handle.enter().function(name), handle.generation)
+        return functools.partial(self.enter().function(name), self.generation)
 
     @property
     def exports(self) -> Mapping[str, str]:
         """Every export's kind by name."""
-        return self.handle.enter().exports()
+        return self.enter().exports()
 
     @property
     def memory(self) -> Memory:
         """Memory 0; raises ExportNotFound if the guest has none."""
         if not self.guest.plan.memories:
             raise ExportNotFound(f"the guest {self.guest.name} has no linear memory")
-        return Memory(self.handle, 0)
+        return Memory(self, 0)
 
     @property
     def memories(self) -> tuple[Memory, ...]:
         """Every linear memory in index order, imported ones first."""
-        return tuple(Memory(self.handle, memory.index) for memory in self.guest.plan.memories)
+        return tuple(Memory(self, memory.index) for memory in self.guest.plan.memories)
 
     def global_value(self, name: str) -> Any:
         """Return the value of an exported global."""
         _require_name(name)
-        return self.handle.enter().global_value(name, self.handle.generation)
+        return self.enter().global_value(name, self.generation)
 
     def set_global(self, name: str, value: Any) -> None:
         """Set an exported mutable global."""
         _require_name(name)
-        self.handle.enter().set_global(name, value, self.handle.generation)
+        self.enter().set_global(name, value, self.generation)
 
     @property
     def stdout(self) -> bytes:
         """The captured standard output since the instance was instantiated or reset."""
-        return self.handle.seen(lambda live: live.output("stdout"))
+        return self.seen(lambda live: live.output("stdout"))
 
     @property
     def stderr(self) -> bytes:
         """The captured standard error since the instance was instantiated or reset."""
-        return self.handle.seen(lambda live: live.output("stderr"))
+        return self.seen(lambda live: live.output("stderr"))
 
     @property
     def native(self) -> Any:
@@ -110,7 +110,7 @@ class Instance:
         Its holder can change what no reset in place restores, so the next `reset` makes a new instance, and
         where the runtime's objects outlive that one (wasmer) the slot is not handed on.
         """
-        return self.handle.enter().give_native(self.handle.generation)
+        return self.enter().give_native(self.generation)
 
     def reset(self) -> None:
         """Return to the guest's pristine state; the handle stays good.
@@ -122,57 +122,42 @@ class Instance:
         instance is closed and its slot back in the pool or destroyed.  Raises InUse while a call
         runs, and UsedAfterClose where the guest was closed; the instance goes on then.
         """
-        handle, guest = self.handle, self.guest
-        live = handle.live
-        if live is None or not live.open or live.generation != handle.generation:
-            live = handle.enter()
-        if handle.leases.thread_confined:
-            handle.leases.require_thread()
+        guest, leases, live = self.guest, self.leases, self.live
+        if live is None or not live.open or live.generation != self.generation:
+            live = self.enter()
+        if leases.thread_confined:
+            leases.require_thread()
         if guest.closed:
             raise UsedAfterClose(
                 f"the guest {guest.name} was closed: its instances go on and cannot be reset; prepare it again"
             )
-        if not self._reset_in_place(live, handle.generation):
-            renewed = self._restart(live, RENEWAL)
-            if handle.live is not RENEWAL:  # its holder closed it when this had just begun
-                handle.leases.end(renewed)
+        if not self.reset_in_place(live, self.generation):
+            renewed = self.restart(live, RENEWAL)
+            if self.live is not RENEWAL:  # its holder closed it when this had just begun
+                leases.end(renewed)
                 raise ended(guest.name)
-            handle.live, handle.generation = renewed, renewed.generation
-        if guest.plan.is_snapshot:
+            self.live, self.generation = renewed, renewed.generation
+        if guest.is_snapshot:
             guest.restored(self)
 
-    def pass_on(self, live: Live) -> Handle:
-        """End this lease; return the handle of the next one, over the same live instance or a new one, pristine.
-
-        Raises what `reset` raises.
-        """
-        handle = self.handle
-        if not self._reset_in_place(live, handle.generation + 1):
-            live = self._restart(live, None)
-        following = Handle(handle.leases, live)
-        handle.live = None
-        if self.guest.plan.is_snapshot:
-            self.guest.restored(Instance(self.guest, following))
-        return following
-
-    def _restart(self, live: Live, meanwhile: Any) -> Live:
-        """Start a new live instance over the reset memories of this one; the handle has `meanwhile` until then."""
-        handle, leases, guest = self.handle, self.handle.leases, self.guest
+    def restart(self, live: Live, meanwhile: Any) -> Live:
+        """Return a new live instance over the reset memories of this one; `self.live` is `meanwhile` until then."""
+        leases, guest = self.leases, self.guest
         if live.binding.store is not None:
             raise InUse(
                 "an instance in a store of the embedder's own cannot be reset: end the store instead"
             )
         leases.require_idle(live)
-        if handle.live is not live:  # another thread was first
-            raise (ended if handle.live is None else being_reset)(guest.name)
+        if self.live is not live:  # another thread was first
+            raise (ended if self.live is None else being_reset)(guest.name)
         # Before anything ends: another thread may close the guest meanwhile, and drop its code.
         compiled = guest.open_code()
         group = live.group
         try:
-            handle.live = meanwhile
-            memories = leases.detach(live, handle.generation)
+            self.live = meanwhile
+            memories = leases.detach(live, self.generation)
             if memories is None:  # the live instance serves another lease, and goes on
-                live.refuse(handle.generation)
+                live.refuse(self.generation)
             if len(memories) < len(guest.requests):
                 if not live.memories:  # another thread has ended it
                     raise ended(guest.name)
@@ -183,8 +168,8 @@ class Instance:
                 renewed.group = group
                 group.add(renewed)
         except BaseException:
-            handle.live = None
-            if not live.ended and live.generation == handle.generation:
+            self.live = None
+            if not live.ended and live.generation == self.generation:
                 leases.dropped.append(live)  # a call has just begun in it
             raise
         finally:
@@ -193,37 +178,37 @@ class Instance:
         leases.resets_by_instantiation += 1
         return renewed
 
-    def _reset_in_place(self, live: Live, next_generation: int) -> bool:
+    def reset_in_place(self, live: Live, next_generation: int) -> bool:
         """Reset what is live for the lease of that number; False if only a new instance is pristine."""
-        handle, key = self.handle, next(KEYS)
-        armed = handle.leases.armed
+        leases, generation, key = self.leases, self.generation, next(KEYS)
+        armed = leases.armed
         if live.bound_to is not armed.epoch:
             live.bind_resets(armed)
         fast_reset = live.fast_reset
         try:
             if fast_reset is not None:
-                done = fast_reset(live, handle.generation, next_generation, key)
+                done = fast_reset(generation, next_generation, key)
                 if done is True:
                     live.generation = next_generation
                 elif done is not False:
-                    live.settle_reset(done, handle.generation, next_generation, key)
+                    live.settle_reset(done, generation, next_generation, key)
             else:
                 done = (
                     self.guest.in_place
                     and live.binding.store is None
-                    and live.reset(handle.generation, next_generation, key)
+                    and live.reset(generation, next_generation, key)
                 )
         except BaseException:
             if not live.release(key) and live.spoiled_by != key:
                 raise
-            handle.live = None
+            self.live = None
             if live.open:
                 with suppress(MemslotError):  # what is wrong is being raised already
-                    handle.leases.end(live)
+                    leases.end(live)
             raise
         if done is False:
             return False
-        handle.leases.resets_in_place += 1
+        leases.resets_in_place += 1
         return True
 
     def snapshot(self, name: str | None = None) -> Guest:
@@ -234,7 +219,7 @@ class Instance:
         there is more state than that, InUse while a call runs, MemoryTooLarge beyond the setting
         image_limit.
         """
-        guest = self.guest.snapshot_of(self.handle, name)
+        guest = self.guest.snapshot_of(self, name)
         guest.announce()
         return guest
 
@@ -246,14 +231,14 @@ class Instance:
         """
         if not isinstance(count, int) or count < 0:
             raise ArgumentError(f"a number of forks is an integer, at least 0, and not {count!r}")
-        guest = self.guest.snapshot_of(self.handle, None)
+        guest = self.guest.snapshot_of(self, None)
         group = Group(guest.close)
         forks: list[Instance] = []
         try:
             for _ in range(count):
                 fork = guest.instantiate()
                 forks.append(fork)
-                live = fork.handle.enter()
+                live = fork.enter()
                 live.group = group
                 group.add(live)
         except Exception:
@@ -265,14 +250,10 @@ class Instance:
                 guest.close()
         return forks
 
-    def close(self) -> None:
-        """End the instance and give its slot back, pristine; idempotent."""
-        self.handle.close()
-
     @property
     def closed(self) -> bool:
         """True once the instance has ended, or the lease of this handle."""
-        return self.handle.live is not RENEWAL and not self.handle.is_open
+        return self.live is not RENEWAL and not self.is_open
 
     def __enter__(self) -> Self:
         return self

@@ -1,12 +1,12 @@
 """Leases: the one place that decides who has which memory.
 
-A live instance (`Live`) serves one lease after another, and `Live.generation` numbers them.  A `Handle` has
-the number of its lease.  Each use of a handle is an *entry*: it compares the two numbers once nothing can end
-the lease any more.  If they differ the entry raises UsedAfterClose and touches nothing.  While the instance is
-reset or captured, entries raise InUse.
+A live instance (`Live`) serves one lease after another, and `Live.generation` numbers them.  A `Handle` (an
+`Instance`, as this floor sees it) has the number of its lease.  Each use of a handle is an *entry*: it compares the
+two numbers once nothing can end the lease any more.  If they differ the entry raises UsedAfterClose and touches
+nothing.  While the instance is reset or captured, entries raise InUse.
 
     lease     ask the plugins for memories
-    start     run what a runtime makes of them; a handle of the first lease
+    start     run what a runtime makes of them, in the first lease
     renew     pristine memories for another live instance over the same slots
     end       close what the runtime has, and release the memories
 
@@ -52,13 +52,12 @@ class Handle:
 
     __slots__ = ("__weakref__", "generation", "guest_name", "leases", "live")
 
-    def __init__(self, leases: Leases, live: Live) -> None:
-        self.leases = leases
-        self.guest_name = live.guest_name
-        self.generation = live.generation
-        """The lease of `live` that the handle is good for; every entry compares it."""
-        self.live: Live | None = live
-        """The live instance; None once the lease has ended here, and `RENEWAL` during a reset that makes another."""
+    leases: Leases
+    guest_name: str
+    generation: int
+    """The lease of `live` that the handle is good for; every entry compares it."""
+    live: Live | None
+    """The live instance; None once the lease has ended here, and `RENEWAL` during a reset that makes another."""
 
     @property
     def is_open(self) -> bool:
@@ -94,8 +93,10 @@ class Handle:
         if live is RENEWAL:
             raise self.refusal()
         if live is not None and not live.ended:
-            self.leases.require_thread()
-            self.leases.end(live, self.generation)
+            leases = self.leases
+            if leases.thread_confined:
+                leases.require_thread()
+            leases.end(live, self.generation)
         self.live = None
 
     def __del__(self) -> None:
@@ -104,30 +105,20 @@ class Handle:
             self.leases.dropped.append(live)
 
 
-class Ready:
-    """Handles of a guest's instances that wait for a lease, which have no other owner."""
+class Ready(list[Live]):
+    """Live instances of a guest that wait for a lease; their present lease has no handle."""
 
-    __slots__ = ("__weakref__", "_handles")
+    __slots__ = ()
 
-    def __init__(self) -> None:
-        self._handles: list[Handle] = []
-
-    def add(self, handle: Handle) -> None:
-        """Let an instance wait."""
-        self._handles.append(handle)
-
-    def take(self) -> Handle | None:
-        """Return the handle that came last, or None if there is none."""
+    def take(self) -> Live | None:
+        """Remove and return the one that came last, or None if there is none."""
         while True:
             try:
-                handle = self._handles.pop()
+                live = self.pop()
             except IndexError:  # also if another thread has taken the last one
                 return None
-            if handle.is_open:
-                return handle
-
-    def __len__(self) -> int:
-        return len(self._handles)
+            if live.open:
+                return live
 
 
 class Leases:
@@ -144,7 +135,6 @@ class Leases:
         self.thread = get_ident()
         self.closed = False
         self.guests: Living[Any] = Living()
-        self.ready: Living[Ready] = Living()
         self.dropped: collections.deque[Live] = collections.deque()
         """Live instances that have lost their handle, or that were never finished; a finalizer only appends."""
         self.dropped_code: collections.deque[object] = collections.deque()
@@ -168,8 +158,13 @@ class Leases:
         armed = self.armed
         try:
             for request in requests:
-                lease = self._wait_for if request.wait_timeout else self._lease_at_once
-                memory = lease(request)
+                try:
+                    wait = request.wait_timeout
+                    memory = self._wait_for(request) if wait else armed.create_memory(request)
+                except PoolExhausted:
+                    if wait or not self.end_a_ready_one():
+                        raise
+                    memory = self._lease_with_room(request)
                 leased.append(memory)
                 if armed.memory_created is not None:
                     armed.memory_created(memory)
@@ -181,7 +176,7 @@ class Leases:
             raise
         return tuple(leased)
 
-    def _lease_at_once(self, request: MemoryRequest) -> LinearMemory:
+    def _lease_with_room(self, request: MemoryRequest) -> LinearMemory:
         """Ask the plugins for a memory; ready instances end one by one before the request fails."""
         while True:
             try:
@@ -194,7 +189,7 @@ class Leases:
         """Ask the plugins for a memory; ready instances end one by one before the request waits."""
         self.waiting.append(request)  # from now on the end of a lease gives its slot back
         try:
-            while any(map(len, self.ready.listed())):
+            while any(self.ready()):
                 try:
                     memory = self.armed.create_memory(replace(request, wait_timeout=0.0))
                 except PoolExhausted:
@@ -206,20 +201,18 @@ class Leases:
         finally:
             self.waiting.remove(request)
 
+    def ready(self) -> list[Ready]:
+        """Return what waits for a lease, by guest."""
+        return [guest.ready for guest in self.guests.listed()]
+
     def end_a_ready_one(self) -> bool:
         """End an instance that waits for a lease, of the guest that has the most; False if there is none."""
-        for ready in sorted(self.ready.listed(), key=len, reverse=True):
-            handle = ready.take()
-            if handle is not None:
-                self.end_ready(handle)
+        for ready in sorted(self.ready(), key=len, reverse=True):
+            live = ready.take()
+            if live is not None:
+                self.end_or_log(live)
                 return True
         return False
-
-    def end_ready(self, handle: Handle) -> None:
-        """End an instance that waited for a lease, which has no other handle."""
-        if handle.live is not None:
-            self._end_or_log(handle.live)
-        handle.live = None
 
     def release(self, memories: Sequence[LinearMemory]) -> None:
         """Give every memory back, also if one of them fails; raises the first failure."""
@@ -302,7 +295,8 @@ class Leases:
         """
         if generation is not None and generation != live.generation:
             return None
-        self.require_idle(live)
+        if live.running or live.held:
+            self.require_idle(live)
         finished = False
         try:
             unused = live.close(generation)
@@ -354,7 +348,7 @@ class Leases:
                 break
             try:
                 if not live.ended and not live.running and not live.held:
-                    self._end_or_log(live)
+                    self.end_or_log(live)
             finally:
                 if not live.ended:
                     self.dropped.append(live)
@@ -364,10 +358,10 @@ class Leases:
         for reference, _ in list(self._live.values()):
             live = reference()
             if live is not None:
-                self._end_or_log(live)
+                self.end_or_log(live)
         self.end_dropped()  # a collection since may have cleared references
 
-    def _end_or_log(self, live: Live) -> None:
+    def end_or_log(self, live: Live) -> None:
         """End an instance whose owner is not the caller: a reset that fails destroys its slot, and is logged."""
         try:
             self.end(live)

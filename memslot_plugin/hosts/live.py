@@ -106,8 +106,6 @@ class Live(abc.ABC):
     """Entries that are on the stack now; an instance that runs cannot end."""
     native_exposed: bool = False
     """True once the embedder got the runtime's own objects, and so may have changed anything."""
-    outgrown: bool = False
-    """True once the heap of a garbage collector, which no reset in place empties, has passed `keep_resident`."""
     open: bool = False
     """True from the end of its start until its end has begun."""
     ended: bool = False
@@ -124,6 +122,8 @@ class Live(abc.ABC):
     """The lease whose handles may enter: `generation`, or 0 while the instance is held."""
     resets: tuple[Callable[[], object], ...] = ()
     """The resets of `memories`, bound at the first reset: an instance that is used once needs none."""
+    wakes: bool = False
+    """True if something runs out while the instance waits for a lease, and `wake` renews it."""
     bound_to: object = None
     """The epoch of the plugins that `resets` are bound to."""
 
@@ -224,10 +224,10 @@ class Live(abc.ABC):
         for memory in self.memories:
             if memory.byte_size != memory.request.minimum:
                 return False
-        return not self.native_exposed and not self.outgrown
+        return not self.native_exposed
 
-    fast_reset: Callable[[Live, int, int, int], int] | None = None
-    """`reset` as one call into C, with the live instance first, or None; `settle_reset` takes other answers."""
+    fast_reset: Callable[[int, int, int], int] | None = None
+    """`reset` as one call into C, or None; `settle_reset` takes other answers."""
     spoiled_by: int = 0
     """The key of a reset from when it begins to change the instance until it has succeeded, else 0."""
 

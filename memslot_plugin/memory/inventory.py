@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
@@ -27,6 +26,7 @@ from memslot_plugin.memory.backing import Holder
 from memslot_plugin.memory.extension import ExtensionSlot
 from memslot_plugin.memory.free import STRATEGIES, FreeList
 from memslot_plugin.memory.image import Image
+from memslot_plugin.memory.lease import RETURNED, SlotLease
 from memslot_plugin.memory.region import CLEAN, DESTROYED, UNKNOWN, Reservation
 from memslot_plugin.memory.slot import Slot
 
@@ -149,6 +149,7 @@ class Inventory:
             self._vacant.append(place)
             raise
         slot.place = place
+        slot.shape = OWN if slot.mapping is None else slot.mapping.shape
         self._places[place] = slot
         self._past["created"] += 1
         return slot
@@ -179,10 +180,9 @@ class Inventory:
             self._retire(slot)
 
     def _make_free(self, slot: Slot) -> None:
-        shape = shape_of(slot)
-        if shape not in self._free:
-            self._free[shape] = self._new_list()
-        self._free[shape].put(slot, next_to_go=slot.affinity is None)
+        if slot.shape not in self._free:
+            self._free[slot.shape] = self._new_list()
+        self._free[slot.shape].put(slot, next_to_go=slot.affinity is None)
 
     def _retire(self, slot: Slot) -> None:
         """Destroy a slot that is on no free list."""
@@ -219,7 +219,8 @@ class Inventory:
                 slot = self.take(*wanted)
                 if slot is None:
                     break
-                slot.lease = weakref.ref(holder)
+                slot.lease = SlotLease(holder)
+                slot.lease.pool = None
                 slots.append(slot)
                 slot.instantiate(image, byte_size, maximum=maximum)
                 slot.affinity = affinity
@@ -237,7 +238,7 @@ class Inventory:
         for slot in self.slots():
             if slot not in free and (slot.lease is None or slot.lease() is None):
                 self._unlist(slot)
-                if slot.lease is not None:
+                if slot.lease not in (None, RETURNED):
                     slot.state = UNKNOWN  # the bytes may be a guest's
                 self.put_away(slot)
 
@@ -323,11 +324,6 @@ class Inventory:
             self._retire(slot)
         if self._reservation is not None:
             self._reservation.unmap()
-
-
-def shape_of(slot: Slot) -> Hashable:
-    """Return the shape of the requests that a slot can serve."""
-    return OWN if slot.mapping is None else slot.mapping.shape
 
 
 def destroy_or_log(slot: Slot) -> None:

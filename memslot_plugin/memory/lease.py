@@ -1,10 +1,10 @@
-"""Leases of slots, and the queue in which they come back."""
+"""Leases of slots, and the queue in which slots come back."""
 
 from __future__ import annotations
 
 import queue
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from memslot_plugin.errors import SlotError
 
@@ -19,7 +19,7 @@ class SlotLease(weakref.ref[object]):
 
     __slots__ = ("pool", "slot", "unreleased")
 
-    pool: Pool
+    pool: Pool | None
     slot: Slot
     unreleased: list[object]
     """Holds one item until the first release, which pops it: one C call, so only one of two threads gets it.
@@ -28,29 +28,38 @@ class SlotLease(weakref.ref[object]):
     """
 
 
+class _Nothing:
+    """A holder that is gone."""
+
+    __slots__ = ("__weakref__",)
+
+
+RETURNED = SlotLease(_Nothing())
+"""The lease of a slot that was released, from then until the pool has put it away: `RETURNED()` is None."""
+RETURNED.pool, RETURNED.unreleased = None, []
+
+
 class Returns:
-    """The queue of a pool: leases that have ended, images to purge, and None to wake a lease that waits.
+    """The queue of a pool: slots that were released, leases whose holder went, images to purge, None to wake a lease.
 
     `put` is reentrant (queue.SimpleQueue), so that finalizers and signal handlers may call it anywhere.
     """
 
     def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[SlotLease | Image | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Slot | SlotLease | Image | None] = queue.SimpleQueue()
         self.put = self._queue.put
         self.empty = self._queue.empty
         self.waiting = 0
         """Leases that wait."""
 
-    def next(self) -> SlotLease | Image | None:
+    def next(self) -> Any:
         """Take what came back first; None if nothing did."""
-        if self._queue.empty():
-            return None
         try:
             return self._queue.get_nowait()
-        except queue.Empty:  # a lease that waits was faster
+        except queue.Empty:  # also if a lease that waits was faster
             return None
 
-    def wait(self, seconds: float) -> SlotLease | Image | None:
+    def wait(self, seconds: float) -> Any:
         """Wait until something comes back, and take it; None if nothing did in time."""
         self.waiting += 1
         try:
@@ -59,17 +68,6 @@ class Returns:
             return None
         finally:
             self.waiting -= 1
-
-
-def holder_of(lease: SlotLease | None, pool: Pool) -> object:
-    """Return the holder of a slot's lease in `pool`; raises SlotError if the lease has ended.
-
-    Keep it during a reset: its end would let another lease have the slot in the middle.
-    """
-    holder = None if lease is None or lease.pool is not pool else lease()
-    if lease is None or holder is None or not lease.unreleased:
-        raise not_leased()
-    return holder
 
 
 def not_leased() -> SlotError:

@@ -32,8 +32,8 @@ from memslot_plugin.errors import (
     UsedAfterClose,
 )
 from memslot_plugin.memory.backing import Holder
-from memslot_plugin.memory.inventory import OWN, Inventory, destroy_or_log, shape_of
-from memslot_plugin.memory.lease import Returns, SlotLease, holder_of, not_leased
+from memslot_plugin.memory.inventory import OWN, Inventory, destroy_or_log
+from memslot_plugin.memory.lease import RETURNED, Returns, SlotLease, not_leased
 from memslot_plugin.memory.region import CLEAN, DIRTY, UNKNOWN
 from memslot_plugin.memory.slot import Slot
 
@@ -123,7 +123,9 @@ class Pool:
         lease.pool, lease.unreleased = self, [own]
         if map_host_memory is None:
             shape = OWN
-        self._require_outside("lease")
+        catch_up()
+        if self._lock._is_owned():  # noqa: SLF001  # as threading.Condition uses it
+            raise _inside("lease")
         try:
             with self._lock:
                 slot = self._take(lease, shape, affinity, byte_size, map_host_memory)
@@ -140,47 +142,37 @@ class Pool:
             raise
         return slot
 
-    def _take(self, lease: SlotLease, *wanted: Any) -> Slot | None:
-        """Under the lock: give the lease a slot from the inventory; None if every slot is held."""
+    def _take(
+        self, lease: SlotLease, shape: Hashable, affinity: Hashable, *wanted: Any
+    ) -> Slot | None:
+        """Under the lock: give the lease a slot; None if every slot is held.
+
+        A slot that came back alone is handed on if its guest wants it again: every strategy but the random one
+        would put it on the free list and take it from there.
+        """
         if self._closed:
             raise UsedAfterClose("the pool was closed; make a new one")
-        slot = None
-        if not self._returns.empty():
-            slot = self._hand_on(*wanted[:2])
-        slot = slot or self._inventory.take(*wanted)
+        slot, returns = None, self._returns
+        if not returns.empty():
+            slot = returns.next()
+            if not (
+                isinstance(slot, Slot)
+                and slot.lease is RETURNED
+                and slot.affinity == affinity
+                and slot.shape == shape
+                and slot.state is CLEAN
+                and (slot.image is None or not slot.image.closed)
+                and returns.empty()
+                and not (returns.waiting or self._random)
+            ):
+                self._settle(slot)
+                self._drain()
+                slot = None
+        if slot is None:
+            slot = self._inventory.take(shape, affinity, *wanted)
         if slot is not None:
             lease.slot, slot.lease = slot, lease
         return slot
-
-    def _hand_on(self, shape: Hashable, affinity: Hashable) -> Slot | None:
-        """Under the lock: settle what came back; but return a slot that came alone if its guest wants it again.
-
-        Every strategy except the random one would put it on the free list and take it from there.
-        """
-        returned, other = self._returns.next(), None
-        while other is None and not self._returns.empty():
-            other = self._returns.next()
-            # A lease comes twice if its holder is collected after the release.  Equality would not do: weak
-            # references to one holder are equal.
-            if other is returned:
-                other = None
-        slot: Slot | None = getattr(returned, "slot", None)
-        if (
-            slot is not None
-            and other is None
-            and slot.lease is returned
-            and not returned.unreleased
-            and slot.affinity == affinity
-            and shape_of(slot) == shape
-            and slot.state is CLEAN
-            and (slot.image is None or not slot.image.closed)
-            and not (self._returns.waiting or self._random)
-        ):
-            return slot
-        self._settle(returned)
-        self._settle(other)
-        self._drain()
-        return None
 
     def _wait(self, lease: SlotLease, timeout: float, *wanted: Any) -> Slot:
         """Wait until a slot comes back; raises PoolTimeout, or PoolExhausted at once if `timeout` is not positive."""
@@ -245,7 +237,7 @@ class Pool:
 
         Raises SystemCallError or SlotError; the slot is unknown then, and `release` will destroy it.
         """
-        _holder = holder_of(slot.lease, self)
+        _holder = self._holder_of(slot.lease)
         result = self._reset_slot(slot)
         slot.state = DIRTY
         return result
@@ -259,7 +251,7 @@ class Pool:
         signal handler.
         """
         lease = slot.lease  # read once: another thread may end it, and begin the next one
-        _holder = holder_of(lease, self)
+        _holder = self._holder_of(lease)
         try:
             lease.unreleased.pop()
         except IndexError:  # another thread was first
@@ -268,15 +260,28 @@ class Pool:
         try:
             if retire or self._on_demand or slot.state is UNKNOWN:
                 destroy_or_log(slot)
-            else:
+            elif self._audit:
                 result = self._reset_slot(slot)
+            else:
+                result = slot.reset(self._reset)
         except MemslotError:
             destroy_or_log(slot)
             raise
         finally:
-            # Without this line, after an interrupt, the lease ends with its holder.
-            self._returns.put(lease)
+            # Without these lines, after an interrupt, the lease ends with its holder, or `reclaim` finds the slot.
+            slot.lease = RETURNED
+            self._returns.put(slot)
         return result
+
+    def _holder_of(self, lease: SlotLease | None) -> object:
+        """Return the holder of a slot's lease; raises SlotError if the lease has ended.
+
+        Keep it during a reset: its end would let another lease have the slot in the middle.
+        """
+        holder = None if lease is None or lease.pool is not self else lease()
+        if lease is None or holder is None or not lease.unreleased:
+            raise not_leased()
+        return holder
 
     def _reset_slot(self, slot: Slot) -> ResetResult:
         """Reset a slot from dirty to clean, and audit it at the rate that was set."""
@@ -291,11 +296,8 @@ class Pool:
     def _require_outside(self, what: str) -> None:
         """Raise InUse if this thread has the lock: a finalizer or a signal handler has interrupted it there."""
         catch_up()
-        if self._lock._is_owned():  # noqa: SLF001  # as threading.Condition uses it
-            raise InUse(
-                f"cannot {what} here: this finalizer or signal handler came while its own thread was changing the"
-                " pool; do it after the finalizer or handler has returned"
-            )
+        if self._lock._is_owned():  # noqa: SLF001
+            raise _inside(what)
 
     def _drain(self) -> None:
         """Under the lock: settle what came back."""
@@ -304,17 +306,24 @@ class Pool:
         if self._returns.waiting and next(self._inventory.free(), None) is not None:
             self._returns.put(None)
 
-    def _settle(self, returned: SlotLease | Image | None) -> None:
-        """Under the lock: end a lease, or purge an image; None is a wake-up alone."""
-        if not isinstance(returned, SlotLease):
+    def _settle(self, returned: Slot | SlotLease | Image | None) -> None:
+        """Under the lock: put a slot away, or purge an image; None is a wake-up alone."""
+        slot: Slot | None
+        if isinstance(returned, Slot):
+            slot = returned
+            if slot.lease is not RETURNED:  # reclaimed since, and perhaps leased again
+                return
+        elif isinstance(returned, SlotLease):
+            slot = getattr(returned, "slot", None)  # an exception may have come before it had one
+            if slot is None or slot.lease is not returned:  # or the slot is another lease's by now
+                return
+            if returned.unreleased and slot.state is CLEAN:
+                # An exception may have come in a reset, and its guest have gone on.
+                slot.state = DIRTY
+        else:
             if returned is not None:
                 self._inventory.purge(returned)
             return
-        slot = getattr(returned, "slot", None)  # an exception may have come before it had one
-        if slot is None or slot.lease is not returned:  # or the slot is another lease's by now
-            return
-        if returned.unreleased and slot.state is CLEAN:
-            slot.state = DIRTY  # an exception may have come in a reset, and its guest have gone on
         if slot.state is DIRTY and not self._on_demand:  # the holder went without a release
             try:
                 self._reset_slot(slot)
@@ -386,6 +395,13 @@ class Pool:
                 slot.privatise()
             except MemslotError as error:
                 _log.error("a slot could not be made private after a fork: %s", str(error))
+
+
+def _inside(what: str) -> InUse:
+    return InUse(
+        f"cannot {what} here: this finalizer or signal handler came while its own thread was changing the pool;"
+        " do it after the finalizer or handler has returned"
+    )
 
 
 _POOLS: weakref.WeakSet[Pool] = weakref.WeakSet()

@@ -37,7 +37,8 @@ class Slot(Region):
     `instantiate` maps over the whole range before it uses it.
 
     `mapping` is set if a runtime owns the range: protections are then the runtime's to change, and
-    such a slot is never mapped over, only destroyed.  `affinity` and `lease` belong to the pool.
+    such a slot is never mapped over, only destroyed.  `affinity`, `lease`, `place` and `shape` (of the requests that
+    the slot can serve) belong to the pool.
     """
 
     __slots__ = (
@@ -49,6 +50,7 @@ class Slot(Region):
         "place",
         "remaps",
         "resets_by",
+        "shape",
         "within",
     )
 
@@ -81,6 +83,7 @@ class Slot(Region):
         self.affinity: object = None
         self.lease: Any = None
         self.place = 0
+        self.shape: Any = None
         self.hits = self.remaps = self.failed_resets = 0
         self.resets_by: Counter[str] = Counter()
         """Resets on the slow path, by strategy and reason."""
@@ -125,7 +128,7 @@ class Slot(Region):
             self.state is CLEAN
             and image is self.image
             and (image is None or not image.closed)
-            and byte_size == self.initial == self.accessible
+            and byte_size == self.accessible  # which is the initial size of a clean slot
         ):
             self.state = DIRTY
             return False

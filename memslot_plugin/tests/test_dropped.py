@@ -156,7 +156,7 @@ def test_host_that_is_dropped_is_released_by_a_collection(name: str) -> None:
 @on_hosts
 def test_slot_of_a_dropped_pool_stays_mapped_while_a_memory_has_it(name: str) -> None:
     instance = hosts.prepare(hosts.opened(name)).instantiate()
-    memory = instance.handle.enter().memories[0]
+    memory = instance.enter().memories[0]
     del instance
     gc.collect()
     assert ctypes.string_at(memory.base, 1)

@@ -88,8 +88,8 @@ def test_ended_handle_while_another_thread_is_in_the_next_lease_is_refused(name:
         with guest.lease() as first:
             old = handles(first)
         with guest.lease() as second:
-            live: Any = second.handle.live
-            live.acquire(second.handle.generation, 1)
+            live: Any = second.live
+            live.acquire(second.generation, 1)
             assert hosts.elsewhere(lambda: refuses_all(old)) is None
             live.release(1)
 
@@ -113,7 +113,7 @@ def test_instance_is_in_use_and_not_closed_while_a_reset_makes_another_one(
 
     with hosts.serving(name, plugins=(middle,)) as host, hosts.prepare(host) as guest:
         with guest.lease() as instance:
-            monkeypatch.setattr(instance.handle.live, "can_restore", lambda: False)
+            monkeypatch.setattr(instance.live, "can_restore", lambda: False)
             handles_of_now = {
                 name: use
                 for name, use in handles(instance).items()
@@ -132,7 +132,7 @@ def test_close_and_reset_of_one_instance_give_its_memory_back_once(name: str) ->
     with hosts.serving(name) as host, hosts.prepare(host) as guest:
         instance = guest.instantiate()
         instance.memory.grow(1)  # no reset in place
-        live: Any = instance.handle.live
+        live: Any = instance.live
         end, dispose = host.leases.end, live.close
 
         def dispose_and_close(generation: int | None = None) -> bool | None:
@@ -165,7 +165,7 @@ def test_instance_closed_while_a_reset_begins_is_closed_after_it(name: str) -> N
         instance.memory.grow(1)  # no reset in place
 
         def close() -> None:
-            instance.handle.live = None  # as a close that had begun before the reset leaves it
+            instance.live = None  # as a close that had begun before the reset leaves it
 
         middle.action = close
         with pytest.raises(memslot.UsedAfterClose):
@@ -179,14 +179,14 @@ def test_reset_by_an_old_handle_does_not_end_the_next_lease(name: str) -> None:
     with hosts.serving(name) as host, hosts.prepare(host) as guest:
         lease = guest.lease()
         old = lease.__enter__()
-        live: Any = old.handle.live
+        live: Any = old.live
         live.can_restore = lambda: False
         dispose, following = live.close, guest.lease()
         kept: list[memslot.Instance] = []
 
         def lease_again(generation: int | None = None) -> bool | None:
             del live.close, live.can_restore
-            old.handle.live = live
+            old.live = live
             lease.__exit__(None, None, None)
             kept.append(following.__enter__())
             kept[0].memory.write(64, SECRET)

@@ -11,7 +11,7 @@ import pytest
 import memslot_plugin as memslot
 from memslot_hooks import ResetResult, hookimpl
 from memslot_plugin._core import PAGE_SIZE
-from memslot_plugin.hosts.leases import Handle
+from memslot_plugin.hosts.leases import Handle, Ready
 from memslot_plugin.tests import hosts
 from memslot_plugin.tests.faults import fail_next_reset
 from memslot_plugin.tests.hosts import PAGE, assemble, in_use, serving
@@ -104,14 +104,14 @@ def test_handle_interrupted_before_it_had_an_instance_ends_in_silence() -> None:
 
 
 def test_guest_that_another_thread_prepares_while_guests_are_looked_at_is_no_error() -> None:
-    class Prepares(list[Any]):
+    class Prepares(Ready):
         def __len__(self) -> int:
             kept.append(hosts.prepare(host))
             return 0
 
     with serving("fake", slots=1, **SMALL) as host:
         kept = [hosts.prepare(host)]
-        kept[0].ready._handles = Prepares()
+        kept[0].ready = Prepares()
         assert host.statistics().ready_instances == 0
         with kept[0].instantiate():
             with pytest.raises(memslot.PoolExhausted):
@@ -119,7 +119,7 @@ def test_guest_that_another_thread_prepares_while_guests_are_looked_at_is_no_err
             with pytest.raises(memslot.PoolTimeout):
                 kept[0].instantiate(wait_timeout=0.001)
         assert len(kept) > 3
-        kept[0].ready._handles = []
+        kept[0].ready = Ready()
 
 
 def test_dropped_instance_that_another_thread_reclaims_first_is_left_alone() -> None:

@@ -417,10 +417,10 @@ def test_close_that_comes_after_the_lease_ended_leaves_the_next_lease_alone(
 ) -> None:
     with hosts.prepare(host) as guest:
         with guest.lease() as first:
-            live: Any = first.handle.live
+            live: Any = first.live
             cell = live.cell
         with guest.lease() as second:
-            assert second.handle.live is live
+            assert second.live is live
             cell.closing = 1  # another thread that looked during the first lease does this
             assert [second.call("next"), second.call("next")] == [6, 7]
             assert (host.statistics().instances, second.closed) == (1, False)

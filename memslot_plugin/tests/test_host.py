@@ -57,7 +57,7 @@ def test_next_instance_in_a_used_slot_finds_nothing(host: Host, guest: Guest) ->
     bases = set()
     for _ in range(3):
         with guest.instantiate() as instance:
-            bases.add(instance.handle.enter().locate(0)[0])
+            bases.add(instance.enter().locate(0)[0])
             assert instance.memory.read(0, 16) == bytes(8) + b"hello" + bytes(3)
             assert instance.memory.read(2 * PAGE - 1, 1) == b"\0"
             instance.memory.write(0, b"\xff" * 16)

@@ -21,7 +21,7 @@ from memslot_plugin import Image, Pool, Slot
 from memslot_plugin._core import PAGE_SIZE as P
 from memslot_plugin.memory.free import FreeList
 from memslot_plugin.memory.inventory import Inventory
-from memslot_plugin.memory.lease import SlotLease, holder_of
+from memslot_plugin.memory.lease import SlotLease
 from memslot_plugin.memory.reset import madvise
 from memslot_plugin.tests.faults import fail_next_reset
 from memslot_plugin.tests.slots import RESERVED as SLOT
@@ -331,7 +331,7 @@ def test_second_release_takes_nothing_from_the_next_lease_in_the_middle(pool: Po
         pool.release(slot)
         others.append(lease(pool, "b"))
 
-    sys.settrace(at_line(holder_of, "return holder", hand_over))
+    sys.settrace(at_line(Pool._holder_of, "return holder", hand_over))
     try:
         with pytest.raises(memslot.SlotError, match="released before"):
             pool.release(slot)
@@ -349,7 +349,7 @@ def test_slot_without_a_holder_comes_back_though_its_release_is_interrupted(pool
 
     for function, sentence in (
         (Pool.release, "result = _RETIRED"),
-        (Pool._hand_on, "slot: Slot | None"),
+        (Pool._take, "isinstance(slot, Slot)"),
         (Inventory.put_away, "slot.lease = None"),
     ):
         slot = lease(pool)

@@ -64,7 +64,7 @@ def test_slot_in_a_store_of_the_embedder_stays_if_two_threads_close_its_instance
     with hosts.serving(name, slots=1) as host, hosts.prepare(host) as guest:
         store = wasmtime.Store(host.engine)
         instance = guest.instantiate(store=store)
-        at_the_call(instance.handle.live, "forget_views", instance.close)
+        at_the_call(instance.live, "forget_views", instance.close)
         instance.close()
         assert hosts.in_use(host) == 1
         with pytest.raises(memslot.PoolExhausted):
@@ -96,7 +96,7 @@ def test_two_closes_at_once_release_the_memory_and_tell_the_plugins(
     reached, go_on, plugin = threading.Event(), threading.Event(), Keeps()
     with hosts.serving(name, plugins=(plugin,)) as host, hosts.prepare(host) as guest:
         instance = guest.instantiate()
-        live: Any = instance.handle.live
+        live: Any = instance.live
         first = threading.Thread(target=instance.close)
 
         def stop() -> None:
@@ -136,7 +136,7 @@ def test_handler_that_is_refused_as_a_hold_begins_leaves_nothing_held(name: str,
     """The handler raises InUse as `acquire` returns."""
     with hosts.serving(name) as host, hosts.prepare(host) as guest:
         instance = guest.instantiate()
-        live: Any = instance.handle.live
+        live: Any = instance.live
         hold = live.acquire
 
         def interrupted(*arguments: Any, **named: Any) -> None:
@@ -163,7 +163,7 @@ def test_interrupt_of_a_refused_reset_leaves_the_outer_reset_alone(name: str) ->
     refused, middle = list[type[BaseException]](), hosts.InTheMiddle()
 
     def reset() -> None:
-        live: Any = instance.handle.live
+        live: Any = instance.live
         hold = live.acquire
 
         def interrupted(*arguments: Any, **named: Any) -> None:
@@ -214,7 +214,7 @@ def test_lease_never_begins_with_an_instance_that_ended(name: str) -> None:
     with hosts.serving(name, plugins=(middle,)) as host, hosts.prepare(host) as guest:
         lease = guest.lease()
         instance = lease.__enter__()
-        live: Any = instance.handle.live
+        live: Any = instance.live
         ending = threading.Thread(target=lease.__exit__, args=(None, None, None))
         dispose = live.close
 
@@ -262,7 +262,7 @@ def test_instance_that_ends_with_its_call_has_no_reference_left(
     with hosts.serving(name) as host, hosts.calling(host, wait) as guest:
         instance = guest.instantiate()
         calling = threading.Thread(target=instance.call, args=("run", 1))
-        before(instance.handle.live, "close", call)
+        before(instance.live, "close", call)
         instance.close()
         monkeypatch.undo()
         assert host.runtime._creator._ending == {}
@@ -311,7 +311,7 @@ def test_close_by_an_old_handle_takes_nothing_from_the_close_of_the_next_lease(
     with hosts.serving(name, slots=1) as host, hosts.prepare(host) as guest:
         lease = guest.lease()
         old = lease.__enter__()
-        before(old.handle.live, "forget_views", stop)
+        before(old.live, "forget_views", stop)
         late = threading.Thread(target=old.close)
         late.start()
         begun.wait()
@@ -359,7 +359,7 @@ def test_call_that_begins_as_the_fake_host_closes_reads_its_own_bytes() -> None:
     functions = {"looks": lambda live: live.read(0, 64, 8)}
     with hosts.serving("fake", slots=1, functions=functions) as host, hosts.prepare(host) as guest:
         instance = guest.instantiate()
-        live: Any = instance.handle.live
+        live: Any = instance.live
         at = live._at
         calling = threading.Thread(target=lambda: found.append(instance.call("looks")))
 
@@ -425,7 +425,7 @@ def test_reset_whose_guest_another_thread_closes_meanwhile_ends_or_is_done(name:
         guest = hosts.prepare(host)
         with guest.instantiate() as instance:
             instance.memory.grow(1)  # no reset in place
-            before(instance.handle.leases, "renew", guest.close)
+            before(instance.leases, "renew", guest.close)
             with suppress(memslot.UsedAfterClose):
                 instance.reset()
                 assert instance.memory.byte_size == 2 * hosts.PAGE

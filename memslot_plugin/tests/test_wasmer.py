@@ -120,7 +120,7 @@ def test_size_of_a_slot_while_other_threads_map_memories_is_unchanged() -> None:
 def test_slot_of_a_wasmer_memory_is_as_large_as_wasmer_makes_it(host: WasmerHost) -> None:
     assert reserved_bytes() == 6 << 30
     with hosts.prepare(host).instantiate() as instance:
-        base, size = instance.handle.enter().locate(0)
+        base, size = instance.enter().locate(0)
         inside = list(mappings(base, base + reserved_bytes()))
         assert [each.permissions for each in inside].count("---p") == 1
         assert inside[-1].start - base == size
@@ -132,16 +132,12 @@ def test_growth_of_a_wasmer_memory_is_reported_and_its_slot_retired(host: Wasmer
     host.plugins.register(asked)
     guest = hosts.prepare(host)
     with guest.instantiate() as instance:
-        base = instance.handle.enter().locate(0)[0]
+        base = instance.enter().locate(0)[0]
         assert (instance.call("grow", 1), instance.memory.byte_size) == (2, 3 * PAGE)
         instance.memory.write(3 * PAGE - 1, b"\xff")
         assert instance.memory.grow(1) == 3
         assert (grown.sizes, asked.asked) == ([3 * PAGE, 4 * PAGE], [])
-        assert (
-            instance.handle.enter().locate(0)[0]
-            == base
-            == address_of(instance.native.exports.memory)
-        )
+        assert instance.enter().locate(0)[0] == base == address_of(instance.native.exports.memory)
         hosts.check(host)
     with guest.instantiate() as instance:
         assert (instance.call("size"), instance.call("grow", 2)) == (2, 2)
@@ -152,7 +148,7 @@ def test_growth_of_a_wasmer_memory_is_reported_and_its_slot_retired(host: Wasmer
 def test_memory_of_a_destroyed_slot_is_unmapped_while_its_guest_lives(host: WasmerHost) -> None:
     guest = hosts.prepare(host)
     with guest.instantiate() as instance:
-        base = instance.handle.enter().locate(0)[0]
+        base = instance.enter().locate(0)[0]
         instance.call("grow", 1)
     assert (destroyed(host), list(mappings(base, base + PAGE))) == (1, [])
     with guest.instantiate() as instance:
@@ -181,7 +177,7 @@ def test_errors_and_calls_keep_neither_instance_nor_host_alive() -> None:
     gc.disable()
     try:
         instance = guest.instantiate()
-        alive = weakref.ref(instance.handle.enter())
+        alive = weakref.ref(instance.enter())
         with pytest.raises(memslot.ArgumentError):
             instance.call("run", "x")
         with pytest.raises(KeyError):
@@ -364,7 +360,7 @@ def test_wasi_works_on_a_memory_of_the_embedder_and_in_the_older_snapshot(host: 
 def test_wasmer_host_on_another_thread_refuses_every_use(host: WasmerHost, capfd: Any) -> None:
     guest = hosts.prepare(host)
     instance = guest.instantiate()
-    function, memory, live = instance.function("get"), instance.memory, instance.handle.enter()
+    function, memory, live = instance.function("get"), instance.memory, instance.enter()
     for attempt in (
         lambda: host.prepare(ECHO),
         guest.instantiate,

@@ -357,7 +357,7 @@ def test_call_in_progress_lets_other_threads_run_and_refuses_their_use(host: Was
         done: list[Any] = []
         thread = threading.Thread(target=lambda: done.append(instance.call("wait")))
         thread.start()
-        while not instance.handle.enter().running:
+        while not instance.enter().running:
             time.sleep(0.001)
         with pytest.raises(memslot.InUse, match="another thread is inside"):
             instance.call("wait")
@@ -378,7 +378,7 @@ def test_instance_ended_during_a_call_ends_when_the_call_returns(host: WasmtimeH
         return number
 
     instance = hosts.calling(host, end).instantiate()
-    live = instance.handle.enter()
+    live = instance.enter()
     function = instance.function("run")
     assert (function(5), in_use(host)) == (5, 0)
     with pytest.raises(memslot.UsedAfterClose):

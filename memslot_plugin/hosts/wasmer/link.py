@@ -19,7 +19,7 @@ from memslot_plugin.guest.plan import Plan, offsets
 from memslot_plugin.hosts import runtime
 from memslot_plugin.hosts.live import Binding
 from memslot_plugin.hosts.wasi import Wasi
-from memslot_plugin.hosts.wasmer.errors import Boundary, at_compile, at_instantiate
+from memslot_plugin.hosts.wasmer.errors import Boundary, at_compile
 from memslot_plugin.hosts.wasmer.state import SavedGlobals
 from memslot_plugin.hosts.wasmer.values import (
     EXTERNS,
@@ -138,7 +138,6 @@ class Compiled(runtime.Compiled):
 
     `kinds` are the kinds of its exports by name.
     `calls_out` is true if a host function can run within its calls, `may_grow` if its memory can grow there.
-    `instantiating` is the boundary around wasmer's instantiation.
     """
 
     def __init__(self, code: Code, plan: Plan, name: str, binding: Binding) -> None:
@@ -146,7 +145,6 @@ class Compiled(runtime.Compiled):
         self.code = code
         self.module = code.module
         self.saved = SavedGlobals(plan, name)
-        self.instantiating = Boundary(at_instantiate, name, code.offsets)
         self._signatures: dict[str, tuple[tuple[int, ...], bool]] = {}
         reserved = {each.export_name for each in plan.saved_globals}
         self._types = {

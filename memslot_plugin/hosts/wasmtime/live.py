@@ -6,6 +6,7 @@ Objects of wasmtime-py's are made only for a caller that asks for them.
 from __future__ import annotations
 
 import ctypes
+import operator
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -56,6 +57,8 @@ _PAGES = 1 << 48
 
 _CELL, _ENTRY, _GLOBAL = (ffi.typeof(f"ms_wt_{name} *") for name in ("cell", "entry", "global"))
 
+_BASE = operator.attrgetter("base")
+
 _acquire, _restore, _copy = lib.ms_wt_acquire, lib.ms_wt_restore, lib.ms_wt_copy
 
 
@@ -85,7 +88,10 @@ class WasmtimeLive(Live):
         link: Callable[[Compiled, Binding], BoundImports],
         configure_store: Callable[[wasmtime.Store], None] | None,
     ) -> None:
-        super().__init__(compiled.guest_name, memories, binding)
+        # What the base would do: one is made for every instance.
+        self.guest_name = compiled.guest_name
+        self.memories = memories
+        self.binding = binding
         self.cell = ffi.new(_CELL)
         self._creator = creator
         self._link = link
@@ -94,11 +100,16 @@ class WasmtimeLive(Live):
         self._functions: dict[str, Callable[..., Any]] = {}
 
     def start(self) -> None:
-        bound = self.bound = self._link(self._compiled, self.binding)
-        # Another `Compiled` if the store is of the other engine.
-        compiled = self._compiled = bound.compiled
+        compiled, binding = self._compiled, self.binding
+        bound = compiled.default
+        if bound is None or binding is not compiled.binding:
+            bound = self._link(compiled, binding)
+            compiled = self._compiled = (
+                bound.compiled
+            )  # another one if the store is of the other engine
+        self.bound = bound
         self._creator.begin(self)
-        bases, store = [memory.base for memory in self.memories], self.binding.store
+        bases, store = list(map(_BASE, self.memories)), binding.store
         if bound.environment is None and store is None and self._configure_store is None:
             outcome = lib.ms_wt_start(self.cell, bound.guest, self.token, bases)
         else:
@@ -108,6 +119,7 @@ class WasmtimeLive(Live):
                 store.tenants.add(self)  # first, because it is told if the store is closed
                 store.links.append(bound)
                 self.cell.context = address_of(self.require_store())
+            self.wakes = True
             # Within an entry: otherwise `configure_store`, or another thread, could close the store before it is used.
             outcome = self.entered(0, lambda: self._begin(bound, bases))
         if outcome:
@@ -142,8 +154,6 @@ class WasmtimeLive(Live):
         found = Outcome(outcome)
         if found.flags & lib.MS_WT_CLOSING:
             self.finish()
-        if found.flags & lib.MS_WT_OUTGROWN:
-            self.outgrown = True
         error = found.exception(self.guest_name, self._compiled.offsets, refused)
         if error is not None:
             try:
@@ -236,6 +246,9 @@ class WasmtimeLive(Live):
         self.settle(lib.ms_wt_globals_write(self.cell, generation, given, 1))
 
     # -- resets ------------------------------------------------------------------------------------------------------
+
+    def can_restore(self) -> bool:
+        return not self.cell.changed
 
     def acquire(self, generation: int, key: int, *, alone: bool = False) -> None:
         self.settle(_acquire(self.cell, generation, key, alone))
@@ -448,6 +461,7 @@ class WasmtimeLive(Live):
     def give_native(self, generation: int) -> NativeInstance:
         def give() -> NativeInstance:
             self.native_exposed = True
+            self.cell.changed = 1
             return self.native
 
         given: NativeInstance = self.entered(generation, give)
