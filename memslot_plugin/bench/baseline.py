@@ -6,7 +6,6 @@ ways, the fastest one is taken (wasmtime: `Linker.instantiate_pre`).
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import re
 from collections.abc import Callable, Sequence
@@ -74,13 +73,6 @@ class WasmtimeBaseline:
         except (self._wasmtime.Trap, self._wasmtime.WasmtimeError) as error:
             raise self._translated(error) from cause_of(error)
 
-    def read_memory(self, instance: Any, name: str, most: int) -> bytes | None:
-        """Return all bytes of an exported memory, or None if they are more than `most`."""
-        store, started = instance
-        memory = started.exports(store)[name]
-        length = memory.data_len(store)
-        return ctypes.string_at(memory.data_ptr(store), length) if length <= most else None
-
     def _translated(self, error: Exception) -> GuestExit | GuestTrap:
         if isinstance(error, self._wasmtime.ExitTrap):
             return GuestExit(error.code)
@@ -140,11 +132,6 @@ class WasmerBaseline:
             return getattr(instance.exports, name)(*arguments)
         except RuntimeError as error:
             raise self._translated(error) from cause_of(error)
-
-    def read_memory(self, instance: Any, name: str, most: int) -> bytes | None:
-        """Return all bytes of an exported memory, or None if they are more than `most`."""
-        memory = getattr(instance.exports, name)
-        return bytes(memory.buffer) if memory.data_size <= most else None
 
     def _translated(self, error: RuntimeError) -> GuestExit | GuestTrap:
         exited = self._EXIT.search(str(error))

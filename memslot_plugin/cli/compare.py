@@ -6,21 +6,18 @@ calls and a reset.  The sides take turns in blocks, so that a machine that gets 
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import math
 import os
 import resource
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from memslot_plugin.bench.baseline import RUNTIMES, Baseline
-from memslot_plugin.bench.live import hold
+from memslot_plugin.bench.live import Held, hold
 from memslot_plugin.bench.results import Row
 from memslot_plugin.bench.runner import CLOCK, Bench, Subject
 from memslot_plugin.cli.output import sentence
@@ -37,28 +34,19 @@ SECONDS = 10.0
 FEWEST = 5
 ROUNDS = 20
 
-MOST_INSTANCES = 64
+MOST_INSTANCES = 65
 MOST_HELD_BYTES = 256 * MIB
 """Bounds of the live instances that are held to see what each costs."""
-
-LARGEST_COMPARED_MEMORY = 256 * MIB
 
 Result = tuple[str, ...]
 """The values that the calls returned, as Python writes them, so that NaN equals NaN and 0.0 is not -0.0."""
 
 
 class Outcome(NamedTuple):
-    """Traces of a request: its result, standard output, and a digest of memory 0 (None if it cannot be read)."""
+    """Traces of a request: its result and its standard output."""
 
     result: Result
     output: bytes
-    memory: str | None
-
-    def differences(self, other: Outcome) -> set[str]:
-        """Return the names of what differs; memory is compared only where both could read it."""
-        mine, theirs = self._asdict(), other._asdict()
-        names = {name for name in mine if mine[name] != theirs[name]}
-        return names if self.memory and other.memory else names - {"memory"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +56,7 @@ class Measured:
     median_us: float
     p99_us: float
     faults_per_request: float
-    private_bytes_per_instance: int | None
+    private_bytes_per_instance: float | None
     live_instances: int
 
 
@@ -84,8 +72,8 @@ def compare(
 ) -> dict[str, Any] | str:
     """Run all sides; return the comparison, or a sentence if the guest traps or exits with an error.
 
-    `ratio` and `reset_ratio` are the costs of the runtime alone over those of memslot and reset, by the name of the
-    cost; None stands where nothing can be divided.  The ratios of time are taken block by block.
+    `ratio` and `reset_ratio` are the times of the runtime alone over those of memslot and reset, taken block by block,
+    or None without a runtime to compare with.
     """
     notes = list(_notes(guest))
     sides = _memslot_sides(guest, source, invocation)
@@ -97,32 +85,30 @@ def compare(
         sides.append(_alone_side(RUNTIMES[host.name](source.data, wasi), source, invocation))
     else:
         notes.append(f"{host.name} has no baseline here, so there is nothing to compare with.")
+    new, reset, *alone = sides
 
     bench.say(f"trying {invocation}")
     tried = [side.attempt() for side in sides]
     outcomes = [each for each in tried if isinstance(each, Outcome)]
     if len(outcomes) < len(sides):
         return _bad_end(sides, tried)
+    started = CLOCK()
     again = [side.observe() for side in sides]
+    if requests is None:
+        requests = max(FEWEST, min(REQUESTS, int(SECONDS * 1e9 / (CLOCK() - started))))
     reference = outcomes[-1]
-    unstable = reference.differences(again[-1])
-    differing = set().union(*(reference.differences(each) for each in (*outcomes, *again[:-1])))
+    unstable = _differing([reference, again[-1]])
+    differing = _differing([*outcomes, *again])
     if unstable:
         notes.append(
             f"The guest's {' and '.join(sorted(unstable))} differ from request to request on the runtime alone, so they"
             " were not compared."
         )
 
-    if requests is None:
-        price = sum(sum(side.serve(1, reference.result)) for side in sides)
-        requests = max(FEWEST, min(REQUESTS, int(SECONDS * 1e9 / price)))
-    new, reset, *alone = sides
-    for side, most in ((new, host.settings.slots), *((each, MOST_INSTANCES + 1) for each in alone)):
-        bench.say(f"holding instances, {side.name}")
-        side.hold(min(most, MOST_INSTANCES + 1))
-    # Instances that wait ready were there before, and cost what new ones do.
-    reset.memory = new.memory
-    measure(sides, requests, reference.result, bench)
+    bench.say("holding instances")
+    held = new.hold(min(host.settings.slots, MOST_INSTANCES))
+    held_alone = [each.hold(MOST_INSTANCES) for each in alone]
+    medians = measure(sides, requests, reference.result, bench)
     if not all(side.same for side in sides):
         differing.add("result")
     differences = sorted(differing - unstable)
@@ -135,58 +121,49 @@ def compare(
         "host_version": installed_version(host.name),
         "plugin": next((pool.plugin for pool in host.statistics().pools if pool.leases), None),
         "slots": host.settings.slots,
-        "requests": requests,
-        "result": [_number(value) for value in outcomes[0].result],
+        "requests": len(new.costs),
+        "result": outcomes[0].result,
         "output": outcomes[0].output.decode(errors="replace"),
         "same_result": False if differences else same,
         "differences": differences,
-        "memslot": new.measured(),
-        "reset": reset.measured(),
-        "alone": alone[0].measured() if alone else None,
+        "memslot": new.measured(held),
+        # Instances that wait ready were there before, and cost what new ones do.
+        "reset": reset.measured(held),
+        "alone": None,
+        "ratio": None,
+        "reset_ratio": None,
         "notes": notes,
     }
-    for key, side in (("ratio", new), ("reset_ratio", reset)):
-        document[key] = document[f"{key}_spread"] = None
-        if alone:
-            time = Row.compare({}, side.medians, "alone", alone[0].medians, gain=True).ratio
-            ratios = _ratios(side.measured(), alone[0].measured())
-            document |= {key: {**ratios, "median_us": time.median}, f"{key}_spread": time}
+    for each, its_held in zip(alone, held_alone, strict=True):
+        document["alone"] = each.measured(its_held)
+        for key, side in (("ratio", new), ("reset_ratio", reset)):
+            row = Row.compare({}, medians[side.name], each.name, medians[each.name], gain=True)
+            document[key] = row.ratio
     return document
 
 
-def measure(sides: list[Side], requests: int, expected: Result, bench: Bench) -> None:
-    """Serve so many requests on each side, in blocks that take turns."""
-    sizes = list(blocks_of(requests))
+def _differing(outcomes: Sequence[Outcome]) -> set[str]:
+    """Return the names of what is not the same in all outcomes."""
+    pairs = zip(Outcome._fields, zip(*outcomes, strict=True), strict=True)
+    return {name for name, values in pairs if len(set(values)) > 1}
+
+
+def measure(
+    sides: list[Side], requests: int, expected: Result, bench: Bench
+) -> dict[str, list[float]]:
+    """Serve at least so many requests on each side, in blocks that take turns; return the medians of the blocks."""
+    size = -(-requests // ROUNDS)
+    rounds = -(-requests // size)
 
     def subject(side: Side) -> Subject:
-        side.costs.clear()
-        side.faults = 0
-
         def block() -> float:
-            number = len(side.costs)
-            bench.say(f"{requests} requests on each side: {100 * number // len(sizes)} % done")
-            return statistics.median(side.serve(sizes[number], expected))
+            bench.say(f"{rounds * size} requests on each side: {len(side.costs)} done")
+            return side.serve(size, expected)
 
         return block
 
     subjects = {side.name: subject(side) for side in sides}
-    bench.rounds(subjects, 0, fewest=len(sizes), most=len(sizes), warm_up=0)
-
-
-def blocks_of(requests: int) -> Iterator[int]:
-    """Yield the requests in ROUNDS blocks of at least ten, as equal as they can be."""
-    rounds = max(1, min(ROUNDS, requests // 10))
-    for number in range(rounds):
-        yield requests * (number + 1) // rounds - requests * number // rounds
-
-
-def _ratios(ours: Measured, alone: Measured) -> dict[str, float | None]:
-    ratios: dict[str, float | None] = {}
-    for name in ("median_us", "p99_us", "faults_per_request", "private_bytes_per_instance"):
-        cost, theirs = getattr(ours, name), getattr(alone, name)
-        divisible = theirs is not None and cost and (name != "faults_per_request" or cost >= 1)
-        ratios[name] = theirs / cost if divisible else None
-    return ratios
+    return bench.rounds(subjects, 0, fewest=rounds, most=rounds, warm_up=0)
 
 
 # -- the sides
@@ -196,19 +173,17 @@ def _ratios(ours: Measured, alone: Measured) -> dict[str, float | None]:
 class Side:
     """One way to serve a request, and its costs; `end` releases what `begin` returned.
 
-    `costs` are the nanoseconds of each request, block by block; `memory` the private bytes of each further live
-    instance, and the number that was held; `same` is true if each result was expected.
+    `quiet` is true for a guest that may print.  `costs` are the nanoseconds of each request; `same` is true if each
+    result was expected.
     """
 
     name: str
     begin: Callable[[], Any]
     call: Callable[[Any], Result]
-    end: Callable[[Any], None]
-    read_memory: Callable[[Any], bytes | None]
+    end: Callable[[Any], object]
     quiet: bool
-    costs: list[list[int]] = field(default_factory=list)
+    costs: list[int] = field(default_factory=list)
     faults: int = 0
-    memory: tuple[int | None, int] = (None, 0)
     same: bool = True
 
     def observe(self) -> Outcome:
@@ -218,12 +193,10 @@ class Side:
                 live = self.begin()
                 try:
                     result = self.call(live)
-                    memory = self.read_memory(live)
                 finally:
                     self.end(live)
             output.seek(0)
-            digest = None if memory is None else hashlib.sha256(memory).hexdigest()
-            return Outcome(result, output.read(), digest)
+            return Outcome(result, output.read())
 
     def attempt(self) -> Outcome | str:
         """Return the outcome of one request, or how it failed."""
@@ -234,13 +207,12 @@ class Side:
         except GuestTrap as error:
             return f"trapped: {sentence(error)}"
 
-    def serve(self, count: int, expected: Result) -> list[int]:
+    def serve(self, count: int, expected: Result) -> float:
         """Serve a block of requests, and before it a tenth as many because the others' turn emptied the caches.
 
-        Return the nanoseconds of each request of the block.
+        Return the median nanoseconds of a request of the block.
         """
         begin, call, end = self.begin, self.call, self.end
-        costs: list[int] = []
         with silenced() if self.quiet else nullcontext():
             for number in range(-max(1, count // 10), count):
                 if number == 0:
@@ -254,31 +226,25 @@ class Side:
                     live = None
                 cost = CLOCK() - started
                 if number >= 0:
-                    costs.append(cost)
+                    self.costs.append(cost)
                 self.same = self.same and result == expected
             self.faults += _faults()
-        self.costs.append(costs)
-        return costs
+        return statistics.median(self.costs[-count:])
 
-    def hold(self, most: int) -> None:
+    def hold(self, most: int) -> Held:
         """Hold so many live instances, and measure the memory of each."""
         with silenced() if self.quiet else nullcontext():
-            held = hold(self.begin, self.call, self.end, most, most_bytes=MOST_HELD_BYTES)
-        self.memory = (None if held.bytes is None else int(held.bytes), held.instances)
+            return hold(self.begin, self.call, self.end, most, most_bytes=MOST_HELD_BYTES)
 
-    @property
-    def medians(self) -> list[float]:
-        """The median of each block."""
-        return [statistics.median(block) for block in self.costs]
-
-    def measured(self) -> Measured:
-        """Return the costs of all blocks."""
-        costs = sorted(itertools.chain.from_iterable(self.costs))
+    def measured(self, held: Held) -> Measured:
+        """Return the costs of all requests, and of the instances that were held."""
+        costs = sorted(self.costs)
         return Measured(
             statistics.median(costs) / 1000,
-            percentile(costs, 99) / 1000,
+            costs[len(costs) * 99 // 100] / 1000,
             self.faults / len(costs),
-            *self.memory,
+            held.bytes,
+            held.instances,
         )
 
 
@@ -287,34 +253,26 @@ def _faults() -> int:
     return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
 
 
-def percentile(ordered: list[int], percent: int) -> int:
-    """Return the smallest of these ordered samples that at least so many percent of them do not pass."""
-    return ordered[-(-len(ordered) * percent // 100) - 1]
-
-
 def _memslot_sides(guest: Guest, source: Source, invocation: Invocation) -> list[Side]:
     """Return requests on new instances, and on instances that wait ready and are reset after each request."""
-
-    def call(instance: Instance) -> Result:
-        return _result(instance.call, invocation)
-
-    def read_memory(instance: Instance) -> bytes | None:
-        if source.memory is None or instance.memory.byte_size > LARGEST_COMPARED_MEMORY:
-            return None
-        return instance.memory.read(0, instance.memory.byte_size)
 
     def begin_lease() -> tuple[Lease, Instance]:
         lease = guest.lease()
         return lease, lease.__enter__()
 
     return [
-        Side("memslot", guest.instantiate, call, Instance.close, read_memory, source.uses_wasi),
+        Side(
+            "memslot",
+            guest.instantiate,
+            lambda instance: _result(instance.call, invocation),
+            Instance.close,
+            source.uses_wasi,
+        ),
         Side(
             "memslot, reset",
             begin_lease,
-            lambda live: call(live[1]),
+            lambda live: _result(live[1].call, invocation),
             lambda live: live[0].__exit__(),
-            lambda live: read_memory(live[1]),
             source.uses_wasi,
         ),
     ]
@@ -324,19 +282,7 @@ def _alone_side(runtime: Baseline, source: Source, invocation: Invocation) -> Si
     def call(instance: Any) -> Result:
         return _result(lambda name, *arguments: runtime.call(instance, name, arguments), invocation)
 
-    def read_memory(instance: Any) -> bytes | None:
-        if source.memory is None:
-            return None
-        return runtime.read_memory(instance, source.memory, LARGEST_COMPARED_MEMORY)
-
-    return Side(
-        f"{runtime.name} alone",
-        runtime.instantiate,
-        call,
-        lambda _: None,
-        read_memory,
-        source.uses_wasi,
-    )
+    return Side(f"{runtime.name} alone", runtime.instantiate, call, id, source.uses_wasi)
 
 
 def _result(call: Callable[..., Any], invocation: Invocation) -> Result:
@@ -357,14 +303,6 @@ def written_values(value: Any) -> Result:
     if value is None:
         return ()
     return tuple(repr(each) for each in (value if isinstance(value, (list, tuple)) else [value]))
-
-
-def _number(text: str) -> int | float | str:
-    """Return a value as JSON has it; NaN and the infinities, which it has not, as text."""
-    try:
-        return int(text)
-    except ValueError:
-        return float(text) if math.isfinite(float(text)) else text
 
 
 def _notes(guest: Guest) -> Iterator[str]:
@@ -391,15 +329,14 @@ def _notes(guest: Guest) -> Iterator[str]:
 
 def _bad_end(sides: list[Side], tried: list[Outcome | str]) -> str:
     """Return the sentence about a guest that failed on one side at least."""
-    ours = next((each for each in tried[:2] if isinstance(each, str)), None)
-    if len(sides) == 2:
-        return f"the guest {ours}"
-    name, theirs = sides[2].name, tried[2]
-    if ours is None:
-        return f"the results differ: on {name} the guest {theirs}; through memslot it did not"
-    if isinstance(theirs, str):
-        return f"the guest, through memslot as on {name}, {ours}"
-    return f"the results differ: through memslot the guest {ours}; on {name} it did not"
+    failed = {
+        side.name: how for side, how in zip(sides, tried, strict=True) if isinstance(how, str)
+    }
+    how = next(iter(failed.values()))
+    others = [side.name for side in sides if side.name not in failed]
+    if not others:
+        return f"the guest {how}"
+    return f"the results differ: with {' and '.join(failed)} the guest {how}; with {' and '.join(others)} it did not"
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import click
 
 from memslot_plugin.bench.results import times
 from memslot_plugin.bench.runner import Bench
-from memslot_plugin.cli.compare import REQUESTS, SECONDS, compare
+from memslot_plugin.cli.compare import REQUESTS, SECONDS, Measured, compare
 from memslot_plugin.cli.interrupt import ended_by_ctrl_c
 from memslot_plugin.cli.options import (
     host_option,
@@ -44,7 +44,7 @@ from memslot_plugin.settings import Settings
 @click.option(
     "--requests",
     type=click.IntRange(min=1),
-    help=f"Serve so many requests on each side  [default: {REQUESTS}, or what fits {SECONDS:g} s]",
+    help=f"Serve at least so many requests on each side  [default: {REQUESTS}, or what fits {SECONDS:g} s]",
 )
 @click.option(
     "--concurrency-of-slots",
@@ -110,14 +110,14 @@ def conclusion(found: dict[str, Any]) -> str:
     if found["alone"] is None:
         return f"A request takes {new} with a fresh instance through memslot, and {reset} on one that is reset."
     alone, name = duration(found["alone"].median_us), f"{found['host']} alone"
-    faster, reset_faster = found["ratio"]["median_us"], found["reset_ratio"]["median_us"]
+    faster, reset_faster = found["ratio"].median, found["reset_ratio"].median
     said = f"A request with a fresh, isolated instance takes {new} through memslot"
     if faster >= 1.1:
         said += f" instead of {alone} on {name}, {faster:.3g} times faster"
     else:
         gain = ", about the same" if faster > 0.9 else ": this guest gains no time"
         said += f" and {alone} on {name}{gain}"
-    memory = found["ratio"]["private_bytes_per_instance"]
+    memory = _less(found["memslot"], found["alone"], "private_bytes_per_instance")
     if memory is not None and memory >= 1.1:
         said += f", with {memory:.3g} times less private memory for each live instance"
     if reset_faster >= 1.1:
@@ -129,6 +129,12 @@ def conclusion(found: dict[str, Any]) -> str:
         differing = " and ".join(found["differences"])
         return f"{said}, but the {differing} differ: do not trust these numbers."
     return f"{said}{', and every answer was the same' if found['same_result'] else ''}."
+
+
+def _less(ours: Measured, alone: Measured, cost: str) -> float | None:
+    """Return the runtime's cost over ours, or None if it is unknown or ours is next to nothing."""
+    mine, theirs = getattr(ours, cost), getattr(alone, cost)
+    return theirs / mine if theirs is not None and mine is not None and mine >= 1 else None
 
 
 ROWS: dict[str, tuple[str, Callable[[Any], str]]] = {
@@ -143,28 +149,29 @@ def show(output: Output, found: dict[str, Any]) -> None:
     """Print the comparison for people."""
     call = f"{found['invoke']}({', '.join(map(str, found['arguments']))})"
     if found["result"]:
-        call += f" -> {', '.join(map(str, found['result']))}"
+        call += f" -> {', '.join(found['result'])}"
     title = (
         f"{found['guest']}: {call}, {found['requests']} requests on each side"
         f" ({found['host']} {found['host_version'] or ''}, CPython {platform.python_version()})"
     )
-    rows = []
+    rows, alone = [], found["alone"]
     for name, (label, shown) in ROWS.items():
         row = {"": label}
-        if found["alone"] is not None:
-            row[f"{found['host']} alone"] = shown(getattr(found["alone"], name))
-        row["memslot"] = shown(getattr(found["memslot"], name))
-        if found["ratio"] is not None:
-            row["less"] = times(found["ratio"][name])
-        row["memslot, reset"] = shown(getattr(found["reset"], name))
-        if found["reset_ratio"] is not None:
-            row["less "] = times(found["reset_ratio"][name])
+        if alone is not None:
+            row[f"{found['host']} alone"] = shown(getattr(alone, name))
+        for column, key, less in (
+            ("memslot", "memslot", "less"),
+            ("memslot, reset", "reset", "less "),
+        ):
+            row[column] = shown(getattr(found[key], name))
+            if alone is not None:
+                row[less] = times(_less(found[key], alone, name))
         rows.append(row)
     output.show_table(title, rows)
-    if found["alone"] is not None:
+    if alone is not None:
         new, reset = (
             f"{times(each.low)} to {times(each.high)}"
-            for each in (found["ratio_spread"], found["reset_ratio_spread"])
+            for each in (found["ratio"], found["reset_ratio"])
         )
         output.print(f"Half of the rounds were {new} faster, and {reset} on reset instances.")
     show_printed(output, found["output"])

@@ -59,14 +59,6 @@ class Source:
         """True if the guest imports anything from WASI, or is not understood."""
         return self.module is None or any(each.name.module in MODULES for each in self.imports)
 
-    @property
-    def memory(self) -> str | None:
-        """The name under which the guest exports memory 0, or None."""
-        for export in () if self.module is None else self.module.exports:
-            if export.kind is wasm.ExternKind.MEMORY and export.index == 0:
-                return export.name
-        return None
-
     def wasi(self, arguments: Sequence[str] = (), stdout: Stream = "inherit") -> Wasi | None:
         """Return the WASI of the guest's instances, or None for a guest that uses none."""
         if not self.uses_wasi:

@@ -37,7 +37,7 @@ REACTOR = """(module (memory (export "memory") 1)
 def memslot(*words):
     """Run the command in this process, at a wide terminal and with few instances, each of which reads all of smaps."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare, "MOST_INSTANCES", 2)
+        patch.setattr(compare, "MOST_INSTANCES", 3)
         return CliRunner(env={"COLUMNS": "200"}).invoke(main, [str(word) for word in words])
 
 

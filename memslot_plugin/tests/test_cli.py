@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import memslot_plugin
-from memslot_plugin.cli import compare, main
+from memslot_plugin.cli import main
 from memslot_plugin.cli.output import Output, byte_size, duration
 from memslot_plugin.cli.source import parse_arguments
 from memslot_plugin.errors import ArgumentError
@@ -26,19 +26,13 @@ from memslot_plugin.wasm import FunctionType
 MIB = 1 << 20
 
 
-def test_output_of_numbers_is_readable_and_of_percentiles_exact(monkeypatch):
+def test_output_of_numbers_is_readable(monkeypatch):
     sizes = [byte_size(n) for n in (None, 0, 1023, 1024, 1536, 3 << 20, 4 << 30, 9 << 40)]
     assert sizes == ["-", "0 B", "1023 B", "1 KiB", "1.5 KiB", "3 MiB", "4 GiB", "9 TiB"]
     durations = [duration(n) for n in (0.07, 53.14, 1771, 2.4e6)]
     assert durations == ["0.07 us", "53.1 us", "1.77 ms", "2.4 s"]
     monkeypatch.delenv("COLUMNS", raising=False)
     assert Output(io.StringIO()).width == 120
-
-    assert compare.percentile(list(range(1, 101)), 99) == 99
-    assert compare.percentile([7], 99) == 7
-    assert all(
-        sum(compare.blocks_of(requests)) == requests for requests in (1, 9, 10, 19, 199, 1001)
-    )
 
 
 def test_words_become_arguments_of_their_type_or_are_refused():
