@@ -109,32 +109,16 @@ def conclusion(found: dict[str, Any]) -> str:
     new, reset = (duration(found[key].median_us) for key in ("memslot", "reset"))
     if found["alone"] is None:
         return f"A request takes {new} with a fresh instance through memslot, and {reset} on one that is reset."
-    alone, name = duration(found["alone"].median_us), f"{found['host']} alone"
-    faster, reset_faster = found["ratio"].median, found["reset_ratio"].median
-    said = f"A request with a fresh, isolated instance takes {new} through memslot"
-    if faster >= 1.1:
-        said += f" instead of {alone} on {name}, {faster:.3g} times faster"
-    else:
-        gain = ", about the same" if faster > 0.9 else ": this guest gains no time"
-        said += f" and {alone} on {name}{gain}"
-    memory = _less(found["memslot"], found["alone"], "private_bytes_per_instance")
-    if memory is not None and memory >= 1.1:
-        said += f", with {memory:.3g} times less private memory for each live instance"
-    if reset_faster >= 1.1:
-        said += (
-            f"; on one that is reset after each request it takes {reset}, {reset_faster:.3g}"
-            " times faster"
-        )
+    alone = f"{duration(found['alone'].median_us)} on {found['host']} alone"
+    faster, reset_faster = (times(found[key].median) for key in ("ratio", "reset_ratio"))
+    said = (
+        f"A request with a fresh, isolated instance takes {new} through memslot instead of {alone} ({faster} as fast),"
+        f" and on one that is reset after each request {reset} ({reset_faster} as fast)"
+    )
     if found["differences"]:
         differing = " and ".join(found["differences"])
         return f"{said}, but the {differing} differ: do not trust these numbers."
     return f"{said}{', and every answer was the same' if found['same_result'] else ''}."
-
-
-def _less(ours: Measured, alone: Measured, cost: str) -> float | None:
-    """Return the runtime's cost over ours, or None if it is unknown or ours is next to nothing."""
-    mine, theirs = getattr(ours, cost), getattr(alone, cost)
-    return theirs / mine if theirs is not None and mine is not None and mine >= 1 else None
 
 
 ROWS: dict[str, tuple[str, Callable[[Any], str]]] = {
@@ -143,6 +127,12 @@ ROWS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "faults_per_request": ("page faults per request", lambda value: f"{value:.1f}"),
     "private_bytes_per_instance": ("private memory per live instance", byte_size),
 }
+
+
+def _less(ours: Measured, alone: Measured, cost: str) -> float | None:
+    """Return the runtime's cost over ours, or None if it is unknown or ours is next to nothing."""
+    mine, theirs = getattr(ours, cost), getattr(alone, cost)
+    return theirs / mine if theirs is not None and mine is not None and mine >= 1 else None
 
 
 def show(output: Output, found: dict[str, Any]) -> None:
