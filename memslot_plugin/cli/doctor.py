@@ -25,7 +25,7 @@ from memslot_plugin.cli.output import (
 )
 from memslot_plugin.cli.source import EXAMPLE, EXAMPLE_MODULE
 from memslot_plugin.errors import MemslotError
-from memslot_plugin.hosts import available_hosts, open_host
+from memslot_plugin.hosts import FakeHost, available_hosts, open_host
 from memslot_plugin.hosts.builtin import load_plugins
 from memslot_plugin.hosts.versions import installed_version
 from memslot_plugin.memory.inventory import MAPPINGS_PER_SLOT
@@ -55,7 +55,7 @@ def doctor(*, settings: Settings, as_json: bool) -> int:
     """
     found = diagnose(settings)
     code = OK if found["works"] else FAILED
-    if not any(host["installed"] for host in found["hosts"] if host["name"] != "fake"):
+    if not any(host["installed"] for host in found["hosts"]):
         code = NO_RUNTIME
     report(found, _show, as_json)
     if not as_json:
@@ -64,18 +64,17 @@ def doctor(*, settings: Settings, as_json: bool) -> int:
 
 
 def diagnose(settings: Settings) -> dict[str, Any]:
-    """Try everything under these settings.
-
-    `answering` is the plugin that handed out a memory when it was asked for one.
-    """
-    plugins, answering, allocation = _try_allocation(settings)
+    """Try everything under these settings."""
+    plugins = load_plugins(settings)
+    allocation = _try_allocation(settings, plugins)
     hosts = [
-        _try_host(name, reason, settings) for name, reason in available_hosts(settings).items()
+        _try_host(name, reason, settings)
+        for name, reason in available_hosts(settings).items()
+        if name != "fake"  # which runs Python functions, for tests
     ]
     uname = os.uname()
     return {
-        "works": allocation.works
-        and any(each["works"] for each in hosts if each["name"] != "fake"),
+        "works": allocation.works and any(each["works"] for each in hosts),
         "versions": {
             "memslot": __version__,
             **{name: installed_version(name) for name in LIBRARIES},
@@ -90,38 +89,32 @@ def diagnose(settings: Settings) -> dict[str, Any]:
         "limits": _limits(settings),
         "settings": settings,
         "plugins": plugins.answers(),
-        "answering": answering,
         "allocation": allocation,
         "skipped_plugins": dict(plugins.failed),
         "hosts": hosts,
     }
 
 
-def _try_allocation(settings: Settings) -> tuple[Plugins, str | None, Finding]:
-    """Lease a memory with an image on the host that needs no runtime, write to it, reset and release it.
-
-    Return the plugins that were asked, the one that answered if it keeps statistics, and the finding.
-    """
-    plugins, answering = load_plugins(settings), None
+def _try_allocation(settings: Settings, plugins: Plugins) -> Finding:
+    """Lease a memory with an image on the host that needs no runtime, write to it, reset and release it."""
     module = EXAMPLE_MODULE.read_bytes()
     try:
-        with open_host("fake", settings=settings) as host:
-            plugins = host.plugins
+        with FakeHost(settings, plugins=plugins) as host:
             with host.prepare(module, name=EXAMPLE).instantiate() as instance:
-                answering = next((pool.plugin for pool in host.statistics().pools), None)
                 pristine = instance.memory.read(0, PAGE_SIZE)
                 instance.memory.write(0, bytes(PAGE_SIZE))
                 instance.reset()
                 restored = instance.memory.read(0, PAGE_SIZE)
-            ways = {way for pool in host.statistics().pools for way in pool.resets_by}
+            pools = host.statistics().pools
     except MemslotError as error:
-        return plugins, answering, Finding(False, sentence(error))
+        return Finding(False, sentence(error))
     if pristine not in module:
-        return plugins, answering, Finding(False, "a new memory did not hold its image")
+        return Finding(False, "a new memory did not hold its image")
     if restored != pristine:
-        return plugins, answering, Finding(False, "a reset left what was written")
-    said = f"a memory was handed out, written to and reset by {', '.join(sorted(ways)) or 'it'}"
-    return plugins, answering, Finding(True, said)
+        return Finding(False, "a reset left what was written")
+    answering = next((pool.plugin for pool in pools), "a plugin")
+    ways = ", ".join(sorted({way for pool in pools for way in pool.resets_by})) or "it"
+    return Finding(True, f"{answering} handed out a memory, written to and reset by {ways}")
 
 
 def _limits(settings: Settings) -> list[dict[str, Any]]:
@@ -149,9 +142,7 @@ def _limits(settings: Settings) -> list[dict[str, Any]]:
 def _try_host(name: str, reason: str | None, settings: Settings) -> dict[str, Any]:
     """Serve a request of the example on a host; `reason` tells why it cannot be imported, if it cannot."""
     works, said = False, reason
-    if reason is None and name == "fake":
-        works, said = True, "runs Python functions, for tests"
-    elif reason is None:
+    if reason is None:
         try:
             with open_host(name, settings=settings) as host:
                 guest = host.prepare(EXAMPLE_MODULE.read_bytes(), name=EXAMPLE)
@@ -210,15 +201,6 @@ def _show(output: Output, found: dict[str, Any]) -> None:
         for each in allocators
     ]
     output.show_table("Allocators", rows)
-    subject = found["answering"] or ("A plugin" if found["allocation"].works else "No plugin")
-    output.print(f"{subject} answers: {found['allocation'].detail}\n")
-    hosts = [
-        {
-            "host": host["name"],
-            "version": host["version"],
-            "works": host["works"],
-            "because": host["reason"],
-        }
-        for host in found["hosts"]
-    ]
-    output.show_table("Hosts", hosts)
+    output.print(f"Tried: {found['allocation'].detail}\n")
+    shown = ("name", "version", "works", "reason")
+    output.show_table("Hosts", [{key: host[key] for key in shown} for host in found["hosts"]])

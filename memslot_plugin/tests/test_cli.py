@@ -209,7 +209,7 @@ def test_doctor_tries_kernel_limits_plugins_and_hosts():
     assert limits == ["memory mappings", "address space", "file descriptors"]
     assert [answer["plugin"] for answer in found["plugins"]] == ["memfd", "anonymous"]
     tried = {host["name"]: host for host in found["hosts"]}
-    assert set(tried) >= {"wasmtime", "wasmer", "fake"}
+    assert set(tried) >= {"wasmtime", "wasmer"}
     for host in hosts.INSTALLED:
         assert (tried[host]["works"], tried[host]["reason"]) == (True, "ran a guest")
         assert tried[host]["version"]
@@ -219,10 +219,10 @@ def test_doctor_says_what_answers_and_fails_if_nothing_does_or_a_limit_is_passed
     off = ("--set", "memfd=off")
     found = json_of("doctor", *off)
     refused = {"plugin": "memfd", "answers": False, "reason": "the setting memfd is off"}
-    assert (found["answering"], found["plugins"][0]) == ("anonymous", refused)
+    assert found["plugins"][0] == refused
     shown = shown_by("doctor", *off)
     assert "the setting memfd is off" in shown
-    assert "anonymous answers: a memory was handed out" in shown
+    assert "Tried: anonymous handed out a memory" in shown
     found = json_of("doctor", "--set", "plugins=memfd", *off, exit_code=1)
     assert (found["works"], found["allocation"]["works"]) == (False, False)
     found = json_of("doctor", "--set", "slots=1000000", exit_code=1)
