@@ -171,5 +171,4 @@ def grids(rows: Sequence[Row]) -> Iterator[Grid]:
             [row for row in rows if row.has({"strategy": name})],
             ("read", "MiB"),
             "pages written",
-            heading=lambda pages: f"{pages:,}",
         )

@@ -177,7 +177,6 @@ def pivot(
     across: str,
     *,
     shown: Callable[[Row], str] = lambda row: times(row.ratio.median),
-    heading: Callable[[Label], str] = str,
 ) -> Grid:
     """Return a grid with a line per combination of the labels `down`, and a column per value of the label `across`."""
     columns = list(dict.fromkeys(row.labels[across] for row in rows))
@@ -187,7 +186,7 @@ def pivot(
         lines.setdefault(key, {})[row.labels[across]] = shown(row)
     return Grid(
         title,
-        (*down, *(heading(column) for column in columns)),
+        (*down, *(f"{each:,}" if isinstance(each, int) else each for each in columns)),
         tuple(
             (*map(str, key), *(cells.get(column, "-") for column in columns))
             for key, cells in lines.items()
