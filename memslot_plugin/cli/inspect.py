@@ -8,7 +8,6 @@ from typing import Any
 import click
 
 from memslot_hooks.types import InitialContent
-from memslot_plugin._core import PAGE_SIZE
 from memslot_plugin.cli.options import json_option, key_option, settings_options
 from memslot_plugin.cli.output import Output, byte_size, report, some
 from memslot_plugin.cli.source import Source, read_source
@@ -90,24 +89,20 @@ def _judge(source: Source, settings: Settings, import_memory: bool) -> dict[str,
     too_large = guests.reason_too_large(plan)
     return {
         "report": report_on(plan),
-        "images": [_image(index, content) for index, content in plan.contents.items()],
+        "images": [
+            {"memory": index, "extents": _extents(content)}
+            for index, content in plan.contents.items()
+        ],
         "refused": None if too_large is None else f"It {too_large}.",
     }
 
 
-def _image(memory: int, content: InitialContent) -> dict[str, Any]:
-    """Return the range that an image spans, and the extents in it."""
-    extents = extents_of(content)
-    return {
-        "memory": memory,
-        "start": extents[0].offset if extents else 0,
-        "end": extents[-1].offset + extents[-1].length if extents else 0,
-        "stored_bytes": sum(each.length for each in extents),
-        "extents": [
-            {"offset": each.offset, "length": each.length, "file_offset": each.file_offset}
-            for each in extents
-        ],
-    }
+def _extents(content: InitialContent) -> list[dict[str, int]]:
+    """Return the ranges of a memory that its image stores."""
+    return [
+        {"offset": each.offset, "length": each.length, "file_offset": each.file_offset}
+        for each in extents_of(content)
+    ]
 
 
 def _saved(source: Source) -> dict[str, Any] | None:
@@ -121,7 +116,6 @@ def _saved(source: Source) -> dict[str, Any] | None:
         "snapshot": saved.about.is_snapshot,
         "reseed": saved.about.reseed,
         "byte_size": saved.byte_size,
-        "page_size": PAGE_SIZE,
         "source_bytes": saved.about.source_bytes,
         "source_sha256": saved.source_sha256.hex(),
         "authentic": saved.keyed,
@@ -190,19 +184,22 @@ def _show_memories(output: Output, verdict: dict[str, Any]) -> None:
     ]
     output.show_table("Data segments", segments, most=SHOWN)
     for image in verdict["images"]:
-        title = f"Image of memory {image['memory']}: "
-        if not image["extents"]:
+        title, extents = f"Image of memory {image['memory']}: ", image["extents"]
+        if not extents:
             output.print(f"{title}only zeros, nothing is mapped", style="bold")
-        stored, span = byte_size(image["stored_bytes"]), byte_size(image["end"] - image["start"])
-        extents = [
+            continue
+        stored = byte_size(sum(each["length"] for each in extents))
+        end = extents[-1]["offset"] + extents[-1]["length"]
+        rows = [
             {
                 "at": f"{each['offset']:#x}",
                 "bytes": each["length"],
                 "in the file at": f"{each['file_offset']:#x}",
             }
-            for each in image["extents"]
+            for each in extents
         ]
-        output.show_table(f"{title}{stored} stored, which span {span}", extents, most=SHOWN)
+        span = byte_size(end - extents[0]["offset"])
+        output.show_table(f"{title}{stored} stored, which span {span}", rows, most=SHOWN)
 
 
 def _show_plan(output: Output, verdict: dict[str, Any]) -> None:

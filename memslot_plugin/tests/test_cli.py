@@ -117,7 +117,6 @@ def test_inspect_shows_memories_segments_and_images_as_on_each_host():
     for kind, verdict in found["hosts"].items():
         (image,), name = verdict["images"], verdict["report"]["import_name"]
         size = -(-0x80100 // PAGE) * PAGE  # the table and the primes
-        assert (image["stored_bytes"], image["start"], image["end"]) == (size, 0, size)
         assert image["extents"] == [{"offset": 0, "length": size, "file_offset": 0}]
         assert name == ("memslot.memory" if kind == "wasmer" else None)
 
