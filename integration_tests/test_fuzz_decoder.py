@@ -65,7 +65,7 @@ def test_decoder_under_sanitizers_reads_and_marks_nothing_outside(fuzz: Fuzz) ->
     [
         ("(in->end - in->at) < length", "(in->end - in->at) + 1 < length"),
         ("if (index >= space->count)", "if (index > space->count)"),
-        ("    report->sites++;\n", "    report->sites += report->sites != 3;\n"),
+        ("    all->last_function = report->function;\n", ""),
     ],
     ids=["looks a byte too far", "marks a thing too far", "forgets what it counted"],
 )

@@ -229,11 +229,6 @@ static void found(walk *walk, enum ms_code_kind kind)
     if (all->count++ == 0 || all->last_function != report->function)
         all->functions++;
     all->last_function = report->function;
-    if (!(walk->marks->site_kinds & 1u << kind))
-        return;
-    if (report->sites < walk->marks->site_capacity)
-        walk->marks->sites[report->sites] = (ms_code_site){kind, report->function, report->offset};
-    report->sites++;
 }
 
 static int mark(ms_code_space *space, uint32_t index, uint8_t bit)

@@ -245,14 +245,7 @@ enum ms_code_mark { MS_CODE_USED = 1, MS_CODE_CHANGED = 2 };
 /* `opcode` of a report whose fault is not in an instruction. */
 enum { MS_CODE_NO_OPCODE = 256 };
 
-/* One instruction. `offset` counts from the module's first byte, `function` is an index. */
-typedef struct {
-    uint32_t kind;
-    uint32_t function;
-    size_t offset;
-} ms_code_site;
-
-/* All instructions of one kind. */
+/* All instructions of one kind. Offsets count from the module's first byte, functions are indices. */
 typedef struct {
     uint64_t count;
     uint32_t functions; /* functions that have one */
@@ -267,7 +260,7 @@ typedef struct {
     size_t count;
 } ms_code_space;
 
-/* The caller's part: index spaces with marks set to zero, and room for the sites of some kinds. */
+/* The caller's part: index spaces with marks set to zero. */
 typedef struct {
     uint32_t first_function; /* index of the first body's function */
     ms_code_space globals;
@@ -275,9 +268,6 @@ typedef struct {
     ms_code_space memories;
     ms_code_space data;
     ms_code_space elements;
-    uint32_t site_kinds; /* bit 1 << kind for each kind whose sites are wanted */
-    ms_code_site *sites;
-    size_t site_capacity;
 } ms_code_marks;
 
 /* The findings, complete only if `fault` is MS_CODE_UNDERSTOOD. */
@@ -289,7 +279,6 @@ typedef struct {
     uint32_t sub; /* the number after a prefix */
     uint32_t bodies;
     uint64_t instructions;
-    size_t sites; /* all there are, also beyond `site_capacity` */
     ms_code_found found[MS_CODE_KINDS];
 } ms_code_report;
 

@@ -14,11 +14,9 @@ from memslot_plugin.cli.source import Source, read_source
 from memslot_plugin.errors import Unsupported
 from memslot_plugin.files.guests import contents_in
 from memslot_plugin.guest import plan as guests
-from memslot_plugin.guest.analysis import find_sites
 from memslot_plugin.guest.portable import saved_plan
 from memslot_plugin.guest.report import report_on
 from memslot_plugin.guest.target import MOST_GLOBALS, Target
-from memslot_plugin.guest.verdict import IRREVERSIBLE
 from memslot_plugin.memory.image import extents_of
 from memslot_plugin.settings import Settings
 
@@ -44,7 +42,6 @@ def inspect(*, file: str | None, key: bytes | None, settings: Settings, as_json:
     verdicts = {
         kind: _judge(source, settings, import_memory) for kind, import_memory in KINDS.items()
     }
-    sites = () if source.module is None else find_sites(source.module, IRREVERSIBLE)
     document = {
         "guest": source.name,
         "byte_size": len(source.data),
@@ -54,7 +51,6 @@ def inspect(*, file: str | None, key: bytes | None, settings: Settings, as_json:
         "imports": [
             {"name": str(each.name), "kind": each.kind.name.lower()} for each in source.imports
         ],
-        "irreversible": list(sites),
         "hosts": verdicts,
     }
     report(document, _show, as_json)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,21 +52,11 @@ class Occurrence:
 
 
 @dataclass(frozen=True, slots=True)
-class Site:
-    """One instruction in the code: its kind, its function and its offset in the module."""
-
-    instruction: str
-    function: int
-    offset: int
-
-
-@dataclass(frozen=True, slots=True)
 class CodeReport:
     """The instructions of a module, as far as they were understood.
 
     `not_understood` is a sentence about the place where the walk ended early, or None. The tuples are
-    ascending indices: globals that code assigns to, memories that it grows, tables that it changes,
-    segments that it reads from and segments that it drops.
+    ascending indices: globals that code assigns to, segments that it reads from and segments that it drops.
     """
 
     bodies: int
@@ -75,8 +64,6 @@ class CodeReport:
     not_understood: str | None
     occurrences: tuple[Occurrence, ...]
     globals_set: tuple[int, ...]
-    memories_grown: tuple[int, ...]
-    tables_changed: tuple[int, ...]
     data_used: tuple[int, ...]
     data_dropped: tuple[int, ...]
     elements_used: tuple[int, ...]
@@ -110,8 +97,6 @@ def analyse(module: wasm.Module) -> CodeReport:
             if all_.count
         ),
         globals_set=_marked(marks["globals"], lib.MS_CODE_CHANGED),
-        memories_grown=_marked(marks["memories"], lib.MS_CODE_CHANGED),
-        tables_changed=_marked(marks["tables"], lib.MS_CODE_CHANGED),
         data_used=_marked(marks["data"], lib.MS_CODE_USED),
         data_dropped=_marked(marks["data"], lib.MS_CODE_CHANGED),
         elements_used=_marked(marks["elements"], lib.MS_CODE_USED),
@@ -119,23 +104,8 @@ def analyse(module: wasm.Module) -> CodeReport:
     )
 
 
-def find_sites(module: wasm.Module, instructions: Collection[str]) -> tuple[Site, ...]:
-    """Return every instruction of these kinds in the order of the code."""
-    names = [kind.value for kind in Instruction]
-    kinds = sum(1 << number for number, name in enumerate(names) if name in instructions)
-    report, _ = _walk(module, site_kinds=kinds)
-    sites = ffi.new("ms_code_site[]", report.sites)
-    _walk(module, site_kinds=kinds, sites=sites)
-    return tuple(Site(names[each.kind], each.function, each.offset) for each in sites)
-
-
-def _walk(
-    module: wasm.Module, *, site_kinds: int = 0, sites: Any = ()
-) -> tuple[Any, dict[str, bytearray]]:
-    """Return the core's report about the code, and a byte of marks for each item that code can name.
-
-    `site_kinds` has a bit for each kind of instruction whose places go to the array `sites`.
-    """
+def _walk(module: wasm.Module) -> tuple[Any, dict[str, bytearray]]:
+    """Return the core's report about the code, and a byte of marks for each item that code can name."""
     elements = module.section(SectionId.ELEMENT)
     # The count is what the module claims, so bound it: an element segment takes at least one byte.
     size = 0 if elements is None else elements.end - elements.payload
@@ -153,9 +123,6 @@ def _walk(
     for name, buffer in buffers.items():
         space = getattr(asked, name)
         space.marks, space.count = buffer, len(buffer)
-    asked.site_kinds = site_kinds
-    if len(sites):
-        asked.sites, asked.site_capacity = sites, len(sites)
     report = ffi.new("ms_code_report *")
     code = module.section(SectionId.CODE)
     if code is not None:

@@ -47,16 +47,14 @@ class Verdict:
       instance, because of `reasons`.
     - `conditions`: events while running after which a reset in place is not enough.
     - `foreign`: state that belongs to the embedder and that no reset touches.
-    - `vector_globals`: globals of type v128 to be restored, which not every host can do.
 
-    All but the first and the last are sentences.
+    All but the first are sentences.
     """
 
     in_place: bool
     reasons: tuple[str, ...] = ()
     conditions: tuple[str, ...] = ()
     foreign: tuple[str, ...] = ()
-    vector_globals: tuple[int, ...] = ()
 
 
 def changing_globals(module: wasm.Module, report: CodeReport) -> tuple[int, ...]:
@@ -83,10 +81,9 @@ def judge(module: wasm.Module, report: CodeReport, *, start_dropped: bool = Fals
     adds the reasons that come from memories without an image.
     """
     names = _export_names(module)
-    changing = changing_globals(module, report)
     reasons = [
         *_code_reasons(report, names),
-        *_global_reasons(module, changing, names),
+        *_global_reasons(module, changing_globals(module, report), names),
         *_instantiation_reasons(module, start_dropped=start_dropped),
     ]
     return Verdict(
@@ -97,9 +94,6 @@ def judge(module: wasm.Module, report: CodeReport, *, start_dropped: bool = Fals
             f"The {kind} that is imported as {imported} belongs to the embedder and stays as it is at"
             " every kind of reset."
             for kind, imported in _imported_state(module)
-        ),
-        vector_globals=tuple(
-            index for index in changing if module.globals[index].type.value.name == "v128"
         ),
     )
 

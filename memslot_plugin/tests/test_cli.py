@@ -150,9 +150,6 @@ def test_inspect_says_what_is_stored_and_how_an_instance_is_reset(tmp_path, sect
     path.write_bytes(b"\0asm\1\0\0\0" + bytes.fromhex(sections))
     shown = shown_by("inspect", path)
     assert [sentence for sentence in INSPECTED[sections] if sentence not in shown] == []
-    at = path.read_bytes().find(b"\xfc\x09")
-    dropped = {"instruction": "data.drop", "function": 0, "offset": at}
-    assert json_of("inspect", path)["irreversible"] == ([] if at < 0 else [dropped])
 
 
 FILES = {
