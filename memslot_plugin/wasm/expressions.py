@@ -8,7 +8,7 @@ unknown value when it was read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from memslot_plugin.wasm.binary import NotUnderstood, Reader, signed_leb128
@@ -28,28 +28,14 @@ _FIXED = {
     "v128": bytes([_VECTOR, _V128_CONST]),
 }
 """Opcodes of constants whose immediates have a fixed size."""
-_ARITHMETIC: dict[int, tuple[str, Callable[[int, int], int]]] = {
-    0x6A: ("i32", int.__add__),
-    0x6B: ("i32", int.__sub__),
-    0x6C: ("i32", int.__mul__),
-    0x7C: ("i64", int.__add__),
-    0x7D: ("i64", int.__sub__),
-    0x7E: ("i64", int.__mul__),
-}
-_GC_OPERATORS = {
-    0: "struct.new",
-    1: "struct.new_default",
-    6: "array.new",
-    7: "array.new_default",
-    8: "array.new_fixed",
-    26: "any.convert_extern",
-    27: "extern.convert_any",
-    28: "ref.i31",
-}
+_ARITHMETIC = frozenset({0x6A, 0x6B, 0x6C, 0x7C, 0x7D, 0x7E})
+"""Operators of the extended constants: additions, subtractions and products."""
+_GC_IMMEDIATES = {0: 1, 1: 1, 6: 1, 7: 1, 8: 2, 26: 0, 27: 0, 28: 0}
+"""Numbers of immediates of the operators that make structs, arrays and other references."""
 
 
 class _Operand(NamedTuple):
-    """A value on the stack of an expression, or the reason why it is unknown."""
+    """The result of an instruction, or the reason why it is unknown."""
 
     type: str | None = None
     value: int | None = None
@@ -57,31 +43,32 @@ class _Operand(NamedTuple):
 
 
 _INVALID = _Operand(reason="is not a valid constant expression")
+_REFERENCE = _Operand(reason="is a reference")
+_COMPUTED = _Operand(reason="is not a single constant")
 
 
 def read_expression(reader: Reader, known: Sequence[Global]) -> Expression:
-    """Read a constant expression up to its `end`; `known` are the globals in front of it."""
+    """Read a constant expression up to its `end`; `known` are the globals in front of it.
+
+    An expression of several instructions has no value here: compilers write them only for what the embedder decides.
+    """
     start = reader.position
-    stack: list[_Operand] = []
+    operands: list[_Operand] = []
     functions: list[int] = []
     while (opcode := reader.byte()) != _END:
-        if opcode in _ARITHMETIC:
-            right = stack.pop() if stack else _INVALID
-            left = stack.pop() if stack else _INVALID
-            stack.append(_calculate(opcode, left, right))
-        elif opcode == _GLOBAL_GET:
-            stack.append(_global(reader.u32(), known))
+        if opcode == _GLOBAL_GET:
+            operands.append(_global(reader.u32(), known))
         elif opcode == _REF_FUNC:
             functions.append(reader.u32())
-            stack.append(_Operand(reason="is made by ref.func"))
+            operands.append(_REFERENCE)
         else:
-            stack.append(_read_constant(reader, opcode))
-    result = stack[0] if len(stack) == 1 else _only_reason(stack)
+            operands.append(_read_constant(reader, opcode))
+    result = operands[0] if len(operands) == 1 else _COMPUTED
     return Expression(reader.since(start), *result, tuple(functions))
 
 
 def _read_constant(reader: Reader, opcode: int) -> _Operand:
-    """Read the immediates of a constant, or step over those of an operator that makes a reference."""
+    """Read the immediates of a constant, or step over those of another operator."""
     if opcode == _I32_CONST:
         return _Operand("i32", reader.signed(32) & 0xFFFFFFFF)
     if opcode == _I64_CONST:
@@ -92,34 +79,16 @@ def _read_constant(reader: Reader, opcode: int) -> _Operand:
         return _Operand("f64", int.from_bytes(reader.take(8), "little"))
     if opcode == _VECTOR and reader.u32() == _V128_CONST:
         return _Operand("v128", int.from_bytes(reader.take(16), "little"))
+    if opcode in _ARITHMETIC:
+        return _COMPUTED
     if opcode == _REF_NULL:
         read_heap_type(reader)
-        return _Operand(reason="is made by ref.null")
-    if opcode == _GC and (code := reader.u32()) in _GC_OPERATORS:
-        if code < 26:
+        return _REFERENCE
+    if opcode == _GC and (code := reader.u32()) in _GC_IMMEDIATES:
+        for _ in range(_GC_IMMEDIATES[code]):
             reader.u32()
-        if code == 8:
-            reader.u32()
-        return _Operand(reason=f"is made by {_GC_OPERATORS[code]}")
+        return _REFERENCE
     raise NotUnderstood(f"a constant expression has the unknown operator 0x{opcode:02x}")
-
-
-def _only_reason(stack: list[_Operand]) -> _Operand:
-    """Return the last reason on a stack whose operators were partly skipped."""
-    reasons = [operand.reason for operand in stack if operand.reason]
-    return _Operand(reason=reasons[-1]) if reasons else _INVALID
-
-
-def _calculate(opcode: int, left: _Operand, right: _Operand) -> _Operand:
-    kind, operation = _ARITHMETIC[opcode]
-    for operand in (left, right):
-        if operand.value is None:
-            return operand
-        if operand.type != kind:
-            return _INVALID
-    assert left.value is not None
-    assert right.value is not None
-    return _Operand(kind, operation(left.value, right.value) % (1 << _BITS[kind]))
 
 
 def _global(index: int, known: Sequence[Global]) -> _Operand:

@@ -143,12 +143,7 @@ def _is_accepted(module: Module, segment: DataSegment) -> bool:
         return True
     assert segment.memory is not None
     wide, code = module.memories[segment.memory].type.memory64, segment.offset.encoded
-    return (
-        (segment.head[0] == 0) == (segment.memory == 0)
-        and code[0] == (0x42 if wide else 0x41)
-        and all(byte & 0x80 for byte in code[1:-2])  # one number, and then the end
-        and not code[-2] & 0x80
-    )
+    return (segment.head[0] == 0) == (segment.memory == 0) and code[0] == (0x42 if wide else 0x41)
 
 
 def _data(module: Module, emptied: frozenset[int], left_out: frozenset[int]) -> bytes:
