@@ -30,7 +30,7 @@ MIB = 1024 * KIB
 GIB = 1024 * MIB
 TIB = 1024 * GIB
 
-_SIZE = re.compile(r"\s*(\d+)(?:\.(\d+))?\s*(?:([kmgt])(i?)b|b?)\s*", re.ASCII | re.IGNORECASE)
+_SIZE = re.compile(r"\s*(\d+)\s*(?:([kmgt])(i?)b|b?)\s*", re.ASCII | re.IGNORECASE)
 
 _NOT_OURS = ("profile", "wheel", "gate", "service_", "port")
 """Variables that begin so are for the tests of memslot, or Kubernetes sets them for a service of that name."""
@@ -58,14 +58,9 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text)
     if match is None:
         raise ValueError(f"{text!r} is no size")
-    whole, decimals, prefix, binary = match[1], match[2] or "", match[3], match[4]
-    unit = (1024 if binary else 1000) ** ("kmgt".index(prefix.lower()) + 1) if prefix else 1
-    # Exact, where a float would make 4349.99 of "4.35kB".
-    parts: int = 10 ** len(decimals)
-    size, rest = divmod(int(whole + decimals) * unit, parts)
-    if rest:
-        raise ValueError(f"{text!r} is no whole number of bytes")
-    return size
+    number, prefix, binary = match.groups()
+    unit: int = (1024 if binary else 1000) ** ("kmgt".index(prefix.lower()) + 1) if prefix else 1
+    return int(number) * unit
 
 
 class _Sourced(msgspec.StructMeta):
@@ -148,11 +143,7 @@ class Settings(msgspec.Struct, metaclass=_Sourced, frozen=True, kw_only=True):
         """Return the settings of the TOML table [memslot] (or [tool.memslot]) in `path`; `values` and
         the environment come first.
         """
-        table = _read_table(Path(path))
-        for name in table:
-            if name not in fields():
-                raise SettingError(f"{path}: {_unknown(name)}")
-        return _checked({**table, **_environment(), **values})
+        return _checked({**_read_table(Path(path)), **_environment(), **values})
 
     @property
     def largest_memory(self) -> int:
@@ -223,21 +214,12 @@ def _parse_names(text: str) -> Names:
 
 
 def _environment() -> dict[str, str]:
-    """Return the settings that environment variables give; raises SettingError for a variable that is none."""
-    found = {}
-    for variable, text in os.environ.items():
-        prefix, name = variable[:8].upper(), variable[8:].lower()
-        if prefix != "MEMSLOT_" or name.startswith(_NOT_OURS):
-            continue
-        if name not in fields():
-            import difflib  # noqa: PLC0415 - costs 1 ms, and is needed for this sentence alone
-
-            (nearest,) = difflib.get_close_matches(name, fields(), n=1, cutoff=0)
-            raise SettingError(
-                f"the environment variable {variable} is no setting; the nearest is MEMSLOT_{nearest.upper()}"
-            )
-        found[name] = text
-    return found
+    """Return the values that environment variables give, also for settings that do not exist."""
+    return {
+        variable[8:].lower(): text
+        for variable, text in os.environ.items()
+        if variable[:8].upper() == "MEMSLOT_" and not variable[8:].lower().startswith(_NOT_OURS)
+    }
 
 
 def _checked(values: Mapping[str, Any]) -> Settings:
@@ -252,14 +234,14 @@ def _checked(values: Mapping[str, Any]) -> Settings:
             msgspec.convert({name: right[name]}, Settings, strict=False)
         except (ValueError, msgspec.ValidationError):
             wrong.append(f"setting {name}: expected {field.expected}, got {shown(value)}")
-    wrong += [_unknown(name) for name in values if name not in fields()]
+    wrong += [
+        f"unknown setting {name} (variable MEMSLOT_{name.upper()}); allowed: {', '.join(fields())}"
+        for name in values
+        if name not in fields()
+    ]
     if wrong:
         raise SettingError("; ".join(wrong))
     return msgspec.convert(right, Settings, strict=False)
-
-
-def _unknown(name: str) -> str:
-    return f"unknown setting {name}; allowed: {', '.join(fields())}"
 
 
 def _read_table(path: Path) -> Mapping[str, Any]:

@@ -85,21 +85,13 @@ def test_setting_of_any_name_is_read_from_the_environment(monkeypatch: pytest.Mo
     assert (found.plugins, found.blocked, found.memory_limit) == (("a",), ("a",), MIB)
 
 
-@pytest.mark.parametrize(
-    ("variable", "nearest"),
-    [
-        ("MEMSLOT_SLOT", "MEMSLOT_SLOTS"),
-        ("memslot_image_limits", "MEMSLOT_IMAGE_LIMIT"),
-        ("MEMSLOT_PLUGIN", "MEMSLOT_PLUGINS"),
-        ("MEMSLOT_", "MEMSLOT_"),
-    ],
-)
-def test_variable_that_is_no_setting_is_refused_with_the_nearest(
-    monkeypatch: pytest.MonkeyPatch, variable: str, nearest: str
+@pytest.mark.parametrize("variable", ["MEMSLOT_SLOT", "memslot_image_limits", "MEMSLOT_"])
+def test_variable_that_is_no_setting_is_refused_with_the_allowed_ones(
+    monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
     found = Settings()
     monkeypatch.setenv(variable, "1")
-    said = f"environment variable {variable} is no setting; the nearest is {nearest}"
+    said = rf"\(variable {variable.upper()}\); allowed: host, "
     for make in (Settings, lambda: Settings(slots=2), lambda: found.replace(slots=2)):
         with pytest.raises(SettingError, match=said):
             make()
@@ -120,7 +112,7 @@ def test_settings_are_frozen_and_replaced() -> None:
         SettingError, match="slots: expected a whole number from 1 to 1000000, got 0"
     ):
         found.replace(slots=0)
-    with pytest.raises(SettingError, match="unknown setting slot;"):
+    with pytest.raises(SettingError, match="unknown setting slot "):
         found.replace(slot=1)
 
 
@@ -142,11 +134,10 @@ def test_size_of_a_whole_number_is_exact(number: int, unit: str) -> None:
     assert parse_size(f"{number}{unit}") == number * UNITS.get(unit, 1024 * GIB)
 
 
-def test_size_with_blanks_small_letters_or_a_fraction_is_read() -> None:
-    texts = ("64 MiB", " 1gib ", "1.5GiB", "4.35kB", "2TB")
+def test_size_with_blanks_or_small_letters_is_read() -> None:
+    texts = ("64 MiB", " 1gib ", "435kB", "2TB")
     found = [Settings(memory_limit=text).memory_limit for text in texts]
-    # 4350 and not 4349.99, as with floats.
-    assert found == [64 * MIB, GIB, GIB * 3 // 2, 4350, 2 * 10**12]
+    assert found == [64 * MIB, GIB, 435_000, 2 * 10**12]
 
 
 # Wrong values: a sentence with setting, value and allowed values
@@ -167,7 +158,7 @@ CHOICES = {
     if field.expected.startswith("one of")
 }
 NAMED = "names, separated by commas or in a list"
-NO_SIZES = ["big", "", "-1", "1 XiB", "0x10", "1e3", "1_000", "1,5MiB", "MiB", "\u0661"]
+NO_SIZES = ["big", "", "-1", "1 XiB", "0x10", "1e3", "1_000", "1,5MiB", "1.5MiB", "MiB", "\u0661"]
 SIZED = "a size such as 64MiB, "
 
 WRONG: list[tuple[list[str], list[Any], str]] = [
@@ -210,14 +201,16 @@ def test_settings_of_several_wrong_values_are_refused_in_a_sentence_each(
 ) -> None:
     monkeypatch.setenv("MEMSLOT_SLOTS", "many")
     several = "^setting slots: expected .*, got 'many'; setting reset: expected .*, got 'x';"
-    with pytest.raises(SettingError, match=several + " unknown setting nonsense; allowed: host, "):
+    with pytest.raises(
+        SettingError, match=several + r" unknown setting nonsense .*; allowed: host, "
+    ):
         Settings(reset="x", nonsense=1)
 
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("[memslot]\nslot = 1\n", "unknown setting slot; allowed: host, "),
+        ("[memslot]\nslot = 1\n", "unknown setting slot .*; allowed: host, "),
         ("[other]\nslots = 1\n", r"has no table \[memslot\] or \[tool.memslot\]"),
         ("tool = 3\n", "has no table"),
         ("[tool]\nmemslot = 3\n", "has no table"),
