@@ -2,32 +2,6 @@
 
 `except MemslotError` catches all of them; every leaf also inherits the builtin that a caller would already
 catch.
-
-    MemslotError
-    +-- SettingError        (ValueError)          a setting has a value that is not allowed
-    +-- HostUnavailable     (ImportError)         this runtime cannot be imported, or none can
-    +-- PluginError         (RuntimeError)        no plugin answered, or one broke a hook's contract
-    +-- InvalidModule       (ValueError)          not WebAssembly, truncated, a component
-    +-- InvalidContainer    (ValueError)          no saved guest, damaged, or for elsewhere
-    +-- GuestNotFound       (FileNotFoundError)   the path of a guest does not exist
-    +-- LinkError           (RuntimeError)        an import is missing or has the wrong type
-    +-- ExportNotFound      (LookupError)         no export of that name and kind
-    +-- ArgumentError       (TypeError)           a call with arguments of a wrong number or type
-    +-- GuestTrap           (RuntimeError)        the guest trapped; `native` is the runtime's error
-    +-- GuestExit           (RuntimeError)        a WASI guest ended itself with an exit status
-    +-- GrowthRefused       (MemoryError)         the embedder asked for too much growth
-    +-- SnapshotRefused     (RuntimeError)        an instance has state that no snapshot holds
-    +-- AccessOutOfBounds   (IndexError)          outside of the linear memory
-    +-- PoolExhausted       (MemoryError)         every slot is in use
-    |   +-- PoolTimeout     (TimeoutError)        ... and none came back in the time given
-    +-- MemoryTooLarge      (ValueError)          a memory fits no slot, or a setting allows less
-    +-- SlotError           (RuntimeError)        a slot's state does not allow that use
-    |   +-- InvariantBroken (AssertionError)      a slot is not what its state says
-    +-- InUse               (RuntimeError)        closed while instances of it are live
-    +-- UsedAfterClose      (ValueError)          what was used is closed already
-    +-- WrongThread         (RuntimeError)        touched outside of its own thread
-    +-- Unsupported         (NotImplementedError) not possible on this machine or host
-    +-- SystemCallError     (OSError)             the kernel refused; names the limit to lift
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from memslot_hooks.specs import (
     DECIDING,
-    HEEDED,
     HOOKS,
     LIFECYCLE,
     PROJECT,
@@ -29,7 +28,6 @@ from memslot_hooks.types import (
 
 __all__ = [
     "DECIDING",
-    "HEEDED",
     "HOOKS",
     "LIFECYCLE",
     "PROJECT",

@@ -411,9 +411,6 @@ WATCHING: tuple[str, ...] = (
 RAISING: tuple[str, ...] = ("memslot_instance_restored",)
 """Watching hooks whose exceptions are raised instead of logged."""
 
-HEEDED = RAISING
-"""The earlier name of `RAISING`."""
-
 LIFECYCLE: tuple[str, ...] = tuple(
     name for name in HOOKS if name not in DECIDING and name not in WATCHING
 )
