@@ -8,7 +8,6 @@ import logging
 import sys
 import threading
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -47,7 +46,6 @@ class PluginInfo:
     version: str | None = None
     hooks: Mapping[str, int] = field(default_factory=dict)
     reason: str | None = None
-    watch_failures: int = 0
 
     @property
     def source(self) -> str:
@@ -99,7 +97,7 @@ class Plugins:
         self._info: dict[str, PluginInfo] = {}
         self._open: dict[str, Any] = {}
         """The settings of each open host, by the host's name."""
-        self._watch_failures: Counter[tuple[str, str]] = Counter()
+        self._failed_watchers: set[tuple[str, str]] = set()
         if entry_points:
             installed = _installed(tuple(sys.path))
             known = sorted({*built_in, *(info.name for _, info in installed)})
@@ -200,15 +198,9 @@ class Plugins:
         for hook in HOOKS:
             for place, impl in enumerate(implementations(self.manager, hook), start=1):
                 order.setdefault(impl.plugin_name, {})[hook] = place
-        failures: Counter[str] = Counter()
-        for (name, _), count in dict(self._watch_failures).items():  # a copy, as in `failed`
-            failures[name] += count
         asked = self.names
         rest = sorted(name for name in self._info.copy() if name not in asked)
-        return [
-            replace(self._info[name], hooks=order.get(name, {}), watch_failures=failures[name])
-            for name in (*asked, *rest)
-        ]
+        return [replace(self._info[name], hooks=order.get(name, {})) for name in (*asked, *rest)]
 
     # -- lifecycle hooks
 
@@ -268,15 +260,10 @@ class Plugins:
         answers: list[Answer] = []
         for name, call in calls_of(self.manager, "memslot_describe"):
             try:
-                said = call()
+                answers += _checked("memslot_describe", name, call(), Answer)
             except Exception as error:  # noqa: BLE001 - doctor reports what is broken and goes on
-                said = Answer(name, answers=False, reason=f"memslot_describe raised {error!r}")
-            for answer in said if isinstance(said, list) else [said]:
-                if isinstance(answer, Answer):
-                    answers.append(answer)
-                else:
-                    reason = f"memslot_describe answered {answer!r}, which is no Answer"
-                    answers.append(Answer(name, answers=False, reason=reason))
+                reason = f"memslot_describe failed: {error!r}"
+                answers.append(Answer(name, answers=False, reason=reason))
         return answers
 
     def statistics(self) -> list[PoolStatistics]:
@@ -289,19 +276,11 @@ class Plugins:
 
     def _ask_all(self, hook: str, expected: type) -> list[tuple[str, Any]]:
         """Return every answer except None, each with its plugin's name."""
-        answers: list[tuple[str, Any]] = []
-        for name, call in calls_of(self.manager, hook):
-            said = call()
-            for answer in said if isinstance(said, list) else [said]:  # a list: through pluggy
-                if answer is None:
-                    continue
-                if not isinstance(answer, expected):
-                    raise PluginError(
-                        f"plugin {name} answered {hook} with {answer!r};"
-                        f" allowed are {expected.__name__} and None"
-                    )
-                answers.append((name, answer))
-        return answers
+        return [
+            (name, answer)
+            for name, call in calls_of(self.manager, hook)
+            for answer in _checked(hook, name, call(), expected)
+        ]
 
     # -- loading
 
@@ -359,14 +338,26 @@ class Plugins:
         arm(self.armed, self.manager, self.failed, self._watcher_failed)
 
     def _watcher_failed(self, plugin: str, hook: str, error: Exception) -> None:
-        """Count a watcher's failure; log the first of its kind only, or a busy host fills a disk."""
-        self._watch_failures[plugin, hook] += 1
-        if self._watch_failures[plugin, hook] == 1:
+        """Log a watcher's first failure in a hook; if all were logged, a busy host would fill a disk."""
+        if (plugin, hook) not in self._failed_watchers:
+            self._failed_watchers.add((plugin, hook))
             # Log text: a record with the exception would keep its frames, and with them the memory.
             _log.error(
-                "plugin %s failed in %s; further failures are only counted: %s",
+                "plugin %s failed in %s; further failures are not logged: %s",
                 *(plugin, hook, "".join(traceback.format_exception(error))),
             )
+
+
+def _checked(hook: str, plugin: str, said: Any, expected: type) -> list[Any]:
+    """Return the answers in `said` except None; it is a list if pluggy asked several plugins."""
+    answers = [each for each in (said if isinstance(said, list) else [said]) if each is not None]
+    for answer in answers:
+        if not isinstance(answer, expected):
+            raise PluginError(
+                f"plugin {plugin} answered {hook} with {answer!r};"
+                f" allowed are {expected.__name__} and None"
+            )
+    return answers
 
 
 def _call_all(hook: str, calls: Sequence[Call], *args: Any) -> None:

@@ -183,8 +183,6 @@ def test_watching_hook_is_armed_while_implemented_and_its_failures_logged_once(
     assert heard == [WATCHED[hook]] * 5
     assert caplog.text.count(f"plugin failing failed in {hook}") == 1
     assert "ZeroDivisionError" in caplog.text
-    failures = {each.name: each.watch_failures for each in plugins.describe()}
-    assert failures == {"sound": 0, "failing": 3}
 
 
 def test_hook_implementation_with_fewer_or_reordered_arguments_gets_the_right_ones(
@@ -313,7 +311,7 @@ def test_describe_of_a_plugin_that_gives_no_answer_reports_that(plugins: Plugins
     register(plugins, "good", memslot_describe=lambda: good)
     register(plugins, "raises", memslot_describe=lambda: 1 // 0)
     register(plugins, "wrong", memslot_describe=lambda: "yes")
-    reasons = {"wrong": "answered 'yes', which is no Answer", "raises": "raised ZeroDivisionError"}
+    reasons = {"wrong": "with 'yes'; allowed are Answer", "raises": "failed: ZeroDivisionError"}
     *broken, last = plugins.answers()
     assert last is good
     assert [(each.plugin, each.answers) for each in broken] == [(name, False) for name in reasons]
