@@ -49,7 +49,6 @@ _HOMES = {
     "GuestReport": "guest.report",
     "MemoryReport": "guest.plan",
     "SavedGlobal": "guest.plan",
-    "SegmentReport": "guest.plan",
     "FakeHost": "hosts",
     "Folder": "hosts",
     "Guest": "hosts",

@@ -31,7 +31,6 @@ from memslot_plugin.guest.analysis import CodeReport as CodeReport
 from memslot_plugin.guest.analysis import Occurrence as Occurrence
 from memslot_plugin.guest.plan import MemoryReport as MemoryReport
 from memslot_plugin.guest.plan import SavedGlobal as SavedGlobal
-from memslot_plugin.guest.plan import SegmentReport as SegmentReport
 from memslot_plugin.guest.report import GuestReport as GuestReport
 from memslot_plugin.guest.verdict import Verdict as Verdict
 from memslot_plugin.hosts import FakeHost as FakeHost

@@ -23,9 +23,6 @@ from memslot_plugin.settings import Settings
 KINDS = {"wasmtime": False, "wasmer": True}
 """True for hosts that reach memslot's memory only through an import, by the host that is an example."""
 
-SHOWN = 20
-"""Rows after which a table for people stops; JSON has them all."""
-
 
 @click.command()
 @click.argument("file", required=False)
@@ -33,7 +30,7 @@ SHOWN = 20
 @settings_options
 @json_option
 def inspect(*, file: str | None, key: bytes | None, settings: Settings, as_json: bool) -> None:
-    """Show the memories, data segments and image extents of FILE, and what is rewritten or refused and why.
+    """Show the memories and image extents of FILE, and what is rewritten or refused and why.
 
     FILE is a .wasm file, a .wat file where a runtime can assemble it, or a guest that `memslot snapshot` wrote; without
     it, or with the word `example`, the bundled guest is shown.
@@ -76,7 +73,7 @@ def _judge(source: Source, settings: Settings, import_memory: bool) -> dict[str,
                 saved.module,
                 target,
                 contents=contents_in(saved, {}, source.name),
-                origin=saved.origin,
+                origin=saved.about.origin,
                 is_snapshot=saved.about.is_snapshot,
             )
         except Unsupported as error:
@@ -112,8 +109,8 @@ def _saved(source: Source) -> dict[str, Any] | None:
         "snapshot": saved.about.is_snapshot,
         "reseed": saved.about.reseed,
         "byte_size": saved.byte_size,
-        "source_bytes": saved.about.source_bytes,
-        "source_sha256": saved.source_sha256.hex(),
+        "source_bytes": saved.about.origin.source_bytes,
+        "source_sha256": saved.about.origin.source_sha256,
         "authentic": saved.keyed,
         "code": {key: len(code) for key, code in saved.code.items()},
     }
@@ -169,16 +166,6 @@ def _show_memories(output: Output, verdict: dict[str, Any]) -> None:
         for memory in verdict["report"].memories
     ]
     output.show_table("Memories", memories)
-    segments = [
-        {
-            "segment": str(segment.index),
-            "kind": "passive" if segment.memory is None else f"active, memory {segment.memory}",
-            "at": None if segment.offset is None else f"{segment.offset:#x}",
-            "bytes": segment.byte_size,
-        }
-        for segment in verdict["report"].segments
-    ]
-    output.show_table("Data segments", segments, most=SHOWN)
     for image in verdict["images"]:
         title, extents = f"Image of memory {image['memory']}: ", image["extents"]
         if not extents:
@@ -195,7 +182,7 @@ def _show_memories(output: Output, verdict: dict[str, Any]) -> None:
             for each in extents
         ]
         span = byte_size(end - extents[0]["offset"])
-        output.show_table(f"{title}{stored} stored, which span {span}", rows, most=SHOWN)
+        output.show_table(f"{title}{stored} stored, which span {span}", rows)
 
 
 def _show_plan(output: Output, verdict: dict[str, Any]) -> None:

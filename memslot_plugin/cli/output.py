@@ -56,16 +56,14 @@ class Output(Console):
         """Escape what a guest's names, a path or a guest's output would do to the terminal."""
         return super().render_str("\n".join(map(printable, text.split("\n"))), **options)
 
-    def show_table(
-        self, title: str, rows: Sequence[Mapping[str, object]], *, most: int | None = None
-    ) -> None:
-        """Print the first rows under a title, with their keys as columns; columns of numbers are aligned to the right.
+    def show_table(self, title: str, rows: Sequence[Mapping[str, object]]) -> None:
+        """Print rows under a title, with their keys as columns; columns of numbers are aligned to the right.
 
         Print nothing if there are no rows.
         """
         if not rows:
             return
-        cells = [[_cell(value) for value in row.values()] for row in rows[:most]]
+        cells = [[_cell(value) for value in row.values()] for row in rows]
         made = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
         for column, values in zip(rows[0], zip(*cells, strict=True), strict=True):
             number = all(str(each)[:1].isdigit() or str(each) == "-" for each in values)
@@ -74,8 +72,6 @@ class Output(Console):
             made.add_row(*line)
         self.print(title, style="bold", soft_wrap=True)
         self.print(made)
-        if most is not None and len(rows) > most:
-            self.print(f"... and {len(rows) - most} more (--json has them all)")
 
 
 def console() -> Output:

@@ -8,9 +8,8 @@ r"""Containers: a guest as one file, written whole or not at all, read only if e
         24      8  bytes of the whole file
         32      8  bytes of the head, a multiple of the page
         40      8  bytes of the metadata
-        48     32  SHA-256 of the module that the guest was prepared from
-        80     32  the digest of the whole file, with zeros in the place of this field
-       112         metadata: `Metadata` as JSON
+        48     32  the digest of the whole file, with zeros in the place of this field
+        80         metadata: `Metadata` as JSON
                    the module: rewritten, without the data that the images hold, and with saved globals
                    as initial values; then what runtimes compiled of it, each with the key of its
                    circumstances; zeros up to the end of the head
@@ -42,20 +41,18 @@ from msgspec import Meta
 from memslot_plugin._core import PAGE_SIZE, align_up
 from memslot_plugin._core.limits import system_call_error
 from memslot_plugin.errors import ArgumentError, InvalidContainer, MemoryTooLarge
-from memslot_plugin.guest.plan import Origin, SegmentReport
+from memslot_plugin.guest.plan import Origin
 from memslot_plugin.guest.reasons import image_too_large
 
 MAGIC = b"\x93memslot"
 VERSION = 1
-_HEADER = struct.Struct("<8sIIQQQQ32s32s")
-_DIGEST_AT, _DIGEST_SIZE = 80, 32
+_HEADER = struct.Struct("<8sIIQQQQ32s")
+_DIGEST_AT, _DIGEST_SIZE = 48, 32
 _PLAIN, _KEYED = 0, 1
 _CHUNK = 1 << 20
 
-MOST_METADATA = 32 << 20
-"""The most bytes of metadata that are decoded; decoded, they take up to 12 times that.  A guest with 100,000 data
-segments, the most that a runtime accepts, has 10 MB.
-"""
+MOST_METADATA = 1 << 20
+"""The most bytes of metadata that are decoded; decoded, they take up to 12 times that."""
 
 Size = Annotated[int, Meta(ge=0, lt=1 << 62)]
 
@@ -79,9 +76,7 @@ class About(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     is_snapshot: bool = msgspec.field(name="snapshot")
     reseed: str | None
-    source_bytes: Size
-    segments: tuple[SegmentReport, ...]
-    changes: tuple[str, ...]
+    origin: Origin
 
 
 class Metadata(msgspec.Struct, frozen=True):
@@ -102,7 +97,6 @@ class Contents(msgspec.Struct, frozen=True):
     """
 
     about: About
-    source_sha256: bytes
     module: bytes
     code: Mapping[str, bytes]
     images: Mapping[int, Sequence[Stored]]
@@ -117,7 +111,6 @@ class Container(msgspec.Struct, frozen=True):
     """
 
     about: About
-    source_sha256: bytes
     module: bytes
     code: Mapping[str, bytes]
     images: Mapping[int, tuple[Stored, ...]]
@@ -125,12 +118,6 @@ class Container(msgspec.Struct, frozen=True):
     extents_at: int
     extents: memoryview | None
     keyed: bool
-
-    @property
-    def origin(self) -> Origin:
-        """The guest's module before it was saved, as far as the writer described it."""
-        about = self.about
-        return Origin(about.source_bytes, self.source_sha256, about.segments, about.changes)
 
 
 # Writing
@@ -195,10 +182,10 @@ def _blocks(contents: Contents, key: bytes | None) -> tuple[list[bytes | memoryv
     fields = (MAGIC, VERSION, kind, PAGE_SIZE, byte_size, head, len(metadata))
     rest: list[bytes | memoryview] = [*body, bytes(head - used), *contents.pieces]
     digest = _hash(key)
-    digest.update(_HEADER.pack(*fields, contents.source_sha256, bytes(_DIGEST_SIZE)))
+    digest.update(_HEADER.pack(*fields, bytes(_DIGEST_SIZE)))
     for block in rest:
         digest.update(block)
-    return [_HEADER.pack(*fields, contents.source_sha256, digest.digest()), *rest], byte_size
+    return [_HEADER.pack(*fields, digest.digest()), *rest], byte_size
 
 
 def _hash(key: bytes | None) -> Any:
@@ -293,7 +280,6 @@ def _read(fd: int, name: str, key: bytes | None, keep: bool, image_limit: int | 
         at += length
     return Container(
         about=metadata.about,
-        source_sha256=header.source_sha256,
         module=blobs[0],
         code={name: blob for (name, _), blob in zip(metadata.code, blobs[1:], strict=True)},
         images=images,
@@ -312,7 +298,6 @@ class _Header(NamedTuple):
     byte_size: int
     head: int
     metadata: int
-    source_sha256: bytes
     digest: bytes
 
 

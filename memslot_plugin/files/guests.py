@@ -116,7 +116,7 @@ class Found:
             found.module,
             target,
             contents=contents_in(found, files, label),
-            origin=found.origin,
+            origin=about.origin,
             is_snapshot=about.is_snapshot,
         )
         return cls(label, found, about.name, about.reseed, plan, code, files, why_copied)
@@ -220,18 +220,14 @@ def _contents_of(
 ) -> Contents:
     """Return a guest as the contents of a container, with extents that lie where `stored` says."""
     plan = saved.plan
-    origin = portable.origin_of(plan)
     return Contents(
         about=About(
             writer=saved.writer,
             name=saved.name,
             is_snapshot=plan.is_snapshot,
             reseed=saved.reseed,
-            source_bytes=origin.source_bytes,
-            segments=origin.segments,
-            changes=origin.changes,
+            origin=portable.origin_of(plan),
         ),
-        source_sha256=origin.source_sha256,
         module=portable.portable_module(plan),
         code=saved.code,
         images=stored,

@@ -11,7 +11,6 @@ import itertools
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from memslot_hooks.types import InitialContent, Segment
 from memslot_plugin import wasm
@@ -61,24 +60,11 @@ class SavedGlobal:
 
 
 @dataclass(frozen=True, slots=True)
-class SegmentReport:
-    """One data segment; `offset` is None for a passive one, and if it is not constant."""
-
-    index: int
-    mode: Literal["active", "passive"]
-    memory: int | None
-    offset: int | None
-    byte_size: int
-    in_image: bool
-
-
-@dataclass(frozen=True, slots=True)
 class Origin:
-    """The module of a guest before the guest was saved: size, SHA-256, segments, and the changes to it."""
+    """The module of a guest before the guest was saved: size, SHA-256 in hexadecimal digits, and the changes to it."""
 
     source_bytes: int
-    source_sha256: bytes
-    segments: tuple[SegmentReport, ...]
+    source_sha256: str
     changes: tuple[str, ...]
 
 

@@ -14,7 +14,7 @@ from memslot_plugin import wasm
 from memslot_plugin._core import align_up
 from memslot_plugin.errors import InvalidContainer, Unsupported
 from memslot_plugin.guest.plan import MemoryReport, Origin, Plan, memory_types, plan
-from memslot_plugin.guest.report import portable_changes, segments_of
+from memslot_plugin.guest.report import portable_changes
 from memslot_plugin.guest.target import Target
 
 
@@ -43,8 +43,7 @@ def origin_of(plan: Plan) -> Origin:
         return replace(plan.origin, changes=changes)
     return Origin(
         source_bytes=len(plan.source),
-        source_sha256=hashlib.sha256(plan.source).digest(),
-        segments=segments_of(plan),
+        source_sha256=hashlib.sha256(plan.source).hexdigest(),
         changes=changes,
     )
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from memslot_plugin import wasm
 from memslot_plugin.guest.analysis import CodeReport
-from memslot_plugin.guest.plan import MemoryReport, Plan, SavedGlobal, SegmentReport
+from memslot_plugin.guest.plan import MemoryReport, Plan, SavedGlobal
 from memslot_plugin.guest.verdict import Verdict
 
 
@@ -25,7 +24,6 @@ class GuestReport:
     import_name: str | None
     changes: tuple[str, ...]
     memories: tuple[MemoryReport, ...]
-    segments: tuple[SegmentReport, ...]
     verdict: Verdict
     code: CodeReport | None
     saved_globals: tuple[SavedGlobal, ...]
@@ -40,29 +38,9 @@ def report_on(plan: Plan) -> GuestReport:
         import_name=None if plan.import_name is None else str(plan.import_name),
         changes=tuple(_changes(plan)),
         memories=plan.memories,
-        segments=segments_of(plan),
         verdict=plan.verdict,
         code=plan.code,
         saved_globals=plan.saved_globals,
-    )
-
-
-def segments_of(plan: Plan) -> tuple[SegmentReport, ...]:
-    """Return the data segments of the original module."""
-    if plan.origin is not None:
-        return plan.origin.segments
-    segments = () if plan.structure is None else plan.structure.data_segments
-    return tuple(_segment(plan, each) for each in segments)
-
-
-def _segment(plan: Plan, segment: wasm.DataSegment) -> SegmentReport:
-    return SegmentReport(
-        index=segment.index,
-        mode="active" if segment.active else "passive",
-        memory=segment.memory,
-        offset=None if segment.offset is None else segment.offset.value,
-        byte_size=len(segment.data),
-        in_image=segment.memory is not None and plan.memories[segment.memory].image,
     )
 
 

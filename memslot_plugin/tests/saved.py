@@ -29,9 +29,9 @@ EMPTIED = MODULE.replace(b"\x0b\x0c", b"\x0b\x08").replace(b"\x04data", b"\x00")
 # (module (func) (memory 3 9) (start 0))
 STARTS = b"\0asm\1\0\0\0\1\4\1\x60\0\0\3\2\1\0\5\4\1\1\3\x09\x08\1\0\x0a\4\1\2\0\x0b"
 
-SEGMENT = {"index": 0, "mode": "active", "memory": 0, "offset": 0, "byte_size": 1, "in_image": True}
+ORIGIN: dict[str, Any] = {"source_bytes": 1, "source_sha256": "00", "changes": []}
 ABOUT: dict[str, Any] = {"writer": "w", "name": "x", "snapshot": True, "reseed": None}
-ABOUT |= {"source_bytes": 1, "segments": [SEGMENT], "changes": []}
+ABOUT |= {"origin": ORIGIN}
 
 
 def opened(backend: str = "memfd", *plugins: object) -> memslot.FakeHost:
@@ -50,7 +50,7 @@ def content(guest: memslot.Guest, memory: int = 0) -> bytes:
 
 
 def write(path: Path, **changes: Any) -> Path:
-    values: dict[str, Any] = {"about": ABOUT, "source_sha256": bytes(32), "module": EMPTIED}
+    values: dict[str, Any] = {"about": ABOUT, "module": EMPTIED}
     values |= {"code": {}, "images": {0: [Stored(0, P, 0, 0)]}, "pieces": [memoryview(b"x" * P)]}
     container.write(path, Contents(**{**values, **changes}))
     return path
@@ -73,14 +73,14 @@ def read_bytes(data: bytes, **options: Any) -> Container:
 
 def with_right_digest(data: bytes) -> bytes:
     """Return the file with a right digest, as an attacker writes it."""
-    plain = data[:80] + bytes(32) + data[112:]
-    return data[:80] + hashlib.sha256(plain).digest() + data[112:]
+    plain = data[:48] + bytes(32) + data[80:]
+    return data[:48] + hashlib.sha256(plain).digest() + data[80:]
 
 
 def with_metadata(metadata: bytes, body: bytes = b"", extents: bytes = b"") -> bytes:
-    used = 112 + len(metadata) + len(body)
+    used = 80 + len(metadata) + len(body)
     head = align_up(used)
     start = struct.pack(
-        "<8sIIQQQQ32s", b"\x93memslot", 1, 0, P, head + len(extents), head, len(metadata), b""
+        "<8sIIQQQQ", b"\x93memslot", 1, 0, P, head + len(extents), head, len(metadata)
     )
     return with_right_digest(start + bytes(32) + metadata + body + bytes(head - used) + extents)

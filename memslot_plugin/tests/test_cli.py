@@ -122,14 +122,12 @@ def test_inspect_shows_memories_segments_and_images_as_on_each_host():
 
 
 PAGE = os.sysconf("SC_PAGESIZE")
-SEGMENTS = "1e" + "".join(f"0041{n:02x}0b0178" for n in range(30))
 INSPECTED = {
     # Two segments of one byte, a MiB apart.
     "0503010020 0b1002 0041000b0161 00418080c0000b0162": [
         f"{byte_size(2 * PAGE)} stored, which span {byte_size(MIB + PAGE)}"
     ],
     "05040103 0101": ["On a host like wasmtime or wasmer", "Memory 0 is shared between threads"],
-    f"0503010001 0bb501 {SEGMENTS}": ["... and 10 more"],
 }
 # The way of a reset, by the code of a function.
 RESETS = {

@@ -66,7 +66,6 @@ def test_inspect_of_a_snapshot_shows_its_contents(host, guest, out):
     for verdict in found["hosts"].values():
         report, (image,) = verdict["report"], verdict["images"]
         assert report["verdict"]["in_place"]
-        assert report["segments"][0]["byte_size"] == 4
         assert any("as they were when the snapshot was taken" in each for each in report["changes"])
         assert len(image["extents"]) == 2
     shown = shown_by("inspect", out)

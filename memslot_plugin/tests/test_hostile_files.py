@@ -24,7 +24,7 @@ from memslot_plugin.tests.saved import (
     ABOUT,
     EMPTIED,
     MODULE,
-    SEGMENT,
+    ORIGIN,
     STARTS,
     content,
     opened,
@@ -43,9 +43,8 @@ def host() -> Iterator[memslot.FakeHost]:
         yield host
 
 
-WRONG: list[dict[str, Any]] = [{"name": 7}, {"snapshot": 1}, {"reseed": []}, {"changes": [None]}]
-WRONG += [{"segments": [7]}, {"segments": [{"index": 0}]}]
-WRONG += [{"segments": [{**SEGMENT, name: [[]]}]} for name in SEGMENT]
+WRONG: list[dict[str, Any]] = [{"name": 7}, {"snapshot": 1}, {"reseed": []}, {"origin": 7}]
+WRONG += [{"origin": {}}, *({"origin": {**ORIGIN, name: [[]]}} for name in ORIGIN)]
 WRONG = [{}, *({**ABOUT, **each} for each in WRONG)]
 
 
