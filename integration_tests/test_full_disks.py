@@ -62,7 +62,7 @@ with cell.open(image_limit="64MiB") as host:
                     instance.memory.read(0, 8)
             return loaded.loaded
 
-    refused(too_big, errno.ENOSPC, " bytes left")
+    refused(too_big, errno.ENOSPC, "No space left on device")
     free = os.statvfs(folder)
     ballast.write_bytes(bytes((free.f_bavail - 8) * free.f_frsize))
     refused(big, errno.ENOSPC, "No space left on device")

@@ -152,8 +152,7 @@ def write(path: Path, contents: Contents, *, key: bytes | None = None) -> int:
                 temporary.unlink()
         _synchronise(path.parent)
     except OSError as error:
-        what = f"writing {path} ({byte_size} bytes){_free_space(error, path.parent)}"
-        raise system_call_error(error.errno or 0, what) from None
+        raise system_call_error(error.errno or 0, f"writing {path} ({byte_size} bytes)") from None
     return byte_size
 
 
@@ -209,15 +208,6 @@ def _synchronise(folder: Path) -> None:
             raise
     finally:
         os.close(fd)
-
-
-def _free_space(error: OSError, folder: Path) -> str:
-    """Return the space left on a full file system, as the end of a sentence."""
-    if error.errno == errno.ENOSPC:
-        with suppress(OSError):
-            found = os.statvfs(folder)
-            return f" to a file system with {found.f_bavail * found.f_frsize} bytes left"
-    return ""
 
 
 # Reading

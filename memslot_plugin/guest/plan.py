@@ -49,7 +49,7 @@ class SavedGlobal:
     """A global of the module's own whose value may change, so that a reset restores it.
 
     `type` is the name of its value type. `export_name` is the reserved name under which the host
-    reaches it, or None if the plan exports no state. `initial` are the bits of its first value, as
+    reaches it, or None if the module is left to the runtime. `initial` are the bits of its first value, as
     `wasm.encode_constant` takes them. None if only instantiation knows them, or for a reference.
     """
 
@@ -121,8 +121,7 @@ def plan(source: bytes, target: Target) -> Plan:
     exports: dict[int, str] = {}
     import_name = None
     if native is None:
-        if target.export_state:
-            exports = wasm.state_exports(module, changing)
+        exports = wasm.state_exports(module, changing)
         if target.import_memory and any(memory.imported is None for memory in module.memories):
             import_name = _free_name(module)
     lowered_memories = {} if native is None else target.lowered_memories(module)

@@ -19,8 +19,6 @@ class Target:
 
     - `import_memory`: true if the host can put a memory of its own only into an import. The defined
       memory then becomes an import, with or without an image.
-    - `export_state`: true if globals that may change are exported under reserved names, so that the
-      host can restore them.
     - `builds_images`: false if no plugin builds images.
     - `most_globals`: a guest with more globals to restore gets a new instance at each reset; None for
       no limit.
@@ -30,7 +28,6 @@ class Target:
 
     settings: Settings
     import_memory: bool
-    export_state: bool = True
     builds_images: bool = True
     most_globals: int | None = None
     limits_growth: bool = True

@@ -68,10 +68,9 @@ def plans(module: bytes) -> list[guest.Plan]:
     """Return every plan that a host asks for, or none for bytes that are no core module."""
     try:
         return [
-            guest.plan(module, Target(settings, import_memory=imported, export_state=exported))
+            guest.plan(module, Target(settings, import_memory=imported))
             for settings in LIMITS
             for imported in (False, True)
-            for exported in (False, True)
         ]
     except InvalidModule:
         return []

@@ -29,7 +29,7 @@ GIB = 1 << 30
 def plan_of(text: str | bytes, *, image_limit: int = GIB, **options: Any) -> guest.Plan:
     """Return the plan for a module, by default with images of any size and no other changes."""
     source = bytes(wasmtime.wat2wasm(text)) if isinstance(text, str) else text
-    options = {"import_memory": False, "export_state": False} | options
+    options = {"import_memory": False} | options
     return guest.plan(source, Target(Settings(image_limit=image_limit), **options))
 
 
@@ -320,7 +320,7 @@ def test_planning_takes_steps_linear_in_the_bytes_of_the_module(
         before = sys.gettrace()
         sys.settrace(step)
         try:
-            plan = plan_of(source, import_memory=import_memory, export_state=True)
+            plan = plan_of(source, import_memory=import_memory)
             for content in plan.contents.values():
                 images.extents_of(content)
             report_on(plan)

@@ -227,7 +227,7 @@ SHARED = "(module (memory 1 1 shared))"
 def test_snapshot_of_changed_state_changes_the_plan_accordingly(
     engine: Any, *, import_memory: bool
 ) -> None:
-    plan = plan_of(GUEST, import_memory=import_memory, export_state=True)
+    plan = plan_of(GUEST, import_memory=import_memory)
     assert [(s.index, s.type, s.export_name, s.initial) for s in plan.saved_globals] == [
         (0, "i32", "memslot:global:0", 10),
         (1, "f64", "memslot:global:1", 0x3FE0000000000000),
@@ -269,15 +269,13 @@ def test_snapshot_that_lacks_something_is_refused(
 ) -> None:
     contents = {index: InitialContent(size, ()) for index, size in memories.items()}
     with pytest.raises(ValueError, match=sentence):
-        guest.snapshot(plan_of(text, export_state=True), contents=contents, values=values)
+        guest.snapshot(plan_of(text), contents=contents, values=values)
 
 
 def test_globals_exported_for_a_snapshot_are_those_that_may_change() -> None:
     text = """(module (global $a (mut i32) (i32.const 1)) (global $b (mut i32) (i32.const 2))
                 (global $c (export "c") (mut i32) (i32.const 3)) (func (global.set $a (i32.const 2))))"""
-    plain, plan = plan_of(text), plan_of(text, export_state=True)
-    assert plain.module is plain.source
-    assert [(s.index, s.export_name) for s in plain.saved_globals] == [(0, None), (2, None)]
+    plan = plan_of(text)
     assert [s.export_name for s in plan.saved_globals] == ["memslot:global:0", "memslot:global:2"]
     assert report_on(plan).changes == (
         "Mutable globals are exported as memslot:global:0, memslot:global:2 to be restored.",

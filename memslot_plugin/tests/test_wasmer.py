@@ -8,7 +8,6 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
 import pytest
 
@@ -23,7 +22,6 @@ try:
     from wasmer_compiler_cranelift import Compiler
 
     from memslot_plugin.hosts.wasmer import errors as wasmer_errors
-    from memslot_plugin.hosts.wasmer import link as wasmer_link
     from memslot_plugin.hosts.wasmer.host import WasmerHost
     from memslot_plugin.hosts.wasmer.values import address_of, reserved_bytes
 except ImportError:
@@ -287,10 +285,6 @@ def test_interrupt_while_globals_are_compiled_is_raised_as_it_is(
                 patch.setattr(module, name, interrupted)
                 with pytest.raises(error):
                     instance.snapshot()
-
-
-def test_code_that_is_not_understood_counts_as_growing() -> None:
-    assert wasmer_link._may_grow(mock.Mock(structure=None))
 
 
 def test_guest_that_imports_a_table_is_left_to_wasmer(host: WasmerHost) -> None:

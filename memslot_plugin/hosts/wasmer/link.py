@@ -15,6 +15,7 @@ from typing import Any
 import wasmer
 
 from memslot_plugin.errors import ExportNotFound, LinkError, MemslotError, Unsupported
+from memslot_plugin.guest.analysis import Instruction
 from memslot_plugin.guest.plan import Plan, offsets
 from memslot_plugin.hosts import runtime
 from memslot_plugin.hosts.live import Binding
@@ -32,7 +33,6 @@ from memslot_plugin.hosts.wasmer.values import (
 )
 from memslot_plugin.hosts.wasmer.wasi import VERSIONS, Shims, Streams, environment
 from memslot_plugin.wasm import Offsets
-from memslot_plugin.wasm.module import SectionId
 from memslot_plugin.wasm.names import without_long_names
 
 Namespaces = dict[str, dict[str, Any]]
@@ -166,7 +166,13 @@ class Compiled(runtime.Compiled):
             if module in VERSIONS:
                 self._wasi.setdefault(module, []).append(item)
         self.calls_out = any(kind_of(type_) == "func" for _, _, type_ in self._imports)
-        self.may_grow = self.calls_out or _may_grow(plan)
+        report = plan.code
+        self.may_grow = (
+            self.calls_out
+            or report is None
+            or report.not_understood is not None
+            or report.occurrence(Instruction.MEMORY_GROW) is not None
+        )
         self._prepared: BoundImports | None = None
         """The imports of every instance that gets the guest's own, and no WASI."""
         self._given: tuple[Namespaces, list[_HostFunction]] | None = None
@@ -319,18 +325,3 @@ def _weakly(function: _HostFunction, *, several: bool) -> Callable[..., Any]:
         return tuple(result) if isinstance(result, list) else result
 
     return call_for_several if several else call
-
-
-def _may_grow(plan: Plan) -> bool:
-    """Return True if memory.grow can occur in the code: its opcode 0x40, and the index of a memory, which is 0."""
-    structure = plan.structure
-    if structure is None:
-        return True
-    code = structure.section(SectionId.CODE)
-    if code is None:
-        return False
-    # The index may be written in more bytes than it needs, and then starts with 0x80.
-    return any(
-        structure.source.find(opcode, code.payload, code.end) >= 0
-        for opcode in (b"\x40\x00", b"\x40\x80")
-    )
