@@ -63,8 +63,6 @@ class Loaded:
     code is used.  `authentic` is true if the file was proved to come from a writer who has the key.
     """
 
-    path: str
-    byte_size: int
     shares_file: bool
     copied_because: str | None
     compiled_because: str | None
@@ -90,7 +88,6 @@ class Found:
     `code` is the compiled code that is trusted, by its key.
     """
 
-    label: str
     container: Container
     name: str
     reseed: str | None
@@ -119,7 +116,7 @@ class Found:
             origin=about.origin,
             is_snapshot=about.is_snapshot,
         )
-        return cls(label, found, about.name, about.reseed, plan, code, files, why_copied)
+        return cls(found, about.name, about.reseed, plan, code, files, why_copied)
 
     def loaded(self, built: Iterable[Image], *, code_reused: bool) -> Loaded:
         """Return the report for the guest with these images."""
@@ -141,8 +138,6 @@ class Found:
         elif not code_reused:
             why_compiled = "the file's code is for another runtime, machine or setting"
         return Loaded(
-            path=self.label,
-            byte_size=found.byte_size,
             shares_file=why_copied is None,
             copied_because=why_copied,
             compiled_because=why_compiled,

@@ -35,8 +35,6 @@ class MemoryReport:
     exported_as: tuple[str, ...]
     minimum_bytes: int
     maximum_bytes: int | None
-    page_size: int
-    shared: bool
     memory64: bool
     segment_count: int
     data_bytes: int
@@ -340,8 +338,6 @@ def _plan_memories(
                 exported_as=tuple(names[memory.index]),
                 minimum_bytes=kind.minimum_bytes,
                 maximum_bytes=kind.maximum_bytes,
-                page_size=kind.page_size,
-                shared=kind.shared,
                 memory64=kind.memory64,
                 segment_count=len(own),
                 data_bytes=sum(len(segment.data) for segment in own),

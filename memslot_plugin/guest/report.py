@@ -19,7 +19,6 @@ class GuestReport:
     """
 
     source_bytes: int
-    module_bytes: int
     native: str | None
     import_name: str | None
     changes: tuple[str, ...]
@@ -33,7 +32,6 @@ def report_on(plan: Plan) -> GuestReport:
     """Return the report about `plan`; a saved guest is reported with its original module."""
     return GuestReport(
         source_bytes=len(plan.source) if plan.origin is None else plan.origin.source_bytes,
-        module_bytes=len(plan.module),
         native=plan.native,
         import_name=None if plan.import_name is None else str(plan.import_name),
         changes=tuple(_changes(plan)),

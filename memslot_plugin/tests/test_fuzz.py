@@ -116,7 +116,7 @@ def snapshot_of(plan: guest.Plan) -> guest.Plan | None:
         if memory.imported is None:
             size = memory.minimum_bytes
             if memory.maximum_bytes is None or memory.maximum_bytes > size:
-                size += memory.page_size
+                size += wasm.WASM_PAGE  # others are left to the runtime
             contents[memory.index] = InitialContent(size, (), "snapshot")
     return guest.snapshot(plan, contents=contents, values=values)
 

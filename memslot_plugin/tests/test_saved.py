@@ -91,7 +91,6 @@ def test_snapshot_saved_and_loaded_has_equal_bytes(
     assert content(guest) == EXPECTED
     loaded = guest.loaded
     assert loaded is not None
-    assert loaded.byte_size == saved.stat().st_size
     assert loaded.shares_file == (backend == "memfd")
     assert loaded.copied_because == (None if backend == "memfd" else "the plugin copies images")
     assert (loaded.compiled_because, loaded.authentic) == ("the file has no code", False)

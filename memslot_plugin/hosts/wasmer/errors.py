@@ -31,11 +31,10 @@ from memslot_plugin.errors import (
 from memslot_plugin.wasm import Offsets
 
 _EXIT = re.compile(r"RuntimeError: WASI exited with code: (\d+)")
-_IMPORT = re.compile(r'Error while importing "(.*?)"\."(.*?)": (.*)', re.DOTALL)
 _FRAME = re.compile(r"^(    at .*)\[(\d+)\]:(0x[0-9a-f]+)\)$", re.MULTILINE)
 _MOST_FRAMES = 64
 """Frames of a trap's text that are kept: wasmer prints all, half a million in a stack of 8 MiB."""
-_LINK = ("Host env initialization error", "Link error")
+_LINK = ("Error while importing", "Host env initialization error", "Link error")
 _RESOURCES = ("Insufficient resources", "Error when allocating memory")
 _WRONG_RESULT = "RuntimeError: Dynamic function returned wrong signature"
 
@@ -90,9 +89,6 @@ def at_instantiate(
     refused = errno_in_text(text, f"instantiating {name}")
     if refused is not None:
         return refused
-    found = _IMPORT.match(text)
-    if found is not None:
-        return LinkError(f"the import {found[1]}.{found[2]} of {name}: {found[3]}")
     if text.startswith(_LINK):
         return LinkError(f"{name} cannot be linked: {text}")
     if text.startswith(_RESOURCES):
