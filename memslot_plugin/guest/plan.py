@@ -7,7 +7,6 @@ instantiation gives the same bytes and the same traps as without memslot.
 
 from __future__ import annotations
 
-import itertools
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -121,7 +120,9 @@ def plan(source: bytes, target: Target) -> Plan:
     if native is None:
         exports = wasm.state_exports(module, changing)
         if target.import_memory and any(memory.imported is None for memory in module.memories):
-            import_name = _free_name(module)
+            # A module of imports of its own, so that nothing can collide.
+            taken = {imported.name.module for imported in module.imports}
+            import_name = wasm.ImportName(wasm.free_name(taken), "memory")
     lowered_memories = {} if native is None else target.lowered_memories(module)
     lowered_tables = target.lowered_tables(module)
     rewritten = wasm.rewrite(
@@ -380,10 +381,3 @@ def _verdict(
 def _saved_global(found: wasm.Global, export_name: str | None) -> SavedGlobal:
     assert found.initializer is not None
     return SavedGlobal(found.index, found.type.value.name, export_name, found.initializer.value)
-
-
-def _free_name(module: wasm.Module) -> wasm.ImportName:
-    """Return a name in a module from which the guest imports nothing, so that nothing can collide."""
-    taken = {imported.name.module for imported in module.imports}
-    names = itertools.chain(["memslot"], (f"memslot{number}" for number in itertools.count(1)))
-    return wasm.ImportName(next(name for name in names if name not in taken), "memory")

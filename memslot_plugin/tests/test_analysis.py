@@ -26,6 +26,7 @@ from memslot_plugin.tests.mutations import change_bytes
 from memslot_plugin.tests.profiles import examples
 from memslot_plugin.wasm import SectionId
 from memslot_plugin.wasm.binary import Reader
+from memslot_plugin.wasm.module import Section
 
 wasmtime = pytest.importorskip("wasmtime", reason="wasmtime, which assembles and validates")
 
@@ -60,7 +61,7 @@ def report_of(source: str | bytes) -> analysis.CodeReport:
     return analysis.analyse(wasm.parse(assemble(source) if isinstance(source, str) else source))
 
 
-def code_section(source: bytes) -> wasm.Section:
+def code_section(source: bytes) -> Section:
     found = wasm.parse(source).section(SectionId.CODE)
     assert found is not None
     return found

@@ -29,7 +29,7 @@ from memslot_plugin.tests.encode import (
     with_data,
 )
 from memslot_plugin.wasm import ImportName, NotUnderstood
-from memslot_plugin.wasm.types import MemoryType
+from memslot_plugin.wasm.types import MemoryType, ValueType
 
 
 def test_module_with_nothing_to_rewrite_stays_the_same_object() -> None:
@@ -60,7 +60,7 @@ def pages(index: int, minimum: int, maximum: int | None = None) -> dict[str, Any
     return {"memory_types": {index: MemoryType(minimum, maximum)}}
 
 
-FEW = wasm.TableType(wasm.ValueType("(ref null func)"), 1, 7, table64=False)
+FEW = wasm.TableType(ValueType("(ref null func)"), 1, 7, table64=False)
 
 
 def imported(limits: bytes) -> tuple[int, bytes]:

@@ -14,7 +14,8 @@ from memslot_plugin.guest import plan as guest
 from memslot_plugin.guest.report import report_on
 from memslot_plugin.tests.test_fuzz import BITS
 from memslot_plugin.tests.test_guest import plan_of
-from memslot_plugin.wasm import Export, ExternKind, SectionId
+from memslot_plugin.wasm import ExternKind, SectionId
+from memslot_plugin.wasm.module import Export
 
 wasmtime = pytest.importorskip("wasmtime", reason="wasmtime, which assembles and runs the guests")
 

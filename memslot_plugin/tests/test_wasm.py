@@ -33,6 +33,7 @@ from memslot_plugin.tests.encode import (
 )
 from memslot_plugin.wasm import NotUnderstood, SectionId
 from memslot_plugin.wasm.binary import Reader, unsigned_leb128
+from memslot_plugin.wasm.module import Expression
 from memslot_plugin.wasm.types import MemoryType, read_memory_type
 
 
@@ -173,7 +174,7 @@ def test_module_with_everything_is_read_completely() -> None:
     types = [(each.type.value.name, each.type.mutable) for each in module.globals]
     assert types == [("i32", False), ("i32", True), ("v128", False)]
     assert [bool(each.imported) for each in module.globals] == [True, False, False]
-    assert module.globals[1].initializer == wasm.Expression(b"\x41\x7f\x0b", "i32", 0xFFFFFFFF)
+    assert module.globals[1].initializer == Expression(b"\x41\x7f\x0b", "i32", 0xFFFFFFFF)
     assert module.globals[1].type.value.is_reference is False
     assert module.tables[0].type.element.is_reference is True
     assert (module.function_count, module.imported_function_count) == (2, 1)
@@ -239,7 +240,7 @@ GLOBALS = [
 ]
 
 
-def read_offset(offset: bytes) -> wasm.Expression:
+def read_offset(offset: bytes) -> Expression:
     globals_ = (6, vector(*GLOBALS))
     data = (11, vector(active(offset, b"x")))
     module = wasm.parse(build((2, vector(imported_global())), MEMORY, globals_, data))

@@ -10,32 +10,26 @@ from memslot_plugin.wasm.expressions import encode_constant
 from memslot_plugin.wasm.functions import FunctionType, exported_functions
 from memslot_plugin.wasm.module import (
     DataSegment,
-    Export,
-    Expression,
     ExternKind,
     Global,
     Import,
     ImportName,
     Memory,
     Module,
-    Section,
     SectionId,
     Table,
 )
 from memslot_plugin.wasm.offsets import Offsets
 from memslot_plugin.wasm.parse import parse
-from memslot_plugin.wasm.rewrite import rewrite, state_exports
-from memslot_plugin.wasm.types import WASM_PAGE, GlobalType, MemoryType, TableType, ValueType
+from memslot_plugin.wasm.rewrite import free_name, rewrite, state_exports
+from memslot_plugin.wasm.types import WASM_PAGE, MemoryType, TableType
 
 __all__ = [
     "WASM_PAGE",
     "DataSegment",
-    "Export",
-    "Expression",
     "ExternKind",
     "FunctionType",
     "Global",
-    "GlobalType",
     "Import",
     "ImportName",
     "Memory",
@@ -43,13 +37,12 @@ __all__ = [
     "Module",
     "NotUnderstood",
     "Offsets",
-    "Section",
     "SectionId",
     "Table",
     "TableType",
-    "ValueType",
     "encode_constant",
     "exported_functions",
+    "free_name",
     "parse",
     "rewrite",
     "state_exports",

@@ -92,12 +92,16 @@ def rewrite(
 def state_exports(module: Module, globals_: Iterable[int]) -> dict[int, str]:
     """Return free export names for globals, by index, such as "memslot:global:3".
 
-    If the module has an export that begins with "memslot:", the names begin with "memslot1:", and so on.
+    If the module has an export "memslot", or one that begins with "memslot:", the names begin with "memslot1:".
     """
-    prefixes = itertools.chain(["memslot:"], (f"memslot{n}:" for n in itertools.count(1)))
-    taken = {each.name.partition(":")[0] + ":" for each in module.exports if ":" in each.name}
-    free = next(prefix for prefix in prefixes if prefix not in taken)
-    return {index: f"{free}global:{index}" for index in globals_}
+    free = free_name({each.name.partition(":")[0] for each in module.exports})
+    return {index: f"{free}:global:{index}" for index in globals_}
+
+
+def free_name(taken: Collection[str]) -> str:
+    """Return "memslot", or "memslot1" and so on if that is taken."""
+    names = itertools.chain(["memslot"], (f"memslot{n}" for n in itertools.count(1)))
+    return next(name for name in names if name not in taken)
 
 
 # Data segments
