@@ -59,7 +59,7 @@ def test_initialised_guest_loads_grown_and_prepared_guest_runs_its_start(
         # Places in the code move in a rewritten module.
         verdicts = [str(each.report.verdict) for each in (guest, again)]
         assert len({re.sub("byte 0x[0-9a-f]+", "byte", verdict) for verdict in verdicts}) == 1
-        assert again.report.changes == guest.report.changes
+        assert set(again.report.changes) <= set(guest.report.changes)
         with again.instantiate() as instance:
             assert (instance.call("size"), instance.call("load", 600_000)) == (10, 7)
             assert (instance.call("next"), instance.call("hidden")) == (41, -1)

@@ -58,11 +58,10 @@ class SavedGlobal:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """The module of a guest before the guest was saved: size, SHA-256 in hexadecimal digits, and the changes to it."""
+    """The module of a guest before the guest was saved: its size, and its SHA-256 in hexadecimal digits."""
 
     source_bytes: int
     source_sha256: str
-    changes: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)

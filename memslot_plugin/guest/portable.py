@@ -14,7 +14,6 @@ from memslot_plugin import wasm
 from memslot_plugin._core import align_up
 from memslot_plugin.errors import InvalidContainer, Unsupported
 from memslot_plugin.guest.plan import MemoryReport, Origin, Plan, memory_types, plan
-from memslot_plugin.guest.report import portable_changes
 from memslot_plugin.guest.target import Target
 
 
@@ -38,14 +37,7 @@ def portable_module(plan: Plan) -> bytes:
 
 def origin_of(plan: Plan) -> Origin:
     """Return the description of the original module that is saved beside `portable_module`."""
-    changes = tuple(portable_changes(plan))
-    if plan.origin is not None:
-        return replace(plan.origin, changes=changes)
-    return Origin(
-        source_bytes=len(plan.source),
-        source_sha256=hashlib.sha256(plan.source).hexdigest(),
-        changes=changes,
-    )
+    return plan.origin or Origin(len(plan.source), hashlib.sha256(plan.source).hexdigest())
 
 
 def saved_plan(

@@ -42,9 +42,9 @@ def report_on(plan: Plan) -> GuestReport:
     )
 
 
-def portable_changes(plan: Plan) -> list[str]:
-    """Return a sentence for each rewriting that a saved guest keeps on every host."""
-    before = () if plan.origin is None else plan.origin.changes
+def _changes(plan: Plan) -> list[str]:
+    if plan.module is plan.source and plan.origin is None:
+        return []
     changes = [
         f"{memory.segment_count} data segment{'s' if memory.segment_count > 1 else ''} of memory"
         f" {memory.index} ({memory.data_bytes} bytes) went from the module into its image."
@@ -55,13 +55,6 @@ def portable_changes(plan: Plan) -> list[str]:
         changes.append("Memories and globals start as they were when the snapshot was taken.")
         if plan.structure is not None and plan.structure.start is not None:
             changes.append(f"Function {plan.structure.start} does not run at instantiation.")
-    return [*before, *(each for each in changes if each not in before)]
-
-
-def _changes(plan: Plan) -> list[str]:
-    if plan.module is plan.source and plan.origin is None:
-        return []
-    changes = portable_changes(plan)
     if plan.import_name is not None:
         changes.append(f"Memory 0 is imported as {plan.import_name} instead of defined.")
     names = [each.export_name for each in plan.saved_globals if each.export_name is not None]

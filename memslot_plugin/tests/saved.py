@@ -29,7 +29,7 @@ EMPTIED = MODULE.replace(b"\x0b\x0c", b"\x0b\x08").replace(b"\x04data", b"\x00")
 # (module (func) (memory 3 9) (start 0))
 STARTS = b"\0asm\1\0\0\0\1\4\1\x60\0\0\3\2\1\0\5\4\1\1\3\x09\x08\1\0\x0a\4\1\2\0\x0b"
 
-ORIGIN: dict[str, Any] = {"source_bytes": 1, "source_sha256": "00", "changes": []}
+ORIGIN: dict[str, Any] = {"source_bytes": 1, "source_sha256": "00"}
 ABOUT: dict[str, Any] = {"writer": "w", "name": "x", "snapshot": True, "reseed": None}
 ABOUT |= {"origin": ORIGIN}
 
