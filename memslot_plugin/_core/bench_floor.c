@@ -4,7 +4,6 @@
 #include "pagemap.h"
 
 #include <errno.h>
-#include <sys/mman.h>
 
 /* Returns the same place in a page each time, and another one for each page. One place for all pages would make them compete
  * for one set of the processor's caches. */
@@ -29,7 +28,7 @@ uint64_t ms_bench_read(uintptr_t base, size_t length)
     return sum;
 }
 
-int64_t ms_bench_floor_pagemap(int pagemap, const ms_memory *memory, const size_t *offsets, size_t count)
+int64_t ms_bench_floor(int pagemap, const ms_memory *memory, const size_t *offsets, size_t count)
 {
     size_t page = ms_page_size();
     struct page_region regions[REGIONS];
@@ -43,19 +42,6 @@ int64_t ms_bench_floor_pagemap(int pagemap, const ms_memory *memory, const size_
     return (int64_t)(ms_now() - started);
 }
 
-int64_t ms_bench_floor_copy(const ms_memory *memory, const size_t *offsets, size_t count)
-{
-    size_t page = ms_page_size();
-    uint64_t started = ms_now();
-    int differ = 0;
-    for (size_t at = 0; at < memory->extents->length; at += page)
-        differ |= memcmp((uint8_t *)memory->base + at, memory->extents->bytes + at, page);
-    __asm__ volatile("" : : "r"(differ)); /* otherwise the compiler leaves the comparison out */
-    for (size_t i = 0; i < count; i++)
-        memcpy((uint8_t *)memory->base + offsets[i], memory->extents->bytes + offsets[i], page);
-    return (int64_t)(ms_now() - started);
-}
-
 uint64_t ms_bench_spin(int64_t nanoseconds)
 {
     uint64_t ends = ms_now() + (uint64_t)nanoseconds;
@@ -64,12 +50,4 @@ uint64_t ms_bench_spin(int64_t nanoseconds)
         for (unsigned i = 0; i < 10000; i++)
             value = value * 31 + i;
     return turns;
-}
-
-int64_t ms_bench_floor_discard(const ms_memory *memory)
-{
-    uint64_t started = ms_now();
-    if (madvise((void *)memory->base, memory->accessible, MADV_DONTNEED))
-        return -errno;
-    return (int64_t)(ms_now() - started);
 }

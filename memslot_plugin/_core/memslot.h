@@ -292,8 +292,6 @@ void ms_bench_write(uintptr_t base, const size_t *offsets, size_t count, uint64_
 /* Reads a byte of each page. */
 uint64_t ms_bench_read(uintptr_t base, size_t length);
 /* The least that a reset can do, in nanoseconds, or -errno. The memory has one extent, at 0; `offsets` are its dirty pages. */
-int64_t ms_bench_floor_pagemap(int pagemap, const ms_memory *memory, const size_t *offsets, size_t count);
-int64_t ms_bench_floor_discard(const ms_memory *memory);
-int64_t ms_bench_floor_copy(const ms_memory *memory, const size_t *offsets, size_t count);
+int64_t ms_bench_floor(int pagemap, const ms_memory *memory, const size_t *offsets, size_t count);
 /* Computes for so many nanoseconds, touching no memory, and returns the number of turns. */
 uint64_t ms_bench_spin(int64_t nanoseconds);

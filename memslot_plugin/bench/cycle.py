@@ -20,7 +20,6 @@ from memslot_plugin.bench.memory import (
     serve,
     strategy,
 )
-from memslot_plugin.bench.reset import strategies
 from memslot_plugin.bench.results import (
     Grid,
     Label,
@@ -33,6 +32,7 @@ from memslot_plugin.bench.results import (
 from memslot_plugin.bench.runner import CLOCK, Bench, Subject, clock_cost, timed
 from memslot_plugin.memory.image import MemfdImage
 from memslot_plugin.memory.pool import Pool
+from memslot_plugin.memory.probe import probe
 from memslot_plugin.memory.reset import Reset
 from memslot_plugin.settings import MIB
 
@@ -62,6 +62,11 @@ LIMITS = (
         most=1.25,
     ),
 )
+
+
+def strategies() -> tuple[str, ...]:
+    """Return the strategies that this kernel can do, and whose cost does not follow the guest's size alone."""
+    return ("madvise", "pagemap", "auto") if probe().pagemap.works else ("madvise",)
 
 
 def measure(bench: Bench) -> Iterator[Row]:

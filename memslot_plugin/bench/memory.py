@@ -89,19 +89,11 @@ class Guestless:
         slot.state = State.DIRTY
         return ended - started - (started - before)
 
-    def floor(self, name: str, pages: Pages) -> float:
-        """Return the nanoseconds of the least that a reset by this strategy can cost after a write of these pages.
-
-        madvise: the bare call; copy: a bare comparison, and a copy of exactly these pages; else PAGEMAP_SCAN and that
-        copy.
-        """
-        memory, written = self.slot.memory, (pages.offsets, pages.count)
-        if name == "madvise":
-            answer = lib.ms_bench_floor_discard(memory)
-        elif name == "copy":
-            answer = lib.ms_bench_floor_copy(memory, *written)
-        else:
-            answer = lib.ms_bench_floor_pagemap(pagemap_descriptor(), memory, *written)
+    def floor(self, pages: Pages) -> float:
+        """Return the nanoseconds of the least that a reset can cost after a write of these pages."""
+        answer = lib.ms_bench_floor(
+            pagemap_descriptor(), self.slot.memory, pages.offsets, pages.count
+        )
         if answer < 0:
             raise system_call_error(-answer, "measuring the floor")
         return float(answer)

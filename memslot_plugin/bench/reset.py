@@ -1,8 +1,7 @@
 """Family `reset`: a reset over the least that it can cost, for guests of all sizes.
 
 The floor is taken in the same rounds, on the same slot, in C: PAGEMAP_SCAN over the same range and a copy of exactly
-the written pages; for madvise the bare call, for copy a bare comparison and the same copies.  The cost of the clock is
-subtracted, because Python has no cheaper one.
+the written pages.  The cost of the clock is subtracted, because Python has no cheaper one.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ QUICK_IMAGES = (1, 64)
 READS = {"nothing": 0, "300 pages": 300 * PAGE_SIZE, "all pages": 1 << 62}
 """Bytes that a request reads besides the pages that it writes."""
 
-COPIED = 16
-"""MiB up to which `copy` is measured: it reads everything, and beyond keep_resident it drops instead."""
+STRATEGIES = ("pagemap", "auto")
+"""The strategies that scan, as the floor does."""
 
 LIMITS = ()
 """No row is judged by itself."""
@@ -37,28 +36,21 @@ RECOVERY = 32
 """Resets after which a request that read everything must be forgotten."""
 
 
-def strategies() -> tuple[str, ...]:
-    """Return the strategies that this kernel can do, and whose cost does not follow the guest's size alone."""
-    return ("madvise", "pagemap", "auto") if probe().pagemap.works else ("madvise",)
-
-
 def measure(bench: Bench) -> Iterator[Row | Claim | str]:
     """Measure every image, number of written pages, and strategy."""
-    pagemap = probe().pagemap
+    if not probe().pagemap.works:
+        yield f"reset: {probe().pagemap.detail}"
+        return
     rows: list[Row] = []
     extra = []
     for mebibytes in QUICK_IMAGES if bench.quick else IMAGES:
         with image_of(mebibytes * MIB) as image:
-            if pagemap.works:
-                extra += [of_nothing(bench, image, read) for read in ("nothing", "300 pages")]
+            extra += [of_nothing(bench, image, read) for read in ("nothing", "300 pages")]
             for dirty in QUICK_DIRTY if bench.quick else DIRTY:
                 if dirty * PAGE_SIZE <= mebibytes * MIB:
                     bench.say(f"reset: {dirty} pages of {mebibytes} MiB")
                     rows += cases(bench, image, mebibytes, dirty)
     yield from rows
-    if not pagemap.works:
-        yield f"pagemap and auto: {pagemap.detail}"
-        return
     yield from over_the_floor(rows)
     says = "A reset of nothing, any image: more than the floor (the worst case)"
     yield Claim(says, max(extra), 500.0, kind="nanoseconds")
@@ -69,9 +61,8 @@ def cases(
     bench: Bench, image: MemfdImage, mebibytes: int, dirty: int, seconds: float = 0.5
 ) -> Iterator[Row]:
     """Yield the rows of one image and one number of written pages."""
-    names = (*strategies(), *(("copy",) if mebibytes <= COPIED else ()))
     for read, read_bytes in READS.items():
-        for name in names:
+        for name in STRATEGIES:
             with guestless(image, image.byte_size) as guest:
                 subjects = pair(guest, Pages.spread(dirty, image.byte_size), read_bytes, name)
                 samples = bench.rounds(subjects, seconds)
@@ -96,7 +87,7 @@ def pair(guest: Guestless, pages: Pages, read_bytes: int, name: str) -> dict[str
     def of_floor() -> float:
         guest.read(read_bytes)
         pages.write(guest.slot.base)
-        return guest.floor(name, pages)
+        return guest.floor(pages)
 
     return {"reset": of_reset, "floor": of_floor}
 
@@ -156,11 +147,8 @@ def over_the_floor(rows: Sequence[Row]) -> Iterator[Claim]:
             case = row.labels["strategy"], row.labels["MiB"]
             worst[case] = max(worst.get(case, 0.0), row.ratio.median)
     for (name, mebibytes), ratio in worst.items():
-        if name in ("auto", "pagemap"):
-            says = (
-                f"A reset by {name}, {mebibytes} MiB, any number of written pages: over the floor"
-            )
-            yield Claim(says, ratio, 1.25)
+        says = f"A reset by {name}, {mebibytes} MiB, any number of written pages: over the floor"
+        yield Claim(says, ratio, 1.25)
 
 
 def grids(rows: Sequence[Row]) -> Iterator[Grid]:

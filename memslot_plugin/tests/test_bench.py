@@ -71,7 +71,7 @@ def content(guest: Guestless) -> list[bytes]:
 @pytest.mark.parametrize("how", ["pagemap", "madvise", "auto", "copy"])
 def test_floor_and_reset_restore_the_pages_that_were_written(guest: Guestless, how: str) -> None:
     pristine, pages = content(guest), Pages.spread(16, MIB)
-    for restore in (lambda: guest.floor(how, pages), lambda: guest.reset(strategy(how))):
+    for restore in (lambda: guest.floor(pages), lambda: guest.reset(strategy(how))):
         before = pristine
         for _ in range(2):  # other bytes each time
             pages.write(guest.slot.base)
@@ -123,7 +123,6 @@ LARGE = {"guest": "4 MiB", "pages written": 1, "host": "wasmer", "against": "was
 MADE: list[Any] = [
     ("reset", 1.2, 1, RESET, [(1.2, 1.25)]),
     ("reset", 1.3, 1, {**RESET, "strategy": "pagemap"}, [(1.3, 1.25)]),
-    ("reset", 9, 1, {**RESET, "strategy": "copy"}, []),
     ("reset", 9, 1, {**RESET, "read": "nothing"}, []),
     ("reset", 9, 1, {**RESET, "pages written": 0}, []),
     ("cycle", 5, 1, CYCLE, [(5, 4)]),
@@ -232,14 +231,14 @@ PEERS = {f"{host} alone" for host in HOSTS}
 if "wasmtime" in HOSTS:
     PEERS |= {"its pool, the better", *(["extism"] if importlib.util.find_spec("extism") else [])}
 
-RESETS, ALL = {"madvise", "pagemap", "auto", "copy"}, {*cycle.WORKLOADS, cycle.TWO_GUESTS}
+RESETS, ALL = {"pagemap", "auto"}, {*cycle.WORKLOADS, cycle.TWO_GUESTS}
 BYTES_AND_MAPPINGS = {"QUICK_INSTANCES": 2, "chosen": lambda _: (HOSTS[:1], [])}
-QUICK_RESET = {"QUICK_IMAGES": (1, 2), "QUICK_DIRTY": (0, 1), "COPIED": 1}
+QUICK_RESET = {"QUICK_IMAGES": (1, 2), "QUICK_DIRTY": (0, 1)}
 QUICK_CYCLE = {"QUICK_WRITTEN": (64,), "GUEST": 4 * MIB, "BLOCK": 2, "SHORT_BLOCK": 2}
 QUICK_REQUEST = {"SIZES": (65536,), "WRITTEN": (1,), "BLOCK": 4}
 
 SMALL: list[tuple[str, dict[str, Any], str, set[str], int, int]] = [
-    ("reset", QUICK_RESET, "strategy", RESETS, 2 * 3 * (4 + 3), 7),  # copy for the smaller guest
+    ("reset", QUICK_RESET, "strategy", RESETS, 2 * 2 * 3 * 2, 7),
     ("cycle", QUICK_CYCLE, "workload", ALL, 2 * 2 + 5 * 3, 6),
     ("request", QUICK_REQUEST, "against", PEERS, 2 * len(PEERS), len(HOSTS)),
     ("density", BYTES_AND_MAPPINGS, "what", {"bytes", "mappings"}, 0, len(HOSTS[:1])),
