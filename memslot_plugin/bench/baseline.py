@@ -163,7 +163,7 @@ def assemble(text: str) -> bytes:
 def chosen(host: str | None) -> tuple[list[str], list[str]]:
     """Return the runtimes to measure, `host` or all, and a sentence for each of them that is not here."""
     here, skipped = [], []
-    for name in RUNTIMES if host in (None, "auto") else (host,):
+    for name in RUNTIMES if host is None else (host,):
         try:
             _imported(name)
             here.append(name)

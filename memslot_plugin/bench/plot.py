@@ -23,8 +23,7 @@ def require(path: str) -> None:
 
 
 def draw(run: Run, path: str) -> None:
-    """Write the picture of a run."""
-    require(path)
+    """Write the picture of a run to a path that `require` allows; raises SettingError if that fails."""
     figure_module = _matplotlib()
     families = [family for family in run.families if family.rows]
     heights = [len(family.rows) + 3 for family in families]

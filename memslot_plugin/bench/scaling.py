@@ -63,7 +63,7 @@ Work = Callable[[int, float], float]
 def measure(bench: Bench) -> Iterator[Row | Claim | str]:
     """Measure the machine, threads, and both kinds of process."""
     rows = [compare(bench, MACHINE, lambda count, seconds: _together(count, _spin, seconds), 4.0)]
-    if bench.host in (None, "auto", "wasmtime"):
+    if bench.host in (None, "wasmtime"):
         here, skipped = chosen("wasmtime")
         yield from (f"threads: {each}" for each in skipped)
         if here:

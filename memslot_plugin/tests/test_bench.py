@@ -366,7 +366,7 @@ def test_bench_check_without_any_judged_claim_exits_with_1(monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--host", "fake"], "--host fake is not allowed: auto, wasmtime, wasmer"),
+        (["--host", "fake"], "'fake' is not one of 'wasmtime', 'wasmer'"),
         (["--plot", "run.gif"], "a plot is .svg or .png, not run.gif"),
         (["--plot", "run.svg"], "a plot needs matplotlib (import of matplotlib.figure"),
         (["--plot", "run.svg"], "install memslot[plot], or use --json"),
