@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -48,18 +47,10 @@ def key_option(command: Command) -> Command:
         "--key-file",
         "key",
         metavar="FILE",
-        callback=_read_key,
+        type=click.File("rb"),
+        callback=lambda _context, _option, file: file and file.read(),
         help="Read secret bytes that prove who wrote a saved guest; without, its machine code is not run.",
     )(command)
-
-
-def _read_key(_context: click.Context, _option: click.Parameter, file: str | None) -> bytes | None:
-    if file is None:
-        return None
-    try:
-        return Path(file).read_bytes()
-    except OSError as error:
-        raise SettingError(f"--key-file {file} cannot be read: {error.strerror}") from None
 
 
 def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -128,7 +128,9 @@ def test_machine_code_in_a_snapshot_is_run_with_a_key_and_can_be_left_out(
     assert "without a key" in refusal("inspect", out, "--key-file", key)
     key.write_bytes(b"short")
     assert "a key is at least 16 secret bytes" in refusal(*words, "--key-file", key)
-    assert "cannot be read" in refusal("inspect", out, "--key-file", tmp_path / "none")
+    missing = memslot("inspect", out, "--key-file", tmp_path / "none")
+    assert missing.exit_code == 2
+    assert "No such file or directory" in missing.stderr
 
 
 REFUSED = {
