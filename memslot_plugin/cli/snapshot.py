@@ -23,11 +23,11 @@ from memslot_plugin.cli.output import (
     show_printed,
 )
 from memslot_plugin.cli.source import (
-    INITIALIZE,
     START,
-    Arguments,
+    Call,
     Source,
     choose_invocation,
+    initialized,
     prepare_source,
     read_source,
 )
@@ -35,8 +35,6 @@ from memslot_plugin.errors import ArgumentError, RepeatedRandomness
 from memslot_plugin.hosts import open_host
 from memslot_plugin.memory.image import Image
 from memslot_plugin.settings import Settings
-
-Call = tuple[str, Arguments]
 
 
 @click.command()
@@ -140,10 +138,8 @@ def _calls(
                 " name an export that initialises the guest"
             )
         chosen = choose_invocation(source, function, its_words)
-        calls += chosen.calls if not calls else chosen.calls[-1:]
-    if not calls and INITIALIZE in source.functions and not source.is_snapshot:
-        calls.append((INITIALIZE, ()))
-    return calls
+        calls.append((chosen.function, chosen.arguments))
+    return initialized(source, calls)
 
 
 def _show(output: Output, document: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ START, INITIALIZE = "_start", "_initialize"
 """WASI's names for the entry of a command, and for the export that a reactor wants called first."""
 
 Arguments = tuple[int | float, ...]
+Call = tuple[str, Arguments]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +73,8 @@ class Invocation:
 
     function: str
     arguments: Arguments
-    initialize: bool
-    program_arguments: tuple[str, ...]
-
-    @property
-    def calls(self) -> tuple[tuple[str, Arguments], ...]:
-        """The calls in order: what a WASI reactor demands, then the function."""
-        last = (self.function, self.arguments)
-        return ((INITIALIZE, ()), last) if self.initialize else (last,)
+    calls: list[Call]
+    program_arguments: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         words = self.program_arguments if self.function == START else map(str, self.arguments)
@@ -154,21 +149,23 @@ def choose_invocation(source: Source, function: str | None, words: Sequence[str]
         raise ExportNotFound(
             f"{source.name} exports no function {function!r}; it exports {_listed(source)}"
         )
-    initialize = (
-        INITIALIZE in source.functions
-        and function not in (START, INITIALIZE)
-        and not source.is_snapshot
-    )
     if function == START:
         if words and not source.uses_wasi:
             raise ArgumentError(
                 f"{source.name} does not use WASI, so {START} can be given no arguments"
             )
-        return Invocation(function, (), initialize, tuple(words))
-    if source.module is None and not words:
-        return Invocation(function, (), initialize=False, program_arguments=())
-    arguments = parse_arguments(function, source.functions.get(function), words)
-    return Invocation(function, arguments, initialize, ())
+        return Invocation(function, (), [(function, ())], tuple(words))
+    arguments: Arguments = ()
+    if source.module is not None or words:
+        arguments = parse_arguments(function, source.functions.get(function), words)
+    return Invocation(function, arguments, initialized(source, [(function, arguments)]))
+
+
+def initialized(source: Source, calls: list[Call]) -> list[Call]:
+    """Return the calls, after that of `_initialize` if the guest is a WASI reactor in which it is still to be made."""
+    if INITIALIZE not in source.functions or source.is_snapshot or calls[:1] == [(INITIALIZE, ())]:
+        return calls
+    return [(INITIALIZE, ()), *calls]
 
 
 def _default(source: Source) -> str:
