@@ -80,13 +80,13 @@ def console() -> Output:
 
 
 @contextmanager
-def progress(file: TextIO | None = None) -> Iterator[Callable[[str], None]]:
+def progress() -> Iterator[Callable[[str], None]]:
     """Yield a function that shows a line about the step that begins, on standard error if that is a terminal.
 
     The line is drawn between the measurements, never by a thread during them.  The cursor stays visible, because a
     signal may end the process at any time.
     """
-    output = Output(file or sys.stderr)
+    output = Output(sys.stderr)
 
     def say(step: str) -> None:
         if output.is_terminal and not output.is_dumb_terminal:

@@ -113,7 +113,9 @@ def test_tracebacks_of_traps_and_refusals_are_printable(name: str) -> None:
                 assert printed.replace("\n", "").isprintable()
 
 
-def test_command_given_hostile_names_prints_them_escaped(tmp_path: Path) -> None:
+def test_command_given_hostile_names_prints_them_escaped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "guest.wasm"
     file.write_bytes(hosts.assemble(TEXT))
     shown = CliRunner().invoke(main, ["inspect", str(file)], color=True)
@@ -121,7 +123,8 @@ def test_command_given_hostile_names_prints_them_escaped(tmp_path: Path) -> None
     assert r"\x1b[31mred\x07 CRITICAL" in shown.output
     assert not {"\x1b", "\x07", "\r"} & set(shown.output)
     screen = Terminal()
-    with progress(screen) as say:
+    monkeypatch.setattr("sys.stderr", screen)
+    with progress() as say:
         say(f"{EVIL} [bold]")
     assert r"\x1b[31mred" in screen.getvalue()
     assert "[bold]" in screen.getvalue()
