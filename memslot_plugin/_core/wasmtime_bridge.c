@@ -117,10 +117,9 @@ void ms_wt_outcome_free(uintptr_t outcome)
 
 /* ---- owning a cell ----
  *
- * Two pairs of threads agree without a lock, each by writing its own word before it reads the other's. Both need sequential
- * consistency: with acquire and release alone both threads could read the old value, and neither would act.
- *   The owner clears `owner`, then reads `closing`;   a closer writes `closing`, then tries for `owner`:  one of them closes.
- *   A copy raises `pins`, then reads `exclusive`;     the owner sets `exclusive`, then reads `pins`:      one of them yields. */
+ * A copy and the owner agree without a lock, each by writing its own word before it reads the other's: a copy raises `pins`, then
+ * reads `exclusive`; the owner sets `exclusive`, then reads `pins`; so one of them yields. This needs sequential consistency:
+ * with acquire and release alone both could read the old value. */
 
 static uintptr_t owner_of(ms_wt_cell *cell) { return __atomic_load_n(&cell->owner, __ATOMIC_SEQ_CST); }
 
@@ -148,15 +147,11 @@ static int own(ms_wt_cell *cell)
     return 1;
 }
 
-/* Ends one entry of the owner. Returns MS_WT_CLOSING if it was the last one, and the cell is to be closed. */
-static unsigned disown(ms_wt_cell *cell)
+/* Ends one entry of the owner. The cell may be another thread's afterwards. */
+static void disown(ms_wt_cell *cell)
 {
-    if (--cell->depth)
-        return 0;
-    __atomic_store_n(&cell->owner, 0, __ATOMIC_SEQ_CST);
-    /* Touch nothing but atomic fields from here on: another thread may own the cell. */
-    uint64_t closing = __atomic_load_n(&cell->closing, __ATOMIC_SEQ_CST);
-    return closing && closing >= __atomic_load_n(&cell->generation, __ATOMIC_SEQ_CST) ? MS_WT_CLOSING : 0;
+    if (!--cell->depth)
+        __atomic_store_n(&cell->owner, 0, __ATOMIC_SEQ_CST);
 }
 
 ms_wt_cell *wt_keep_open(ms_wt_cell *cell)
@@ -195,8 +190,10 @@ uintptr_t ms_wt_enter(ms_wt_cell *cell, uint64_t generation, ms_wt_entry *entry)
         return wt_refuse(busy(cell, generation));
     /* Check the lease as the owner: it ends only while another thread, or an outer frame of this one, is that. Checked
      * before, it could end in between, and this call would run in the next tenant's instance. */
-    if (ended(cell, generation))
-        return wt_refuse(MS_WT_CLOSED | disown(cell));
+    if (ended(cell, generation)) {
+        disown(cell);
+        return wt_refuse(MS_WT_CLOSED);
+    }
     *entry = (ms_wt_entry){wt_frame.cell, wt_frame.raised, wt_frame.deferred, 1};
     wt_frame.raised = wt_frame.deferred = 0;
     wt_frame.cell = cell;
@@ -214,7 +211,7 @@ uintptr_t wt_leave(ms_wt_cell *cell, ms_wt_entry *entry, unsigned flags, wt_trap
     entry->inside = 0;
     flags |= (trap ? MS_WT_TRAPPED : 0) | (error ? MS_WT_FAILED : 0) | (raised ? MS_WT_RAISED : 0) |
              (deferred ? MS_WT_DEFERRED : 0);
-    flags |= disown(cell); /* last: the cell and the entry in it may be another thread's from here on */
+    disown(cell); /* last: the cell and the entry in it may be another thread's from here on */
     return flags ? outcome_of(flags, trap, error, raised, deferred) : 0;
 }
 
@@ -336,21 +333,12 @@ uintptr_t ms_wt_start(ms_wt_cell *cell, const ms_wt_guest *guest, uint64_t token
     return ms_wt_instantiate(cell, guest, token, bases);
 }
 
-enum { UNUSED, LINGERING, LATER, ENDED_BEFORE }; /* answers of ms_wt_close */
+enum { UNUSED, LINGERING, INSIDE, ENDED_BEFORE }; /* answers of ms_wt_close */
 
 int ms_wt_close(ms_wt_cell *cell, uint64_t generation)
 {
-    if (!own_free(cell)) {
-        if (lease_over(cell, generation))
-            return ENDED_BEFORE;
-        /* Raise `closing`, never lower it, then try again: the thread inside may have left without seeing it. */
-        uint64_t known = 0, wanted = generation ? generation : UINT64_MAX;
-        while (!__atomic_compare_exchange_n(&cell->closing, &known, wanted, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST) &&
-               known < wanted)
-            continue;
-        if (!own_free(cell))
-            return lease_over(cell, generation) ? ENDED_BEFORE : LATER;
-    }
+    if (!own_free(cell)) /* the thread inside may be closing it */
+        return ended(cell, generation) ? ENDED_BEFORE : INSIDE;
     if (lease_over(cell, generation)) { /* a lease that has begun meanwhile goes on */
         __atomic_store_n(&cell->owner, 0, __ATOMIC_SEQ_CST);
         return ENDED_BEFORE;
@@ -361,7 +349,6 @@ int ms_wt_close(ms_wt_cell *cell, uint64_t generation)
     begin_exclusive(cell);
     cell->store = cell->group = 0;
     __atomic_store_n(&cell->context, 0, __ATOMIC_SEQ_CST);
-    __atomic_store_n(&cell->closing, 0, __ATOMIC_SEQ_CST);
     /* Deleting a store drops externrefs, which may run Python on this thread. `exclusive` keeps that Python's entries out. */
     if (store)
         wt_api.store_delete(store);

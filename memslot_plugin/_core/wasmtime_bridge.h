@@ -29,10 +29,9 @@ enum ms_wt_flag {
     MS_WT_DEFERRED = 8,    /* a growth was refused because Python raised the exception numbered `deferred` */
     MS_WT_BUSY = 16,       /* nothing happened: another thread is inside, or the cell is exclusively acquired */
     MS_WT_CLOSED = 32,     /* nothing happened: the instance was closed, or the caller's lease of it has ended */
-    MS_WT_CLOSING = 64,    /* the instance was closed during the entry, and the caller closes it now */
-    MS_WT_MISSING = 128,   /* nothing happened: there is no such export of that kind */
-    MS_WT_UNASKED = 256,   /* the runtime made a memory without asking the creator */
-    MS_WT_LOST = 512,      /* malloc failed: the rest of the outcome is unknown */
+    MS_WT_MISSING = 64,    /* nothing happened: there is no such export of that kind */
+    MS_WT_UNASKED = 128,   /* the runtime made a memory without asking the creator */
+    MS_WT_LOST = 256,      /* malloc failed: the rest of the outcome is unknown */
 };
 
 typedef struct {
@@ -135,7 +134,6 @@ struct ms_wt_cell {
     unsigned pins;         /* copies under way; atomic */
     int exclusive;         /* no other entry is let in, not even of the owner's thread; atomic */
     uint64_t generation;   /* the lease whose handles may enter, from 1; atomic */
-    uint64_t closing;      /* the lease that ends when no thread is inside, or a later one for any; 0 for none; atomic */
     int lingering;         /* closed, and wasmtime goes on using the memories */
     uintptr_t error;       /* wasmtime's error after MS_WT_SET */
     int changed;           /* only a new instance is pristine: a memory grew, a heap past `heap_kept`, or Python says so */
@@ -152,8 +150,8 @@ uintptr_t ms_wt_start(ms_wt_cell *cell, const ms_wt_guest *guest, uint64_t token
  * for any lease. Returns
  *   0: wasmtime no longer uses the memories
  *   1: wasmtime goes on using them, and ms_wt_drain will tell
- *   2: a call is running, and will close the cell when it returns
- *   3: nothing happened, because that lease has ended */
+ *   2: nothing happened, because a thread is inside
+ *   3: nothing happened, because that lease has ended, or another thread closes the cell */
 int ms_wt_close(ms_wt_cell *cell, uint64_t generation);
 /* True if a thread other than this one is inside. */
 int ms_wt_elsewhere(ms_wt_cell *cell);

@@ -109,13 +109,9 @@ uintptr_t ms_wt_restore(ms_wt_cell *cell, uint64_t generation, ms_wt_global *glo
     if (!wt_take_acquired(cell, &entry))
         return wt_refuse(MS_WT_BUSY);
     unsigned flags = write_globals(cell, globals, count, &error);
-    /* Write the new generation, then read `closing`: a thread that closes the lease that ends here either finds the new
-     * generation and goes away, or is found here. */
-    uint64_t ended = cell->generation;
     __atomic_store_n(&cell->generation, generation, __ATOMIC_SEQ_CST);
-    uint64_t closing = __atomic_load_n(&cell->closing, __ATOMIC_SEQ_CST);
     wt_end_exclusive(cell); /* after the generation: copies of the old lease must not get in */
-    return wt_leave(cell, &entry, flags | (closing && closing >= ended ? MS_WT_CLOSING : 0), NULL, error);
+    return wt_leave(cell, &entry, flags, NULL, error);
 }
 
 /* ---- memories ---- */

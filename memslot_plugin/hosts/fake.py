@@ -180,9 +180,7 @@ class FakeLive(Live):
     def close(self, generation: int | None = None) -> bool | None:
         if generation not in (None, self.generation):
             return None
-        if self.running:  # a call has just begun: the host's next call after it ends the instance
-            self._runtime.leases.dropped.append(self)
-            return None
+        self.require_idle()
         self.admits = -1  # no lease
         return True
 

@@ -244,7 +244,7 @@ class Guest:
         Raises SnapshotRefused, InUse, UsedAfterClose, MemoryTooLarge.
         """
         live = handle.enter()
-        self.leases.require_idle(live)
+        live.require_idle()
         catch_up()
         plan, name = self.plan, name or self.name
         with captured(plan, self.name, live, handle.generation, name) as taken:

@@ -147,7 +147,7 @@ class Instance(Handle):
             raise InUse(
                 "an instance in a store of the embedder's own cannot be reset: end the store instead"
             )
-        leases.require_idle(live)
+        live.require_idle()
         if self.live is not live:  # another thread was first
             raise (ended if self.live is None else being_reset)(guest.name)
         # Before anything ends: another thread may close the guest meanwhile, and drop its code.
@@ -161,16 +161,19 @@ class Instance(Handle):
             if len(memories) < len(guest.requests):
                 if not live.memories:  # another thread has ended it
                     raise ended(guest.name)
-                raise InUse(f"a call began in an instance of {guest.name} while it was reset")
+                raise InUse(f"the runtime still uses the memories of an instance of {guest.name}")
             memories = leases.renew(memories)
             renewed = leases.start(guest.runtime.live(compiled, memories, live.binding))
             if group is not None:
                 renewed.group = group
                 group.add(renewed)
-        except BaseException:
-            self.live = None
-            if not live.ended and live.generation == self.generation:
-                leases.dropped.append(live)  # a call has just begun in it
+        except BaseException as error:
+            if isinstance(error, InUse) and live.open:  # a call has just begun in it
+                self.live = live
+            else:
+                self.live = None
+                if not live.ended and live.generation == self.generation:
+                    leases.dropped.append(live)
             raise
         finally:
             if group is not None and live.ended:

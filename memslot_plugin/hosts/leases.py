@@ -295,8 +295,6 @@ class Leases:
         """
         if generation is not None and generation != live.generation:
             return None
-        if live.running or live.held:
-            self.require_idle(live)
         finished = False
         try:
             unused = live.close(generation)
@@ -314,6 +312,9 @@ class Leases:
                 live.resets, live.fast_reset = (), None
             self._live.pop(id(live), None)
             finished = live.ended = True
+        except InUse:  # nothing happened
+            finished = True
+            raise
         finally:
             if not finished and generation in (None, live.generation):
                 self.dropped.append(live)  # the next call finishes what an exception has cut short
@@ -330,14 +331,6 @@ class Leases:
             if live.group is not None:
                 live.group.discard(live)
 
-    def require_idle(self, live: Live) -> None:
-        """Raise InUse while a call runs in a live instance, or while it is reset or captured."""
-        if live.running or live.held:
-            raise InUse(
-                f"an instance on {self.name} cannot be closed or reset while a call of it runs, by its host functions"
-                " or another thread; let the call return first"
-            )
-
     def end_dropped(self) -> None:
         """End the instances whose handles were dropped without being closed."""
         self.dropped_code.clear()
@@ -347,8 +340,10 @@ class Leases:
             except IndexError:  # another thread has ended the last one
                 break
             try:
-                if not live.ended and not live.running and not live.held:
+                if not live.ended:
                     self.end_or_log(live)
+            except InUse:  # a function of it runs, which may outlive the handle
+                pass
             finally:
                 if not live.ended:
                     self.dropped.append(live)

@@ -258,16 +258,18 @@ class Live(abc.ABC):
         Raises InUse while an entry runs, and UsedAfterClose.  `key`, from `KEYS`, tells afterwards if it
         began, because a signal's handler may raise as this method returns.
         """
-        if generation != self.generation or self.ended:
+        if (self.running or self.held) and generation == self.generation and not self.ended:
+            raise in_use(self.guest_name)
+        if generation != self.generation or self.ended:  # compared last, as in read_memory
             self.refuse(generation)
-        if self.running or self.held:
-            raise InUse(
-                f"the instance of {self.guest_name} cannot be closed, reset or captured by what it is calling;"
-                " let the call return first"
-            )
         self.held = key
         if alone:
             self.admits = 0
+
+    def require_idle(self) -> None:
+        """Raise InUse while an entry runs, or while the instance is reset or captured."""
+        if self.running or self.held:
+            raise in_use(self.guest_name)
 
     @abc.abstractmethod
     def restore(self, generation: int) -> None:
@@ -303,7 +305,8 @@ class Live(abc.ABC):
         """Release everything that the runtime holds; idempotent, also after it was cut short.
 
         True if the memories may be released now, False if the runtime still uses them.  None, and nothing
-        happened, if the lease `generation` is given and has ended.
+        happened, if the lease `generation` is given and has ended.  Raises InUse while an entry runs, or while the
+        instance is reset or captured; nothing happens then.
         """
 
     @property
@@ -334,6 +337,14 @@ class Group(Living[Live]):
         super().discard(each)
         if not self:
             self._close()
+
+
+def in_use(name: str) -> InUse:
+    """Return the exception for the end, a reset or a capture of an instance that is not idle."""
+    return InUse(
+        f"the instance of {name} cannot be closed, reset or captured while a call of it runs, by its host functions or"
+        " another thread, or while it is being reset; let that return first"
+    )
 
 
 def being_reset(name: str) -> InUse:

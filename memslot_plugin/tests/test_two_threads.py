@@ -203,7 +203,7 @@ def test_lease_on_the_fake_host_does_not_end_under_a_running_call() -> None:
 
 @pytest.mark.parametrize("name", [WASMTIME])
 def test_lease_never_begins_with_an_instance_that_ended(name: str) -> None:
-    """A close is let in while the lease ends: the end of the lease closes the instance."""
+    """A close is let in while the lease ends, and refused."""
     holding, go_on, answers = threading.Event(), threading.Event(), list[int]()
     middle = hosts.InTheMiddle()
 
@@ -223,23 +223,25 @@ def test_lease_never_begins_with_an_instance_that_ended(name: str) -> None:
             middle.action = stop
             ending.start()
             holding.wait()
-            done: bool | None = dispose(generation)
-            go_on.set()
-            ending.join()
-            with guest.lease() as following:  # before the close goes on
-                answers.append(following.call("get", 8))
-            return done
+            try:
+                return dispose(generation)  # type: ignore[no-any-return]
+            finally:
+                go_on.set()
+                ending.join()
+                with guest.lease() as following:  # before the close goes on
+                    answers.append(following.call("get", 8))
 
         live.close = disposed
-        instance.close()
+        with pytest.raises(memslot.InUse):
+            instance.close()
         assert answers == [ord("h")]
 
 
 @pytest.mark.parametrize("name", [WASMTIME])
-def test_instance_that_ends_with_its_call_has_no_reference_left(
+def test_close_that_a_call_refuses_leaves_no_reference(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The call returns before the close has recorded that it will end the instance."""
+    """The call returns before the close does."""
     inside, leave = threading.Event(), threading.Event()
 
     def wait(number: int) -> int:
@@ -262,17 +264,20 @@ def test_instance_that_ends_with_its_call_has_no_reference_left(
     with hosts.serving(name) as host, hosts.calling(host, wait) as guest:
         instance = guest.instantiate()
         calling = threading.Thread(target=instance.call, args=("run", 1))
-        before(instance.live, "close", call)
-        instance.close()
+        before(instance.live, "forget_views", call)
+        with pytest.raises(memslot.InUse):
+            instance.close()
         monkeypatch.undo()
         assert host.runtime._creator._ending == {}
+        assert instance.call("run", 2) == 2
+        instance.close()
 
 
 @pytest.mark.parametrize("name", DECIDING)
 def test_second_reset_does_not_take_away_what_the_first_one_made(name: str) -> None:
     with hosts.serving(name) as host, hosts.prepare(host) as guest, guest.instantiate() as instance:
         instance.memory.grow(1)  # no reset in place
-        at_the_call(host.leases, "require_idle", instance.reset)
+        at_the_call(instance.live, "require_idle", instance.reset)
         with pytest.raises(memslot.InUse):
             instance.reset()
         assert not instance.closed
@@ -284,7 +289,7 @@ def test_reset_that_comes_late_does_not_revive_a_closed_instance(name: str) -> N
     text = '(module (table (export "t") 1 funcref) (func (export "get") (table.set 0 (i32.const 0) (ref.null func))))'
     with hosts.serving(name) as host, hosts.prepare(host, text) as guest:
         instance = guest.instantiate()
-        at_the_call(host.leases, "require_idle", instance.close)
+        at_the_call(instance.live, "require_idle", instance.close)
         with pytest.raises(memslot.UsedAfterClose):
             instance.reset()
         assert instance.closed
@@ -375,12 +380,14 @@ def test_call_that_begins_as_the_fake_host_closes_reads_its_own_bytes() -> None:
 
         live._at = found_at
         before(live, "close", call)
-        instance.close()
+        with pytest.raises(memslot.InUse):
+            instance.close()
         with pytest.raises(memslot.PoolExhausted):
             guest.instantiate()
         go_on.set()
         calling.join()
         assert found == [bytes(8)]
+        instance.close()
 
 
 def test_request_whose_ready_instance_another_thread_takes_waits_for_a_slot(

@@ -369,23 +369,6 @@ def test_call_in_progress_lets_other_threads_run_and_refuses_their_use(host: Was
         assert done == [None]
 
 
-def test_instance_ended_during_a_call_ends_when_the_call_returns(host: WasmtimeHost) -> None:
-    live: Any = None
-
-    def end(number: int) -> int:
-        assert live.close() is False
-        assert in_use(host) == 1
-        return number
-
-    instance = hosts.calling(host, end).instantiate()
-    live = instance.enter()
-    function = instance.function("run")
-    assert (function(5), in_use(host)) == (5, 0)
-    with pytest.raises(memslot.UsedAfterClose):
-        function(5)
-    instance.close()
-
-
 def test_host_forgotten_at_the_end_of_the_process_ends_in_silence(child: Any) -> None:
     source = f"""
 import wasmtime

@@ -19,6 +19,7 @@ from memslot_hooks.types import LinearMemory, MemoryRequest
 from memslot_plugin._core import ffi, lib
 from memslot_plugin.errors import InUse, MemoryTooLarge, MemslotError
 from memslot_plugin.hosts.leases import Leases
+from memslot_plugin.hosts.live import in_use
 from memslot_plugin.settings import Settings
 
 _log = logging.getLogger("memslot.wasmtime")
@@ -26,8 +27,8 @@ _log = logging.getLogger("memslot.wasmtime")
 _identities = itertools.count(1)
 _tokens = itertools.count(1)
 
-_UNUSED, _LINGERING, _LATER = range(3)
-"""The answers of ms_wt_close; the next one is that the lease has ended."""
+_UNUSED, _LINGERING, _INSIDE, _ENDED_BEFORE = range(4)
+"""The answers of ms_wt_close."""
 
 _BATCH = 64
 """Tokens that one call drains."""
@@ -36,6 +37,7 @@ _BATCH = 64
 class MemoryUser(Protocol):
     """An instance as its creator sees it."""
 
+    guest_name: str
     token: int
     cell: Any
     memories: tuple[LinearMemory, ...]
@@ -97,7 +99,7 @@ class Creator:
         self._retained: set[int] = set()
         """Tokens of groups without an open cell of ours.  `drain` releases them once their finalizers have run."""
         self._ending: dict[int, MemoryUser] = {}
-        """Instances whose end has begun, by token: a running call ends it, or an exception came in between."""
+        """Instances whose end has begun, by token: if an exception comes in between, `drain` finishes it."""
         self._drained: deque[Any] = deque()
         """Buffers for tokens from the C half."""
 
@@ -143,12 +145,15 @@ class Creator:
         """Delete an instance's store; true if wasmtime no longer uses its memories.  Idempotent.
 
         Then they are released here, or without `release` by the caller, who takes them out of `live`.  False: wasmtime
-        goes on using them, because a call runs or the store is the embedder's; they are released when that ends.  None:
-        nothing happened, because the lease `generation` has ended.
+        goes on using them, because the store is the embedder's; they are released when that ends.  None: nothing
+        happened, because the lease `generation` has ended, or another thread finishes it.  Raises InUse while an entry
+        runs, and nothing happens.
         """
         if generation is not None and generation != live.generation:
             return None
         token = live.token
+        if live.cell.depth:
+            raise in_use(live.guest_name)
         live.forget_views()
         if not release:
             live.taken = True
@@ -172,13 +177,13 @@ class Creator:
             if token not in self._groups:  # another thread has drained it already
                 self._retained.discard(token)
             self._cells.pop(token, None)
-        elif answer == _LATER:
-            self._ending[token] = live  # again, because `drain` may have removed it since
-            if token in self._cells:  # else the call has returned meanwhile
-                return False
-        else:
-            return None  # leave the entry to `drain`: it may be that of a thread which ends a later lease
+        elif answer == _ENDED_BEFORE:
+            return (
+                None  # leave the entry to `drain`: it may be that of the thread which finishes it
+            )
         self._ending.pop(token, None)
+        if answer == _INSIDE:
+            raise in_use(live.guest_name)
         return bool(answer == _UNUSED)
 
     # -- memories on their way back
@@ -188,13 +193,12 @@ class Creator:
         if not self._retained and not self._ending:
             return
         for live in list(self._ending.values()):
-            cell = live.cell
-            if cell.depth or live.taken:  # a call that runs, or another thread, ends the instance
+            if live.taken:  # by another thread, which is finishing it
                 continue
-            if not cell.context or cell.closing >= cell.generation:
-                self.finish(live)
-            else:
+            if live.cell.context:  # its end was called off
                 self._ending.pop(live.token, None)
+            else:
+                self.finish(live)
         count = _BATCH
         while count == _BATCH:
             # Keep the buffer before the C half fills it: an exception in between would lose tokens, and their slots.

@@ -145,15 +145,13 @@ class WasmtimeLive(Live):
     # -- the boundary ------------------------------------------------------------------------------------------------
 
     def settle(self, outcome: int, refused: Refused | None = None) -> None:
-        """End the instance if it was closed during an entry, and raise the exception of the entry.
+        """Raise the exception of an entry.
 
         `outcome` is that of the C half, 0 for a plain end; `refused` is as for `Outcome.exception`.
         """
         if not outcome:
             return
         found = Outcome(outcome)
-        if found.flags & lib.MS_WT_CLOSING:
-            self.finish()
         error = found.exception(self.guest_name, self._compiled.offsets, refused)
         if error is not None:
             try:
