@@ -63,11 +63,12 @@ static int run_fast(ms_slot *slot)
 }
 
 /* Reset by the fast path if Python need not be asked, else by Slot._slow_reset, whose result is returned.  Py_None stands for
- * "done on the fast path", NULL for an exception. */
+ * "done on the fast path", which leaves `state` to the caller; NULL for an exception. */
 static PyObject *reset_either_way(Region *self, PyObject *strategy)
 {
     int answer = MS_NOT_TRIED;
-    /* A grown memory must shrink, which is Python's; a reset of what is not dirty is refused there. */
+    /* A grown memory must shrink, which is Python's; a reset of what is not dirty is refused there. Compare `strategy` too: a
+     * slot whose file has grown has none, and `accessible` does not count that file (extension.py). */
     if (self->state == dirty && self->strategy == strategy && self->core.memory.accessible == (size_t)self->initial)
         answer = run_fast(&self->core);
     if (answer == MS_FAST) {
@@ -285,7 +286,7 @@ static PyObject *run(PyObject *object, PyObject *const *arguments, Py_ssize_t co
     uintptr_t outcome = acquire(self->cell, generation, key, 1);
     if (outcome)
         return PyLong_FromLongLong(-(long long)outcome);
-    /* Read once nothing can run any more: a call on another thread may have ended just now. */
+    /* Read `changed` only after `acquire`: until then a call on another thread may set it. */
     int changed = self->cell->changed;
     Py_ssize_t memories = changed ? 0 : PyTuple_Size(self->resets);
     for (Py_ssize_t i = 0; i < memories; i++) {
@@ -332,7 +333,8 @@ static PyMethodDef instance_reset_methods[] = {
      PyDoc_STR("run($self, generation, next_generation, key, /)\n--\n\n"
                "Acquire the instance, reset its memories and restore its globals: True.\n\n"
                "False, and nothing happened, if the instance's cell says that only a new instance is pristine.\n"
-               "A positive integer is the outcome of the restore, a negative one, negated, that of a refusal.\n"
+               "A positive integer is the outcome of the restore or the release, a negative one, negated, that of a\n"
+               "refusal.\n"
                "After an exception the instance is still acquired with `key`.")},
     {0},
 };

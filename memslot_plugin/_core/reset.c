@@ -165,7 +165,7 @@ static size_t restore(walker *walk, size_t start, size_t end, size_t next, size_
 
 /* ---- scans ---- */
 
-/* From this many anonymous pages on, a scan of their own pays: it need not tell them from a file's pages. */
+/* From this many anonymous pages on, a second scan lists them: without the FILE category, it is cheaper (pagemap.h). */
 enum { WORTH_A_SCAN = 40 };
 
 /* Restoring more private pages than this takes longer than handing the GIL over. */

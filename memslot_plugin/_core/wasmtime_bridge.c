@@ -339,7 +339,9 @@ int ms_wt_close(ms_wt_cell *cell, uint64_t generation)
 {
     if (!own_free(cell)) /* the thread inside may be closing it */
         return ended(cell, generation) ? ENDED_BEFORE : INSIDE;
-    if (lease_over(cell, generation)) { /* a lease that has begun meanwhile goes on */
+    /* A lease that has begun meanwhile goes on. A close of that lease may have found this thread as the owner and returned
+     * LATER: Creator.drain completes it. */
+    if (lease_over(cell, generation)) {
         __atomic_store_n(&cell->owner, 0, __ATOMIC_SEQ_CST);
         return ENDED_BEFORE;
     }
@@ -358,6 +360,7 @@ int ms_wt_close(ms_wt_cell *cell, uint64_t generation)
         else
             cell->lingering = 1; /* a memory's finalizer has not run, so the slot must not be handed on */
     }
+    /* Read before the cell has no owner: another thread may close it again from then on. */
     int answer = cell->lingering ? LINGERING : UNUSED;
     wt_end_exclusive(cell);
     __atomic_store_n(&cell->owner, 0, __ATOMIC_SEQ_CST);

@@ -122,6 +122,7 @@ def plan(source: bytes, target: Target) -> Plan:
             # A module of imports of its own, so that nothing can collide.
             taken = {imported.name.module for imported in module.imports}
             import_name = wasm.ImportName(wasm.free_name(taken), "memory")
+    # Slots bound the memories of a module that is served.
     lowered_memories = {} if native is None else target.lowered_memories(module)
     lowered_tables = target.lowered_tables(module)
     rewritten = wasm.rewrite(

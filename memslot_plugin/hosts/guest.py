@@ -176,7 +176,7 @@ class Guest:
         leases = self.leases
         if leases.closed or (leases.thread_confined and get_ident() != leases.thread):
             leases.require_usable()
-        compiled = self.compiled
+        compiled = self.compiled  # read once: another thread may close the guest, and drop its code
         if compiled is None or self.closed:
             raise self._was_closed()
         if leases.dropped:
@@ -407,7 +407,7 @@ class Lease:
                 guest.restored(following)
                 following.live = None  # no handle outlives the end of a lease
         except Exception:  # the embedder's too: reseeding calls host functions and plugins
-            if instance.live is not None:
+            if instance.live is not None:  # the reset was refused before it changed anything
                 if not guest.closed:
                     raise
                 # Another thread has closed the guest meanwhile, so there is no next lease.
@@ -422,7 +422,7 @@ class Lease:
             )
             return
         ready.append(live)
-        # Only now, because a request that begins to wait between the two finds the ready instance.
+        # Append first, then look for waiters: `_wait_for` enters itself first, then looks here, so one sees the other.
         if (guest.closed or leases.waiting) and (given := ready.take()) is not None:
             leases.end_or_log(given)
 

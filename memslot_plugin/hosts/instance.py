@@ -141,7 +141,11 @@ class Instance(Handle):
             guest.restored(self)
 
     def restart(self, live: Live, meanwhile: Any) -> Live:
-        """Return a new live instance over the reset memories of this one; `self.live` is `meanwhile` until then."""
+        """Return a new live instance over the reset memories of this one.
+
+        `self.live` is set to `meanwhile` before the old one ends, and the caller replaces it.  If this raises, the
+        reset was refused and the instance goes on, or `self.live` is None.
+        """
         leases, guest = self.leases, self.guest
         if live.binding.store is not None:
             raise InUse(
@@ -165,6 +169,7 @@ class Instance(Handle):
             memories = leases.renew(memories)
             renewed = leases.start(guest.runtime.live(compiled, memories, live.binding))
             if group is not None:
+                # Before the old one leaves it below: a group closes its guest when it becomes empty.
                 renewed.group = group
                 group.add(renewed)
         except BaseException as error:
@@ -182,7 +187,10 @@ class Instance(Handle):
         return renewed
 
     def reset_in_place(self, live: Live, next_generation: int) -> bool:
-        """Reset what is live for the lease of that number; False if only a new instance is pristine."""
+        """Reset the live instance in place for the lease `next_generation`; False if only a new instance is pristine.
+
+        If this raises, the reset was refused and the instance goes on, or the instance has ended.
+        """
         leases, generation, key = self.leases, self.generation, next(KEYS)
         armed = leases.armed
         if live.bound_to is not armed.epoch:
@@ -202,8 +210,10 @@ class Instance(Handle):
                     and live.reset(generation, next_generation, key)
                 )
         except BaseException:
+            # Not acquired with this key: the reset was refused before it changed anything, and the instance goes on.
             if not live.release(key) and live.spoiled_by != key:
                 raise
+            # Acquired, or changed: memories and globals may be half reset, so the instance ends.
             self.live = None
             if live.open:
                 with suppress(MemslotError):  # what is wrong is being raised already

@@ -168,7 +168,7 @@ class Leases:
                 leased.append(memory)
                 if armed.memory_created is not None:
                     armed.memory_created(memory)
-        except Exception as error:
+        except Exception as error:  # after an interrupt the garbage collector gives them back
             with suppress(MemslotError):  # the first failure is the one to raise
                 self.release(leased)
             if isinstance(error, PoolExhausted) and armed.pool_exhausted is not None:
@@ -290,8 +290,8 @@ class Leases:
     def detach(self, live: Live, generation: int | None = None) -> tuple[LinearMemory, ...] | None:
         """End what the runtime has of a live instance; return its memories, which the caller releases or renews.
 
-        They are none if the runtime still uses them, or if another thread was first.  Returns None, and
-        nothing happens, if the lease `generation` is given and has ended.  Raises InUse while a call runs.
+        The tuple is empty if the runtime still uses the memories, or if another thread was first.  Returns None
+        if the lease `generation` is given and has ended: the instance goes on.  Raises InUse while a call runs.
         """
         if generation is not None and generation != live.generation:
             return None
@@ -309,7 +309,10 @@ class Leases:
                     memory.exposed = True
                 # In one step: only one of two threads has them.
                 memories, live.memories = live.memories, ()
-                live.resets, live.fast_reset = (), None
+                live.resets, live.fast_reset = (
+                    (),
+                    None,
+                )  # bound to slots that may serve other guests from now on
             self._live.pop(id(live), None)
             finished = live.ended = True
         except InUse:  # nothing happened
@@ -321,7 +324,7 @@ class Leases:
         return memories
 
     def end(self, live: Live, generation: int | None = None) -> None:
-        """End a live instance and release its memories, as `detach` does; idempotent."""
+        """End a live instance as `detach` does, release its memories, and leave its group; idempotent."""
         memories = self.detach(live, generation)
         if memories is None:
             return
@@ -332,9 +335,12 @@ class Leases:
                 live.group.discard(live)
 
     def end_dropped(self) -> None:
-        """End the instances whose handles were dropped without being closed."""
+        """Free dropped code, and end the instances that lost their handle or whose end was cut short.
+
+        Those in which a call runs stay in `dropped`.
+        """
         self.dropped_code.clear()
-        for _ in range(len(self.dropped)):
+        for _ in range(len(self.dropped)):  # each once: those that stay are appended again
             try:
                 live = self.dropped.popleft()
             except IndexError:  # another thread has ended the last one

@@ -232,14 +232,17 @@ class Inventory:
         return len(slots)
 
     def reclaim(self) -> None:
-        """Find the slots and places that an exception left neither free nor held."""
+        """Put away the slots, and list the places, that an exception left neither free nor held.
+
+        Slots that wait in the pool's queue are put away, too; the queue's entry is ignored afterwards.
+        """
         self._vacant = [place for place, slot in enumerate(self._places) if slot is None]
         free = set(self.free())
         for slot in self.slots():
             if slot not in free and (slot.lease is None or slot.lease() is None):
                 self._unlist(slot)
                 if slot.lease not in (None, RETURNED):
-                    slot.state = UNKNOWN  # the bytes may be a guest's
+                    slot.state = UNKNOWN  # its holder went: the bytes may be a guest's, also if the state is clean
                 self.put_away(slot)
 
     # -- looking

@@ -24,7 +24,8 @@ class SlotLease(weakref.ref[object]):
     unreleased: list[object]
     """Holds one item until the first release, which pops it: one C call, so only one of two threads gets it.
 
-    The item of a lease without a holder is its holder: the lease ends with the release, also with an interrupted one.
+    A lease that was given no holder has one of its own, kept alive by this item alone.  The pop lets go of it, so the
+    lease ends with the release, even if an exception cuts the rest of the release short.
     """
 
 
@@ -50,7 +51,7 @@ class Returns:
         self.put = self._queue.put
         self.empty = self._queue.empty
         self.waiting = 0
-        """Leases that wait."""
+        """Leases that wait.  Changed without a lock: CPython switches threads after a call and at a jump back alone."""
 
     def next(self) -> Any:
         """Take what came back first; None if nothing did."""

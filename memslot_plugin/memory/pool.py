@@ -1,9 +1,9 @@
 """The pool: leases of slots, safe for threads, finalizers and signal handlers.
 
 A garbage collection or a signal may come while a thread has the pool's lock, and run a finalizer or a
-handler there.  So a release never takes the lock: it resets the slot and puts its lease into a queue,
-from which the lock's next owner, or a lease that waits, takes it.  A call that needs the lock while its
-own thread has it raises InUse.
+handler there.  So a release never takes the lock: it resets the slot and puts it into a queue, from which
+the lock's next owner, or a lease that waits, takes it.  A call that needs the lock while its own thread
+has it raises InUse.
 
 A pool knows no hosts: a runtime that insists on its own mappings passes a way to make them, and the pool
 keeps, counts and hands out those like its own.
@@ -137,7 +137,7 @@ class Pool:
                 slot.hits += 1
             slot.affinity = affinity
         except BaseException:
-            # A traceback may keep the holder alive for long.
+            # Not left to the end of the holder: a traceback may keep it alive for long.
             self._returns.put(lease)
             raise
         return slot
@@ -145,7 +145,7 @@ class Pool:
     def _take(
         self, lease: SlotLease, shape: Hashable, affinity: Hashable, *wanted: Any
     ) -> Slot | None:
-        """Under the lock: give the lease a slot; None if every slot is held.
+        """Under the lock: give the lease a slot; None if every slot is held.  `wanted` is the rest of `Inventory.take`.
 
         A slot that came back alone is handed on if its guest wants it again: every strategy but the random one
         would put it on the free list and take it from there.
@@ -154,20 +154,21 @@ class Pool:
             raise UsedAfterClose("the pool was closed; make a new one")
         slot, returns = None, self._returns
         if not returns.empty():
-            slot = returns.next()
-            if not (
-                isinstance(slot, Slot)
-                and slot.lease is RETURNED
-                and slot.affinity == affinity
-                and slot.shape == shape
-                and slot.state is CLEAN
-                and (slot.image is None or not slot.image.closed)
+            returned = returns.next()
+            if (
+                isinstance(returned, Slot)
+                and returned.lease is RETURNED
+                and returned.affinity == affinity
+                and returned.shape == shape
+                and returned.state is CLEAN
+                and (returned.image is None or not returned.image.closed)
                 and returns.empty()
-                and not (returns.waiting or self._random)
+                and not self._random
             ):
-                self._settle(slot)
+                slot = returned
+            else:
+                self._settle(returned)
                 self._drain()
-                slot = None
         if slot is None:
             slot = self._inventory.take(shape, affinity, *wanted)
         if slot is not None:
@@ -251,6 +252,7 @@ class Pool:
         signal handler.
         """
         lease = slot.lease  # read once: another thread may end it, and begin the next one
+        # Keep the holder until the slot is queued: its end queues the lease, and the slot would be handed on mid-reset.
         _holder = self._holder_of(lease)
         try:
             lease.unreleased.pop()
@@ -268,7 +270,8 @@ class Pool:
             destroy_or_log(slot)
             raise
         finally:
-            # Without these lines, after an interrupt, the lease ends with its holder, or `reclaim` finds the slot.
+            # The lease first: `_settle` ignores a slot whose lease is not RETURNED.  If an interrupt cuts these lines
+            # short, the lease ends with its holder, or `reclaim` finds the slot.
             slot.lease = RETURNED
             self._returns.put(slot)
         return result
@@ -318,13 +321,15 @@ class Pool:
             if slot is None or slot.lease is not returned:  # or the slot is another lease's by now
                 return
             if returned.unreleased and slot.state is CLEAN:
-                # An exception may have come in a reset, and its guest have gone on.
+                # `reset` makes the slot clean for a moment: after an exception there its guest may have gone on.
                 slot.state = DIRTY
         else:
             if returned is not None:
                 self._inventory.purge(returned)
             return
-        if slot.state is DIRTY and not self._on_demand:  # the holder went without a release
+        # Dirty if the holder went without a release, or that was cut short.  A runtime may have grown its own mapping
+        # unseen, and its objects may reach it: such a slot is not handed on.
+        if slot.state is DIRTY and slot.mapping is None and not self._on_demand:
             try:
                 self._reset_slot(slot)
             except MemslotError as error:

@@ -133,7 +133,7 @@ class Slot(Region):
             self.state = DIRTY
             return False
         accessible = self._checked(image, byte_size)
-        if accessible != byte_size:
+        if accessible != byte_size:  # again: in whole pages the fast path may take it
             return self.instantiate(image, accessible)
         if self.state is UNKNOWN:
             self.cover()
@@ -143,10 +143,10 @@ class Slot(Region):
             self.set_image(None)
         self.set_accessible(accessible)
         self.initial = accessible
-        remapped = image is not self.image
-        if image is not None and remapped:
+        if image is not None and image is not self.image:
             self.set_image(image)
-            # Again: only now that the slot has acquired the image does closing it on another thread wait for us.
+            # Again: another thread may have closed the image before the slot acquired it.  Closed later, it keeps its
+            # bytes until the slot releases it.
             image.require_open()
             check(image.map(self.base), f"mapping the image of {image.name} onto a slot")
         self.state = DIRTY

@@ -96,6 +96,7 @@ def arm(
         on_error = None if hook in RAISING else watcher_failed
         setattr(armed, hook.removeprefix("memslot_"), _watching(manager, hook, on_error))
     armed.direct_resets = () if armed.memory_reset else tuple(_asked_alone(manager))
+    # Last: an instance that binds meanwhile reads the epoch first, and must find the old one, so that it binds again.
     armed.epoch = object()
 
 
@@ -161,6 +162,10 @@ def _answer_type(hook: str) -> Any:
 def _deciding(
     manager: pluggy.PluginManager, hook: str, failed: Mapping[str, str]
 ) -> Callable[..., Any]:
+    """Return the call of a deciding hook: the first answer counts, and None passes to the next plugin.
+
+    If all pass, the body of the specification answers; if that has no answer the call raises PluginError.
+    """
     calls = calls_of(manager, hook)
     expected = _answer_type(hook)
 

@@ -349,7 +349,7 @@ def test_slot_without_a_holder_comes_back_though_its_release_is_interrupted(pool
 
     for function, sentence in (
         (Pool.release, "result = _RETIRED"),
-        (Pool._take, "isinstance(slot, Slot)"),
+        (Pool._take, "isinstance(returned, Slot)"),
         (Inventory.put_away, "slot.lease = None"),
     ):
         slot = lease(pool)
@@ -420,6 +420,19 @@ def test_mapping_that_its_runtime_cannot_forget_does_not_keep_its_place(
     assert "could not be destroyed: the runtime keeps it" in caplog.text
     for forget in forgotten:
         forget()
+
+
+def test_mapping_of_a_runtime_whose_holder_went_without_a_release_is_not_handed_on(
+    pool: Pool,
+) -> None:
+    """The runtime may have grown it unseen, and the embedder may have objects that reach it."""
+    runtime = Runtime(P, SLOT, shape="a")
+    how: Any = {"affinity": "a", "map_host_memory": runtime, "shape": "a"}
+    holder = Holder()
+    pool.lease(None, P, holder=holder, **how)
+    del holder
+    pool.release(pool.lease(None, P, **how))
+    assert (pool.statistics().created, pool.statistics().destroyed) == (2, 1)
 
 
 @every_fork

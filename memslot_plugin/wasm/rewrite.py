@@ -61,7 +61,7 @@ def rewrite(
     and the module does not define exactly one memory. Raises ValueError for a change that the module
     cannot have, such as that of an item that does not exist.
     """
-    contents: dict[SectionId, bytes | None] = {}
+    contents: dict[SectionId, bytes | None] = {}  # None drops the section
     shrunk = _segments_to_empty(module, emptied)
     left_out = _segments_to_leave_out(module, emptied, named_segments)
     if shrunk or left_out:

@@ -142,12 +142,12 @@ class Creator:
     def finish(
         self, live: MemoryUser, *, release: bool = True, generation: int | None = None
     ) -> bool | None:
-        """Delete an instance's store; true if wasmtime no longer uses its memories.  Idempotent.
+        """Delete an instance's store, and release its memories once wasmtime no longer uses them.  Idempotent.
 
-        Then they are released here, or without `release` by the caller, who takes them out of `live`.  False: wasmtime
-        goes on using them, because the store is the embedder's; they are released when that ends.  None: nothing
-        happened, because the lease `generation` has ended, or another thread finishes it.  Raises InUse while an entry
-        runs, and nothing happens.
+        True: they are released; without `release` the caller takes them out of `live` and does that.  False: wasmtime
+        goes on using them, because the store is the embedder's; they are released when that ends.  None: the lease
+        `generation` has ended and the instance goes on, or another thread finishes it.  Raises InUse while an entry
+        runs; the instance goes on.
         """
         if generation is not None and generation != live.generation:
             return None
