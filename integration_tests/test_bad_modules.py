@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import memslot_plugin as memslot
@@ -15,10 +14,10 @@ from .toy import PAGE
 
 def test_bytes_that_are_no_module_are_refused(host: memslot.Host) -> None:
     for content, sentence in (
-        (b"", "the module is empty (0 bytes); allowed is"),
-        (toy.A[:-1], "the module is truncated: its custom section needs"),
+        (b"", "the module starts with nothing and not with .*; allowed is"),
+        (toy.A[:-1], f"{host.name} .*module: "),
     ):
-        with raises(memslot.InvalidModule, re.escape(sentence), ValueError):
+        with raises(memslot.InvalidModule, sentence, ValueError):
             host.prepare(content)
 
 

@@ -209,5 +209,6 @@ def test_damage_done_to_modules_yields_valid_and_invalid_ones(engine: Any) -> No
             said = type(error).__name__
         found[is_valid(engine, module), said] += 1
     assert min(found[valid, "read"] for valid in (False, True)) > 50
-    assert min(found[False, said] for said in ("InvalidModule", "NotUnderstood")) > 20
+    assert found[False, "NotUnderstood"] > 20
+    assert found[False, "InvalidModule"] > 0
     assert not found[True, "InvalidModule"]
