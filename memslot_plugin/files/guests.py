@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from memslot_hooks.types import Image, InitialContent, Segment
+from memslot_hooks.types import Image, Segment
 from memslot_plugin._core import check, ffi, lib
 from memslot_plugin._core.limits import system_call_error
 from memslot_plugin.errors import (
@@ -381,8 +381,8 @@ def load(
 
 def contents_in(
     found: Container, files: Mapping[int, Backing], label: str
-) -> dict[int, InitialContent]:
-    """Return the contents of the memories, by index; their sizes are in the module.
+) -> dict[int, tuple[Segment, ...]]:
+    """Return the contents of the memories, by index.
 
     Raises InvalidContainer for extents that are not there.
     """
@@ -404,7 +404,7 @@ def contents_in(
                     f"{label} has an extent for memory {index} in file {number}, which did not come with it"
                 )
             segments.append(Segment(offset, file.view(at, length), file, at))
-        contents[index] = InitialContent(0, tuple(segments))
+        contents[index] = tuple(segments)
     return contents
 
 

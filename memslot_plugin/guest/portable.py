@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 
-from memslot_hooks.types import InitialContent
+from memslot_hooks.types import InitialContent, Segment
 from memslot_plugin import wasm
 from memslot_plugin._core import align_up
 from memslot_plugin.errors import InvalidContainer, Unsupported
@@ -44,7 +44,7 @@ def saved_plan(
     source: bytes,
     target: Target,
     *,
-    contents: Mapping[int, InitialContent],
+    contents: Mapping[int, tuple[Segment, ...]],
     origin: Origin,
     is_snapshot: bool,
 ) -> Plan:
@@ -66,26 +66,27 @@ def saved_plan(
             f" {made.native}"
         )
     memories = {memory.index: memory for memory in made.memories}
-    for index, content in contents.items():
-        _require_fitting(index, memories.get(index), content)
-    sized = {
-        index: replace(content, byte_size=memories[index].minimum_bytes)
-        for index, content in contents.items()
-    }
+    sized = {}
+    for index, segments in contents.items():
+        memory = _fitting(index, memories.get(index), segments)
+        sized[index] = InitialContent(memory.minimum_bytes, segments)
     return replace(made, contents={**made.contents, **sized}, has_contents=True)
 
 
-def _require_fitting(index: int, memory: MemoryReport | None, content: InitialContent) -> None:
-    """Raise InvalidContainer if saved contents cannot be those of `memory`, the one of this index."""
+def _fitting(
+    index: int, memory: MemoryReport | None, segments: tuple[Segment, ...]
+) -> MemoryReport:
+    """Return `memory`, the one of this index; raises InvalidContainer if it cannot have these contents."""
     if memory is None or memory.imported is not None:
         raise InvalidContainer(f"there are contents for memory {index}, which is not the module's")
     if memory.data_bytes or not memory.image:
         raise InvalidContainer(
             f"there are contents for memory {index}, and data of its own in the module"
         )
-    end = max((each.offset + len(each.data) for each in content.segments), default=0)
+    end = max((each.offset + len(each.data) for each in segments), default=0)
     if end > align_up(memory.minimum_bytes):
         raise InvalidContainer(
             f"the contents of memory {index} end at byte {end}, and it starts with"
             f" {memory.minimum_bytes} bytes"
         )
+    return memory

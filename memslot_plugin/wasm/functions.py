@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 from memslot_plugin.wasm.binary import NotUnderstood, Reader
@@ -28,43 +29,31 @@ def exported_functions(module: Module) -> dict[str, FunctionType | None]:
 
     The type is None if it stands behind a type that this reader does not understand.
     """
-    types = _function_types(module)
-    imported = [each.type for each in module.imports if each.kind is ExternKind.FUNCTION]
-    type_indices = dict(enumerate([*imported, *_type_indices_of_defined(module)]))
+    types: list[FunctionType] = []
+    indices = [each.type for each in module.imports if each.kind is ExternKind.FUNCTION]
+    with suppress(NotUnderstood):
+        reader = _contents(module, SectionId.TYPE)
+        for _ in range(reader.u32()):
+            if reader.byte() != _PLAIN_FUNCTION:
+                break
+            types.append(FunctionType(_read_names(reader), _read_names(reader)))
+    with suppress(NotUnderstood):
+        reader = _contents(module, SectionId.FUNCTION)
+        indices += [reader.u32() for _ in range(reader.u32())]
+    type_of, index_of = dict[object, FunctionType](enumerate(types)), dict(enumerate(indices))
     return {
-        export.name: types.get(type_indices.get(export.index))
+        export.name: type_of.get(index_of.get(export.index))
         for export in module.exports
         if export.kind is ExternKind.FUNCTION
     }
 
 
-def _function_types(module: Module) -> dict[object, FunctionType]:
-    """Return the function types by index, up to the first type that is not understood."""
-    types: dict[object, FunctionType] = {}
-    section = module.section(SectionId.TYPE)
+def _contents(module: Module, section_id: SectionId) -> Reader:
+    section = module.section(section_id)
     if section is None:
-        return types
-    reader = Reader(module.source, section.payload, section.end)
-    try:
-        for index in range(reader.u32()):
-            if reader.byte() != _PLAIN_FUNCTION:
-                break
-            types[index] = FunctionType(_read_names(reader), _read_names(reader))
-    except NotUnderstood:
-        pass
-    return types
+        return Reader(b"\0", 0, 1)  # no entries
+    return Reader(module.source, section.payload, section.end)
 
 
 def _read_names(reader: Reader) -> tuple[str, ...]:
     return tuple(read_value_type(reader).name for _ in range(reader.u32()))
-
-
-def _type_indices_of_defined(module: Module) -> list[int]:
-    section = module.section(SectionId.FUNCTION)
-    if section is None:
-        return []
-    reader = Reader(module.source, section.payload, section.end)
-    try:
-        return [reader.u32() for _ in range(reader.u32())]
-    except NotUnderstood:
-        return []
