@@ -4,12 +4,6 @@
     multiprocessing             a SharedGuest is an argument of Process, or goes through a queue or pipe
     any Unix socket             SharedGuest.send(socket) here, SharedGuest.receive(socket) there
 
-After a fork, hosts, guests and live instances of the forking thread can be used in the child, closed
-there, saved and shared; each process writes to pages of its own.  Compiling with wasmer is not possible in
-a child (Unsupported), because its compiler's threads do not survive the fork: prepare before forking.
-wasmtime compiles without threads there.  Hosts of other wasmer threads are confined to threads that the
-child does not have.
-
 The first descriptor is a container (see container.py) without extents, the others are the files in
 which the extents lie: the images' own, so that both processes map the same pages.
 """

@@ -222,13 +222,7 @@ def runs_same_code(plan: Plan, parent: Plan) -> bool:
             old.imported is not None or (old.image and old.minimum_bytes == new.minimum_bytes)
             for old, new in zip(parent.memories, plan.memories, strict=True)
         )
-        and _globals_can_be_set(plan)
-    )
-
-
-def _globals_can_be_set(plan: Plan) -> bool:
-    return all(
-        each.initial is not None and each.export_name is not None for each in plan.saved_globals
+        and all(each.initial is not None for each in plan.saved_globals)
     )
 
 
@@ -237,7 +231,7 @@ def module_but_for_globals(plan: Plan) -> bytes | None:
 
     The bytes are equal for all plans that run the same code. None if the host cannot set the globals.
     """
-    if plan.native is not None or plan.structure is None or not _globals_can_be_set(plan):
+    if plan.native is not None or any(each.initial is None for each in plan.saved_globals):
         return None
     zeros = dict.fromkeys((each.index for each in plan.saved_globals), 0)
     return wasm.rewrite(wasm.parse(plan.module), initial_values=zeros)
@@ -264,34 +258,28 @@ def reason_against_snapshots(plan: Plan, *, native_exposed: bool) -> str | None:
 def reason_too_large(plan: Plan) -> str | None:
     """Return the predicate of a sentence about a need that exceeds the settings, or None."""
     settings = plan.target.settings
-    memories = [memory for memory in plan.memories if memory.imported is None]
-    if len(memories) > settings.memories_per_instance:
-        return (
-            f"defines {len(memories)} memories, and the settings allow {settings.memories_per_instance}"
-            " (memories_per_instance)"
-        )
-    limit, names = settings.largest_memory, "memory_limit and reserved"
+    most, named = settings.largest_memory, "memory_limit and reserved"
     if plan.native is not None:
-        limit, names = settings.largest_native_memory, "memory_limit"
-    for memory in memories:
-        if memory.minimum_bytes > limit:
-            return (
-                f"needs {memory.minimum_bytes} bytes for memory {memory.index}, and the settings allow"
-                f" {limit} ({names})"
+        most, named = settings.largest_native_memory, "memory_limit"
+    memories = [memory for memory in plan.memories if memory.imported is None]
+    tables = [] if plan.structure is None else plan.structure.tables
+    tables = [table for table in tables if table.imported is None]
+    for need, what, limit, names in (
+        (len(memories), "memories", settings.memories_per_instance, "memories_per_instance"),
+        *((each.minimum_bytes, f"bytes for memory {each.index}", most, named) for each in memories),
+        (len(tables), "tables", settings.tables_per_instance, "tables_per_instance"),
+        *(
+            (
+                each.type.minimum,
+                f"elements for table {each.index}",
+                settings.table_limit,
+                "table_limit",
             )
-    tables = () if plan.structure is None else plan.structure.tables
-    defined = [table for table in tables if table.imported is None]
-    if len(defined) > settings.tables_per_instance:
-        return (
-            f"defines {len(defined)} tables, and the settings allow {settings.tables_per_instance}"
-            " (tables_per_instance)"
-        )
-    for table in defined:
-        if table.type.minimum > settings.table_limit:
-            return (
-                f"needs {table.type.minimum} elements for table {table.index}, and the settings allow"
-                f" {settings.table_limit} (table_limit)"
-            )
+            for each in tables
+        ),
+    ):
+        if need > limit:
+            return f"needs {need} {what}, and the settings allow {limit} ({names})"
     return None
 
 

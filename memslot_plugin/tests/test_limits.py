@@ -186,8 +186,8 @@ def test_table_of_a_guest_left_to_the_runtime_grows_to_its_limit() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("(memory 1)" * 9, r"defines 9 memories, and the settings allow 8 \(memories_per_inst"),
-        ("(table 0 funcref)" * 17, r"defines 17 tables, and the settings allow 16 \(tables_per_"),
+        ("(memory 1)" * 9, r"needs 9 memories, and the settings allow 8 \(memories_per_inst"),
+        ("(table 0 funcref)" * 17, r"needs 17 tables, and the settings allow 16 \(tables_per_"),
         (
             "(table 1000001 funcref)",
             r"needs 1000001 elements for table 0, .* 1000000 \(table_limit",

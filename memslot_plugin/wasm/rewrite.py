@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TypeVar
 
-from memslot_plugin.wasm.binary import NotUnderstood, Reader, encode_name, unsigned_leb128
+from memslot_plugin.wasm.binary import Reader, encode_name, unsigned_leb128
 from memslot_plugin.wasm.expressions import encode_constant
 from memslot_plugin.wasm.module import (
     SECTION_ORDER,
@@ -57,8 +57,7 @@ def rewrite(
     - `initial_values`: first values of mutable globals, by index, as `encode_constant` takes them.
     - `drop_start`: no function runs at instantiation.
 
-    Returns `module.source` itself if nothing changes. Raises NotUnderstood if `import_memory` is given
-    and the module does not define exactly one memory. Raises ValueError for a change that the module
+    Returns `module.source` itself if nothing changes. Raises ValueError for a change that the module
     cannot have, such as that of an item that does not exist.
     """
     contents: dict[SectionId, bytes | None] = {}  # None drops the section
@@ -209,12 +208,8 @@ def _memory_types(module: Module, changed: Mapping[int, MemoryType]) -> list[Mem
 
 def _imports(module: Module, name: ImportName, memories: list[MemoryType]) -> bytes:
     """Return the import section with the memory as its last entry, which shifts no index."""
-    if len(memories) != 1:
-        raise NotUnderstood(
-            f"the module has {len(memories)} memories and only a single one can become an import"
-        )
-    if module.memories[0].imported is not None:
-        raise NotUnderstood(f"the memory is already an import, {module.memories[0].imported}")
+    if [each.imported for each in module.memories] != [None]:
+        raise ValueError("only the single memory of a module, defined there, can become an import")
     entry = encode_name(name.module) + encode_name(name.name) + bytes([ExternKind.MEMORY])
     return _appended(module, SectionId.IMPORT, len(module.imports), [entry + memories[0].encode()])
 
