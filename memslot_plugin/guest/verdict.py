@@ -166,7 +166,6 @@ def _imported_state(module: wasm.Module) -> Iterator[tuple[str, wasm.ImportName]
 
 
 def _exported_tables(module: wasm.Module, names: _Names) -> Iterator[tuple[int, str]]:
-    """Yield index and names of each defined table that is exported."""
     for table in module.tables:
         name = names.get((ExternKind.TABLE, table.index))
         if name is not None and table.imported is None:

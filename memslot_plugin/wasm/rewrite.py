@@ -192,7 +192,6 @@ def _vector(entries: Sequence[bytes]) -> bytes:
 
 
 def _memory_types(module: Module, changed: Mapping[int, MemoryType]) -> list[MemoryType]:
-    """Return the types of all memories, by index."""
     _require_defined("memory", module.memories, changed)
     types = [each.type for each in module.memories]
     for index, new in changed.items():
@@ -215,7 +214,6 @@ def _imports(module: Module, name: ImportName, memories: list[MemoryType]) -> by
 
 
 def _tables(module: Module, changed: Mapping[int, TableType]) -> bytes:
-    """Return the table section with new limits for some tables."""
     _require_defined("table", module.tables, changed)
     return _vector(
         [
@@ -228,7 +226,6 @@ def _tables(module: Module, changed: Mapping[int, TableType]) -> bytes:
 
 
 def _globals(module: Module, values: Mapping[int, int | None]) -> bytes:
-    """Return the global section with some initial values replaced."""
     _require_defined("global", module.globals, values)
     entries = []
     for each in _defined(module.globals):

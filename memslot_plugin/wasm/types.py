@@ -118,15 +118,6 @@ def read_value_type(reader: Reader) -> ValueType:
     code = reader.byte()
     if code in _NUMBERS:
         return ValueType(_NUMBERS[code])
-    return _reference_type(reader, code)
-
-
-def read_reference_type(reader: Reader) -> ValueType:
-    """Read a reference type: one byte for the nullable abstract ones, several for the others."""
-    return _reference_type(reader, reader.byte())
-
-
-def _reference_type(reader: Reader, code: int) -> ValueType:
     if code in _HEAP_TYPES:
         return ValueType(f"(ref null {_HEAP_TYPES[code]})")
     if code == 0x63:
@@ -134,6 +125,14 @@ def _reference_type(reader: Reader, code: int) -> ValueType:
     if code == 0x64:
         return ValueType(f"(ref {read_heap_type(reader)})")
     raise NotUnderstood(f"the type 0x{code:02x} is not known here")
+
+
+def read_reference_type(reader: Reader) -> ValueType:
+    """Read a reference type: one byte for the nullable abstract ones, several for the others."""
+    found = read_value_type(reader)
+    if not found.is_reference:
+        raise NotUnderstood(f"the type {found.name} is no reference")
+    return found
 
 
 def read_heap_type(reader: Reader) -> str:
@@ -197,7 +196,6 @@ def read_memory_type(reader: Reader) -> MemoryType:
 
 
 def _read_limits(reader: Reader, known_flags: int, what: str) -> tuple[int, int, int | None]:
-    """Read flags, minimum and maximum."""
     flags = reader.byte()
     if flags & ~known_flags:
         raise NotUnderstood(f"a {what} has limits of the unknown kind 0x{flags:02x}")

@@ -318,10 +318,7 @@ def _weakly(function: _HostFunction, *, several: bool) -> Callable[..., Any]:
 
     def call(*arguments: Any) -> Any:
         function: Any = found()  # It lives as long as the imports of the calling instance.
-        return function.call(*arguments)
+        result = function.call(*arguments)
+        return tuple(result) if several and isinstance(result, list) else result
 
-    def call_for_several(*arguments: Any) -> Any:
-        result = call(*arguments)
-        return tuple(result) if isinstance(result, list) else result
-
-    return call_for_several if several else call
+    return call
