@@ -111,7 +111,6 @@ def _saved(source: Source) -> dict[str, Any] | None:
         "byte_size": saved.byte_size,
         "source_bytes": saved.about.origin.source_bytes,
         "source_sha256": saved.about.origin.source_sha256,
-        "authentic": saved.keyed,
         "code": {key: len(code) for key, code in saved.code.items()},
     }
 

@@ -107,7 +107,6 @@ class Container(msgspec.Struct, frozen=True):
     """The contents that were read from a container.
 
     `extents_at` is the offset of its first extent, `extents` their bytes if the reader asked for them.
-    `keyed` is true if the digest was made with the reader's key.
     """
 
     about: About
@@ -117,7 +116,6 @@ class Container(msgspec.Struct, frozen=True):
     byte_size: int
     extents_at: int
     extents: memoryview | None
-    keyed: bool
 
 
 # Writing
@@ -225,8 +223,8 @@ def read(
 
     Reads every byte once and maps nothing; the descriptor stays open, at any position.  Allocates at most
     twice the bytes that are there, whatever the file claims, and what its metadata takes (`MOST_METADATA`).
-    Raises InvalidContainer with what is wrong with it, and MemoryTooLarge for an image of more than
-    `image_limit` bytes.
+    Raises InvalidContainer with what is wrong with it, also if its digest was not made with this `key`,
+    and MemoryTooLarge for an image of more than `image_limit` bytes.
     """
     try:
         return _read(fd, name, key, keep, image_limit)
@@ -276,7 +274,6 @@ def _read(fd: int, name: str, key: bytes | None, keep: bool, image_limit: int | 
         byte_size=header.byte_size,
         extents_at=header.head,
         extents=held[header.head :] if keep else None,
-        keyed=header.kind == _KEYED,
     )
 
 

@@ -60,13 +60,12 @@ class Loaded:
 
     `shares_file` is true if its images are mapped from the file, and `copied_because` the reason if not, a
     sentence's end.  `compiled_because` is the reason why its module was compiled again, or None if the file's
-    code is used.  `authentic` is true if the file was proved to come from a writer who has the key.
+    code is used.
     """
 
     shares_file: bool
     copied_because: str | None
     compiled_because: str | None
-    authentic: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +140,6 @@ class Found:
             shares_file=why_copied is None,
             copied_because=why_copied,
             compiled_because=why_compiled,
-            authentic=found.keyed,
         )
 
 
@@ -375,7 +373,7 @@ def load(
         finally:
             if fd >= 0:
                 os.close(fd)
-        trusted = trust_code or found.keyed
+        trusted = trust_code or key is not None  # then the digest proves the writer
         yield Found.of(found, label, target, files, why_copied, trusted=trusted)
 
 

