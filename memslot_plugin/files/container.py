@@ -40,7 +40,7 @@ from msgspec import Meta
 
 from memslot_plugin._core import PAGE_SIZE, align_up
 from memslot_plugin._core.limits import system_call_error
-from memslot_plugin.errors import ArgumentError, InvalidContainer, MemoryTooLarge
+from memslot_plugin.errors import ArgumentError, InvalidContainer, MemoryTooLarge, MemslotError
 from memslot_plugin.guest.plan import Origin
 from memslot_plugin.guest.reasons import image_too_large
 
@@ -356,15 +356,10 @@ def _contradiction(metadata: Metadata, blobs: int, extents: int) -> str | None:
     return None if found == extents else f"{extents - found} bytes at its end belong to no memory"
 
 
-def require_data(fd: int, name: str, byte_size: int) -> None:
-    """Raise InvalidContainer for a file of which more than half is holes."""
-    reason = why_hollow(fd, byte_size)
-    if reason is not None:
-        raise InvalidContainer(f"{name} {reason}")
-
-
-def why_hollow(fd: int, byte_size: int) -> str | None:
-    """Return the end of a sentence about a file of which more than half is holes; None for another file.
+def require_data(
+    fd: int, name: str, byte_size: int, error: type[MemslotError] = InvalidContainer
+) -> None:
+    """Raise `error` for a file of which more than half is holes.
 
     Reading a hole costs as much as reading data, and costs the file's maker nothing.  Containers have no
     holes when written, but a compressing file system makes some of long runs of zeros (zfs), and the block
@@ -376,14 +371,15 @@ def why_hollow(fd: int, byte_size: int) -> str | None:
             start = os.lseek(fd, end, os.SEEK_DATA)
             end = os.lseek(fd, start, os.SEEK_HOLE)
             data += end - start
-    except OSError as error:
-        if error.errno == errno.EINVAL:  # lseek(2): a file system that knows of no holes
-            return None
-        if error.errno != errno.ENXIO:  # no data behind `end`
+    except OSError as failed:
+        if failed.errno == errno.EINVAL:  # lseek(2): a file system that knows of no holes
+            return
+        if failed.errno != errno.ENXIO:  # no data behind `end`
             raise
-    if 2 * data >= byte_size:
-        return None
-    return f"claims {byte_size} bytes, and {data} of them are there: copy it without making holes"
+    if 2 * data < byte_size:
+        raise error(
+            f"{name} claims {byte_size} bytes, and {data} of them are there: copy it without making holes"
+        )
 
 
 def copied(fd: int, name: str, byte_size: int) -> Iterator[tuple[int, memoryview]]:

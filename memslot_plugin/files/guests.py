@@ -432,9 +432,7 @@ def read_module(path: Path) -> bytes:
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
             if stat.S_ISREG(status.st_mode):  # the size of a pipe is not known
-                reason = container.why_hollow(file.fileno(), status.st_size)
-                if reason is not None:
-                    raise InvalidModule(f"{path} {reason}")
+                container.require_data(file.fileno(), str(path), status.st_size, InvalidModule)
                 file.seek(0)
             return file.read()
     except MemslotError:
