@@ -169,7 +169,7 @@ def test_generated_modules_together_have_each_promised_kind_of_item() -> None:
         ]
         for each in module.data_segments:
             printed.append(f"data={bytes(each.data[:1])!r}")
-            if each.active and each.offset.value is not None:
+            if each.offset is not None and each.offset.value is not None:
                 end = each.offset.value + len(each.data)
                 inside = end == module.memories[each.memory].type.minimum_bytes and each.data
                 printed.append("at the last byte" if inside else "elsewhere")

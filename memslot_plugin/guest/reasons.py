@@ -70,7 +70,7 @@ def imageless_reason(
         )
     if not target.builds_images:
         return "No plugin builds images; load memfd or anonymous (settings plugins and blocked)."
-    size = memory.type.minimum_bytes
+    size, address = memory.type.minimum_bytes, "i64" if memory.type.memory64 else "i32"
     pages = []
     first, last = size, 0
     for segment in segments:
@@ -81,10 +81,10 @@ def imageless_reason(
                 f"The offset of data segment {segment.index} {why}; place it at a constant to get"
                 " an image."
             )
-        if offset.type != memory.type.index_type:
+        if offset.type != address:
             return (
                 f"The offset of data segment {segment.index} is an {offset.type} and the memory's"
-                f" addresses are {memory.type.index_type}, so the runtime refuses the module."
+                f" addresses are {address}, so the runtime refuses the module."
             )
         end = offset.value + len(segment.data)
         if end > size:

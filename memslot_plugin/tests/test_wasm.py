@@ -177,8 +177,8 @@ def test_module_with_everything_is_read_completely() -> None:
     assert module.tables[0].type.element.is_reference is True
     assert (module.function_count, module.imported_function_count) == (2, 1)
     assert (module.element_segment_count, module.data_count, module.start) == (1, 2, 1)
-    segments = [(each.active, each.memory, bytes(each.data)) for each in module.data_segments]
-    assert segments == [(True, 0, b"hello"), (False, None, b"later")]
+    segments = [(each.memory, bytes(each.data)) for each in module.data_segments]
+    assert segments == [(0, b"hello"), (None, b"later")]
     data = module.section(SectionId.DATA)
     assert data is not None
     assert EVERYTHING[data.payload : data.end].endswith(b"later")
@@ -205,8 +205,6 @@ def test_memory_type_of_any_limits_has_its_size_in_bytes() -> None:
     assert (MemoryType(2, 3).minimum_bytes, MemoryType(2, 3).maximum_bytes) == (131072, 196608)
     assert MemoryType(2, None, 1, names_page_size=True).minimum_bytes == 2
     assert MemoryType(2, None).maximum_bytes is None
-    assert MemoryType(1, 1).index_type == "i32"
-    assert MemoryType(1, 1, memory64=True).index_type == "i64"
 
 
 @given(st.integers(0, 2**64 - 1), st.integers(-(2**63), 2**63 - 1))

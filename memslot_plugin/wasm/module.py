@@ -155,11 +155,6 @@ class DataSegment:
     head: bytes
     data: memoryview
 
-    @property
-    def active(self) -> bool:
-        """True if instantiation copies the data into a memory."""
-        return self.memory is not None
-
 
 @dataclass(slots=True, eq=False)
 class Module:

@@ -111,7 +111,7 @@ def _segments_to_empty(module: Module, emptied: Collection[int]) -> frozenset[in
     for index in emptied:
         if not 0 <= index < len(module.data_segments):
             raise ValueError(f"data segment {index} does not exist")
-        if not module.data_segments[index].active:
+        if module.data_segments[index].memory is None:
             raise ValueError(f"data segment {index} is passive and cannot be emptied")
     return frozenset(
         index

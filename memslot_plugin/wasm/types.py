@@ -99,11 +99,6 @@ class MemoryType:
         """The most bytes that the memory may grow to, or None if the module sets no limit."""
         return None if self.maximum_pages is None else self.maximum_pages * self.page_size
 
-    @property
-    def index_type(self) -> str:
-        """The type of an address in the memory."""
-        return "i64" if self.memory64 else "i32"
-
     def encode(self) -> bytes:
         """Return the type as the format writes it."""
         flags = _SHARED * self.shared | _64_BIT * self.memory64
