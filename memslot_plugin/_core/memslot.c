@@ -130,6 +130,13 @@ int ms_unmap(uintptr_t base, size_t length)
     return GATE(MS_MUNMAP, munmap((void *)base, length)) ? -errno : 0;
 }
 
+int ms_unmap_once(ms_range *range)
+{
+    /* Exchange, so that of two threads one alone unmaps. */
+    size_t length = __atomic_exchange_n(&range->length, 0, __ATOMIC_ACQ_REL);
+    return length && range->base ? ms_unmap(range->base, length) : 0;
+}
+
 int ms_cover(uintptr_t base, size_t length)
 {
     return map_over(base, length, PROT_NONE, OVER_ANONYMOUS, -1, 0);
@@ -230,6 +237,12 @@ int ms_close(int fd)
      * second close would hit another thread's file. */
     int told = ms_refused(MS_CLOSE) ? errno : 0;
     return close(fd) ? -errno : -told;
+}
+
+int ms_close_once(int *fd)
+{
+    int taken = __atomic_exchange_n(fd, -1, __ATOMIC_ACQ_REL);
+    return taken < 0 ? 0 : ms_close(taken);
 }
 
 int ms_view(int fd, size_t length, uintptr_t *address)

@@ -30,6 +30,12 @@ typedef struct {
     int fd;
 } ms_extent;
 
+/* An address range that was mapped, until ms_unmap_once() has taken its length. */
+typedef struct {
+    uintptr_t base;
+    size_t length;
+} ms_range;
+
 /* The pristine contents of [base, base + accessible): the extents, in ascending order, over zeros. */
 typedef struct {
     uintptr_t base;
@@ -115,6 +121,9 @@ int ms_pagemap(void);
 /* Reserves address space that faults on access and counts towards no overcommit limit. */
 int ms_reserve(size_t length, uintptr_t *base);
 int ms_unmap(uintptr_t base, size_t length);
+/* Unmaps the range and makes its length 0, or does nothing if that or its base is 0. One call does both, because an
+ * exception between two would lose the range, or unmap it twice. */
+int ms_unmap_once(ms_range *range);
 /* Maps faulting anonymous memory over the range. Its bytes are gone, its addresses stay taken. */
 int ms_cover(uintptr_t base, size_t length);
 /* Maps readable and writable zeros over the range. */
@@ -140,6 +149,8 @@ int ms_seals(int fd, int *seals);
 int ms_resize(int fd, size_t length);
 /* Closes a descriptor, which is closed even if the result is an error. */
 int ms_close(int fd);
+/* Closes *fd and makes it -1, or does nothing if it is negative; as ms_unmap_once(). */
+int ms_close_once(int *fd);
 /* Maps the file's first `length` bytes read-only, anywhere. */
 int ms_view(int fd, size_t length, uintptr_t *address);
 /* Finds the runs of pages that are not all zero. Runs with fewer than `min_gap` zero bytes between them become one.

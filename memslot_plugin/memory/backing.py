@@ -88,28 +88,28 @@ class Backing:
 class Mapped(Backing):
     """One descriptor and one read-only mapping, from which a reset copies back."""
 
-    __slots__ = ("inode", "name")
+    __slots__ = ("_file", "_view", "inode", "name")
 
     def __init__(self, name: str, fd: int, byte_size: int) -> None:
         """Take over `fd`, also if this fails.  Raises SystemCallError."""
+        # Owned by C code alone: an interrupt in `_free` or `__del__` loses nothing.
+        self._file = ffi.gc(ffi.new("int *", fd), lib.ms_close_once)
+        self._view = ffi.gc(ffi.new("ms_range *", {"length": byte_size}), lib.ms_unmap_once)
         self.name = name
         super().__init__(0, byte_size, fd)
-        view = ffi.new("uintptr_t *")
         try:
             self.inode = os.fstat(fd).st_ino
         except OSError as error:
             what = f"looking at the image of {name}"
             raise system_call_error(error.errno or 0, what) from None
-        check(lib.ms_view(fd, byte_size, view), f"mapping the image of {name}")
-        self.address = int(view[0])
+        address = ffi.addressof(self._view, "base")
+        check(lib.ms_view(fd, byte_size, address), f"mapping the image of {name}")
+        self.address = int(self._view.base)
 
     def _free(self) -> None:
-        # Taken in two stores before any call, so that of two threads only one gives them back.
-        address, fd, self.address, self.fd = self.address, self.fd, 0, -1
-        if address:
-            leak(lib.ms_unmap(address, self.byte_size), f"the view of the image of {self.name}")
-        if fd >= 0:
-            leak(lib.ms_close(fd), f"the image of {self.name}")
+        self.address, self.fd = 0, -1
+        leak(lib.ms_unmap_once(self._view), f"the view of the image of {self.name}")
+        leak(lib.ms_close_once(self._file), f"the image of {self.name}")
 
     def __del__(self) -> None:
         if hasattr(self, "_holders"):
@@ -206,16 +206,17 @@ def why_it_may_change(fd: int) -> str | None:
     return None
 
 
-def new_memfd(name: str, length: int, purpose: str) -> int:
+def new_memfd(name: str, length: int, purpose: str, into: Any = None) -> int:
     """Return the descriptor of a new memfd of zeros that may be sealed; raises SystemCallError.
 
     It is closed on exec, and not executable if the kernel knows of that (Linux 6.3; with
     vm.memfd_noexec=2 no other memfd can be made).  `name` is for people who read /proc/self/maps.
+    `into` is an `int *` that gets it, too, without an interrupt in between.
     """
     # memfd_create(2) takes at most 249 bytes, and a name may come from a path that is not text.
     label = f"memslot:{name}".encode(errors="replace")[:249].split(b"\0")[0]
     flags = MFD_CLOEXEC | MFD_ALLOW_SEALING
-    fd = ffi.new("int *", -1)
+    fd = ffi.new("int *", -1) if into is None else into
     failed = lib.ms_memfd(label, flags | MFD_NOEXEC_SEAL, length, fd)
     if failed == -errno.EINVAL:
         failed = lib.ms_memfd(label, flags, length, fd)

@@ -34,16 +34,23 @@ class ExtensionSlot(Slot):
     `extended` bytes from `initial` on map the file, of which `grown` are there.
     """
 
-    __slots__ = ("extended", "fd", "grown")
+    __slots__ = ("_file", "extended", "grown")
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         """Take over a range as any slot; Unsupported for a runtime's own mapping."""
-        self.fd, self.extended, self.grown = -1, 0, 0
+        # Owned by C code alone: an interrupt in `_map_file`, `_close_file` or `__del__` loses nothing.
+        self._file = ffi.gc(ffi.new("int *", -1), lib.ms_close_once)
+        self.extended = self.grown = 0
         super().__init__(*arguments, **named)
         if self.mapping is not None:
             raise Unsupported(
                 "growth by ftruncate is impossible if the runtime owns the mapping and grows it itself"
             )
+
+    @property
+    def fd(self) -> int:
+        """The descriptor of the file, or -1."""
+        return int(self._file[0])
 
     @property
     def accessible(self) -> int:
@@ -154,7 +161,7 @@ class ExtensionSlot(Slot):
         if not extended:
             return
         if self.fd < 0:
-            self.fd = new_memfd("extension", 0, "a slot's extension")
+            new_memfd("extension", 0, "a slot's extension", self._file)
         check(
             lib.ms_map_extension(self.base + self.initial, extended, self.fd),
             "mapping a slot's extension",
@@ -170,10 +177,8 @@ class ExtensionSlot(Slot):
             self.extended = self.grown = 0
 
     def _close_file(self) -> None:
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            leak(lib.ms_close(fd), "the extension of a slot")
+        leak(lib.ms_close_once(self._file), "the extension of a slot")
 
     def __del__(self) -> None:
-        if hasattr(self, "fd"):  # else an exception came before it was set
+        if hasattr(self, "_file"):  # else an exception came before it was set
             self._close_file()

@@ -45,27 +45,26 @@ class Reservation:
     Raises SystemCallError; `purpose` ends its sentence.
     """
 
-    __slots__ = ("_base", "length")
+    __slots__ = ("_range",)
 
     def __init__(self, length: int, purpose: str) -> None:
-        # Before the call: an interrupt right after it leaves the address where the finalizer finds it.
-        self._base, self.length = ffi.new("uintptr_t *"), length
+        # Owned before the call, and by C code alone: an interrupt right after it, or in `__del__`, loses nothing.
+        self._range = ffi.gc(ffi.new("ms_range *", {"length": length}), lib.ms_unmap_once)
         what = f"reserving {length} bytes of address space for {purpose}"
-        check(lib.ms_reserve(length, self._base), what)
+        check(lib.ms_reserve(length, ffi.addressof(self._range, "base")), what)
 
     @property
     def base(self) -> int:
         """The first address."""
-        return int(self._base[0])
+        return int(self._range.base)
 
     def unmap(self) -> None:
         """Unmap the range, or leak it: what a failed munmap(2) leaves is inaccessible or pristine to all."""
-        length, self.length = self.length, 0
-        if length and self.base:
-            leak(lib.ms_unmap(self.base, length), f"{length} bytes of address space")
+        what = f"{self._range.length} bytes of address space"
+        leak(lib.ms_unmap_once(self._range), what)
 
     def __del__(self) -> None:
-        if hasattr(self, "length"):  # making it may have failed
+        if hasattr(self, "_range"):  # making it may have failed
             self.unmap()
 
 

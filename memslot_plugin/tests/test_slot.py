@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import ast
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from memslot_plugin import Image, Slot, State, _core
+from memslot_plugin import Image, MemfdImage, Slot, State, _core
 from memslot_plugin._core import PAGE_SIZE as P
 from memslot_plugin._core import ffi, lib
 from memslot_plugin._core.proc import mappings
 from memslot_plugin.errors import MemoryTooLarge, SlotError, Unsupported, UsedAfterClose
+from memslot_plugin.memory.backing import Mapped
 from memslot_plugin.memory.extension import ExtensionSlot
 from memslot_plugin.memory.probe import pagemap_descriptor
+from memslot_plugin.memory.region import Reservation
 from memslot_plugin.memory.reset import choose, madvise
+from memslot_plugin.tests.leaks import Footprint
 from memslot_plugin.tests.slots import RESERVED, content, expected, needs_pagemap, use
 from memslot_plugin.tests.tracing import trace
 
@@ -152,6 +156,25 @@ assert [touch(page) for page in (2, 31)] == [-signal.SIGBUS] * 2
 assert touch(32) == -signal.SIGSEGV
 """
     )
+
+
+def test_finalizers_that_an_interrupt_cuts_short_leave_no_mapping_and_no_descriptor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = Footprint.now()
+    slot, image = ExtensionSlot.create(RESERVED, 4 * P), MemfdImage("dropped", b"x" * P)
+    slot.instantiate(image, 4 * P, maximum=8 * P)
+    for kind, name in ((Reservation, "unmap"), (ExtensionSlot, "_close_file"), (Mapped, "_free")):
+        monkeypatch.setattr(kind, name, interrupted)
+    heard: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda each: heard.append(each.exc_type))
+    del slot, image
+    lost = Footprint.now().lost_since(before)
+    assert heard == [KeyboardInterrupt] * 3
+    assert not lost
 
 
 @pytest.mark.parametrize("byte_size", [0, 1, 3 * P + 17])
