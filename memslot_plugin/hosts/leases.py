@@ -18,7 +18,7 @@ from __future__ import annotations
 import collections
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from threading import get_ident
@@ -141,8 +141,10 @@ class Leases:
         """Compiled code of dropped guests, which has to be freed on the host's thread."""
         self.waiting: list[MemoryRequest] = []
         """The requests that wait for a slot."""
-        self.settle: Callable[[], None] | None = None
-        """Release the memories that a runtime used longer than their instances; set by the runtime."""
+        self.retained: Collection[object] = ()
+        """What a runtime uses longer than its instances, if it does; set by the runtime."""
+        self.settle: Callable[[], None] = lambda: None
+        """Release what is `retained` and no longer used; set by the runtime."""
         self.instances = self.resets_in_place = self.resets_by_instantiation = 0
         # A collection may find a live instance and its memories at once.  They are kept here, because its slot would
         # go to another tenant before the runtime has closed it.
@@ -152,7 +154,7 @@ class Leases:
 
     def lease(self, requests: Sequence[MemoryRequest]) -> tuple[LinearMemory, ...]:
         """Ask the plugins for every memory; all or none.  Instances that wait for a lease make room."""
-        if self.settle is not None:
+        if self.retained:
             self.settle()
         leased: list[LinearMemory] = []
         armed = self.armed

@@ -47,7 +47,7 @@ def host() -> Iterator[WasmtimeHost]:
         yield host
         assert in_use(host) == 0
         assert not host.runtime._creator._groups
-        assert not host.runtime._creator._retained
+        assert not host.runtime._creator.retained
 
 
 @pytest.fixture
@@ -300,7 +300,7 @@ def test_own_store_collected_on_another_thread_gives_its_slots_back(host: Wasmti
     try:
         for _ in range(4):
             make()
-        assert len(host.runtime._creator._retained) == 4
+        assert len(host.runtime._creator.retained) == 4
         hosts.elsewhere(gc.collect)
     finally:
         gc.enable()

@@ -42,8 +42,6 @@ class MemoryUser(Protocol):
     cell: Any
     memories: tuple[LinearMemory, ...]
     generation: int
-    taken: bool
-    """True while the caller of `finish` takes the memories: `drain` on another thread must not release them."""
 
     def forget_views(self) -> None:
         """Close the objects of wasmtime-py's that refer to the store."""
@@ -96,10 +94,8 @@ class Creator:
         self._cells = Cells()
         self._groups: dict[int, tuple[LinearMemory, ...]] = {}
         """Memories that wasmtime may use, by token."""
-        self._retained: set[int] = set()
+        self.retained: set[int] = set()
         """Tokens of groups without an open cell of ours.  `drain` releases them once their finalizers have run."""
-        self._ending: dict[int, MemoryUser] = {}
-        """Instances whose end has begun, by token: if an exception comes in between, `drain` finishes it."""
         self._drained: deque[Any] = deque()
         """Buffers for tokens from the C half."""
 
@@ -122,13 +118,13 @@ class Creator:
             [replace(request, minimum=minimum, maximum=min(maximum, limit))]
         )
         self._groups[number] = memories
-        self._retained.add(number)
+        self.retained.add(number)
         return memories[0]
 
     def unlease(self, token: int) -> None:
         """Drop a memory of which wasmtime has not heard; its slot is free once the memory is collected."""
         self._groups.pop(token, None)
-        self._retained.discard(token)
+        self.retained.discard(token)
 
     # -- an instance of ours: begin and finish
 
@@ -139,66 +135,38 @@ class Creator:
         if live.memories:
             self._groups[token] = live.memories
 
-    def finish(
-        self, live: MemoryUser, *, release: bool = True, generation: int | None = None
-    ) -> bool | None:
-        """Delete an instance's store, and release its memories once wasmtime no longer uses them.  Idempotent.
+    def finish(self, live: MemoryUser, generation: int | None = None) -> bool | None:
+        """Delete an instance's store.  Idempotent, also after it was cut short.
 
-        True: they are released; without `release` the caller takes them out of `live` and does that.  False: wasmtime
-        goes on using them, because the store is the embedder's; they are released when that ends.  None: the lease
-        `generation` has ended and the instance goes on, or another thread finishes it.  Raises InUse while an entry
-        runs; the instance goes on.
+        True: wasmtime no longer uses the memories, which the caller takes out of `live` and releases.  False: it goes on
+        using them, because the store is the embedder's; they are released when that ends.  None: the lease `generation`
+        has ended and the instance goes on, or another thread finishes it.  Raises InUse while an entry runs; the
+        instance goes on.
         """
         if generation is not None and generation != live.generation:
             return None
-        token = live.token
         if live.cell.depth:
             raise in_use(live.guest_name)
         live.forget_views()
-        if not release:
-            live.taken = True
-        # From here to the last `pop`, an exception leaves the instance to `drain`, and no slot is lost.
-        self._ending[token] = live
-        answer = None
-        try:
-            answer = lib.ms_wt_close(live.cell, generation or 0)
-        finally:
-            if answer != _UNUSED:
-                live.taken = False
-        if answer == _UNUSED:
-            self._groups.pop(token, None)
-            self._cells.pop(token, None)
-            if release:
-                # In one step, without a call: only one of two threads gets the memories.
-                memories, live.memories = live.memories, ()
-                self._leases.release(memories)
-        elif answer == _LINGERING:
-            self._retained.add(token)
-            if token not in self._groups:  # another thread has drained it already
-                self._retained.discard(token)
-            self._cells.pop(token, None)
-        elif answer == _ENDED_BEFORE:
-            return (
-                None  # leave the entry to `drain`: it may be that of the thread which finishes it
-            )
-        self._ending.pop(token, None)
+        answer = lib.ms_wt_close(live.cell, generation or 0)
         if answer == _INSIDE:
             raise in_use(live.guest_name)
+        if answer == _ENDED_BEFORE:
+            return None
+        token = live.token
+        if answer == _LINGERING:
+            self.retained.add(token)
+            if token not in self._groups:  # another thread has drained it already
+                self.retained.discard(token)
+        else:
+            self._groups.pop(token, None)
+        self._cells.pop(token, None)
         return bool(answer == _UNUSED)
 
     # -- memories on their way back
 
     def drain(self) -> None:
         """Release the memories that wasmtime no longer uses."""
-        if not self._retained and not self._ending:
-            return
-        for live in list(self._ending.values()):
-            if live.taken:  # by another thread, which is finishing it
-                continue
-            if live.cell.context:  # its end was called off
-                self._ending.pop(live.token, None)
-            else:
-                self.finish(live)
         count = _BATCH
         while count == _BATCH:
             # Keep the buffer before the C half fills it: an exception in between would lose tokens, and their slots.
@@ -212,18 +180,21 @@ class Creator:
 
     def _give_back(self, token: int) -> None:
         memories = self._groups.pop(token, ())
-        self._retained.discard(token)
+        self.retained.discard(token)
+        self.release(memories)
+
+    def release(self, memories: tuple[LinearMemory, ...]) -> None:
+        """Release memories whose instance is gone, and log what fails: no caller has anything to do with it."""
         try:
             self._leases.release(memories)
         except MemslotError as error:
-            # Log instead of raising: the instance is gone, and the caller that drains has nothing to do with it.
             _log.error("memories that wasmtime had let go of could not be released: %s", str(error))
 
     def require_unused(self) -> None:
         """Raise InUse if wasmtime uses memories for stores that the host cannot delete now."""
         self.drain()
-        if kept := self._retained | self._ending.keys():
+        if self.retained:
             raise InUse(
-                f"{len(kept)} instances that this host does not own still use its memories:"
-                " close their stores, or wait for the calls that run"
+                f"{len(self.retained)} instances in stores that this host does not own still use its memories: close"
+                " those stores"
             )

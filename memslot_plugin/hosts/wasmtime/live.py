@@ -68,7 +68,6 @@ class WasmtimeLive(Live):
     # No cached_property here: with one, CPython 3.11 keeps all attributes in a dict, and a reset is 10 % slower.
     token = 0
     """The creator's number for the memories; 0 until the instance begins."""
-    taken = False
     bound: BoundImports | None = None
     """The imports, which the instance may call for as long as it lives."""
     environment: Environment | None = None
@@ -483,13 +482,16 @@ class WasmtimeLive(Live):
         return inside
 
     def finish(self) -> None:
-        """End the instance, and release its memories as soon as wasmtime does not use them."""
-        self._creator.finish(self)
+        """End the instance because the embedder's store is closed; its memories come back when that is deleted."""
+        if self._creator.finish(self):
+            # In one step: only one of two threads has them.
+            memories, self.memories = self.memories, ()
+            self._creator.release(memories)
 
     def close(self, generation: int | None = None) -> bool | None:
         if not self.token:  # the start has failed before wasmtime heard of the memories
             return True
-        return self._creator.finish(self, release=False, generation=generation)
+        return self._creator.finish(self, generation)
 
     def forget_views(self) -> None:
         """Close wasmtime-py's objects of the store, which raise from now on."""

@@ -113,7 +113,7 @@ class WasmtimeRuntime(Runtime):
         self.leases, settings = leases, leases.settings
         self.checks_bounds_in_code = settings.bounds_checks == "code"
         self._creator = Creator(settings, leases)
-        leases.settle = self._creator.drain
+        leases.retained, leases.settle = self._creator.retained, self._creator.drain
         self._engine = engine = wasmtime.Engine(self._config(native=False))
         # Stores on the engine, also the embedder's, use memories that the creator keeps.  If it were collected first,
         # their slots would go to other tenants.
