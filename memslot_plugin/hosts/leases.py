@@ -142,7 +142,7 @@ class Leases:
         self.waiting: list[MemoryRequest] = []
         """The requests that wait for a slot."""
         self.retained: Collection[object] = ()
-        """What a runtime uses longer than its instances, if it does; set by the runtime."""
+        """The memories that a runtime uses longer than their instances, if it does; set by the runtime."""
         self.settle: Callable[[], None] = lambda: None
         """Release what is `retained` and no longer used; set by the runtime."""
         self.instances = self.resets_in_place = self.resets_by_instantiation = 0

@@ -138,10 +138,10 @@ class Creator:
     def finish(self, live: MemoryUser, generation: int | None = None) -> bool | None:
         """Delete an instance's store.  Idempotent, also after it was cut short.
 
-        True: wasmtime no longer uses the memories, which the caller takes out of `live` and releases.  False: it goes on
-        using them, because the store is the embedder's; they are released when that ends.  None: the lease `generation`
-        has ended and the instance goes on, or another thread finishes it.  Raises InUse while an entry runs; the
-        instance goes on.
+        True: wasmtime no longer uses the memories, which the caller takes out of `live` and releases.  False: wasmtime
+        goes on using them, because the store is the embedder's; they are released when that ends.  None: the lease
+        `generation` has ended and the instance goes on, or another thread finishes it.  Raises InUse while an entry
+        runs; the instance goes on.
         """
         if generation is not None and generation != live.generation:
             return None
@@ -195,6 +195,5 @@ class Creator:
         self.drain()
         if self.retained:
             raise InUse(
-                f"{len(self.retained)} instances in stores that this host does not own still use its memories: close"
-                " those stores"
+                f"{len(self.retained)} instances that this host does not own still use its memories: close their stores"
             )
