@@ -52,7 +52,7 @@ class Instance(Handle):
         if live is None or not live.open:
             live = self.enter()
         try:
-            function = live.function(name)
+            function = live.functions.get(name) or live.function(name)
         except TypeError:  # an object that is in no dictionary
             raise _no_name(name) from None
         return function(self.generation, *arguments)

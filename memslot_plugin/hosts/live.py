@@ -99,7 +99,8 @@ class Live(abc.ABC):
     Its entries (see `hosts.leases`) compare the generation of a handle last.  Those here serve hosts that are
     confined to one thread; wasmtime's are in C.
 
-    `memories` are the leased memories in the order of the guest's requests.
+    `memories` are the leased memories in the order of the guest's requests.  `functions` are those that `function`
+    keeps, by name.
     """
 
     running: int = 0
@@ -133,6 +134,7 @@ class Live(abc.ABC):
         self.guest_name = guest_name
         self.memories = memories
         self.binding = binding
+        self.functions: dict[str, Callable[..., Any]] = {}
 
     def bind_resets(self, armed: Armed) -> None:
         """Bind the resets of the memories to the plugins that there are now."""

@@ -61,9 +61,9 @@ class WasmerLive(Live):
         self.binding = binding
         self._leases = leases
         self._compiled = compiled
-        self._functions: dict[str, Callable[..., Any]] = {}
+        self.functions = {}
         self._natives: dict[str, Any] = {}
-        """wasmer's functions behind `_functions`; empty once the instance has ended, which ends those too."""
+        """wasmer's functions behind `functions`; empty once the instance has ended, which ends those too."""
 
     def start(self) -> None:
         compiled = self._compiled
@@ -94,13 +94,13 @@ class WasmerLive(Live):
     # -- exports
 
     def function(self, name: str) -> Callable[..., Any]:
-        found = self._functions.get(name)
+        found = self.functions.get(name)
         if found is None:
             if get_ident() != self._leases.thread:
                 self._leases.require_thread()
             parameters, several = self._compiled.signature(name)
             self._natives[name] = self._export(name)
-            found = self._functions[name] = self._entry(name, parameters, several=several)
+            found = self.functions[name] = self._entry(name, parameters, several=several)
         return found
 
     def _entry(
@@ -275,7 +275,7 @@ class WasmerLive(Live):
         if self.running or self.held:
             self.require_idle()
         self._natives.clear()
-        self._functions.clear()
+        self.functions.clear()
         try:
             self._report()
         finally:

@@ -96,7 +96,7 @@ class WasmtimeLive(Live):
         self._link = link
         self._configure_store = configure_store
         self._compiled = compiled
-        self._functions: dict[str, Callable[..., Any]] = {}
+        self.functions = {}
 
     def start(self) -> None:
         compiled, binding = self._compiled, self.binding
@@ -162,12 +162,12 @@ class WasmtimeLive(Live):
     # -- functions ---------------------------------------------------------------------------------------------------
 
     def function(self, name: str) -> Callable[..., Any]:
-        found = self._functions.get(name)
+        found = self.functions.get(name)
         if found is None:
             found = self._compiled.maker(name)(self)
             if self.binding.store is not None:
                 found = self._guarded(found)
-            self._functions[name] = found
+            self.functions[name] = found
         return found
 
     def entered(self, generation: int, action: Callable[[], Any]) -> Any:
@@ -496,7 +496,7 @@ class WasmtimeLive(Live):
     def forget_views(self) -> None:
         """Close wasmtime-py's objects of the store, which raise from now on."""
         # The functions refer to this object: the cycle would keep it until the next garbage collection.
-        self._functions.clear()
+        self.functions.clear()
         borrowed = self._borrowed
         if borrowed is not None:
             borrowed.close()  # raises InUse while an instance in a store that was lent runs
