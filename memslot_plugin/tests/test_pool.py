@@ -18,7 +18,7 @@ from memslot_plugin.errors import InvariantBroken, SlotError, SystemCallError, U
 from memslot_plugin.memory.reset import choose, madvise
 from memslot_plugin.tests.faults import fail_next_reset
 from memslot_plugin.tests.slots import RESERVED as SLOT
-from memslot_plugin.tests.slots import Runtime, cycle, fill, needs_pagemap
+from memslot_plugin.tests.slots import Holder, Runtime, cycle, fill, needs_pagemap
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -214,6 +214,18 @@ def test_range_of_a_runtime_without_reset_goes_back_to_it(make_pool: Make, injec
     with pytest.raises(SystemCallError):
         pool.release(lease_of(pool, runtime))
     assert runtime.live == []
+
+
+def test_range_of_a_runtime_that_comes_back_without_a_release_is_not_handed_out_again(
+    make_pool: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    pool, runtime, holder = make_pool(1), Runtime(4 * P, RESERVED), Holder()
+    slot = pool.lease(None, 4 * P, affinity="a", map_host_memory=runtime, holder=holder)
+    del holder
+    assert pool.statistics().in_use == 0
+    assert (slot.state, runtime.live) == (State.DESTROYED, [])
+    pool.release(lease_of(pool, runtime))
+    assert not caplog.records
 
 
 def test_range_of_a_runtime_is_leased_by_its_shape_and_makes_room_at_the_limit(
