@@ -119,6 +119,11 @@ def lease(world: World, _: None) -> None:
         instance.call("store", 9, 9)
 
 
+def reset_in_a_block(_: World, instance: memslot.Instance) -> None:
+    with instance:
+        instance.reset()
+
+
 VERBS: dict[str, tuple[Callable[[World], Any], Callable[[World, Any], Any]]] = {
     "instantiate": (World.nothing, lambda world, _: world.guest.instantiate(tenant="ann")),
     "instantiate where instances wait": (
@@ -130,6 +135,7 @@ VERBS: dict[str, tuple[Callable[[World], Any], Callable[[World, Any], Any]]] = {
     "close a fork": (World.fork, lambda _, instance: instance.close()),
     "reset": (World.instance, lambda _, instance: instance.reset()),
     "reset by a new instance": (World.with_a_table, lambda _, instance: instance.reset()),
+    "reset by a new instance in a block": (World.with_a_table, reset_in_a_block),
     "reset after growth": (World.grown, lambda _, instance: instance.reset()),
     "grow": (World.instance, grow),
     "lease": (World.nothing, lease),

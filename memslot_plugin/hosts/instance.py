@@ -132,19 +132,16 @@ class Instance(Handle):
                 f"the guest {guest.name} was closed: its instances go on and cannot be reset; prepare it again"
             )
         if not self.reset_in_place(live, self.generation):
-            renewed = self.restart(live, RENEWAL)
-            if self.live is not RENEWAL:  # its holder closed it when this had just begun
-                leases.end(renewed)
-                raise ended(guest.name)
-            self.live, self.generation = renewed, renewed.generation
+            self.restart(live, RENEWAL)
         if guest.is_snapshot:
             guest.restored(self)
 
     def restart(self, live: Live, meanwhile: Any) -> Live:
         """Return a new live instance over the reset memories of this one.
 
-        `self.live` is set to `meanwhile` before the old one ends, and the caller replaces it.  If this raises, the
-        reset was refused and the instance goes on, or `self.live` is None.
+        `self.live` is set to `meanwhile` before the old one ends.  In the place of `RENEWAL` it gets the new one
+        here, so that an exception on the way does not leave `RENEWAL`.  If this raises, the reset was refused and
+        the instance goes on, or `self.live` is None.
         """
         leases, guest = self.leases, self.guest
         if live.binding.store is not None:
@@ -172,6 +169,11 @@ class Instance(Handle):
                 # Before the old one leaves it below: a group closes its guest when it becomes empty.
                 renewed.group = group
                 group.add(renewed)
+            if self.live is not meanwhile:  # its holder closed it when this had just begun
+                leases.end(renewed)
+                raise ended(guest.name)
+            if meanwhile is RENEWAL:
+                self.live, self.generation = renewed, renewed.generation
         except BaseException as error:
             if isinstance(error, InUse) and live.open:  # a call has just begun in it
                 self.live = live
