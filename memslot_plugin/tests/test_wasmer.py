@@ -234,6 +234,8 @@ def test_every_error_of_wasmer_is_mapped() -> None:
         assert type(mapped) is at_call
         assert getattr(mapped, "native", error) is error
         assert isinstance(wasmer_errors.at_compile(error, "m"), memslot.InvalidModule)
+    mapped = wasmer_errors.at_instantiate(PANIC(f"{wasmer_errors._LOST}: Error"), "m")
+    assert "dropped the exception of a signal handler that came while it linked m" in str(mapped)
     for text, at_instantiate in (
         ('Error while importing "a"."b": unknown import.', memslot.LinkError),
         ("Host env initialization error: Missing export memory", memslot.LinkError),

@@ -38,6 +38,9 @@ _LINK = ("Error while importing", "Host env initialization error", "Link error")
 _RESOURCES = ("Insufficient resources", "Error when allocating memory")
 _WRONG_RESULT = "RuntimeError: Dynamic function returned wrong signature"
 
+_LOST = "a Display implementation returned an error unexpectedly"
+"""The panic if an import's name has no text: PyObject_Str calls the handlers of signals first, and one has raised."""
+
 VALUE_ERRORS = (TypeError, OverflowError)
 """Classes that wasmer raises for a value that does not fit its type."""
 
@@ -112,6 +115,10 @@ def at_call(
         refused = errno_in_text(text, f"calling {name}")
         if refused is not None:
             return refused
+        if _LOST in text:
+            return Unsupported(
+                f"wasmer-python dropped the exception of a signal handler that came while it linked {name}"
+            )
         if "unsendable" in text:
             return WrongThread(f"wasmer confines its objects to their thread: {text}")
         return Unsupported(
