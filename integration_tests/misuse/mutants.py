@@ -34,8 +34,8 @@ def _every_live() -> list[type[Live]]:
 
 
 def _handles_outlive_their_lease() -> None:
-    reset = Instance._reset_in_place
-    Instance._reset_in_place = lambda self, live, _: reset(self, live, self.generation)  # type: ignore[method-assign]
+    reset = Instance.reset_in_place
+    Instance.reset_in_place = lambda self, live, _: reset(self, live, self.generation)  # type: ignore[method-assign]
 
 
 def _memory_is_read_outside_of_an_entry() -> None:
@@ -53,7 +53,7 @@ def _memory_is_read_outside_of_an_entry() -> None:
 
 
 def _around_reset(keep: Callable[[Live], Any], put: Callable[[Live, Any], None]) -> None:
-    reset = Instance._reset_in_place
+    reset = Instance.reset_in_place
 
     def reset_but(self: Instance, live: Live, generation: int) -> bool:
         kept = keep(live)
@@ -62,7 +62,7 @@ def _around_reset(keep: Callable[[Live], Any], put: Callable[[Live, Any], None])
             put(live, kept)
         return done
 
-    Instance._reset_in_place = reset_but  # type: ignore[method-assign]
+    Instance.reset_in_place = reset_but  # type: ignore[method-assign]
 
 
 def _a_page_is_not_reset() -> None:
@@ -83,12 +83,12 @@ def _globals_are_not_reset() -> None:
 
 
 def _ready_instances_are_not_reset() -> None:
-    def pass_on(self: Instance, live: Live) -> Handle:
-        following = Handle(self.leases, live)
-        self.live = None
-        return following
+    reset = Instance.reset_in_place
 
-    Instance.pass_on = pass_on  # type: ignore[method-assign]
+    def within_leases(self: Instance, live: Live, generation: int) -> bool:
+        return generation != self.generation or reset(self, live, generation)
+
+    Instance.reset_in_place = within_leases  # type: ignore[method-assign]
 
 
 def _exposed_slots_are_handed_on() -> None:
@@ -96,6 +96,16 @@ def _exposed_slots_are_handed_on() -> None:
 
 
 def _native_objects_are_forgotten() -> None:
+    from memslot_plugin.hosts.wasmtime.live import WasmtimeLive
+
+    give = WasmtimeLive.give_native
+
+    def forget(self: WasmtimeLive, generation: int) -> Any:
+        given = give(self, generation)
+        self.cell.changed = 0
+        return given
+
+    WasmtimeLive.give_native = forget  # type: ignore[method-assign]
     Live.native_exposed = property(lambda _: False, lambda _, __: None)  # type: ignore[assignment]
 
 
@@ -111,7 +121,7 @@ def _what_drops_segments_is_reset_in_place() -> None:
 
 
 def _children_do_not_reset() -> None:
-    process, reset = os.getpid(), Instance._reset_in_place
+    process, reset = os.getpid(), Instance.reset_in_place
 
     def in_the_parent(self: Instance, live: Live, generation: int) -> bool:
         if os.getpid() == process:
@@ -120,7 +130,7 @@ def _children_do_not_reset() -> None:
         live.restore(generation)
         return True
 
-    Instance._reset_in_place = in_the_parent  # type: ignore[method-assign]
+    Instance.reset_in_place = in_the_parent  # type: ignore[method-assign]
 
 
 def _dropped_handles_are_kept() -> None:
