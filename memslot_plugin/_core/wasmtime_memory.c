@@ -91,9 +91,11 @@ static wt_error *grow_slot(const struct memory *memory, size_t byte_size)
 {
     struct wt_group *group = memory->group;
     ms_wt_cell *kept = wt_keep_open(group->cell);
-    int64_t answer = ms_wt_python_grow(group->creator->identity, group->node.name, memory->index, byte_size);
-    if (answer == 1 && group->cell)
+    /* Set before asking: a slot that has grown stays so if a plugin or a signal's handler refuses afterwards, and a reset in
+     * place would take the new pages back while Python goes on with the new size. */
+    if (group->cell)
         group->cell->changed = 1;
+    int64_t answer = ms_wt_python_grow(group->creator->identity, group->node.name, memory->index, byte_size);
     wt_let_close(kept);
     /* Keep the first exception: the guest sees -1, may go on, and may grow again. */
     if (answer < 0 && !wt_frame.deferred)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -271,6 +271,27 @@ def test_growth_decided_by_a_plugin_that_raises_raises_its_error(
             assert instance.call("size") == 2
         with hosts.prepare(host).instantiate() as instance:
             assert instance.call("grow", 1) == 2
+
+
+@on_deciding_hosts
+def test_growth_refused_once_the_slot_has_grown_leaves_the_next_lease_its_size(
+    serve: Serve,
+) -> None:
+    class Refuses:
+        """A plugin that lets the memory grow, and refuses then."""
+
+        @hookimpl(wrapper=True)
+        def memslot_grow_memory(self) -> Generator[None, bool, bool]:
+            yield
+            return False
+
+    with serve(plugins=(Refuses(),)) as host, hosts.prepare(host) as guest:
+        for _ in range(3):
+            with guest.lease() as instance:
+                assert instance.memory.byte_size == 2 * PAGE
+                with pytest.raises(memslot.AccessOutOfBounds):
+                    instance.memory.read(2 * PAGE, 1)
+                assert instance.call("grow", 1) == -1
 
 
 def test_trap_of_any_kind_raises_guest_trap_and_the_instance_goes_on(
