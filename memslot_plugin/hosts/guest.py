@@ -37,7 +37,7 @@ from memslot_plugin.guest.reasons import image_too_large
 from memslot_plugin.guest.report import GuestReport, report_on
 from memslot_plugin.hosts.instance import Instance
 from memslot_plugin.hosts.leases import Handle, Leases, Ready
-from memslot_plugin.hosts.live import Binding, Imports, Live
+from memslot_plugin.hosts.live import Binding, Imports
 from memslot_plugin.hosts.runtime import Compiled, Reuse, Runtime, key_of_code
 from memslot_plugin.hosts.snapshot import captured, draws
 from memslot_plugin.hosts.wasi import Wasi
@@ -369,18 +369,16 @@ class Lease:
         if guest.closed or (live := guest.ready.take()) is None:
             instance = guest.instantiate(wait_timeout=self._wait_timeout)
         else:
-            instance = Instance(guest, live)
-            if live.wakes:
-                self._wake(live)
+            try:
+                instance = Instance(guest, live)
+                if live.wakes:
+                    live.wake()
+            except BaseException:
+                # Its functions refer to it: without a handle only the garbage collector would find it, and its slot.
+                leases.dropped.append(live)
+                raise
         self._instance = instance
         return instance
-
-    def _wake(self, live: Live) -> None:
-        try:
-            live.wake()
-        except Exception:
-            self._guest.leases.end_or_log(live)
-            raise
 
     def __exit__(self, *_: object) -> None:
         """Reset the instance for the next lease, or close it if enough are ready."""
@@ -421,6 +419,10 @@ class Lease:
                 traceback.format_exc(),
             )
             return
+        except BaseException:
+            instance.live = None
+            leases.dropped.append(live)  # as in __enter__
+            raise
         ready.append(live)
         # Append first, then look for waiters: `_wait_for` enters itself first, then looks here, so one sees the other.
         if (guest.closed or leases.waiting) and (given := ready.take()) is not None:

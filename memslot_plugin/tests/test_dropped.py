@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from memslot_plugin import Guest, Host, Instance
+from memslot_plugin import Guest, Host, Instance, UsedAfterClose
 from memslot_plugin.hosts.leases import Handle
 from memslot_plugin.tests import hosts
 from memslot_plugin.tests.leaks import Footprint
@@ -178,6 +178,36 @@ def test_instance_whose_finalizer_is_interrupted_gives_its_slot_back(
             guest.instantiate()
         assert heard == [KeyboardInterrupt]
         assert host.statistics().live_instances == 0
+
+
+@pytest.mark.parametrize("step", ["__init__", "reset_in_place"])
+@on_hosts
+def test_lease_that_is_interrupted_gives_its_slot_back_without_a_collection(
+    name: str, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = getattr(Instance, step)
+
+    def interrupted(*arguments: Any) -> None:
+        monkeypatch.undo()
+        if step == "reset_in_place":
+            done(*arguments)
+        raise KeyboardInterrupt
+
+    with hosts.serving(name, slots=1) as host, hosts.prepare(host) as guest:
+        for _ in range(2):
+            with guest.lease() as instance:
+                instance.call("set", 0, 1)
+        gc.disable()
+        try:
+            monkeypatch.setattr(Instance, step, interrupted)
+            with pytest.raises(KeyboardInterrupt), guest.lease() as instance:
+                instance.call("set", 0, 1)
+            with guest.lease() as following:
+                assert following.call("get", 0) == 0
+            with pytest.raises(UsedAfterClose):
+                instance.call("get", 0)
+        finally:
+            gc.enable()
 
 
 @pytest.mark.parametrize("name", hosts.RUNTIMES[:1])
