@@ -139,8 +139,8 @@ class Leases:
         """Live instances that have lost their handle, or that were never finished; a finalizer only appends."""
         self.dropped_code: collections.deque[object] = collections.deque()
         """Compiled code of dropped guests, which has to be freed on the host's thread."""
-        self.waiting: list[MemoryRequest] = []
-        """The requests that wait for a slot."""
+        self.waiting: list[object] = []
+        """An object for each request that waits for a slot."""
         self.retained: Collection[object] = ()
         """The memories that a runtime uses longer than their instances, if it does; set by the runtime."""
         self.settle: Callable[[], None] = lambda: None
@@ -189,7 +189,9 @@ class Leases:
 
     def _wait_for(self, request: MemoryRequest) -> LinearMemory:
         """Ask the plugins for a memory; ready instances end one by one before the request waits."""
-        self.waiting.append(request)  # from now on the end of a lease gives its slot back
+        # Not the request: its removal would compare requests in Python, while another thread changes the list.
+        waits = object()
+        self.waiting.append(waits)  # from now on the end of a lease gives its slot back
         try:
             while any(self.ready()):
                 try:
@@ -201,7 +203,7 @@ class Leases:
                     return memory
             return self.armed.create_memory(request)
         finally:
-            self.waiting.remove(request)
+            self.waiting.remove(waits)
 
     def ready(self) -> list[Ready]:
         """Return what waits for a lease, by guest."""

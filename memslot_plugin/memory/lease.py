@@ -40,6 +40,10 @@ RETURNED = SlotLease(_Nothing())
 RETURNED.pool, RETURNED.unreleased = None, []
 
 
+_LONGEST_WAIT = 86_400.0
+"""Seconds that one wait may take; a queue raises OverflowError for more than a few centuries."""
+
+
 class Returns:
     """The queue of a pool: slots that were released, leases whose holder went, images to purge, None to wake a lease.
 
@@ -61,10 +65,10 @@ class Returns:
             return None
 
     def wait(self, seconds: float) -> Any:
-        """Wait until something comes back, and take it; None if nothing did in time."""
+        """Wait until something comes back, and take it; None if nothing did in time, or for a day."""
         self.waiting += 1
         try:
-            return self._queue.get(timeout=seconds)
+            return self._queue.get(timeout=min(seconds, _LONGEST_WAIT))
         except queue.Empty:
             return None
         finally:

@@ -73,6 +73,14 @@ def test_exhausted_pool_names_limit_and_use_and_goes_on_serving(pool: Pool) -> N
     assert pool.statistics().exhausted == 3
 
 
+@pytest.mark.parametrize("timeout", [1e10, math.inf])
+def test_lease_that_waits_longer_than_a_clock_counts_is_served(pool: Pool, timeout: float) -> None:
+    releases = threading.Timer(0.05, pool.release, [lease(pool)])
+    releases.start()
+    pool.release(lease(pool, timeout=timeout))
+    releases.join()
+
+
 def test_lease_interrupted_with_a_new_slot_gives_no_place_to_two(
     make_pool: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

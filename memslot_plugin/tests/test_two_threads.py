@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import signal
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 import memslot_plugin as memslot
-from memslot_hooks import LinearMemory, hookimpl
+from memslot_hooks import LinearMemory, MemoryRequest, hookimpl
 from memslot_plugin.tests import hosts
 from memslot_plugin.tests.hosts import DECIDING, HOSTS, RUNTIMES
 
@@ -447,3 +448,25 @@ def test_end_of_a_lease_whose_guest_another_thread_closes_ends_the_instance(name
             before(guest, "open_code", guest.close)
         assert instance.closed
         assert hosts.in_use(host) == 0
+
+
+@pytest.mark.parametrize("name", DECIDING)
+def test_request_whose_wait_ends_while_another_one_is_served_raises_pool_timeout(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with hosts.serving(name, slots=1) as host, hosts.prepare(host) as guest:
+        instance = guest.instantiate()
+        served = threading.Thread(target=lambda: guest.instantiate(wait_timeout=60).close())
+
+        def serve_the_other(*_: object) -> bool:
+            instance.close()
+            served.join()
+            return False
+
+        monkeypatch.setattr(MemoryRequest, "__eq__", serve_the_other)
+        served.start()
+        while not host.leases.waiting:
+            time.sleep(0.001)
+        with pytest.raises(memslot.PoolTimeout):
+            guest.instantiate(wait_timeout=0.01)
+        serve_the_other()
