@@ -23,7 +23,8 @@ try:
 
     from memslot_plugin.hosts.wasmer import errors as wasmer_errors
     from memslot_plugin.hosts.wasmer.host import WasmerHost
-    from memslot_plugin.hosts.wasmer.values import address_of, reserved_bytes
+    from memslot_plugin.hosts.wasmer.link import BoundImports
+    from memslot_plugin.hosts.wasmer.values import Owner, address_of, reserved_bytes
 except ImportError:
     if (reason := runtimes.missing("wasmer")) is None:
         raise
@@ -440,3 +441,25 @@ def test_guests_that_share_a_table_compare_types_as_one_store_does(host: WasmerH
             assert taking.call("right") == 1
             with pytest.raises(memslot.GuestTrap, match="indirect call type mismatch"):
                 taking.call("wrong")
+
+
+def test_instance_that_begins_while_another_one_is_linked_has_a_memory_of_its_own(
+    host: WasmerHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal's handler, or a finalizer, instantiates the guest as its imports were given a memory."""
+    guest, others = hosts.prepare(host), list[memslot.Instance]()
+    use = BoundImports.use
+
+    def interrupted(bound: BoundImports, owner: Owner) -> None:
+        use(bound, owner)
+        monkeypatch.undo()
+        others.append(guest.instantiate())
+
+    with guest.instantiate():
+        monkeypatch.setattr(BoundImports, "use", interrupted)
+        instance = guest.instantiate()
+    with instance, others[0] as other:
+        other.call("set", 0, 7)
+        assert (instance.call("get", 0), instance.memory.read(0, 1)) == (0, b"\0")
+        instance.call("set", 0, 8)
+        assert (instance.memory.read(0, 1), other.memory.read(0, 1)) == (b"\x08", b"\x07")

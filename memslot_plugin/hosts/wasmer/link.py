@@ -96,6 +96,7 @@ class BoundImports:
         "_reference",
         "imports",
         "owner",
+        "serves_again",
         "streams",
     )
 
@@ -108,6 +109,8 @@ class BoundImports:
     ) -> None:
         """Keep the objects of `namespaces`, and `kept`; `memory_module` is the import module of the slot's memory."""
         self.owner: Owner | None = None
+        self.serves_again = False
+        """True if `Compiled.prepared` is the place of these imports once an instance has started with them."""
         self.imports = wasmer.ImportObject()
         for module, namespace in namespaces.items():
             self.imports.register(module, namespace)
@@ -173,8 +176,8 @@ class Compiled(runtime.Compiled):
             or report.not_understood is not None
             or report.occurrence(Instruction.MEMORY_GROW) is not None
         )
-        self._prepared: BoundImports | None = None
-        """The imports of every instance that gets the guest's own, and no WASI."""
+        self.prepared: BoundImports | None = None
+        """The imports of every instance that gets the guest's own, and no WASI; None while one starts with them."""
         self._given: tuple[Namespaces, list[_HostFunction]] | None = None
         """The guest's own imports for every instance that gets WASI beside them."""
 
@@ -210,8 +213,11 @@ class Compiled(runtime.Compiled):
 
         Raises LinkError for an import that is missing or of another kind, SettingError, Unsupported.
         """
-        bound = self._prepared
-        if bound is None or binding is not self.binding:
+        bound = None
+        if binding is self.binding:
+            # In one step: what a signal's handler or a finalizer starts meanwhile would import this owner's memory.
+            bound, self.prepared = self.prepared, None
+        if bound is None:
             # Without Wasi(...) a guest gets nothing to read, and its output is discarded, as on wasmtime.
             if self._wasi and (
                 binding.wasi is not None or any(each not in binding.imports for each in self._wasi)
@@ -220,8 +226,7 @@ class Compiled(runtime.Compiled):
             else:
                 given, kept = self._link(binding.imports, wasi=False)
                 bound = BoundImports(given, kept, self._memory_module)
-                if binding is self.binding:
-                    self._prepared = bound
+                bound.serves_again = binding is self.binding
         if owner is not None and owner is not bound.owner:
             bound.use(owner)
         return bound

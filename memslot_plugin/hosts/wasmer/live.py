@@ -78,6 +78,8 @@ class WasmerLive(Live):
             # Nothing that a failure leaves behind is used again: wasmer may free the instance while its functions stay
             # in a table that it shares.  A guest that imports a table has no slot, so they reach none.
             instance = self._instance = wasmer.Instance(compiled.module, bound.imports)
+            if bound.serves_again:
+                compiled.prepared = bound
         except BaseException as error:  # not a `Boundary`, which adds 200 ns
             if made_by_wasmer(error):
                 raise at_instantiate(error, self.guest_name, compiled.code.offsets) from cause_of(
