@@ -123,8 +123,8 @@ class Live(abc.ABC):
     """The lease whose handles may enter: `generation`, or 0 while the instance is held."""
     resets: tuple[Callable[[], object], ...] = ()
     """The resets of `memories`, bound at the first reset: an instance that is used once needs none."""
-    wakes: bool = False
-    """True if something runs out while the instance waits for a lease, and `wake` renews it."""
+    wakes: bool = True
+    """False if nothing runs out while the instance waits for a lease, so that `wake` need not be called."""
     bound_to: object = None
     """The epoch of the plugins that `resets` are bound to."""
 

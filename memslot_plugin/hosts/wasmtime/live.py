@@ -66,6 +66,7 @@ class WasmtimeLive(Live):
     """One instance, in a store of its own or in the embedder's."""
 
     # No cached_property here: with one, CPython 3.11 keeps all attributes in a dict, and a reset is 10 % slower.
+    wakes = False
     token = 0
     """The creator's number for the memories; 0 until the instance begins."""
     bound: BoundImports | None = None
