@@ -21,7 +21,7 @@ from packaging.utils import parse_wheel_filename
 pytestmark = pytest.mark.gate  # the gate builds it once and names it in MEMSLOT_WHEEL
 
 ROOT = Path(__file__).resolve().parents[1]
-EXTENSIONS = [f"memslot_plugin/_core/{name}.abi3.so" for name in ("_lib", "_region")]
+EXTENSIONS = [f"memslot_plugin/_core/{name}.abi3.so" for name in ("_lib", "_fast")]
 OLDEST = PyVersion(3, 10)
 
 

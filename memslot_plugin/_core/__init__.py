@@ -9,19 +9,21 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from memslot_plugin._core import _lib as _lib  # tells mypy that this is a module
-from memslot_plugin._core import _region as _region
+from memslot_plugin._core import _fast as _fast  # tells mypy that this is a module
+from memslot_plugin._core import _lib as _lib
 from memslot_plugin._core.limits import system_call_error
 
 _log = logging.getLogger("memslot.core")
 
 ffi: Any = _lib.ffi
 lib: Any = _lib.lib
-FastRegion = _region.Region
+FastRegion = _fast.Region
 """The base class of a region (region.c)."""
-InstanceReset = _region.InstanceReset
+InstanceReset = _fast.InstanceReset
 """The reset in place of one instance on wasmtime (region.c)."""
-read = _region.read
+Export = _fast.Export
+"""A function that a guest on wasmtime exports (function.c)."""
+read = _fast.read
 """Copy bytes of a wasmtime memory within one entry; returns them, or the flag (`enum ms_wt_flag`) that refused."""
 
 PAGE_SIZE: int = lib.ms_page_size()
@@ -68,11 +70,10 @@ def inject(call: str, *, skip: int = 0, error: int) -> None:
 
 def install_fast_path(dirty: object, clean: object, result_type: type) -> None:
     """Tell `FastRegion` two states of a slot and the type of a reset's result."""
-    names = ("ms_reset_fast", "ms_wt_copy", "ms_wt_acquire", "ms_wt_release", "ms_wt_restore")
-    reset, copy, acquire, release, restore = (
-        int(ffi.cast("uintptr_t", ffi.addressof(lib, name))) for name in names
-    )
-    _region.install(reset, copy, acquire, release, restore, dirty, clean, result_type)
+    names = "reset_fast", "wt_copy", "wt_acquire", "wt_release", "wt_restore", "wt_call"
+    functions = (ffi.addressof(lib, f"ms_{name}") for name in names)
+    addresses = (int(ffi.cast("uintptr_t", function)) for function in functions)
+    _fast.install(*addresses, dirty, clean, result_type)
 
 
 leaks: Counter[str] = Counter()

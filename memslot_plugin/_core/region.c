@@ -1,23 +1,13 @@
-/* The fast paths that hold Python objects: the reset of a region, and the reset in place of an instance on wasmtime.
- *
- * A module of its own, because cffi's takes no Python objects.  It makes no system call itself: Python passes it the addresses
- * of the core's functions, so that the gate that counts system calls exists once in the process. */
-#include <Python.h>
-#include <structmember.h>
+/* The reset of a region, and the reset in place of an instance on wasmtime; the module itself. */
 #include <unistd.h>
 
-#include "wasmtime_bridge.h"
+#include "fast.h"
 
 /* Keep the GIL if this slot's previous reset took less: handing it over takes longer than that.  ms_reset_fast calls
  * `before_long` and so releases it all the same once it has found many pages. */
 enum { BRIEF_NANOSECONDS = 5000 };
 
-/* Set by `install`, once per process. */
-static int (*reset_fast)(ms_slot *slot);
-static unsigned (*copy)(ms_wt_cell *cell, uint64_t generation, uintptr_t to, const char *from, size_t length);
-static uintptr_t (*acquire)(ms_wt_cell *cell, uint64_t generation, uint64_t key, int exclusive);
-static int (*release)(ms_wt_cell *cell, uint64_t key, uintptr_t *outcome);
-static uintptr_t (*restore)(ms_wt_cell *cell, uint64_t generation, ms_wt_global *globals, size_t count);
+struct fast_core fast_core;
 static PyObject *dirty, *clean, *result_type, *slow_reset, *pagemap, *no_reason;
 static size_t page;
 
@@ -53,7 +43,7 @@ static int run_fast(ms_slot *slot)
         slot->before_long = release_gil;
     else
         release_gil();
-    int answer = reset_fast(slot);
+    int answer = fast_core.reset_fast(slot);
     slot->before_long = NULL;
     if (released) {
         PyEval_RestoreThread(released);
@@ -122,16 +112,19 @@ static PyObject *reset_in_lease(PyObject *object, PyObject *strategy)
 static PyObject *install(PyObject *module, PyObject *arguments)
 {
     (void)module;
-    unsigned long long at[5];
+    unsigned long long at[6];
     PyObject *given[3];
-    if (!PyArg_ParseTuple(arguments, "KKKKKOOO:install", &at[0], &at[1], &at[2], &at[3], &at[4], &given[0], &given[1],
-                          &given[2]))
+    if (!PyArg_ParseTuple(arguments, "KKKKKKOOO:install", &at[0], &at[1], &at[2], &at[3], &at[4], &at[5], &given[0],
+                          &given[1], &given[2]))
         return NULL;
-    reset_fast = (int (*)(ms_slot *))(uintptr_t)at[0];
-    copy = (unsigned (*)(ms_wt_cell *, uint64_t, uintptr_t, const char *, size_t))(uintptr_t)at[1];
-    acquire = (uintptr_t(*)(ms_wt_cell *, uint64_t, uint64_t, int))(uintptr_t)at[2];
-    release = (int (*)(ms_wt_cell *, uint64_t, uintptr_t *))(uintptr_t)at[3];
-    restore = (uintptr_t(*)(ms_wt_cell *, uint64_t, ms_wt_global *, size_t))(uintptr_t)at[4];
+    fast_core = (struct fast_core){
+        (int (*)(ms_slot *))(uintptr_t)at[0],
+        (unsigned (*)(ms_wt_cell *, uint64_t, uintptr_t, const char *, size_t))(uintptr_t)at[1],
+        (uintptr_t(*)(ms_wt_cell *, uint64_t, uint64_t, int))(uintptr_t)at[2],
+        (int (*)(ms_wt_cell *, uint64_t, uintptr_t *))(uintptr_t)at[3],
+        (uintptr_t(*)(ms_wt_cell *, uint64_t, ms_wt_global *, size_t))(uintptr_t)at[4],
+        (uintptr_t(*)(ms_wt_callee *, uint64_t))(uintptr_t)at[5],
+    };
     put(&dirty, given[0]);
     put(&clean, given[1]);
     put(&result_type, given[2]);
@@ -154,7 +147,7 @@ static PyObject *read_bytes(PyObject *module, PyObject *arguments)
     uintptr_t to = (uintptr_t)PyBytes_AsString(bytes);
     PyThreadState *thread = length < SHORT_COPY ? NULL : PyEval_SaveThread();
     unsigned refused =
-        copy((ms_wt_cell *)(uintptr_t)cell, generation, to, (const char *)(uintptr_t)from, (size_t)length);
+        fast_core.copy((ms_wt_cell *)(uintptr_t)cell, generation, to, (const char *)(uintptr_t)from, (size_t)length);
     if (thread)
         PyEval_RestoreThread(thread);
     if (!refused)
@@ -238,7 +231,7 @@ static PyType_Slot slots[] = {
 };
 
 static PyType_Spec spec = {
-    .name = "memslot_plugin._core._region.Region",
+    .name = "memslot_plugin._core._fast.Region",
     .basicsize = sizeof(Region),
     .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
     .slots = slots,
@@ -283,7 +276,7 @@ static PyObject *run(PyObject *object, PyObject *const *arguments, Py_ssize_t co
     uint64_t key = PyLong_AsUnsignedLongLong(arguments[2]);
     if (PyErr_Occurred())
         return NULL;
-    uintptr_t outcome = acquire(self->cell, generation, key, 1);
+    uintptr_t outcome = fast_core.acquire(self->cell, generation, key, 1);
     if (outcome)
         return PyLong_FromLongLong(-(long long)outcome);
     /* Read `changed` only after `acquire`: until then a call on another thread may set it. */
@@ -296,9 +289,9 @@ static PyObject *run(PyObject *object, PyObject *const *arguments, Py_ssize_t co
         Py_DECREF(done);
     }
     if (changed)
-        release(self->cell, key, &outcome);
+        fast_core.release(self->cell, key, &outcome);
     else
-        outcome = restore(self->cell, next, self->globals, self->count);
+        outcome = fast_core.restore(self->cell, next, self->globals, self->count);
     return outcome ? PyLong_FromVoidPtr((void *)outcome) : PyBool_FromLong(!changed);
 }
 
@@ -351,7 +344,7 @@ static PyType_Slot instance_reset_slots[] = {
 };
 
 static PyType_Spec instance_reset_spec = {
-    .name = "memslot_plugin._core._region.InstanceReset",
+    .name = "memslot_plugin._core._fast.InstanceReset",
     .basicsize = sizeof(InstanceReset),
     .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
     .slots = instance_reset_slots,
@@ -359,8 +352,8 @@ static PyType_Spec instance_reset_spec = {
 
 static PyMethodDef functions[] = {
     {"install", install, METH_VARARGS,
-     PyDoc_STR("install($module, reset_fast, copy, acquire, release, restore, dirty, clean, result_type, /)\n--\n\n"
-               "Set the addresses of ms_reset_fast and of four functions of the bridge, two states of a slot, and\n"
+     PyDoc_STR("install($module, reset_fast, copy, acquire, release, restore, call, dirty, clean, result_type, /)\n--\n\n"
+               "Set the addresses of ms_reset_fast and of five functions of the bridge, two states of a slot, and\n"
                "ResetResult.")},
     {"read", read_bytes, METH_VARARGS,
      PyDoc_STR("read($module, cell, generation, address, length, /)\n--\n\n"
@@ -370,13 +363,13 @@ static PyMethodDef functions[] = {
 
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
-    .m_name = "memslot_plugin._core._region",
-    .m_doc = PyDoc_STR("The fast paths of resets."),
+    .m_name = "memslot_plugin._core._fast",
+    .m_doc = PyDoc_STR("The fast paths of requests."),
     .m_size = -1,
     .m_methods = functions,
 };
 
-PyMODINIT_FUNC PyInit__region(void)
+PyMODINIT_FUNC PyInit__fast(void)
 {
     page = (size_t)sysconf(_SC_PAGESIZE);
     PyObject *module = PyModule_Create(&definition);
@@ -386,7 +379,8 @@ PyMODINIT_FUNC PyInit__region(void)
     pagemap = PyUnicode_InternFromString("pagemap");
     no_reason = PyUnicode_InternFromString("");
     if (!module || !type || !instance_type || !slow_reset || !pagemap || !no_reason ||
-        PyModule_AddObjectRef(module, "Region", type) || PyModule_AddObjectRef(module, "InstanceReset", instance_type))
+        PyModule_AddObjectRef(module, "Region", type) || PyModule_AddObjectRef(module, "InstanceReset", instance_type) ||
+        fast_add_functions(module))
         Py_CLEAR(module);
     Py_XDECREF(type);
     Py_XDECREF(instance_type);

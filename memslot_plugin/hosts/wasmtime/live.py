@@ -57,6 +57,7 @@ _PAGES = 1 << 48
 
 _CELL, _ENTRY, _GLOBAL = (ffi.typeof(f"ms_wt_{name} *") for name in ("cell", "entry", "global"))
 
+_ADDRESS, _cast = ffi.typeof("uintptr_t"), ffi.cast
 _BASE = operator.attrgetter("base")
 
 _acquire, _restore, _copy = lib.ms_wt_acquire, lib.ms_wt_restore, lib.ms_wt_copy
@@ -76,8 +77,6 @@ class WasmtimeLive(Live):
     _saved: SavedGlobals | None = None
     """The globals that a reset restores, from their first use."""
     _borrowed: BorrowedStore | None = None
-    _address = 0
-    """The address of the cell, or 0 until the first read."""
 
     def __init__(  # noqa: PLR0917  # `WasmtimeRuntime.live` alone calls it
         self,
@@ -93,6 +92,7 @@ class WasmtimeLive(Live):
         self.memories = memories
         self.binding = binding
         self.cell = ffi.new(_CELL)
+        self.address = int(_cast(_ADDRESS, self.cell))
         self._creator = creator
         self._link = link
         self._configure_store = configure_store
@@ -263,7 +263,7 @@ class WasmtimeLive(Live):
         if self.environment is None and self._configure_store is None:
             saved = self._globals()
             self.fast_reset = InstanceReset(
-                int(ffi.cast("uintptr_t", self.cell)),
+                self.address,
                 int(ffi.cast("uintptr_t", saved.array)),
                 saved.count,
                 self.resets,
@@ -374,9 +374,7 @@ class WasmtimeLive(Live):
                 generation, lambda: ffi.unpack(self._place(index, offset, length), length)
             )
             return found
-        if not self._address:
-            self._address = int(ffi.cast("uintptr_t", self.cell))
-        content = read(self._address, generation, address, length)
+        content = read(self.address, generation, address, length)
         if not isinstance(content, bytes):
             self._refuse(content)
         return content

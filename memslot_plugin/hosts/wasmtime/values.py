@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from memslot_plugin._core import ffi, lib
+from memslot_plugin._core import Export, ffi
 from memslot_plugin.errors import ArgumentError, shown
 from memslot_plugin.hosts.wasmtime.bridge import HostFunction, wasmtime, wasmtime_ffi
 
@@ -99,19 +99,9 @@ class Signature:
         return cls(parameters, results, _layout(parameters), _layout(results))
 
     @property
-    def count(self) -> int:
-        """The number of values that a call needs room for."""
-        return max(len(self.parameters), len(self.results))
-
-    @property
     def direct(self) -> bool:
         """True if the bridge can pass every value; else wasmtime-py makes the call."""
         return max((*self.parameters, *self.results), default=0) <= V128
-
-    @property
-    def packs_as_given(self) -> bool:
-        """True if `struct` finds every wrong argument; it cuts and pads bytes."""
-        return V128 not in self.parameters
 
     def __str__(self) -> str:
         return f"({_named(self.parameters)}) -> ({_named(self.results)})"
@@ -204,66 +194,16 @@ def bare(value: Any) -> Any:
 Maker = Callable[[Any], Callable[..., Any]]
 """Makes an exported function of one live instance, to be called with the generation of a handle and the arguments."""
 
-_ROOM, _NULL, _CALLEE, _call = (
-    lib.MS_WT_ROOM,
-    ffi.NULL,
-    ffi.typeof("ms_wt_callee *"),
-    lib.ms_wt_call,
-)
-
 
 def direct_call(label: Name, signature: Signature, what: str) -> Maker:
-    """Return the maker of a call of numbers: pack, one call into C, unpack.
-
-    A call that begins while another one packs or runs has values of its own: a host function may call, and so may an
-    argument's `__index__`.
-    """
-    count, parameters = signature.count, signature.parameters
-    pack, unpack = signature.taking.pack_into, signature.giving.unpack_from
-    takes = bool(parameters)
-    single, several = len(signature.results) == 1, len(signature.results) > 1
-    if not signature.packs_as_given:
-        as_it_is = pack
-
-        def pack(values: Any, offset: int, *arguments: Any) -> None:
-            as_it_is(values, offset, *fitted(parameters, arguments, what))
-
-    def callee(cell: Any) -> tuple[Any, Any]:
-        # The C structure holds bare pointers.  `call` keeps alive what they point to: the values by their buffer, and
-        # cell and name by its cells and `settle`.
-        more = ffi.new("uint8_t[]", 16 * count) if count > _ROOM else _NULL
-        made = ffi.new(_CALLEE, (cell, label.utf8, label.length, more, count))
-        return made, ffi.buffer(more or made.room)
-
-    def make(live: Any) -> Callable[..., Any]:
-        cell, settle = live.cell, live.settle
-        unused = [callee(cell)]
-        take, put_back = unused.pop, unused.append
-
-        def call(generation: int, *arguments: Any) -> Any:
-            try:
-                taken = take()
-            except IndexError:
-                taken = callee(cell)
-            function, values = taken
-            try:
-                if takes or arguments:
-                    try:
-                        pack(values, 0, *arguments)
-                    except PACKING:
-                        pack(values, 0, *fitted(parameters, arguments, what))
-                outcome = _call(function, generation)
-                if outcome:
-                    settle(outcome)
-                if single:
-                    return unpack(values)[0]
-                return list(unpack(values)) if several else None
-            finally:
-                put_back(taken)
-
-        return call
-
-    return make
+    """Return the maker of a call of numbers, which is one call into C."""
+    parameters = signature.parameters
+    return Export(
+        label.text.encode(),
+        bytes(parameters),
+        bytes(signature.results),
+        lambda arguments: fitted(parameters, arguments, what),
+    ).bind
 
 
 def indirect_call(label: Name, signature: Signature, what: str) -> Maker:

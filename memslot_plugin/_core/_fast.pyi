@@ -1,4 +1,5 @@
-# The compiled module of region.c.
+# The compiled module of region.c and function.c.
+from collections.abc import Callable
 from typing import Any
 
 class Region:
@@ -20,15 +21,16 @@ class InstanceReset:
     ) -> None: ...
     def run(self, generation: int, next_generation: int, key: int, /) -> int: ...
 
+class Export:
+    def __init__(
+        self,
+        name: bytes,
+        parameters: bytes,
+        results: bytes,
+        fitted: Callable[[tuple[Any, ...]], list[Any]],
+        /,
+    ) -> None: ...
+    def bind(self, live: Any, /) -> Callable[..., Any]: ...
+
 def read(cell: int, generation: int, address: int, length: int, /) -> bytes | int: ...
-def install(
-    reset_fast: int,
-    copy: int,
-    acquire: int,
-    release: int,
-    restore: int,
-    dirty: object,
-    clean: object,
-    result_type: type,
-    /,
-) -> None: ...
+def install(*addresses_and_objects: Any) -> None: ...
