@@ -91,7 +91,6 @@ def leak(result: int, what: str) -> None:
 
 
 _after_fork: list[Callable[[], None]] = []
-_forks_seen = lib.ms_forks
 _catching_up = threading.RLock()
 """Held by the thread of a child that runs the routines; other threads of the child wait for it."""
 
@@ -101,19 +100,26 @@ def after_fork(routine: Callable[[], None]) -> None:
     _after_fork.append(routine)
 
 
-def catch_up() -> None:
-    """Run the routines of `after_fork` in a child that has not run them: a C library's fork(3) tells the core alone.
-
-    Call this before a lock is taken, or a mapping used, that may be the parent's.
-    """
-    global _forks_seen  # noqa: PLW0603 - one fact per process
-    if lib.ms_forks != _forks_seen:
-        with _catching_up:
-            if (forks := lib.ms_forks) != _forks_seen:
-                for routine in _after_fork:
-                    routine()
-                _forks_seen = forks
+def _run_after_fork() -> None:
+    with _catching_up:
+        if (forks := lib.ms_forks) != lib.ms_forks_seen:
+            for routine in _after_fork:
+                routine()
+            lib.ms_forks_seen = forks
 
 
+catch_up = _fast.catch_up
+"""Run the routines of `after_fork` in a child that has not run them: a C library's fork(3) tells the core alone.
+
+Call this before a lock is taken, or a mapping used, that may be the parent's.
+"""
+
+_fast.watch_forks(
+    *(
+        int(ffi.cast("uintptr_t", ffi.addressof(lib, name)))
+        for name in ("ms_forks", "ms_forks_seen")
+    ),
+    _run_after_fork,
+)
 check(lib.ms_watch_forks(), "watching for forks")
 os.register_at_fork(after_in_child=catch_up)

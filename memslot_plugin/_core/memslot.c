@@ -62,7 +62,7 @@ size_t ms_page_size(void)
 
 /* ---- this process ---- */
 
-unsigned ms_forks;
+unsigned ms_forks, ms_forks_seen;
 static _Atomic int own_pagemap = -1;
 
 /* Runs in the child of every fork(3), with one thread and possibly with locks of the parent's other threads taken: call

@@ -108,8 +108,9 @@ size_t ms_page_size(void);
 
 /* ---- this process ---- */
 
-/* The number of forks between the process that loaded the core and this one, whatever called fork(3). */
-extern unsigned ms_forks;
+/* The number of forks between the process that loaded the core and this one, whatever called fork(3), and the number when Python
+ * last saw to what a fork needs. */
+extern unsigned ms_forks, ms_forks_seen;
 /* Begins to count forks. */
 int ms_watch_forks(void);
 /* Returns a descriptor of /proc/self/pagemap, or -errno. It is opened once per process: a descriptor that was inherited

@@ -131,6 +131,34 @@ static PyObject *install(PyObject *module, PyObject *arguments)
     Py_RETURN_NONE;
 }
 
+/* ---- forks ---- */
+
+static const unsigned *forks, *forks_seen;
+static PyObject *after_fork;
+
+static PyObject *watch_forks(PyObject *module, PyObject *arguments)
+{
+    (void)module;
+    unsigned long long at[2];
+    PyObject *routine;
+    if (!PyArg_ParseTuple(arguments, "KKO:watch_forks", &at[0], &at[1], &routine))
+        return NULL;
+    forks = (const unsigned *)(uintptr_t)at[0];
+    forks_seen = (const unsigned *)(uintptr_t)at[1];
+    put(&after_fork, routine);
+    Py_RETURN_NONE;
+}
+
+static PyObject *catch_up(PyObject *module, PyObject *nothing)
+{
+    (void)module, (void)nothing;
+    if (*forks != *forks_seen)
+        return PyObject_CallNoArgs(after_fork);
+    Py_RETURN_NONE;
+}
+
+/* ---- copies ---- */
+
 /* A shorter copy takes less time than handing the GIL over. */
 enum { SHORT_COPY = 1 << 16 };
 
@@ -355,6 +383,13 @@ static PyMethodDef functions[] = {
      PyDoc_STR("install($module, reset_fast, copy, acquire, release, restore, call, dirty, clean, result_type, /)\n--\n\n"
                "Set the addresses of ms_reset_fast and of five functions of the bridge, two states of a slot, and\n"
                "ResetResult.")},
+    {"watch_forks", watch_forks, METH_VARARGS,
+     PyDoc_STR("watch_forks($module, forks, forks_seen, routine, /)\n--\n\n"
+               "Set the addresses of ms_forks and ms_forks_seen, and what `catch_up` calls.")},
+    {"catch_up", catch_up, METH_NOARGS,
+     PyDoc_STR("catch_up($module, /)\n--\n\n"
+               "Run the routines of `after_fork` in a child that has not run them: a C library's fork(3) tells the\n"
+               "core alone.  Call this before a lock is taken, or a mapping used, that may be the parent's.")},
     {"read", read_bytes, METH_VARARGS,
      PyDoc_STR("read($module, cell, generation, address, length, /)\n--\n\n"
                "Copy bytes of an instance's memory, or return the flag with which ms_wt_copy refused.")},

@@ -53,6 +53,7 @@ class Returns:
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[Slot | SlotLease | Image | None] = queue.SimpleQueue()
         self.put = self._queue.put
+        self.take = self._queue.get_nowait
         self.empty = self._queue.empty
         self.waiting = 0
         """Leases that wait.  Changed without a lock: CPython switches threads after a call and at a jump back alone."""
@@ -60,7 +61,7 @@ class Returns:
     def next(self) -> Any:
         """Take what came back first; None if nothing did."""
         try:
-            return self._queue.get_nowait()
+            return self.take()
         except queue.Empty:  # also if a lease that waits was faster
             return None
 

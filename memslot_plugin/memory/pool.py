@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import queue
 import random
 import threading
 import time
@@ -154,7 +155,10 @@ class Pool:
             raise UsedAfterClose("the pool was closed; make a new one")
         slot, returns = None, self._returns
         if not returns.empty():
-            returned = returns.next()
+            try:
+                returned = returns.take()
+            except queue.Empty:  # a lease that waits was faster
+                returned = None
             if (
                 isinstance(returned, Slot)
                 and returned.lease is RETURNED
@@ -238,7 +242,11 @@ class Pool:
 
         Raises SystemCallError or SlotError; the slot is unknown then, and `release` will destroy it.
         """
-        _holder = self._holder_of(slot.lease)
+        lease = slot.lease
+        # Keep the holder during the reset: its end would let another lease have the slot in the middle.
+        holder = None if lease is None or lease.pool is not self else lease()
+        if holder is None or not lease.unreleased:
+            raise not_leased()
         result = self._reset_slot(slot)
         slot.state = DIRTY
         return result
@@ -253,7 +261,9 @@ class Pool:
         """
         lease = slot.lease  # read once: another thread may end it, and begin the next one
         # Keep the holder until the slot is queued: its end queues the lease, and the slot would be handed on mid-reset.
-        _holder = self._holder_of(lease)
+        holder = None if lease is None or lease.pool is not self else lease()
+        if holder is None:
+            raise not_leased()
         try:
             lease.unreleased.pop()
         except IndexError:  # another thread was first
@@ -275,16 +285,6 @@ class Pool:
             slot.lease = RETURNED
             self._returns.put(slot)
         return result
-
-    def _holder_of(self, lease: SlotLease | None) -> object:
-        """Return the holder of a slot's lease; raises SlotError if the lease has ended.
-
-        Keep it during a reset: its end would let another lease have the slot in the middle.
-        """
-        holder = None if lease is None or lease.pool is not self else lease()
-        if lease is None or holder is None or not lease.unreleased:
-            raise not_leased()
-        return holder
 
     def _reset_slot(self, slot: Slot) -> ResetResult:
         """Reset a slot from dirty to clean, and audit it at the rate that was set."""

@@ -183,10 +183,9 @@ def _deciding(
         return lambda *args: silence(args)
     (first_name, first), *others = calls
 
-    def ask(*args: Any) -> Any:
-        name, answer = first_name, first(*args)
-        if isinstance(answer, expected):  # nearly always: the fast path
-            return answer
+    def settled(answer: Any, *args: Any) -> Any:
+        """Return the first plugin's answer, or that of the others if it is None."""
+        name = first_name
         if answer is None:
             for name, call in others:  # noqa: B007 - the error names it
                 answer = call(*args)
@@ -201,7 +200,16 @@ def _deciding(
             f" allowed are {expected.__name__} and None"
         )
 
-    return ask
+    # Nearly always the first answer counts: `isinstance` stands here, too, because a call of `settled` costs 80 ns.
+    def ask(*args: Any) -> Any:
+        answer = first(*args)
+        return answer if isinstance(answer, expected) else settled(answer, *args)
+
+    def ask_about_one(argument: Any) -> Any:
+        answer = first(argument)
+        return answer if isinstance(answer, expected) else settled(answer, argument)
+
+    return ask_about_one if len(arguments_of(hook)) == 1 else ask
 
 
 def _watching(

@@ -339,7 +339,7 @@ def test_second_release_takes_nothing_from_the_next_lease_in_the_middle(pool: Po
         pool.release(slot)
         others.append(lease(pool, "b"))
 
-    sys.settrace(at_line(Pool._holder_of, "return holder", hand_over))
+    sys.settrace(at_line(Pool.release, "lease.unreleased.pop()", hand_over))
     try:
         with pytest.raises(memslot.SlotError, match="released before"):
             pool.release(slot)
