@@ -390,7 +390,7 @@ class Lease:
             if not instance.closed:  # a reset makes another one
                 raise instance.refusal()
             return
-        if leases.thread_confined:
+        if leases.thread_confined and get_ident() != leases.thread:
             leases.require_thread()
         ready = guest.ready
         if guest.closed or len(ready) >= leases.settings.ready_instances:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 from memslot_plugin.errors import (
@@ -125,7 +126,7 @@ class Instance(Handle):
         guest, leases, live = self.guest, self.leases, self.live
         if live is None or not live.open or live.generation != self.generation:
             live = self.enter()
-        if leases.thread_confined:
+        if leases.thread_confined and get_ident() != leases.thread:
             leases.require_thread()
         if guest.closed:
             raise UsedAfterClose(

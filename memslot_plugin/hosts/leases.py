@@ -94,7 +94,7 @@ class Handle:
             raise self.refusal()
         if live is not None and not live.ended:
             leases = self.leases
-            if leases.thread_confined:
+            if leases.thread_confined and get_ident() != leases.thread:
                 leases.require_thread()
             leases.end(live, self.generation)
         self.live = None

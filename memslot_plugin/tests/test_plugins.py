@@ -254,7 +254,7 @@ def test_request_without_plugins_enters_no_function_of_pluggy() -> None:
         request()
         entered = entered_by(request)
         assert of_pluggy(entered) == []
-        assert "plugins/ask" in entered
+        assert "plugins/ask_about_one" in entered
         assert "plugins/notify" not in entered
         register(host.plugins, "watcher", memslot_memory_reset=lambda: None)
         assert "plugins/notify" in entered_by(request)
