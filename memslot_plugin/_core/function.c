@@ -1,5 +1,4 @@
 /* Exported functions of instances on wasmtime: Python's numbers become wasm's, one entry runs the call, and the results come back. */
-#include <math.h>
 #include <string.h>
 
 #include "fast.h"
@@ -34,11 +33,23 @@ static PyTypeObject *function_type;
 
 /* ---- values ---- */
 
+/* After an exception: 0 if it says that the value is of another type or too large, which `fitted` has to judge, else -1. */
+static int not_put(void)
+{
+    if (!PyErr_ExceptionMatches(PyExc_TypeError) && !PyErr_ExceptionMatches(PyExc_OverflowError))
+        return -1;
+    PyErr_Clear();
+    return 0;
+}
+
 static int put_integer(int bits, PyObject *value, uint8_t *at)
 {
-    int overflow = 0;
-    long long number = PyLong_Check(value) ? PyLong_AsLongLongAndOverflow(value, &overflow) : 0;
-    if (!PyLong_Check(value) || overflow)
+    int overflow;
+    /* Takes an `__index__`, too: `fitted` would take no other float beside it than Python's own. May run Python. */
+    long long number = PyLong_AsLongLongAndOverflow(value, &overflow);
+    if (number == -1 && PyErr_Occurred())
+        return not_put();
+    if (overflow)
         return 0;
     if (bits == 32) {
         if (number < INT32_MIN || number > UINT32_MAX)
@@ -54,12 +65,8 @@ static int put_integer(int bits, PyObject *value, uint8_t *at)
 static int put_float(int bits, PyObject *value, uint8_t *at)
 {
     double number = PyFloat_AsDouble(value); /* may run Python */
-    if (number == -1.0 && PyErr_Occurred()) {
-        if (!PyErr_ExceptionMatches(PyExc_TypeError) && !PyErr_ExceptionMatches(PyExc_OverflowError))
-            return -1;
-        PyErr_Clear();
-        return 0;
-    }
+    if (number == -1.0 && PyErr_Occurred())
+        return not_put();
     if (bits == 32) {
         float single = (float)number;
         memcpy(at, &single, sizeof single);

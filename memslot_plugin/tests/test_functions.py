@@ -66,6 +66,12 @@ def test_numbers_of_other_types_are_taken_as_python_converts_them(instance: Any)
     assert instance.call("sum", nothing, 1) == [8, 2.0]
 
 
+def test_numbers_of_other_types_are_taken_side_by_side(instance: Any) -> None:
+    nothing = Number(lambda: None)
+    assert instance.call("sum", nothing, Real(lambda: None)) == [8, 8.5]
+    assert instance.call("sum", nothing, Decimal("0.5")) == [8, 1.5]
+
+
 def test_call_within_the_conversion_of_an_argument_has_values_of_its_own(instance: Any) -> None:
     inner = list[object]()
     for number in Real, Number:
