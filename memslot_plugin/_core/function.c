@@ -359,7 +359,7 @@ static PyType_Slot function_slots[] = {
 static PyType_Spec function_spec = {
     .name = "memslot_plugin._core._fast.Function",
     .basicsize = sizeof(Function),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_DISALLOW_INSTANTIATION, /* `bind` alone makes one */
     .slots = function_slots,
 };
 

@@ -106,6 +106,13 @@ def test_function_takes_no_keywords(instance: Any) -> None:
         instance.live.function("same32")()
 
 
+def test_function_is_made_by_its_instance_alone(instance: Any) -> None:
+    made = type(instance.live.function("same32"))
+    for make in made, lambda: object.__new__(made):
+        with pytest.raises(TypeError):
+            make()
+
+
 def test_function_whose_arguments_stay_unfit_is_an_error_and_not_a_call(instance: Any) -> None:
     export = Export(b"same32", bytes([0]), bytes([0]), lambda _: ["still no number"])
     with pytest.raises(SystemError, match="do not fit"):
