@@ -28,6 +28,7 @@ class Export:
         parameters: bytes,
         results: bytes,
         fitted: Callable[[tuple[Any, ...]], list[Any]],
+        kept: dict[int, BaseException],
         /,
     ) -> None: ...
     def bind(self, live: Any, /) -> Callable[..., Any]: ...

@@ -15,6 +15,7 @@ typedef struct {
     PyObject *parameters; /* bytes: a kind each */
     PyObject *results;
     PyObject *fitted; /* returns a tuple of arguments as a list of plain numbers and bytes, or raises ArgumentError */
+    PyObject *kept;   /* exceptions on their way through wasmtime, by number */
 } Export;
 
 /* An exported function of one instance. */
@@ -176,6 +177,34 @@ static PyObject *results_of(const Export *export, const uint8_t *values)
 
 /* ---- calls ---- */
 
+static void forget(PyObject *kept, int64_t exception)
+{
+    PyObject *number = exception ? PyLong_FromLongLong(exception) : NULL;
+    if (number && PyDict_DelItem(kept, number))
+        PyErr_Clear(); /* nearly always: `settle` took it */
+    Py_XDECREF(number);
+}
+
+/* Has `settle` take over an outcome: 0, or -1 with its exception. */
+static int take(const Function *self, uintptr_t outcome)
+{
+    int64_t raised = ((ms_wt_outcome *)outcome)->raised, deferred = ((ms_wt_outcome *)outcome)->deferred;
+    PyObject *number = PyLong_FromVoidPtr((void *)outcome);
+    PyObject *settled = number ? PyObject_CallFunctionObjArgs(self->settle, number, NULL) : NULL;
+    Py_XDECREF(number);
+    if (settled) {
+        Py_DECREF(settled);
+        return 0;
+    }
+    /* A signal's handler may have raised before `settle` took them: they would keep the instance, and its slot, for ever. */
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
+    forget(self->export->kept, raised);
+    forget(self->export->kept, deferred);
+    PyErr_Restore(type, value, traceback);
+    return -1;
+}
+
 /* The values are this call's own: a host function may call again, and so may an argument's `__float__`. */
 static PyObject *call_with(Function *self, PyObject *arguments, uint64_t generation, ms_wt_callee *callee)
 {
@@ -192,14 +221,8 @@ static PyObject *call_with(Function *self, PyObject *arguments, uint64_t generat
         memcpy(self->function, callee->function, sizeof self->function);
         self->found = 1;
     }
-    if (outcome) {
-        PyObject *number = PyLong_FromVoidPtr((void *)outcome);
-        PyObject *settled = number ? PyObject_CallFunctionObjArgs(self->settle, number, NULL) : NULL;
-        Py_XDECREF(number);
-        if (!settled)
-            return NULL;
-        Py_DECREF(settled);
-    }
+    if (outcome && take(self, outcome))
+        return NULL;
     return results_of(self->export, values);
 }
 
@@ -232,8 +255,8 @@ static PyObject *call(PyObject *object, PyObject *arguments, PyObject *named)
 static PyObject *new_export(PyTypeObject *type, PyObject *arguments, PyObject *named)
 {
     (void)named;
-    PyObject *name, *parameters, *results, *fitted;
-    if (!PyArg_ParseTuple(arguments, "SSSO:Export", &name, &parameters, &results, &fitted))
+    PyObject *name, *parameters, *results, *fitted, *kept;
+    if (!PyArg_ParseTuple(arguments, "SSSOO!:Export", &name, &parameters, &results, &fitted, &PyDict_Type, &kept))
         return NULL;
     Export *self = (Export *)PyType_GenericAlloc(type, 0);
     if (!self)
@@ -242,6 +265,7 @@ static PyObject *new_export(PyTypeObject *type, PyObject *arguments, PyObject *n
     self->parameters = Py_NewRef(parameters);
     self->results = Py_NewRef(results);
     self->fitted = Py_NewRef(fitted);
+    self->kept = Py_NewRef(kept);
     return (PyObject *)self;
 }
 
@@ -268,6 +292,7 @@ static int traverse_export(PyObject *object, visitproc visit, void *arg)
 {
     Py_VISIT(Py_TYPE(object));
     Py_VISIT(((Export *)object)->fitted);
+    Py_VISIT(((Export *)object)->kept);
     return 0;
 }
 
@@ -287,6 +312,7 @@ static void dealloc_export(PyObject *object)
     Py_XDECREF(self->name);
     Py_XDECREF(self->parameters);
     Py_XDECREF(self->results);
+    Py_XDECREF(self->kept);
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(object);
     Py_DECREF(type);
 }
@@ -329,9 +355,10 @@ static PyMethodDef export_methods[] = {
 };
 
 static PyType_Slot export_slots[] = {
-    {Py_tp_doc, PyDoc_STR("Export(name, parameters, results, fitted, /)\n--\n\n"
+    {Py_tp_doc, PyDoc_STR("Export(name, parameters, results, fitted, kept, /)\n--\n\n"
                           "A function that a guest on wasmtime exports: its name in UTF-8, and kinds of numbers as bytes.\n\n"
-                          "`fitted` takes a tuple of arguments that are not plain numbers, and returns a list of those.")},
+                          "`fitted` takes a tuple of arguments that are not plain numbers, and returns a list of those.\n"
+                          "`kept` has the exceptions that pass through wasmtime, by number.")},
     {Py_tp_new, new_export},
     {Py_tp_traverse, traverse_export},
     {Py_tp_clear, clear_export},

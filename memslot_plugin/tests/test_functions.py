@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gc
 import itertools
+import signal
 import sys
 import weakref
 from decimal import Decimal
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -114,7 +115,7 @@ def test_function_is_made_by_its_instance_alone(instance: Any) -> None:
 
 
 def test_function_whose_arguments_stay_unfit_is_an_error_and_not_a_call(instance: Any) -> None:
-    export = Export(b"same32", bytes([0]), bytes([0]), lambda _: ["still no number"])
+    export = Export(b"same32", bytes([0]), bytes([0]), lambda _: ["still no number"], {})
     with pytest.raises(SystemError, match="do not fit"):
         export.bind(instance.live)(instance.generation, "x")
 
@@ -132,6 +133,63 @@ def test_function_that_is_kept_keeps_no_more_than_its_instance(name: str) -> Non
         del instance, kept
         gc.collect()
         assert live() is None
+
+
+@pytest.mark.parametrize("name", hosts.RUNTIMES[:1])
+def test_exception_of_a_call_is_not_kept_if_a_signal_handler_raises_at_its_end(name: str) -> None:
+    from memslot_plugin.hosts.wasmtime import bridge as wasmtime_bridge
+
+    def handler(*_: object) -> NoReturn:
+        raise TimeoutError
+
+    text = """(module (memory (export "memory") 1 4)
+      (func (export "grow_then_turn") (param $turns i64) (drop (memory.grow (i32.const 1)))
+        (loop (local.set $turns (i64.sub (local.get $turns) (i64.const 1)))
+          (br_if 0 (i64.ne (local.get $turns) (i64.const 0))))))"""
+    growth = hosts.Growth(ValueError("no growth"))
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        with hosts.started(name, text, plugins=(growth,)) as instance:
+            function = instance.function("grow_then_turn")
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+            with pytest.raises(TimeoutError):
+                function(400_000_000)
+            kept = dict(wasmtime_bridge.KEPT)
+            with pytest.raises(ValueError, match="no growth"):
+                function(1)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert (len(growth.asked), kept) == (2, {})
+
+
+@pytest.mark.parametrize("name", hosts.RUNTIMES[:1])
+def test_exception_of_a_host_function_is_not_kept_if_another_one_follows_at_its_end(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from memslot_plugin.hosts.wasmtime import bridge as wasmtime_bridge
+
+    raised = wasmtime_bridge.raised
+
+    def interrupted(error: BaseException) -> NoReturn:
+        raised(error)
+        monkeypatch.undo()
+        raise TimeoutError  # as a signal's handler may
+
+    def function(_: int) -> NoReturn:
+        raise ZeroDivisionError
+
+    imports = {"env": {"f": function}}
+    with (
+        hosts.serving(name) as host,
+        hosts.prepare(host, hosts.CALLS_OUT).instantiate(imports=imports) as instance,
+    ):
+        monkeypatch.setattr(wasmtime_bridge, "raised", interrupted)
+        with pytest.raises(TimeoutError):
+            instance.call("run", 1)
+        assert wasmtime_bridge.KEPT == {}
+        with pytest.raises(ZeroDivisionError):
+            instance.call("run", 1)
 
 
 def test_calls_of_every_kind_leave_no_reference(instance: Any) -> None:

@@ -312,7 +312,7 @@ def test_only_the_first_exception_of_the_growths_of_a_call_is_kept() -> None:
     with hosts.started("wasmtime", text, plugins=(growth,)) as instance:
         with pytest.raises(RuntimeError, match="no"):
             instance.call("g", 100)
-        assert (len(growth.asked), wasmtime_bridge._kept) == (100, {})
+        assert (len(growth.asked), wasmtime_bridge.KEPT) == (100, {})
 
 
 @on_wasmtime
@@ -332,7 +332,7 @@ def test_only_the_last_exception_that_host_functions_caught_is_kept() -> None:
         with hosts.calling(host, catches).instantiate() as instance:
             with pytest.raises(RuntimeError, match="no"):
                 instance.call("twice", 1)
-            assert wasmtime_bridge._kept == {}
+            assert wasmtime_bridge.KEPT == {}
 
 
 @on_wasmtime

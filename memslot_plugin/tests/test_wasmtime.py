@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("wasi_runtime")
 @pytest.fixture(autouse=True)
 def _nothing_is_left(no_leaks: None) -> Iterator[None]:
     yield
-    assert not wasmtime_bridge._kept, "what a host function raised"
+    assert not wasmtime_bridge.KEPT, "what a host function raised"
 
 
 @pytest.fixture

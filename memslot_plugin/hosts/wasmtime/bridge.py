@@ -125,27 +125,28 @@ def _layout() -> list[int]:
 LOST = -1
 """The number of an exception that could not be kept."""
 
-_kept: dict[int, BaseException] = {}
+KEPT: dict[int, BaseException] = {}
+"""The exceptions on their way, by number.  An entry takes them (`Outcome`), or forgets them (function.c)."""
 _numbers = itertools.count(1)
 
 
 def keep(error: BaseException) -> int:
     """Keep an exception, and return its number."""
     number = next(_numbers)
-    _kept[number] = error
+    KEPT[number] = error
     return number
 
 
 def raised(error: BaseException) -> int:
     """Make the innermost entry raise `error` instead of an earlier exception; returns its number."""
     number = keep(error)
-    _kept.pop(lib.ms_wt_raise(number), None)
+    KEPT.pop(lib.ms_wt_raise(number), None)
     return number
 
 
 def taken(number: int) -> BaseException:
     """Return the exception of that number, and forget it."""
-    return _kept.pop(number, None) or RuntimeError(
+    return KEPT.pop(number, None) or RuntimeError(
         "an exception was lost on its way through wasmtime"
     )
 
@@ -295,8 +296,8 @@ def drop_functions() -> None:
 
 
 def _raised(_: type, error: BaseException, __: object) -> int:
-    """Keep an exception that came before `ms_wt_python_call` could catch it."""
-    return keep(error) if lib.ms_wt_depth() else LOST
+    """Keep an exception that `ms_wt_python_call` did not catch, instead of one that it had caught before."""
+    return raised(error) if lib.ms_wt_depth() else LOST
 
 
 @ffi.def_extern(error=LOST, onerror=_raised)  # type: ignore[untyped-decorator]

@@ -15,7 +15,7 @@ from typing import Any
 
 from memslot_plugin._core import Export, ffi
 from memslot_plugin.errors import ArgumentError, shown
-from memslot_plugin.hosts.wasmtime.bridge import HostFunction, wasmtime, wasmtime_ffi
+from memslot_plugin.hosts.wasmtime.bridge import KEPT, HostFunction, wasmtime, wasmtime_ffi
 
 I32, I64, F32, F64, V128, EXTERNREF, FUNCREF, OTHER = range(8)
 """Kinds of values; the first five as wasmtime numbers them."""
@@ -203,6 +203,7 @@ def direct_call(label: Name, signature: Signature, what: str) -> Maker:
         bytes(parameters),
         bytes(signature.results),
         lambda arguments: fitted(parameters, arguments, what),
+        KEPT,
     ).bind
 
 
