@@ -93,7 +93,6 @@ class BoundImports:
         "__weakref__",
         "_kept",
         "_memory_module",
-        "_reference",
         "imports",
         "owner",
         "serves_again",
@@ -117,16 +116,14 @@ class BoundImports:
         self.streams = streams
         self._kept = namespaces, kept
         self._memory_module = memory_module
-        self._reference: weakref.ref[BoundImports] | None = None
 
     def use(self, owner: Owner) -> None:
         """Import the memory of `owner` from now on."""
         before, self.owner = self.owner, None
         if before is not None:
-            before.users.discard(self._reference)
+            before.users.discard(self)
         # Noted last: after an exception in between, an instance over the old memory would import this one.
-        self._reference = weakref.ref(self, owner.users.discard)
-        owner.users.add(self._reference)
+        owner.users.add(self)
         self.imports.register(self._memory_module, owner.namespace)
         self.owner = owner
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import functools
 import os
-import weakref
 from typing import Any
 
 import wasmer
@@ -15,6 +14,7 @@ from memslot_plugin._core import ffi
 from memslot_plugin._core.limits import system_call_error
 from memslot_plugin._core.proc import mappings
 from memslot_plugin.errors import HostUnavailable, Unsupported, shown
+from memslot_plugin.hosts.live import Living
 from memslot_plugin.hosts.wasmer.errors import Boundary, at_compile
 
 WASM32_BYTES = 1 << 32
@@ -131,7 +131,7 @@ def address_of(memory: Any) -> int:
 class Owner:
     """The owner of a slot's mapping: wasmer's Memory, which unmaps it when its last reference goes.
 
-    `users` are weak references to the objects whose `drop_memory()` drops another reference to it.
+    `users` are the living objects whose `drop_memory()` drops another reference to it.
     """
 
     __slots__ = ("memory", "namespace", "users")
@@ -139,17 +139,14 @@ class Owner:
     def __init__(self, memory: Any) -> None:
         self.memory = memory
         self.namespace = {"memory": memory}
-        self.users: set[weakref.ref[Any]] = set()
+        self.users: Living[Any] = Living()
 
     def forget(self) -> None:
         """Drop the memory, so that wasmer unmaps it."""
         # A slot here is never covered or unmapped by memslot: wasmer unmaps the range once more when the memory goes,
         # and with it whatever another thread has mapped there since.
-        for reference in list(self.users):
-            user = reference()
-            if user is not None:
-                user.drop_memory()
-        self.users.clear()
+        for user in self.users.listed():
+            user.drop_memory()
         self.namespace.clear()
         self.memory = None
 
