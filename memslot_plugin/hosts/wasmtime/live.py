@@ -59,7 +59,6 @@ _CELL, _ENTRY, _GLOBAL = (ffi.typeof(f"ms_wt_{name} *") for name in ("cell", "en
 
 _ADDRESS, _cast = ffi.typeof("uintptr_t"), ffi.cast
 _BASE = operator.attrgetter("base")
-
 _acquire, _restore, _copy = lib.ms_wt_acquire, lib.ms_wt_restore, lib.ms_wt_copy
 
 
@@ -104,9 +103,8 @@ class WasmtimeLive(Live):
         bound = compiled.default
         if bound is None or binding is not compiled.binding:
             bound = self._link(compiled, binding)
-            compiled = self._compiled = (
-                bound.compiled
-            )  # another one if the store is of the other engine
+            # Another `Compiled` if the store is of the other engine.
+            compiled = self._compiled = bound.compiled
         self.bound = bound
         self._creator.begin(self)
         bases, store = list(map(_BASE, self.memories)), binding.store
