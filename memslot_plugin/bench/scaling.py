@@ -7,6 +7,7 @@ inherits it, a spawned one is given its descriptor.
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -47,6 +48,9 @@ THREADS = "threads on wasmtime, calls of 1 ms"
 FORK, SPAWN = "processes, forked", "processes, spawned"
 PROCESSES = {FORK: "fork", SPAWN: "spawn"}
 """Start methods of multiprocessing."""
+
+PR_SET_PDEATHSIG = 1
+"""From linux/prctl.h."""
 
 LIMITS = ()
 """Rows are judged by FAIR_LIMITS, and only on a machine that is fair."""
@@ -177,7 +181,7 @@ def _processes(image: MemfdImage, method: str) -> Work:
 
     def work(count: int, seconds: float) -> float:
         barrier, answers = context.Barrier(count, timeout=60), context.SimpleQueue()
-        arguments = (_Passed(image), barrier, answers, seconds)
+        arguments = (os.getpid(), _Passed(image), barrier, answers, seconds)
         children = [context.Process(target=_child, args=arguments) for _ in range(count)]
         with warnings.catch_warnings():
             # From 3.12 on Python warns where other threads exist; this child takes no lock that they could hold.
@@ -196,8 +200,12 @@ def _processes(image: MemfdImage, method: str) -> Work:
     return work
 
 
-def _child(passed: _Passed, barrier: Any, answers: Any, seconds: float) -> None:
+def _child(parent: int, passed: _Passed, barrier: Any, answers: Any, seconds: float) -> None:
     """Serve requests in slots of a pool of its own, and answer how many there were per second."""
+    # Ctrl-C ends the parent alone, and this one would wait for another child that never starts (prctl(2)).
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        return
     strategy("auto")  # measures prices, once per process
     pages = Pages.spread(WRITTEN, GUEST)
     with pool_of(4, GUEST) as pool:
