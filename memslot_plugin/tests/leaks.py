@@ -74,15 +74,19 @@ class Footprint:
 def _reserved(maps: list[str]) -> Iterator[int]:
     """Yield the length of each inaccessible range, without the ends of malloc's arenas.
 
-    An arena is accessible from a multiple of ARENA on, and reserved from there to the next multiple.
+    An arena is accessible from a multiple of ARENA on, and reserved from there to the next multiple.  A sanitizer's
+    allocator has none: a reservation that happens to lie behind its mappings would count now and then.
     """
+    has_arenas = True
     low = high = 0  # of the accessible private anonymous mappings before this one, without a gap
     for line in maps:
         addresses, permissions, _, _, inode, *_ = line.split(maxsplit=5)
         start, end = (int(part, 16) for part in addresses.split("-"))
-        if inode == "0" and permissions == "---p" and start not in OF_A_SANITIZER:
+        if inode == "0" and permissions == "---p" and start in OF_A_SANITIZER:
+            has_arenas = False  # from here on: addresses go up
+        elif inode == "0" and permissions == "---p":
             arena = start - start % ARENA
-            if start == high and low <= arena < start:
+            if has_arenas and start == high and low <= arena < start:
                 start = min(arena + ARENA, end)
             yield end - start
         elif inode == "0" and permissions.endswith("p"):
