@@ -88,7 +88,7 @@ class Handle:
         return (being_reset if self.live is RENEWAL else ended)(self.guest_name)
 
     def close(self) -> None:
-        """End the lease and the live instance; idempotent.  Raises InUse while a call runs."""
+        """End the instance and give its slot back, pristine; idempotent.  Raises InUse while a call runs."""
         live = self.live
         if live is RENEWAL:
             raise self.refusal()
