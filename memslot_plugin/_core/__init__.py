@@ -68,12 +68,15 @@ def inject(call: str, *, skip: int = 0, error: int) -> None:
     check(lib.ms_inject(CALLS.index(call), skip, error), "ms_inject")
 
 
+def _address(name: str) -> int:
+    """Return the address of a function or variable of the core, by its name without `ms_`."""
+    return int(ffi.cast("uintptr_t", ffi.addressof(lib, f"ms_{name}")))
+
+
 def install_fast_path(dirty: object, clean: object, result_type: type) -> None:
     """Tell `FastRegion` two states of a slot and the type of a reset's result."""
     names = "reset_fast", "wt_copy", "wt_acquire", "wt_release", "wt_restore", "wt_call"
-    functions = (ffi.addressof(lib, f"ms_{name}") for name in names)
-    addresses = (int(ffi.cast("uintptr_t", function)) for function in functions)
-    _fast.install(*addresses, dirty, clean, result_type)
+    _fast.install(*map(_address, names), dirty, clean, result_type)
 
 
 leaks: Counter[str] = Counter()
@@ -114,12 +117,6 @@ catch_up = _fast.catch_up
 Call this before a lock is taken, or a mapping used, that may be the parent's.
 """
 
-_fast.watch_forks(
-    *(
-        int(ffi.cast("uintptr_t", ffi.addressof(lib, name)))
-        for name in ("ms_forks", "ms_forks_seen")
-    ),
-    _run_after_fork,
-)
+_fast.watch_forks(_address("forks"), _address("forks_seen"), _run_after_fork)
 check(lib.ms_watch_forks(), "watching for forks")
 os.register_at_fork(after_in_child=catch_up)

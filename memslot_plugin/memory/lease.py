@@ -7,6 +7,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from memslot_plugin.errors import SlotError
+from memslot_plugin.memory.backing import Holder
 
 if TYPE_CHECKING:
     from memslot_plugin.memory.image import Image
@@ -29,13 +30,7 @@ class SlotLease(weakref.ref[object]):
     """
 
 
-class _Nothing:
-    """A holder that is gone."""
-
-    __slots__ = ("__weakref__",)
-
-
-RETURNED = SlotLease(_Nothing())
+RETURNED = SlotLease(Holder())
 """The lease of a slot that was released, from then until the pool has put it away: `RETURNED()` is None."""
 RETURNED.pool, RETURNED.unreleased = None, []
 

@@ -275,8 +275,7 @@ class WasmerLive(Live):
         return self._instance
 
     def close(self, generation: int | None = None) -> bool:  # one thread ends it, within its lease
-        if self.running or self.held:
-            self.require_idle()
+        self.require_idle()
         self._natives.clear()
         self.functions.clear()
         try:
